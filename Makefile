@@ -1,0 +1,42 @@
+# What a person does here. `make help` lists it.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit clean
+
+help: ## list these commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "CPython 3.11 is needed: '$(PYTHON)' is not on the PATH. Mend: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,test]'
+	@touch $@
+
+install: $(VENV)/.run ## make the environment in .venv
+
+demo: $(VENV)/.run ## the whole job on the embedded tiny backbone: local Ray, CPU, local storage
+	$(BIN)/lrag-ray run configs/demo.yaml
+
+test: lint types unit ## lint, types and tests, as CI runs them
+
+lint: $(VENV)/.test ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test ## mypy, strict
+	$(BIN)/mypy
+
+unit: $(VENV)/.test ## pytest
+	$(BIN)/pytest
+
+clean: ## remove the environment and caches (never runs/)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Typed run configuration: schema, YAML loading, --set overrides, presets."""

@@ -1,0 +1,1 @@
+"""Golden-vector readers behind `lrag-ray verify`."""

@@ -1,0 +1,1 @@
+"""What the generator attends to: the KV window, ContextPolicy and one file per method."""

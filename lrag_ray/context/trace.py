@@ -1,0 +1,29 @@
+"""The one trace format of all methods: which latent frames a block attended to, with which temporal index."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+RowKind = Literal["sink", "retrieved", "local", "compressed", "current"]
+
+ALL_LAYERS = -1
+"""Value of `TraceRow.layer` when every layer attends to the same rows."""
+
+
+class TraceRow(NamedTuple):
+    """One latent frame in the attention context of one block."""
+
+    block: int
+    """Block index, from 0."""
+    layer: int
+    """Transformer layer, or `ALL_LAYERS`."""
+    kind: RowKind
+    """Which part of the context [sink | retrieved | local | current] the rows belong to."""
+    frame: int
+    """Global latent frame that the rows come from."""
+    temporal_index: int
+    """Temporal RoPE index that its keys are rotated with."""
+    tokens: int
+    """Attended tokens of that frame (all of them unless a method keeps single tokens)."""
+    similarity: float | None
+    """Cosine similarity to the query frame's descriptor where the frame was retrieved, else None."""

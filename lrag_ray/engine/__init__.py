@@ -1,0 +1,1 @@
+"""Ray: actors, the rollout pool, scoring stages, progress."""

@@ -1,0 +1,63 @@
+"""The exception tree.
+
+::
+
+    LragError
+    ├── UsageError            exit code 2: the user asked for something that cannot be
+    │   ├── ConfigError       a key or value of the run configuration
+    │   ├── PromptError       a prompt file
+    │   └── IdentityError     a run directory that belongs to other settings
+    └── EnvironmentFault      exit code 3: the world is not as it must be
+        ├── WeightsError      a missing, corrupt or misfitting checkpoint
+        ├── StorageError      an address that cannot be read or written
+        └── ClusterError      Ray cannot be reached or has no room
+
+A message names the bad value, the place it came from and the edit or command that mends it. Programming
+errors stay ordinary Python exceptions.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LragError(Exception):
+    """Base of all errors that are told to the user without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(LragError):
+    """What was asked for cannot be done as asked."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A key or value of the run configuration is wrong."""
+
+
+class PromptError(UsageError):
+    """A prompt file is missing, empty or unreadable."""
+
+
+class IdentityError(UsageError):
+    """The run directory holds results of other settings."""
+
+
+class EnvironmentFault(LragError):
+    """The machine, cluster, storage or weights are not as the run needs them."""
+
+    exit_code = 3
+
+
+class WeightsError(EnvironmentFault):
+    """A checkpoint is missing, corrupt or does not fit the model."""
+
+
+class StorageError(EnvironmentFault):
+    """A storage address cannot be read or written."""
+
+
+class ClusterError(EnvironmentFault):
+    """Ray cannot be started or reached, or has no room for the run."""

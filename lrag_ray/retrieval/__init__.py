@@ -1,0 +1,1 @@
+"""Descriptors, retrieval encoder, history bank and similarity search."""

@@ -1,0 +1,1 @@
+"""Algorithm 1: the block loop, keyed noise, resume by replay."""

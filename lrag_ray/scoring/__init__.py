@@ -1,0 +1,1 @@
+"""Scores of finished videos: suites, one file per dimension, average ranks."""

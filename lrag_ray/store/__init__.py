@@ -1,0 +1,1 @@
+"""Run directory, commit records, storage addresses."""

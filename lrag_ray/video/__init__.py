@@ -1,0 +1,1 @@
+"""Streaming latent-to-pixel decode, mp4 writing, frame reading."""

@@ -1,0 +1,1 @@
+"""The frozen generator: transformer, RoPE, attention, schedule, checkpoint loading, text and VAE adapters."""

@@ -1,0 +1,106 @@
+"""Sizes and sampler settings of the causal Wan generator, and the numbers that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the transformer; the defaults are Wan2.1-T2V-1.3B."""
+
+    dim: int = 1536
+    """Width of the token stream."""
+    ffn_dim: int = 8960
+    """Hidden width of the feed-forward layers."""
+    freq_dim: int = 256
+    """Width of the sinusoidal time embedding."""
+    text_dim: int = 4096
+    """Width of the text features."""
+    text_len: int = 512
+    """Rows of text features per prompt, padding included (padding is attended)."""
+    in_dim: int = 16
+    """Latent channels in."""
+    out_dim: int = 16
+    """Latent channels out."""
+    num_heads: int = 12
+    """Attention heads."""
+    num_layers: int = 30
+    """Transformer blocks."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns per token."""
+    eps: float = 1e-6
+    """Epsilon of every norm."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even for RoPE")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size}: causal rollouts need one latent frame per token")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame of `height` by `width`."""
+        _, ph, pw = self.patch_size
+        if height % ph or width % pw:
+            raise ValueError(f"latent frame {height}x{width} is not a multiple of the patch {ph}x{pw}")
+        return height // ph, width // pw
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of a latent frame (1560 for 60x104)."""
+        rows, columns = self.token_grid(height, width)
+        return rows * columns
+
+    def kv_bytes_per_frame(self, height: int, width: int, bytes_per_value: int) -> int:
+        """Bytes of K and V of one latent frame over all layers (287,539,200 at full size in bf16)."""
+        return self.num_layers * 2 * self.tokens_per_frame(height, width) * self.dim * bytes_per_value
+
+    def parameter_count(self) -> int:
+        """Number of parameters of the transformer."""
+        d, f = self.dim, self.ffn_dim
+        patch_values = self.patch_size[1] * self.patch_size[2]
+        attention = 4 * (d * d + d) + 2 * d
+        layer = 2 * attention + 2 * d + (d * f + f) + (f * d + d) + 6 * d
+        embeddings = (
+            (self.in_dim * patch_values * d + d)
+            + (self.text_dim * d + d + d * d + d)
+            + (self.freq_dim * d + d + d * d + d)
+            + (d * 6 * d + 6 * d)
+        )
+        head = d * self.out_dim * patch_values + self.out_dim * patch_values + 2 * d
+        return embeddings + self.num_layers * layer + head
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Few-step flow-matching sampler of the distilled causal generators."""
+
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    """Entries of the 1000-step training schedule that are denoised at, highest first."""
+    warp: bool = True
+    """Replace entry d by the scheduler's timestep number 1000-d; otherwise d is the timestep itself."""
+    shift: float = 5.0
+    """Timestep shift of the flow-matching schedule."""
+    context_timestep: float = 0.0
+    """Timestep told to the network in the clean-context pass (no noise is added)."""
+    frames_per_block: int = 3
+    """Latent frames denoised together (n)."""
+
+    def __post_init__(self) -> None:
+        if not self.denoising_steps:
+            raise ValueError("denoising_steps is empty")
+        if any(not 0 <= step <= 1000 for step in self.denoising_steps):
+            raise ValueError(f"denoising_steps {list(self.denoising_steps)} must lie in 0..1000")
+        if self.frames_per_block < 1:
+            raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1")
+
+    @property
+    def passes_per_block(self) -> int:
+        """Transformer passes of one block: the denoising passes and the clean-context pass."""
+        return len(self.denoising_steps) + 1
