@@ -7,7 +7,7 @@
     │   ├── ConfigError       a key or value of the run configuration
     │   ├── PromptError       a prompt file
     │   └── IdentityError     a run directory that belongs to other settings
-    └── EnvironmentFault      exit code 3: the world is not as it must be
+    └── RunEnvironmentError      exit code 3: the world is not as it must be
         ├── WeightsError      a missing, corrupt or misfitting checkpoint
         ├── StorageError      an address that cannot be read or written
         └── ClusterError      Ray cannot be reached or has no room
@@ -45,19 +45,19 @@ class IdentityError(UsageError):
     """The run directory holds results of other settings."""
 
 
-class EnvironmentFault(LragError):
+class RunEnvironmentError(LragError):
     """The machine, cluster, storage or weights are not as the run needs them."""
 
     exit_code = 3
 
 
-class WeightsError(EnvironmentFault):
+class WeightsError(RunEnvironmentError):
     """A checkpoint is missing, corrupt or does not fit the model."""
 
 
-class StorageError(EnvironmentFault):
+class StorageError(RunEnvironmentError):
     """A storage address cannot be read or written."""
 
 
-class ClusterError(EnvironmentFault):
+class ClusterError(RunEnvironmentError):
     """Ray cannot be started or reached, or has no room for the run."""

@@ -1,0 +1,1 @@
+"""Ray job entry points, thin over the Python API."""
