@@ -23,6 +23,11 @@ from lrag_ray.errors import WeightsError
 from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
 
 
+def known_fields(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a checkpoint's ``config`` that are fields of the dataclass `kind`; the others are dropped."""
+    return {field.name: config[field.name] for field in fields(kind) if field.name in config}
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """Sizes of the auto-encoder; the defaults are the released full size (30,231,696 parameters)."""
@@ -48,7 +53,7 @@ class EncoderConfig:
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any]) -> EncoderConfig:
         """Sizes from a checkpoint's ``config``: its training settings are not fields here and are dropped."""
-        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        known = known_fields(cls, config)
         if isinstance(known.get("hidden_dims"), list):
             known["hidden_dims"] = tuple(known["hidden_dims"])
         return cls(**known)

@@ -51,8 +51,7 @@ def seq_delta(embeddings: Tensor, config: LossConfig) -> Tensor:
     offsets = range(1, min(config.delta_window, embeddings.shape[1] - 1) + 1)
     if not offsets:
         return embeddings.new_zeros(())
-    unit = F.normalize(embeddings, dim=-1)
-    cosines = [(unit[:, offset:] * unit[:, :-offset]).sum(-1) for offset in offsets]
+    cosines = [F.cosine_similarity(embeddings[:, k:], embeddings[:, :-k], dim=-1) for k in offsets]
     hinges = [F.relu(cosine - config.delta_margin).mean() for cosine in cosines]
     return config.delta_weight * torch.stack(hinges).mean()
 
