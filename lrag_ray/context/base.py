@@ -1,0 +1,42 @@
+"""base: the backbones' native cache (Self-Forcing, Causal-Forcing, LongLive). Sink and window, absolute indices.
+
+Every frame keeps its global frame number as temporal index, so the sink drifts away from the queries as the rollout
+grows. The released table of rotations ends at index 1023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lrag_ray.context.frames import FramePolicy, check_window
+from lrag_ray.wan.rope import MAX_INDEX
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Settings of base and of infinity_rope."""
+
+    window: int = 12
+    """Latent frames attended to, the current block included; -1 keeps all."""
+    sink: int = 1
+    """First latent frames, which are never dropped."""
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sink)
+
+
+class Base(FramePolicy):
+    """Sink and window with absolute temporal indices."""
+
+    Settings = BaseSettings
+    max_frames: ClassVar[int | None] = MAX_INDEX
+
+    def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
+        """Everything in the cache is attended to, at its global frame number."""
+        self.make_room(block)
+        cached = list(self.window.frames)
+        self.context = self.cached_rows(cached, cached)
+        self.current = self.current_rows(self.block_frames())

@@ -1,0 +1,121 @@
+"""Policies that keep whole latent frames and use the same ones in every layer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from lrag_ray.context.policy import ContextPolicy, Exposure, PolicyInputs, Span
+from lrag_ray.context.trace import ALL_LAYERS, RowKind, TraceRow
+from lrag_ray.context.window import KVWindow
+
+
+class FrameRow(NamedTuple):
+    """One frame of the context."""
+
+    kind: RowKind
+    frame: int
+    temporal_index: int
+    similarity: float | None = None
+
+
+def check_window(window: int, sink: int, retrieved: int = 0) -> None:
+    """Raise ValueError unless window (-1 = all frames), sink and retrieved frames are possible on their own."""
+    if window != -1 and window < 1:
+        raise ValueError(f"window {window} must be -1 (all frames) or at least 1 latent frame")
+    if sink < 0:
+        raise ValueError(f"sink {sink} must not be negative")
+    if retrieved < 0:
+        raise ValueError(f"top_k {retrieved} must not be negative")
+
+
+def check_local_room(window: int, sink: int, frames_per_block: int, retrieved: int = 0) -> None:
+    """Raise ValueError where the window leaves less than one block for local frames."""
+    room = window - sink - retrieved
+    if window != -1 and room < frames_per_block:
+        taken = f"sink {sink}" + (f" and top_k {retrieved}" if retrieved else "")
+        raise ValueError(
+            f"window {window} leaves {room} latent frames for local context after {taken}, but a block has "
+            f"{frames_per_block}: raise window to at least {sink + retrieved + frames_per_block} or lower the others"
+        )
+
+
+class FramePolicy(ContextPolicy):
+    """Sink and first-in first-out cache of whole frames. A method sets `context` and `current` in `begin_block`."""
+
+    Settings: ClassVar[type[Any]]
+
+    def __init__(self, settings: Any, inputs: PolicyInputs) -> None:
+        super().__init__(settings, inputs)
+        window = settings.window
+        self.window = KVWindow(self.layout, settings.sink, None if window == -1 else window)
+        self.block = -1
+        self.context: list[FrameRow] = []
+        """Frames before the current block, in attention order."""
+        self.current: list[FrameRow] = []
+        """Frames of the current block."""
+
+    @classmethod
+    def check(cls, settings: Any, frames_per_block: int) -> None:
+        """The window must leave a block's worth of local frames after the sink."""
+        check_local_room(settings.window, settings.sink, frames_per_block)
+
+    def max_context_rows(self) -> int | None:
+        """The window without the current block."""
+        if self.settings.window == -1:
+            return None
+        return int(self.settings.window) * self.layout.tokens_per_frame - self.layout.tokens_per_block
+
+    def make_room(self, block: int) -> list[int]:
+        """Drop the oldest frames behind the sink so that the block fits, and return them."""
+        self.block = block
+        if self.settings.window == -1:
+            return []
+        return self.window.drop_oldest(len(self.window.frames) + self.layout.frames_per_block - self.settings.window)
+
+    def block_frames(self) -> list[int]:
+        """Global frames of the current block."""
+        first = self.block * self.layout.frames_per_block
+        return list(range(first, first + self.layout.frames_per_block))
+
+    def cached_rows(self, frames: list[int], temporal_indices: list[int]) -> list[FrameRow]:
+        """Cached frames as sink or local rows."""
+        sink = self.settings.sink
+        return [
+            FrameRow("sink" if frame < sink else "local", frame, index)
+            for frame, index in zip(frames, temporal_indices, strict=True)
+        ]
+
+    def current_rows(self, temporal_indices: list[int]) -> list[FrameRow]:
+        """The block's own frames with their temporal indices."""
+        return [FrameRow("current", f, i) for f, i in zip(self.block_frames(), temporal_indices, strict=True)]
+
+    def query_indices(self) -> list[int]:
+        """Temporal index of each frame of the current block."""
+        return [row.temporal_index for row in self.current]
+
+    def expose(self, layer: int) -> Exposure:
+        """The context's rows; the turning angles are computed once per block, in the first layer."""
+        if layer == 0:
+            self._angles = self.rope.frames([row.temporal_index for row in self.context])
+        return Exposure(self.context_spans(layer), self._angles)
+
+    def context_spans(self, layer: int) -> list[Span]:
+        """Rows of `context` in one layer; all of them cached."""
+        return self.window.spans(layer, [row.frame for row in self.context])
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Cache the block's clean rows."""
+        frames = self.block_frames()
+        if layer == 0:
+            self.window.admit(frames)
+        self.window.write(layer, frames, k, v)
+
+    def trace(self) -> list[TraceRow]:
+        """Context, then the block's own frames."""
+        tokens = self.layout.tokens_per_frame
+        return [
+            TraceRow(self.block, ALL_LAYERS, row.kind, row.frame, row.temporal_index, tokens, row.similarity)
+            for row in [*self.context, *self.current]
+        ]

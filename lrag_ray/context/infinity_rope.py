@@ -1,0 +1,26 @@
+"""∞-RoPE (Infinity-RoPE): the frames of base, with temporal indices relative to the window.
+
+Block-relativistic RoPE as released: the frame in cache slot j has index j and the queries take the last slots, so
+after the window fills the queries stay at W-n .. W-1 and the sink at 0 .. S-1, however long the rollout grows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lrag_ray.context.base import BaseSettings
+from lrag_ray.context.frames import FramePolicy
+
+
+class InfinityRope(FramePolicy):
+    """Sink and window with window-relative temporal indices."""
+
+    Settings = BaseSettings
+
+    def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
+        """Everything in the cache is attended to, at its slot number."""
+        self.make_room(block)
+        cached = list(self.window.frames)
+        past = len(cached)
+        self.context = self.cached_rows(cached, list(range(past)))
+        self.current = self.current_rows(list(range(past, past + self.layout.frames_per_block)))

@@ -1,0 +1,185 @@
+"""LongLive-RAG: the frames of history most similar to the newest one join the context [sink | retrieved | local].
+
+Notation: window W, sink S, top_k K, recent_exclude R, n frames per block, block start s. The cache and the indices
+are those of ∞-RoPE, but the local part is narrowed by K from the first block on, so the budget stays W. Frames that
+leave go into the history bank with their unrotated K and V. Before a block, the descriptor of the last finished frame
+is compared with those of the eligible frames (all of the history but the R newest), and the best K are exposed, best
+first, all with temporal index 0. The choice is made once per block and shared by all layers and passes.
+
+When a frame enters the history (`admission`):
+
+- ``cache`` (released code): when it is pushed out of the W-frame cache. It counts from the next block on, so before
+  block start s the history is S .. S + (s - W) - 1, and the frames between cache and local part are attended by nobody.
+- ``local`` (paper, Algorithm 1): as soon as it leaves the local part; the history is S .. s - (W-S-K-n) - 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.context.frames import FramePolicy, FrameRow, check_local_room, check_window
+from lrag_ray.context.policy import PolicyInputs, Span
+from lrag_ray.retrieval.history import HostBank
+from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool
+from lrag_ray.wan.random_weights import keyed_generator
+
+RETRIEVED_INDEX = 0
+"""Temporal index of every retrieved frame."""
+
+
+@dataclass(frozen=True)
+class RagSettings:
+    """Settings of rag; the defaults are the paper's."""
+
+    window: int = 12
+    """Latent frames attended to in all (W), the current block included; -1 keeps all and retrieves nothing."""
+    sink: int = 1
+    """First latent frames, which are never dropped (S)."""
+    top_k: int = 6
+    """Retrieved frames (K)."""
+    recent_exclude: int = 5
+    """Newest frames of the history that are not eligible (R)."""
+    descriptor: Literal["ae", "avg_pool"] = "ae"
+    """Embedding of a frame: the retrieval encoder, or the spatial mean per channel."""
+    encoder: str | None = None
+    """Checkpoint of the retrieval encoder, for descriptor ae."""
+    descriptor_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of descriptors and similarities; the released code runs in bfloat16, where similarities tie."""
+    admission: Literal["cache", "local"] = "cache"
+    """When a frame enters the history."""
+    choose: Literal["similarity", "random", "oldest", "uniform"] = "similarity"
+    """Which eligible frames are taken; all but similarity are controls."""
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.sink, self.top_k)
+        if self.recent_exclude < 0:
+            raise ValueError(f"recent_exclude {self.recent_exclude} must not be negative")
+
+    def history(self, first_frame: int, frames_per_block: int) -> int:
+        """Frames in the history, from frame S on, when the block that starts at `first_frame` chooses."""
+        if self.window == -1 or self.top_k == 0:
+            return 0
+        attended = self.window if self.admission == "cache" else self.window - self.top_k - frames_per_block
+        return max(0, first_frame - attended)
+
+
+class Rag(FramePolicy):
+    """Sink, retrieved history and local window."""
+
+    Settings = RagSettings
+
+    @classmethod
+    def check(cls, settings: Any, frames_per_block: int) -> None:
+        """The window must leave a block's worth of local frames after sink and retrieved ones."""
+        check_local_room(settings.window, settings.sink, frames_per_block, settings.top_k)
+
+    @classmethod
+    def needs_encoder(cls, settings: Any) -> bool:
+        """For descriptor ae, unless nothing is ever retrieved."""
+        return bool(settings.descriptor == "ae" and settings.top_k > 0)
+
+    @classmethod
+    def history_frames(cls, settings: Any, frames_per_block: int, total_frames: int) -> int:
+        """Frames in the bank at the end."""
+        return int(settings.history(total_frames, frames_per_block))
+
+    def __init__(self, settings: RagSettings, inputs: PolicyInputs) -> None:
+        super().__init__(settings, inputs)
+        self.settings: RagSettings = settings
+        self._key = inputs.key
+        self.bank = HostBank(self.layout.device)
+        self._banked = settings.sink
+        """Next frame to enter the bank."""
+        dtype = torch.bfloat16 if settings.descriptor_dtype == "bfloat16" else torch.float32
+        self.index = DescriptorIndex(_descriptor(settings, inputs.encoder, dtype), dtype)
+        self._scores: HostCopy | None = None
+        self._chosen: list[FrameRow] = []
+        """Retrieved frames of the next block, in attention order."""
+
+    def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
+        """Lay out sink, retrieved and local frames, and move what left to the history bank."""
+        if self.settings.admission == "local":
+            self._bank_until(self.settings.sink + self.settings.history(self._start(block), self._n))
+        dropped = self.make_room(block)
+        if dropped and self.settings.top_k:
+            self._bank_until(dropped[-1] + 1)
+        cached = list(self.window.frames)
+        past, sink = len(cached), self.settings.sink
+        first_local = sink
+        if self.settings.window != -1:
+            first_local = max(sink, past + self._n - (self.settings.window - sink - self.settings.top_k))
+        rows = self.cached_rows(cached, list(range(past)))
+        self.context = [*rows[:sink], *self._chosen, *rows[first_local:]]
+        self.current = self.current_rows(list(range(past, past + self._n)))
+
+    def context_spans(self, layer: int) -> list[Span]:
+        """Rows of sink, retrieved and local frames in one layer."""
+        if layer == 0:
+            self._retrieved = self.bank.gather([row.frame for row in self._chosen])
+        retrieved = [Span(rows[0, layer], rows[1, layer]) for rows in self._retrieved]
+        sink = [row.frame for row in self.context if row.kind == "sink"]
+        local = [row.frame for row in self.context if row.kind == "local"]
+        return [*self.window.spans(layer, sink), *retrieved, *self.window.spans(layer, local)]
+
+    def on_latents(self, latents: Tensor) -> None:
+        """Describe the block's frames and compare the last one with what the next block may retrieve."""
+        if self.settings.top_k == 0:
+            return
+        self.index.append(latents)
+        query = self._start(self.block + 1) - 1
+        eligible = self.settings.history(query + 1, self._n) - self.settings.recent_exclude
+        self._scores = None
+        if eligible > 0:
+            self._scores = HostCopy(self.index.similarities(query, self.settings.sink, eligible))
+
+    def end_block(self) -> None:
+        """Choose for the next block; the clean-context pass is running, so the transfer hides behind it."""
+        self._chosen = []
+        if self._scores is not None:
+            self._chosen = self._choose(self._scores.read().float())
+            self.bank.prefetch([row.frame for row in self._chosen])
+
+    def _choose(self, scores: Tensor) -> list[FrameRow]:
+        """Retrieved rows from the similarities [eligible] of frames S, S+1, … to the query frame."""
+        eligible = len(scores)
+        count = min(self.settings.top_k, eligible)
+        if self.settings.choose == "similarity":
+            picked = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
+        elif self.settings.choose == "random":
+            generator = keyed_generator("retrieve", *self._key, self.block + 1)
+            picked = sorted(torch.randperm(eligible, generator=generator)[:count].tolist())
+        elif self.settings.choose == "oldest":
+            picked = list(range(count))
+        else:
+            # Bin centres: evenly spread over the eligible history, never the same frame twice.
+            picked = [(2 * i + 1) * eligible // (2 * count) for i in range(count)]
+        sink = self.settings.sink
+        return [FrameRow("retrieved", sink + i, RETRIEVED_INDEX, float(scores[i])) for i in picked]
+
+    def _bank_until(self, end: int) -> None:
+        """Copy cached frames up to `end` - 1 to the history bank."""
+        while self._banked < end:
+            self.bank.append(self._banked, self.window.rows(self._banked))
+            self._banked += 1
+
+    def _start(self, block: int) -> int:
+        return block * self._n
+
+    @property
+    def _n(self) -> int:
+        return self.layout.frames_per_block
+
+
+def _descriptor(settings: RagSettings, encoder: nn.Module | None, dtype: torch.dtype) -> Descriptor:
+    if settings.descriptor == "avg_pool" or settings.top_k == 0:
+        return average_pool
+    if encoder is None:
+        raise ValueError("descriptor ae needs a retrieval encoder: set `encoder` to its checkpoint")
+    if next(encoder.parameters()).dtype != dtype:
+        encoder = copy.deepcopy(encoder).to(dtype)
+    return cast(Descriptor, encoder.encode)

@@ -1,0 +1,48 @@
+"""Context methods by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from lrag_ray.context.base import Base
+from lrag_ray.context.deep_forcing import DeepForcing
+from lrag_ray.context.infinity_rope import InfinityRope
+from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.context.rag import Rag
+
+_REGISTERED: dict[str, type[ContextPolicy]] = {
+    "base": Base,
+    "infinity_rope": InfinityRope,
+    "deep_forcing": DeepForcing,
+    "rag": Rag,
+}
+
+
+def registered() -> list[str]:
+    """Names of the methods that come with the package."""
+    return list(_REGISTERED)
+
+
+def policy_class(name: str) -> type[ContextPolicy]:
+    """The policy behind a registered name or ``package.module:Policy``.
+
+    Raises ValueError that names what is wrong: an unknown name (with the nearest one), a module that cannot be
+    imported, or an object that is no ContextPolicy.
+    """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if ":" not in name:
+        nearest = difflib.get_close_matches(name, _REGISTERED, n=1)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise ValueError(f"unknown method '{name}'{hint} Known: {', '.join(_REGISTERED)}, or package.module:Policy")
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ValueError(f"method '{name}': cannot import '{module_name}' ({error}); is it on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise ValueError(f"method '{name}': module '{module_name}' has no '{attribute}'") from error
+    if not (isinstance(found, type) and issubclass(found, ContextPolicy)):
+        raise ValueError(f"method '{name}' is no lrag_ray.context.policy.ContextPolicy")
+    return found

@@ -1,0 +1,68 @@
+"""Descriptors of latent frames and the cosine similarity between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NORM_EPSILON = 1e-8
+"""Added to each norm, as released."""
+
+Descriptor = Callable[[Tensor], Tensor]
+"""Latent frames [n, C, H, W] to descriptors [n, D]."""
+
+
+def average_pool(latents: Tensor) -> Tensor:
+    """Mean over rows and columns: [n, C, H, W] to [n, C]."""
+    return latents.mean(dim=(-2, -1))
+
+
+class DescriptorIndex:
+    """Descriptors of all finished frames of a rollout, in frame order."""
+
+    def __init__(self, describe: Descriptor, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype` float32 keeps rankings exact; the released code runs in bfloat16, where similarities tie."""
+        self._describe = describe
+        self._dtype = dtype
+        self._blocks: list[Tensor] = []
+
+    def append(self, latents: Tensor) -> None:
+        """Describe clean latents [n, C, H, W] of the next frames."""
+        self._blocks.append(self._describe(latents.to(self._dtype)).to(self._dtype))
+
+    def __len__(self) -> int:
+        return sum(len(block) for block in self._blocks)
+
+    def descriptors(self) -> Tensor:
+        """All descriptors [frames, D]."""
+        return torch.cat(self._blocks)
+
+    def similarities(self, query: int, first: int, count: int) -> Tensor:
+        """Cosine similarity [count] of frame `query` to frames first .. first+count-1, on the descriptors' device."""
+        rows = self.descriptors()
+        unit = rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPSILON)
+        return unit[first : first + count] @ unit[query]
+
+
+class HostCopy:
+    """A small tensor on its way from the device to the host.
+
+    Reading it waits for this copy alone, so work launched in between keeps the device busy.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if x.device.type == "cuda":
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.current_stream(x.device).record_event()
+        else:
+            self._host = x
+
+    def read(self) -> Tensor:
+        """The values, on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

@@ -1,0 +1,63 @@
+"""Noise of a rollout: keyed by what it is for, so that it depends on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lrag_ray.wan.random_weights import keyed_generator
+
+
+class NoiseSource(Protocol):
+    """Standard normal draws, float32 on the CPU, each [B, n, C, H, W]."""
+
+    def initial(self, block: int) -> Tensor:
+        """What the block's first denoising pass starts from."""
+
+    def renoise(self, block: int, step: int) -> Tensor:
+        """The draw added back after denoising pass `step` of the block."""
+
+
+class KeyedNoise:
+    """Draws keyed by (run seed, prompt text, sample, block, pass).
+
+    Independent of backbone, method, line number, duration, order and worker, so methods are compared on equal noise.
+    """
+
+    def __init__(
+        self, run_seed: int, prompts: Sequence[str], samples: Sequence[int], block_shape: tuple[int, int, int, int]
+    ) -> None:
+        """One prompt and sample per batch element; `block_shape` is (n, C, H, W)."""
+        self._keys = [(run_seed, prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
+        self._shape = block_shape
+
+    def initial(self, block: int) -> Tensor:
+        """Pass 0 of the block."""
+        return self._draw(block, 0)
+
+    def renoise(self, block: int, step: int) -> Tensor:
+        """Pass step + 1 of the block."""
+        return self._draw(block, step + 1)
+
+    def _draw(self, block: int, step: int) -> Tensor:
+        draws = [torch.randn(self._shape, generator=keyed_generator("noise", *key, block, step)) for key in self._keys]
+        return torch.stack(draws)
+
+
+class RecordedNoise:
+    """Recorded draws, for conformance."""
+
+    def __init__(self, noise: Tensor, renoise: Tensor, frames_per_block: int) -> None:
+        """`noise` [B, F, C, H, W]; `renoise` [blocks, steps - 1, B, n, C, H, W]."""
+        self._noise, self._renoise, self._n = noise, renoise, frames_per_block
+
+    def initial(self, block: int) -> Tensor:
+        """The block's frames of `noise`."""
+        return self._noise[:, block * self._n : (block + 1) * self._n]
+
+    def renoise(self, block: int, step: int) -> Tensor:
+        """The recorded draw."""
+        return self._renoise[block, step]

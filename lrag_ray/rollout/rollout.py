@@ -1,0 +1,150 @@
+"""Algorithm 1: the block-autoregressive rollout of a frozen causal generator.
+
+Per block: let the context method choose what to attend to, denoise in a few passes, hand the clean latents to the
+method, and run one clean-context pass whose K and V become history. Resuming needs the clean latents alone: the
+clean-context passes over them rebuild every cache.
+
+Example::
+
+    rollout = Rollout(transformer, sampler, InfinityRope, BaseSettings(), prompt_embeds, noise, (16, 60, 104))
+    latents = torch.cat([result.latents for result in rollout.blocks(40)], dim=1)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.context.policy import ContextPolicy, Layout, PolicyInputs
+from lrag_ray.context.runtime import ContextRuntime, Probe
+from lrag_ray.rollout.noise import NoiseSource
+from lrag_ray.rollout.types import BlockResult
+from lrag_ray.wan.config import SamplerConfig
+from lrag_ray.wan.rope import Rope
+from lrag_ray.wan.schedule import FlowMatchSchedule, add_noise, x0_from_flow
+from lrag_ray.wan.transformer import CausalWanTransformer
+
+
+class Rollout:
+    """One batch of rollouts in lockstep; every batch element has a policy of its own."""
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer,
+        sampler: SamplerConfig,
+        policy: type[ContextPolicy],
+        settings: Any,
+        prompt_embeds: Tensor,
+        noise: NoiseSource,
+        latent_shape: tuple[int, int, int],
+        *,
+        encoder: nn.Module | None = None,
+        keys: Sequence[tuple[str | int, ...]] | None = None,
+        probe: Probe | None = None,
+    ) -> None:
+        """Prepare a rollout.
+
+        `prompt_embeds` [B, text_len, text_dim], zero behind the prompt; `latent_shape` (C, H, W); `settings` an
+        instance of `policy.Settings`; `encoder` where the policy needs one; `keys` per batch element the identity of
+        its noise, for methods that choose at random. Raises ValueError where settings and sampler do not fit.
+        """
+        policy.check(settings, sampler.frames_per_block)
+        self.block = 0
+        """The next block."""
+        self.timings_s = {"denoise": 0.0, "context": 0.0}
+        """Host seconds in denoising passes and clean-context passes; a GPU's own queue is not waited for."""
+        self._transformer = transformer
+        self._max_frames = policy.max_frames
+        self._noise = noise
+        self._probe = probe
+        self._n = sampler.frames_per_block
+        weight = transformer.patch_embedding.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        config = transformer.config
+        layout = Layout(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            grid=config.token_grid(*latent_shape[1:]),
+            frames_per_block=self._n,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        rope = Rope(config.head_dim, layout.grid, self._device)
+        batch = len(prompt_embeds)
+        keys = keys if keys is not None else [()] * batch
+        policies = [policy(settings, PolicyInputs(layout, rope, tuple(key), encoder)) for key in keys]
+        if len(policies) != batch:
+            raise ValueError(f"{len(policies)} keys for {batch} prompts")
+        self.context = ContextRuntime(layout, rope, policies, probe)
+        schedule = FlowMatchSchedule(sampler.shift)
+        steps = schedule.warp(sampler.denoising_steps) if sampler.warp else [float(t) for t in sampler.denoising_steps]
+        self.timesteps = [*steps, sampler.context_timestep]
+        """Timestep of every pass of a block, the clean-context pass last."""
+        self._sigmas = list(schedule.sigma(torch.tensor(self.timesteps)).unbind(0))
+        with torch.no_grad():
+            self._text = transformer.embed_text(prompt_embeds.to(self._device, self._dtype))
+
+    def blocks(self, count: int) -> Iterator[BlockResult]:
+        """Generate the next `count` blocks.
+
+        Raises ValueError where they would pass the method's longest rollout.
+        """
+        end = (self.block + count) * self._n
+        if self._max_frames is not None and end > self._max_frames:
+            raise ValueError(
+                f"{end} latent frames: this method numbers frames absolutely and the released RoPE table ends at "
+                f"{self._max_frames}; use a shorter duration or a window-relative method (infinity_rope, rag)"
+            )
+        for _ in range(count):
+            yield self._generate()
+
+    @torch.no_grad()
+    def replay(self, latents: Tensor, states: Sequence[Sequence[dict[str, Tensor]]] | None = None) -> None:
+        """Rebuild every cache from finished latents [B, F, C, H, W] of the next blocks, one pass per block.
+
+        `states` are the `BlockResult.state` of those blocks, needed by methods that keep any.
+        """
+        for i, x0 in enumerate(latents.to(self._device, self._dtype).split(self._n, dim=1)):
+            self.context.begin_block(self.block, list(states[i]) if states is not None else None)
+            self._keep(x0)
+            self.block += 1
+
+    @torch.no_grad()
+    def _generate(self) -> BlockResult:
+        began = time.perf_counter()
+        block, last = self.block, len(self.timesteps) - 2
+        self.context.begin_block(block)
+        x = self._noise.initial(block).to(self._device, self._dtype)
+        for step in range(last + 1):
+            x0 = self._pass(step, x, clean=False)
+            if step < last:
+                renoise = self._noise.renoise(block, step).to(self._device, self._dtype)
+                x = add_noise(x0, renoise, self._sigmas[step + 1])
+        denoised = time.perf_counter()
+        self._keep(x0)
+        self.timings_s["denoise"] += denoised - began
+        self.timings_s["context"] += time.perf_counter() - denoised
+        self.block += 1
+        return BlockResult(block, block * self._n, x0, self.context.trace(), self.context.block_state())
+
+    def _keep(self, x0: Tensor) -> None:
+        """Let the method see the clean latents, then store their K and V with the clean-context pass."""
+        self.context.on_latents(x0)
+        self._pass(len(self.timesteps) - 1, x0, clean=True)
+        self.context.end_block()
+
+    def _pass(self, step: int, x: Tensor, *, clean: bool) -> Tensor:
+        """One transformer call on x [B, n, C, H, W]; returns x0. No noise is added in the clean-context pass."""
+        self.context.begin_pass(step, clean=clean)
+        t = torch.full(x.shape[:2], self.timesteps[step], dtype=torch.float32, device=self._device)
+        flow = self._transformer(x, t, self._text, self.context)
+        self.context.end_pass()
+        x0 = x0_from_flow(flow, x, self._sigmas[step])
+        if self._probe is not None:
+            self._probe.on_pass(self.block, step, flow, x0)
+        return x0

@@ -1,0 +1,181 @@
+"""The causal Wan2.1 text-to-video transformer, with the original names in its state dict.
+
+It denoises the latent frames of one block. What those frames attend to besides themselves is not its business: each
+layer hands its unrotated q, k and v to an `AttentionContext` and gets the attention output back.
+
+Legend: B batch, F latent frames of the block, C latent channels, T tokens per latent frame, L = F·T tokens ordered
+frame, row, column, D model width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrag_ray.wan.attention import attention
+from lrag_ray.wan.config import WanConfig
+
+
+class AttentionContext(Protocol):
+    """Self-attention of one pass over the rows that a context method exposes."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output for the block's unrotated q, k and v, each [B, L, H, head_dim]."""
+
+
+class TextContext(NamedTuple):
+    """Cross-attention keys and values of every layer, each [B, text_len, H, head_dim]; fixed for a rollout."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, back to the input's dtype before the scale."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., dim]."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections and query/key norms, shared by self- and cross-attention."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.heads = (config.num_heads, config.head_dim)
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Normed queries [B, rows, H, head_dim] of x [B, rows, D]."""
+        return cast(Tensor, self.norm_q(self.q(x))).unflatten(-1, self.heads)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed keys and values, each [B, rows, H, head_dim]."""
+        k, v = cast(Tensor, self.norm_k(self.k(x))), cast(Tensor, self.v(x))
+        return k.unflatten(-1, self.heads), v.unflatten(-1, self.heads)
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, modulated by the time embedding."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    def forward(
+        self, x: Tensor, time: Tensor, text_k: Tensor, text_v: Tensor, context: AttentionContext, layer: int
+    ) -> Tensor:
+        """One layer over x [B, L, D] with time modulation [B, F, 6, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time).chunk(6, dim=2)
+        h = _modulate(self.norm1(x), shift1, scale1)
+        k, v = self.self_attn.keys_values(h)
+        y = context.attend(layer, self.self_attn.queries(h), k, v)
+        x = x + _gate(self.self_attn.o(y.flatten(2)), gate1)
+        y = attention(self.cross_attn.queries(self.norm3(x)), text_k, text_v)
+        x = x + self.cross_attn.o(y.flatten(2))
+        return x + _gate(self.ffn(_modulate(self.norm2(x), shift2, scale2)), gate2)
+
+
+class Head(nn.Module):
+    """Final norm, modulation and projection to patches."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Patch values [B, L, patch · C] from x [B, L, D] and time embedding [B, F, 1, D]."""
+        shift, scale = (self.modulation[:, None] + time).chunk(2, dim=2)
+        return self.head(_modulate(self.norm(x), shift, scale))
+
+
+class CausalWanTransformer(nn.Module):
+    """The frozen generator: noisy latents of a block, timesteps and text in, flow out."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def embed_text(self, prompt_embeds: Tensor) -> TextContext:
+        """Cross-attention rows of text features [B, text_len, text_dim].
+
+        Rows after the prompt are zero; they pass through the text MLP and are attended, as in the released models.
+        Raises ValueError for features of another shape.
+        """
+        expected = (self.config.text_len, self.config.text_dim)
+        if tuple(prompt_embeds.shape[1:]) != expected:
+            raise ValueError(f"prompt_embeds {list(prompt_embeds.shape)}: expected [B, {expected[0]}, {expected[1]}]")
+        text = self.text_embedding(prompt_embeds)
+        rows = [cast(WanBlock, block).cross_attn.keys_values(text) for block in self.blocks]
+        return TextContext([k for k, _ in rows], [v for _, v in rows])
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: TextContext, context: AttentionContext) -> Tensor:
+        """Flow [B, F, C, H, W] of noisy latents [B, F, C, H, W] at timesteps [B, F]."""
+        batch, frames = latents.shape[:2]
+        _, ph, pw = self.config.patch_size
+        rows, columns = self.config.token_grid(*latents.shape[-2:])
+        # A patch is one frame deep: the 3-D convolution is a 2-D one per frame.
+        x = F.conv2d(latents.flatten(0, 1), self.patch_embedding.weight[:, :, 0], self.patch_embedding.bias, (ph, pw))
+        x = x.flatten(2).transpose(1, 2).reshape(batch, frames * rows * columns, -1)
+        sinusoid = sinusoidal_embedding(self.config.freq_dim, timesteps.flatten()).to(x.dtype)
+        time = self.time_embedding(sinusoid)
+        modulation = self.time_projection(time).view(batch, frames, 6, -1)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, modulation, text.k[layer], text.v[layer], context, layer)
+        x = self.head(x, time.view(batch, frames, 1, -1))
+        x = x.view(batch, frames, rows, columns, ph, pw, self.config.out_dim)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, rows * ph, columns * pw)
+
+
+def sinusoidal_embedding(dim: int, t: Tensor) -> Tensor:
+    """Cosines then sines [m, dim] of timesteps t [m], in float64: t · 10000^(-i / (dim/2))."""
+    half = dim // 2
+    frequency = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angle = t.double()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, L, D] · (1 + scale) + shift, with scale and shift [B, F, 1, D] per latent frame."""
+    return (x.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+
+
+def _gate(x: Tensor, gate: Tensor) -> Tensor:
+    """x [B, L, D] · gate [B, F, 1, D] per latent frame."""
+    return (x.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
