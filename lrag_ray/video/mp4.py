@@ -1,0 +1,222 @@
+"""Video files: H.264 writing for people and browsers, and reading of whatever they bring.
+
+Frames are uint8 RGB [N, H, W, 3] as PNG would hold them. Files are yuv420p in BT.709 with limited range and say so in
+their tags: an untagged or wrongly converted file shifts the colours that scores and eyes compare.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lrag_ray.errors import LragError
+from lrag_ray.video.decode import Frames
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+_BT709 = 1
+"""Code point of BT.709 for primaries, transfer and matrix (ITU-T H.273)."""
+_LIMITED = 1
+_ENCODER_THREADS = 1
+"""x264 output depends on its thread count; one thread also leaves the cores to the rollout."""
+
+
+class VideoError(LragError):
+    """A video file cannot be read."""
+
+
+class VideoInfo(NamedTuple):
+    """What the container says of its video stream."""
+
+    width: int
+    height: int
+    fps: float
+    declared_frames: int
+    """0 where the container does not say."""
+
+
+class Mp4Writer:
+    """Writes frames to an H.264 file that appears under its name only when it is whole.
+
+    ::
+
+        with Mp4Writer("out.mp4", fps=16) as writer:
+            writer.write(frames)
+
+    An exception inside the block removes the unfinished file. `crf` is x264's quality, 0 (lossless) to 51.
+    """
+
+    def __init__(self, path: str | Path, *, fps: int = 16, crf: int = 18) -> None:
+        self.path = Path(path)
+        self.frames = 0
+        """Frames written so far."""
+        self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
+        self._fps = fps
+        self._crf = crf
+        self._container: Any = None
+        self._stream: Any = None
+
+    def write(self, frames: Frames) -> None:
+        """Append frames [N, H, W, 3]; height and width are even and the same in all calls."""
+        import av
+        from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [N, H, W, 3]")
+        height, width = frames.shape[1:3]
+        if self._container is None:
+            self._open(height, width)
+        if (height, width) != (self._stream.height, self._stream.width):
+            raise ValueError(f"frames are {width}x{height} in a {self._stream.width}x{self._stream.height} video")
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p",
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_primaries=_BT709,
+                dst_color_trc=_BT709,
+                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+                threads=1,
+            )
+            picture.pts = self.frames
+            picture.time_base = Fraction(1, self._fps)
+            self._container.mux(self._stream.encode(picture))
+            self.frames += 1
+
+    def close(self) -> None:
+        """Finish the file and give it its name.
+
+        Raises:
+            ValueError: no frame was written (an empty file is never left behind).
+        """
+        if self._container is None:
+            raise ValueError(f"no frames were written to {self.path}")
+        try:
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            self._partial.replace(self.path)
+        except BaseException:
+            self.abort()
+            raise
+        self._container = None
+
+    def abort(self) -> None:
+        """Drop what was written."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        self._partial.unlink(missing_ok=True)
+
+    def _open(self, height: int, width: int) -> None:
+        import av
+
+        if height % 2 or width % 2:
+            raise ValueError(f"{width}x{height}: yuv420p needs an even width and height")
+        # faststart puts the index first, so that a browser plays from a bucket without fetching the end.
+        self._container = av.open(str(self._partial), "w", format="mp4", container_options={"movflags": "+faststart"})
+        options = {"crf": str(self._crf), "preset": "medium", "threads": str(_ENCODER_THREADS)}
+        stream: Any = self._container.add_stream("libx264", rate=self._fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = Fraction(1, self._fps)
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = _LIMITED
+        self._stream = stream
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def video_info(path: str | Path) -> VideoInfo:
+    """Size, rate and declared length, without decoding.
+
+    Raises:
+        VideoError: no readable video.
+    """
+    with _Opened(path) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate or 0
+        return VideoInfo(stream.width, stream.height, float(rate), stream.frames)
+
+
+def iterate_frames(path: str | Path) -> Iterator[Frames]:
+    """Frames [H, W, 3] of the first video stream of any container, in one pass.
+
+    Raises:
+        VideoError: no readable video, or one that is damaged or cut short.
+    """
+    import av
+    from av.video.reformatter import ColorRange, Interpolation
+
+    count = 0
+    with _Opened(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        try:
+            for frame in container.decode(stream):
+                picture = frame.reformat(
+                    format="rgb24",
+                    dst_color_range=ColorRange.JPEG,
+                    interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+                )
+                rgb: Any = picture.to_ndarray()
+                yield rgb
+                count += 1
+        except av.error.FFmpegError as error:
+            raise VideoError(f"{path} is damaged after {count} frames: {error}") from error
+    if count == 0:
+        raise VideoError(f"{path} holds no video frame")
+
+
+def read_video(path: str | Path) -> Frames:
+    """All frames [T, H, W, 3] of the first video stream (see `iterate_frames`)."""
+    return np.stack(list(iterate_frames(path)))
+
+
+class _Opened:
+    """A container with a video stream, closed at the end; every failure to open one is a `VideoError`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def __enter__(self) -> InputContainer:
+        import av
+
+        if not self._path.is_file():
+            raise VideoError(f"no video at {self._path}")
+        if self._path.stat().st_size == 0:
+            raise VideoError(f"{self._path} is empty")
+        try:
+            self._container = av.open(str(self._path))
+        except av.error.FFmpegError as error:
+            raise VideoError(f"{self._path} is no video, or is truncated: {error}") from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise VideoError(f"{self._path} has no video stream")
+        # A file cut short after its index still decodes, to fewer frames; the index knows where it should end.
+        # (The declared frame count does not tell: an edit list hides frames of a whole file too.)
+        size = self._path.stat().st_size
+        whole = max((entry.pos + entry.size for entry in self._container.streams.video[0].index_entries), default=0)
+        if whole > size:
+            self._container.close()
+            raise VideoError(f"{self._path} is truncated: {size} bytes, its index speaks of at least {whole}")
+        return self._container
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()

@@ -1,0 +1,241 @@
+"""Prompts to text features: umT5 (encoder half) behind the cleaning and padding of the public Wan pipeline.
+
+Features leave here as the valid rows only, one tensor [rows, text_dim] per prompt; `pad_text` makes the fixed
+[text_len, text_dim] input of the generator, whose padding is zero and *is* attended. Each prompt is encoded alone and
+unpadded, so its features do not depend on what else is encoded with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.errors import WeightsError
+from lrag_ray.wan.random_weights import fill_random
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
+
+if TYPE_CHECKING:
+    from transformers import UMT5Config
+
+Tokenize = Callable[[str], list[int]]
+"""Cleaned text to token ids, truncated to the text length, end-of-text included."""
+
+_END, _BYTE_OFFSET = 1, 3
+"""Byte vocabulary: 0 padding, 1 end of text, 2 unknown as in umT5, then the 256 bytes."""
+
+
+@dataclass(frozen=True)
+class UMT5Sizes:
+    """Sizes of the encoder; the defaults are umT5-xxl."""
+
+    vocab_size: int = 256384
+    """Rows of the token embedding."""
+    dim: int = 4096
+    """Width of the features (text_dim)."""
+    head_dim: int = 64
+    """Width of one attention head."""
+    num_heads: int = 64
+    """Attention heads."""
+    ffn_dim: int = 10240
+    """Hidden width of the feed-forward layers."""
+    num_layers: int = 24
+    """Layers, each with a relative-position table of its own."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> UMT5Sizes:
+        """Sizes that a state dict with the original key names implies."""
+        vocab_size, dim = state["token_embedding.weight"].shape
+        num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape[1]
+        return cls(
+            vocab_size=vocab_size,
+            dim=dim,
+            head_dim=state["blocks.0.attn.q.weight"].shape[0] // num_heads,
+            num_heads=num_heads,
+            ffn_dim=state["blocks.0.ffn.fc1.weight"].shape[0],
+            num_layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        )
+
+    def transformers_config(self) -> UMT5Config:
+        """The same sizes as transformers' UMT5Config."""
+        from transformers import UMT5Config
+
+        return UMT5Config(
+            vocab_size=self.vocab_size,
+            d_model=self.dim,
+            d_kv=self.head_dim,
+            num_heads=self.num_heads,
+            d_ff=self.ffn_dim,
+            num_layers=self.num_layers,
+        )
+
+
+def clean_prompt(text: str) -> str:
+    """The public pipeline's cleaning: repair mojibake, unescape HTML twice, collapse white space."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def pad_text(rows: Tensor, text_len: int) -> Tensor:
+    """Valid rows [rows, text_dim] followed by zeros: [text_len, text_dim]."""
+    if rows.shape[0] > text_len:
+        raise ValueError(f"{rows.shape[0]} rows of text features do not fit into text_len {text_len}")
+    return torch.cat([rows, rows.new_zeros(text_len - rows.shape[0], rows.shape[1])])
+
+
+class TextEncoder:
+    """A loaded umT5 encoder with its tokenizer, frozen. `model` is transformers' UMT5EncoderModel."""
+
+    def __init__(self, model: nn.Module, tokenize: Tokenize, tokenizer_id: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenize = tokenize
+        self._tokenizer_id = tokenizer_id
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the weights, the tokenizer and its truncation: all that features depend on but the prompt."""
+        weights = state_dict_digest(self.model.state_dict())
+        return hashlib.sha256(f"{weights}\0{self._tokenizer_id}".encode()).hexdigest()
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Features [rows, text_dim] of each prompt, on the model's device; rows = tokens, end of text included."""
+        return [self.encode_ids(self.tokenize(clean_prompt(prompt))) for prompt in prompts]
+
+    @torch.inference_mode()
+    def encode_ids(self, ids: Sequence[int]) -> Tensor:
+        """Features [len(ids), text_dim] of a token sequence without padding."""
+        device = next(self.model.parameters()).device
+        tokens = torch.tensor([list(ids)], device=device)
+        features: Tensor = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+        return features[0]
+
+
+def tiny_text_encoder(text_dim: int, text_len: int, seed: int = 0) -> TextEncoder:
+    """The text encoder of the tiny backbone: two random umT5 layers over UTF-8 bytes."""
+    from transformers import UMT5EncoderModel
+
+    def tokenize(text: str) -> list[int]:
+        kept = text.encode("utf-8")[: text_len - 1]
+        return [*(byte + _BYTE_OFFSET for byte in kept), _END]
+
+    sizes = UMT5Sizes(
+        vocab_size=256 + _BYTE_OFFSET, dim=text_dim, head_dim=16, num_heads=2, ffn_dim=2 * text_dim, num_layers=2
+    )
+    model = UMT5EncoderModel(sizes.transformers_config())
+    fill_random(model, seed)
+    return TextEncoder(model, tokenize, f"bytes-{text_len}")
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: str | Path,
+    *,
+    text_len: int = 512,
+    sizes: UMT5Sizes | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """Load umT5 from ``models_t5_umt5-xxl-enc-bf16.pth`` or a Diffusers folder, with a folder of tokenizer files.
+
+    `sizes` is for an original file of other than the released sizes; a Diffusers folder brings its own config.json.
+
+    Raises:
+        WeightsError: missing, damaged or misfitting files.
+    """
+    path = Path(path)
+    model = _from_folder(path, dtype) if path.is_dir() else _from_original(path, sizes or UMT5Sizes())
+    tokenize, tokenizer_id = _load_tokenizer(Path(tokenizer), text_len)
+    return TextEncoder(model.to(device=device, dtype=dtype), tokenize, tokenizer_id)
+
+
+def umt5_from_state_dict(state: Mapping[str, Tensor], sizes: UMT5Sizes, source: str) -> nn.Module:
+    """UMT5EncoderModel from a state dict with the original key names (golden/text_encoder/README.md has the map)."""
+    from transformers import UMT5EncoderModel
+
+    with torch.device("meta"):
+        model: nn.Module = UMT5EncoderModel(sizes.transformers_config())
+    renamed = {_transformers_name(name): value for name, value in state.items()}
+    if "shared.weight" in renamed:
+        # transformers ties the two names to one table; a strict load wants both.
+        renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
+    load_strict(model, renamed, source, "give models_t5_umt5-xxl-enc-bf16.pth or a Diffusers `text_encoder` folder")
+    return model
+
+
+def _from_original(path: Path, sizes: UMT5Sizes) -> nn.Module:
+    return umt5_from_state_dict(read_checkpoint(path), sizes, f"text encoder {path}")
+
+
+_IN_LAYER = {
+    "norm1.weight": "layer.0.layer_norm.weight",
+    "attn.q.weight": "layer.0.SelfAttention.q.weight",
+    "attn.k.weight": "layer.0.SelfAttention.k.weight",
+    "attn.v.weight": "layer.0.SelfAttention.v.weight",
+    "attn.o.weight": "layer.0.SelfAttention.o.weight",
+    "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
+    "norm2.weight": "layer.1.layer_norm.weight",
+    "ffn.gate.0.weight": "layer.1.DenseReluDense.wi_0.weight",
+    "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
+    "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
+}
+
+
+def _transformers_name(name: str) -> str:
+    """transformers' name of an original key; an unknown key is returned as it is and fails the strict load."""
+    if name == "token_embedding.weight":
+        return "shared.weight"
+    if name == "norm.weight":
+        return "encoder.final_layer_norm.weight"
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        layer, rest = match.groups()
+        return f"encoder.block.{layer}.{_IN_LAYER.get(rest, rest)}"
+    return name
+
+
+def _from_folder(path: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import UMT5EncoderModel
+
+    try:
+        # Without a stated dtype transformers may upcast the shards one by one.
+        loaded: Any = UMT5EncoderModel.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path} is no Diffusers folder of a umT5 encoder: {error}") from error
+    model, info = loaded
+    wrong = {what: names for what, names in info.items() if names}
+    if wrong:
+        raise WeightsError(f"text encoder {path} does not fit its config.json: {wrong}. Mend: fetch the folder again")
+    result: nn.Module = model
+    return result
+
+
+def _load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"no tokenizer in {folder}: {error}. Mend: give the folder that holds tokenizer.json and "
+            "tokenizer_config.json (google/umt5-xxl beside the checkpoint)"
+        ) from error
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, truncation=True, max_length=text_len, add_special_tokens=True)["input_ids"]
+        return ids
+
+    files = hashlib.sha256()
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.model")):
+        files.update(f"{file.name}\0".encode() + file.read_bytes())
+    return tokenize, f"{files.hexdigest()}-{text_len}"

@@ -1,0 +1,147 @@
+"""The Wan 2.1 video VAE: diffusers' AutoencoderKLWan behind the normalised latents of the generator.
+
+Layouts: latents [F, C, H, W] as the generator makes them (zero mean, unit variance per channel), pixels [T, 3, H*8,
+W*8] in [-1, 1]. F latent frames are T = 1 + 4 (F - 1) video frames.
+
+A feature cache makes the decoder causal and exact in pieces: latent frame i is decoded with what frames 0 .. i-1 left
+in the cache. The cache is an argument here, never state of the VAE, so that one VAE serves several videos at a time
+(see `lrag_ray.video.decode.StreamingDecoder`).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.errors import WeightsError
+from lrag_ray.wan.random_weights import fill_random
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
+
+FRAMES_PER_LATENT = 4
+"""Video frames per latent frame; the first latent frame gives one."""
+
+
+def video_frames(latent_frames: int) -> int:
+    """Video frames that `latent_frames` latent frames decode to: 1 + 4 (F - 1)."""
+    return 1 + FRAMES_PER_LATENT * (latent_frames - 1)
+
+
+class DecoderCache:
+    """What the decoder remembers of the frames before: at most two feature frames per causal convolution."""
+
+    def __init__(self, convolutions: int) -> None:
+        self.features: list[Any] = [None] * convolutions
+        self.empty = True
+
+
+class WanVae:
+    """A loaded VAE, frozen. `model` is the AutoencoderKLWan."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+        config: Any = model.config
+        self.latent_channels: int = config.z_dim
+        parameter = next(model.parameters())
+        # The public code keeps the reciprocal and divides by it; z * std rounds differently (golden/vae/README.md).
+        self._mean = torch.tensor(config.latents_mean, dtype=parameter.dtype, device=parameter.device)
+        self._reciprocal_std = 1.0 / torch.tensor(config.latents_std, dtype=parameter.dtype, device=parameter.device)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the names and values of the weights."""
+        return state_dict_digest(self.model.state_dict())
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache: the next frame decoded with it begins a video."""
+        model: Any = self.model
+        return DecoderCache(model._cached_conv_counts["decoder"])
+
+    @torch.inference_mode()
+    def decode_frame(self, latent: Tensor, cache: DecoderCache) -> Tensor:
+        """Decode the next latent frame [C, H, W] of a video to pixels [1 or 4, 3, H*8, W*8] in [-1, 1]."""
+        model: Any = self.model
+        z = latent.to(self._mean).view(1, self.latent_channels, 1, *latent.shape[1:])
+        z = z / self._reciprocal_std.view(1, -1, 1, 1, 1) + self._mean.view(1, -1, 1, 1, 1)
+        pixels: Tensor = model.decoder(
+            model.post_quant_conv(z), feat_cache=cache.features, feat_idx=[0], first_chunk=cache.empty
+        )
+        cache.empty = False
+        return pixels[0].clamp(-1, 1).transpose(0, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode a whole video: latents [F, C, H, W] to pixels [1 + 4 (F - 1), 3, H*8, W*8] in [-1, 1]."""
+        cache = self.new_cache()
+        return torch.cat([self.decode_frame(latent, cache) for latent in latents])
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels [1 + 4 (F - 1), 3, H, W] in [-1, 1] to latents [F, C, H/8, W/8], the posterior's mean.
+
+        Raises:
+            ValueError: the number of frames is not 1 + 4 n (the VAE would silently drop the rest).
+        """
+        frames = pixels.shape[0]
+        if (frames - 1) % FRAMES_PER_LATENT:
+            raise ValueError(f"{frames} frames cannot be encoded: the VAE takes 1 + 4 n of them")
+        model: Any = self.model
+        mean = model.encode(pixels.to(self._mean).transpose(0, 1)[None]).latent_dist.mode()
+        normalised: Tensor = (mean - self._mean.view(1, -1, 1, 1, 1)) * self._reciprocal_std.view(1, -1, 1, 1, 1)
+        return normalised[0].transpose(0, 1)
+
+
+def tiny_vae(seed: int = 0) -> WanVae:
+    """The VAE of the tiny backbone: the real architecture at base width 4 with random weights.
+
+    Latents have 16 channels and 8 x 8 x 4 compression as at full size. Plain random kernels paint high-frequency
+    noise; half of each decoder kernel is therefore its own spatial mean (energy kept), which gives soft moving
+    colours, and the output gain keeps them clear of clipping.
+    """
+    from diffusers import AutoencoderKLWan
+
+    model = AutoencoderKLWan(base_dim=4, num_res_blocks=1)
+    fill_random(model, seed)
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if parameter.dim() >= 4 and parameter.shape[-2:] == (3, 3):
+                parameter.copy_(0.5 * parameter + 1.5 * parameter.mean((-2, -1), keepdim=True))
+        model.decoder.conv_out.weight.mul_(0.3)
+    return WanVae(model)
+
+
+def load_wan_vae(
+    path: str | Path,
+    *,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> WanVae:
+    """Load ``Wan2.1_VAE.pth`` (original key names; .safetensors too) or a Diffusers folder (config.json and weights).
+
+    `config` holds arguments of AutoencoderKLWan for a file of other than the released sizes; a folder brings its own.
+    float32 is the default: in bfloat16 the decoder is visibly off (golden/vae/tiny_vae.json).
+
+    Raises:
+        WeightsError: missing, damaged or misfitting files.
+    """
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    path = Path(path)
+    if path.is_dir():
+        # from_pretrained only warns about missing tensors; our own strict fill does not.
+        try:
+            settings = AutoencoderKLWan.load_config(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{path} is no Diffusers folder of a VAE: {error}") from error
+        state = read_checkpoint(path / "diffusion_pytorch_model.safetensors")
+    else:
+        settings = config or {}
+        state = convert_wan_vae_to_diffusers(read_checkpoint(path))
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config(settings)
+    load_strict(model, state, f"VAE {path}", "give Wan2.1_VAE.pth or the `vae` folder of the Diffusers repository")
+    return WanVae(model.to(device=device, dtype=dtype))
