@@ -111,7 +111,7 @@ class ContextPolicy(ABC):
         self.layout = inputs.layout
         self.rope = inputs.rope
 
-    def on_event(self, kind: str, block: int) -> None:  # noqa: B027 (optional hook)
+    def on_event(self, kind: str, block: int) -> None:
         """Something outside the rollout happened before this block, e.g. ``prompt`` (a prompt switch)."""
 
     def max_context_rows(self) -> int | None:
@@ -129,21 +129,21 @@ class ContextPolicy(ABC):
     def query_indices(self) -> list[int]:
         """Temporal index of each frame of the current block, for its queries and its own keys."""
 
-    def observe_queries(self, layer: int, q: Tensor, q_rotated: Tensor) -> None:  # noqa: B027 (optional hook)
+    def observe_queries(self, layer: int, q: Tensor, q_rotated: Tensor) -> None:
         """Queries [n·f, H, head_dim] of a pass, before attention; only called if `observes_queries`."""
 
     @abstractmethod
     def expose(self, layer: int) -> Exposure:
         """Rows to attend to before the current block's own; called once per layer, in the block's first pass."""
 
-    def on_latents(self, latents: Tensor) -> None:  # noqa: B027 (optional hook)
+    def on_latents(self, latents: Tensor) -> None:
         """Clean latents [n, C, H, W] of the block, before its clean-context pass."""
 
     @abstractmethod
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Unrotated K and V [n·f, H, head_dim] of the block's clean-context pass."""
 
-    def end_block(self) -> None:  # noqa: B027 (optional hook)
+    def end_block(self) -> None:
         """After the clean-context pass was launched: the place to fetch what the next block will need."""
 
     @abstractmethod

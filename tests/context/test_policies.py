@@ -1,0 +1,306 @@
+"""What each method attends to, against its formula; prefixes, batches and replay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.context.base import Base, BaseSettings
+from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
+from lrag_ray.context.infinity_rope import InfinityRope
+from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.context.registry import policy_class, registered
+from lrag_ray.context.trace import TraceRow
+from lrag_ray.wan.config import SamplerConfig
+from tests.tiny import LATENT, SAMPLER, generate, start, tiny_transformer
+
+POOLED = RagSettings(descriptor="avg_pool")
+CASES: list[tuple[type[ContextPolicy], Any]] = [
+    (Base, BaseSettings()),
+    (Base, BaseSettings(window=7, sink=0)),
+    (Base, BaseSettings(window=-1, sink=2)),
+    (InfinityRope, BaseSettings(window=10, sink=5)),
+    (Rag, POOLED),
+    (Rag, RagSettings(window=10, sink=0, top_k=4, recent_exclude=0, descriptor="avg_pool", admission="local")),
+    (Rag, RagSettings(descriptor="avg_pool", choose="random", recent_exclude=1)),
+    (DeepForcing, DeepForcingSettings()),
+    (DeepForcing, DeepForcingSettings(recent=8, budget=11)),
+    (DeepForcing, DeepForcingSettings(window=9, sink=2, compression=False)),
+    (DeepForcing, DeepForcingSettings(window=11, sink=1, budget=8, first_sink_offset="released")),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_transformer()
+
+
+def frames(trace: list[TraceRow]) -> list[tuple[str, int, int]]:
+    return [(row.kind, row.frame, row.temporal_index) for row in trace]
+
+
+def attended(model: Any, policy: type[ContextPolicy], settings: Any, blocks: int) -> list[list[tuple[str, int, int]]]:
+    return [frames(result.trace[0]) for result in start(model, policy, settings).blocks(blocks)]
+
+
+def test_base_keeps_absolute_indices(model: Any) -> None:
+    block8 = attended(model, Base, BaseSettings(), 9)[8]
+    assert block8 == [
+        ("sink", 0, 0),
+        *[("local", frame, frame) for frame in range(16, 24)],
+        *[("current", frame, frame) for frame in range(24, 27)],
+    ]
+
+
+def test_infinity_rope_keeps_the_same_frames_at_slot_indices(model: Any) -> None:
+    base = attended(model, Base, BaseSettings(), 9)
+    relative = attended(model, InfinityRope, BaseSettings(), 9)
+    for absolute_rows, relative_rows in zip(base, relative, strict=True):
+        assert [row[:2] for row in absolute_rows] == [row[:2] for row in relative_rows]
+        assert [row[2] for row in relative_rows] == list(range(len(relative_rows)))
+
+
+def test_base_and_infinity_rope_part_when_the_window_is_full(model: Any) -> None:
+    """Blocks 0 to 3 at window 12 are equal; from block 4 on the sink's distance differs."""
+    base, relative = generate(start(model, Base), 6), generate(start(model, InfinityRope), 6)
+    assert torch.equal(base[:, :12], relative[:, :12])
+    assert (base[:, 12:15] - relative[:, 12:15]).abs().max() > 1e-3
+
+
+def test_rag_without_memory_is_infinity_rope(model: Any) -> None:
+    rag = generate(start(model, Rag, RagSettings(top_k=0, descriptor="avg_pool")), 7)
+    assert torch.equal(rag, generate(start(model, InfinityRope), 7))
+
+
+def test_rag_with_all_frames_retrieves_nothing_and_is_base_with_all_frames(model: Any) -> None:
+    rag = generate(start(model, Rag, RagSettings(window=-1, descriptor="avg_pool")), 6)
+    assert torch.equal(rag, generate(start(model, Base, BaseSettings(window=-1)), 6))
+
+
+@pytest.mark.parametrize("admission", ["cache", "local"])
+@pytest.mark.parametrize(
+    ("window", "sink", "top_k", "exclude", "n"), [(12, 1, 6, 5, 3), (10, 2, 3, 1, 3), (7, 0, 2, 0, 2)]
+)
+def test_rag_layout_follows_the_formula(
+    model: Any, window: int, sink: int, top_k: int, exclude: int, n: int, admission: Any
+) -> None:
+    """The golden README's formula of cache, budget and eligibility, computed here frame by frame."""
+    settings = RagSettings(window, sink, top_k, exclude, descriptor="avg_pool", admission=admission)
+    sampler = SamplerConfig(denoising_steps=(1000,), frames_per_block=n)
+    rollout = start(model, Rag, settings, sampler=sampler)
+    for result in rollout.blocks(12):
+        s = result.first_frame
+        end = s + n
+        length = min(end, window)
+        slot_frame = {j: j if j < sink else end - length + j for j in range(length)}
+        budget = window - sink - top_k
+        history = list(range(sink, s - window + sink)) if admission == "cache" else list(range(sink, s - (budget - n)))
+        eligible = history[: max(0, len(history) - exclude)]
+        rows = frames(result.trace[0])
+        retrieved = [row for row in rows if row[0] == "retrieved"]
+        assert len(retrieved) == min(top_k, len(eligible))
+        assert {frame for _, frame, _ in retrieved} <= set(eligible)
+        assert all(index == 0 for _, _, index in retrieved)
+        exposed = [j for j in range(length) if j < sink or j >= max(sink, length - budget)]
+        assert [(f, i) for kind, f, i in rows if kind != "retrieved"] == [(slot_frame[j], j) for j in exposed]
+        similarities = [row.similarity for row in result.trace[0] if row.kind == "retrieved"]
+        assert similarities == sorted(similarities, reverse=True)
+
+
+def test_rag_takes_the_most_similar_frames(model: Any) -> None:
+    """Selections equal a brute-force ranking of the pooled latents in float64."""
+    results = list(start(model, Rag, POOLED).blocks(12))
+    pooled = torch.cat([r.latents for r in results], dim=1)[0].double().mean(dim=(-2, -1))
+    for result in results:
+        s = result.first_frame
+        eligible = max(0, s - 12 - 5)
+        ranking = torch.nn.functional.cosine_similarity(pooled[1 : 1 + eligible], pooled[s - 1][None], dim=-1)
+        best = (ranking.argsort(descending=True)[:6] + 1).tolist() if eligible else []
+        assert [row.frame for row in result.trace[0] if row.kind == "retrieved"] == best
+
+
+@pytest.mark.parametrize("choose", ["random", "oldest", "uniform"])
+def test_rag_controls_choose_under_the_same_rules(model: Any, choose: Any) -> None:
+    settings = RagSettings(descriptor="avg_pool", choose=choose)
+    rollout = start(model, Rag, settings)
+    for result in rollout.blocks(14):
+        eligible = max(0, result.first_frame - 12 - 5)
+        chosen = [row.frame for row in result.trace[0] if row.kind == "retrieved"]
+        assert len(set(chosen)) == len(chosen) == min(6, eligible)
+        assert all(1 <= frame < 1 + eligible for frame in chosen)
+        if choose == "oldest":
+            assert chosen == list(range(1, 1 + len(chosen)))
+        if choose == "uniform" and eligible >= 12:
+            assert max(chosen) > eligible // 2 >= min(chosen)
+
+
+def test_random_choice_depends_on_the_rollout_alone(model: Any) -> None:
+    settings = RagSettings(descriptor="avg_pool", choose="random", recent_exclude=0)
+    first = attended(model, Rag, settings, 14)
+    assert first == attended(model, Rag, settings, 14)
+    other = start(model, Rag, settings, seed=1)
+    assert first != [frames(result.trace[0]) for result in other.blocks(14)]
+
+
+@pytest.mark.parametrize(("policy", "settings"), CASES)
+def test_shorter_rollouts_are_prefixes(model: Any, policy: type[ContextPolicy], settings: Any) -> None:
+    """What `horizon_free` promises: nothing of a block depends on how long the rollout will be."""
+    assert policy.horizon_free
+    short, long = list(start(model, policy, settings).blocks(5)), list(start(model, policy, settings).blocks(9))
+    for a, b in zip(short, long, strict=False):
+        assert torch.equal(a.latents, b.latents)
+        assert a.trace == b.trace
+
+
+@pytest.mark.parametrize(("policy", "settings"), CASES)
+@pytest.mark.parametrize("kept", [1, 6, 9])
+def test_replay_continues_bit_identically(model: Any, policy: type[ContextPolicy], settings: Any, kept: int) -> None:
+    whole = list(start(model, policy, settings).blocks(11))
+    resumed = start(model, policy, settings)
+    latents = torch.cat([result.latents for result in whole[:kept]], dim=1)
+    resumed.replay(latents, [result.state for result in whole[:kept]])
+    assert resumed.block == kept
+    for a, b in zip(whole[kept:], resumed.blocks(11 - kept), strict=True):
+        assert torch.equal(a.latents, b.latents)
+        assert a.trace == b.trace
+
+
+@pytest.mark.parametrize(("policy", "settings"), CASES)
+def test_batch_elements_are_independent(model: Any, policy: type[ContextPolicy], settings: Any) -> None:
+    prompts = ("a red fox", "an empty street at night")
+    together = generate(start(model, policy, settings, prompts=prompts), 9)
+    for i, prompt in enumerate(prompts):
+        alone = generate(start(model, policy, settings, prompts=(prompt,)), 9)
+        assert torch.allclose(together[i : i + 1], alone, atol=2e-5)
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None: ...
+
+    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.rows[block, step, layer] = k.clone(), v.clone()
+
+
+@pytest.mark.parametrize(("policy", "settings"), CASES)
+def test_passes_of_a_block_share_their_context_rows(model: Any, policy: type[ContextPolicy], settings: Any) -> None:
+    """Only the current rows change between the passes of a block."""
+    watch = _Watch()
+    generate(start(model, policy, settings, probe=watch), 8)
+    current = SAMPLER.frames_per_block * (LATENT[1] // 2) * (LATENT[2] // 2)
+    for (block, step, layer), (k, v) in watch.rows.items():
+        first_k, first_v = watch.rows[block, 0, layer]
+        assert torch.equal(k[:, :-current], first_k[:, :-current])
+        assert torch.equal(v[:, :-current], first_v[:, :-current])
+        if step > 0:
+            assert not torch.equal(k[:, -current:], first_k[:, -current:])
+
+
+def test_hooks_that_are_not_asked_for_are_not_called(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("observe_queries was called")
+
+    monkeypatch.setattr(Base, "observe_queries", fail)
+    generate(start(model, Base), 2)
+
+
+def test_deep_forcing_keeps_its_budget_and_reuse_limit(model: Any) -> None:
+    settings = DeepForcingSettings(max_reuse=2)
+    tokens = (LATENT[1] // 2) * (LATENT[2] // 2)
+    reused: dict[int, int] = {}
+    for result in start(model, DeepForcing, settings).blocks(12):
+        rows = [row for row in result.trace[0] if row.layer == 0]
+        assert sum(row.tokens for row in rows) <= 12 * tokens
+        for row in rows:
+            if row.kind == "compressed":
+                reused[row.frame] = reused.get(row.frame, 0) + 1
+    assert reused
+    assert max(reused.values()) <= 2
+
+
+class _Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(-2, -1)) @ self.weight.T
+
+
+def test_descriptor_ae_asks_for_its_encoder(model: Any) -> None:
+    assert Rag.needs_encoder(RagSettings())
+    with pytest.raises(ValueError, match="needs a retrieval encoder"):
+        start(model, Rag, RagSettings())
+    encoder = _Encoder()
+    rounded = RagSettings(descriptor_dtype="bfloat16")
+    assert generate(start(model, Rag, rounded, encoder=encoder), 8).isfinite().all()
+    assert encoder.weight.dtype == torch.float32, "the caller's encoder must not be changed"
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "n", "message"),
+    [
+        (Rag, RagSettings(window=9), 3, "window 9 leaves 2 latent frames .* at least 10"),
+        (Base, BaseSettings(window=3, sink=1), 3, "window 3 leaves 2 latent frames"),
+        (DeepForcing, DeepForcingSettings(recent=2), 3, "recent 2 must be at least a block's 3"),
+    ],
+)
+def test_settings_that_leave_no_room_are_refused(
+    model: Any, policy: type[ContextPolicy], settings: Any, n: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(model, policy, settings, sampler=SamplerConfig(frames_per_block=n))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: BaseSettings(window=0),
+        lambda: BaseSettings(sink=-1),
+        lambda: RagSettings(top_k=-1),
+        lambda: RagSettings(recent_exclude=-1),
+        lambda: DeepForcingSettings(sink=9, recent=4),
+        lambda: DeepForcingSettings(max_reuse=0),
+    ],
+)
+def test_impossible_settings_are_refused(build: Any) -> None:
+    with pytest.raises(ValueError, match=r"must|exceed"):
+        build()
+
+
+def test_absolute_methods_end_at_the_released_table(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"1026 latent frames: .* ends at 1024"):
+        next(start(model, Base).blocks(342))
+
+
+def test_history_frames_counts_what_the_bank_holds(model: Any) -> None:
+    for settings in (POOLED, RagSettings(descriptor="avg_pool", admission="local")):
+        rollout = start(model, Rag, settings)
+        generate(rollout, 11)
+        policy = rollout.context.policies[0]
+        assert isinstance(policy, Rag)
+        tokens = (LATENT[1] // 2) * (LATENT[2] // 2)
+        per_frame = 2 * 2 * tokens * 24 * 4
+        # The bank takes frames in when a block begins: at the start of block 10 it holds what block 10 dropped.
+        held = policy.bank.nbytes() // per_frame
+        expected = Rag.history_frames(settings, 3, 33 if settings.admission == "cache" else 30)
+        assert held == expected
+
+
+def test_registry_names_the_nearest_method() -> None:
+    assert registered() == ["base", "infinity_rope", "deep_forcing", "rag"]
+    assert policy_class("lrag_ray.context.rag:Rag") is Rag
+    with pytest.raises(ValueError, match="did you mean 'deep_forcing'"):
+        policy_class("deep_forsing")
+    with pytest.raises(ValueError, match="cannot import 'no_such_module'"):
+        policy_class("no_such_module:Policy")
+    with pytest.raises(ValueError, match="has no 'Nope'"):
+        policy_class("lrag_ray.context.rag:Nope")
+    with pytest.raises(ValueError, match=r"is no lrag_ray\.context"):
+        policy_class("lrag_ray.context.rag:RagSettings")

@@ -1,0 +1,100 @@
+"""The rules of the house: which package may import which, and what the science runs without."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "lrag_ray"
+
+LAYERS: list[set[str]] = [
+    {"cli"},
+    {"engine", "bench", "conformance"},
+    {"report", "scoring", "rollout", "store"},
+    {"context", "retrieval", "video"},
+    {"wan"},
+]
+"""From top to bottom: a package imports its own layer and those below. `config` may be read by all above the science;
+`errors` and the package root by everyone."""
+
+SCIENCE = {"wan", "context", "retrieval", "rollout", "video", "scoring"}
+FORBIDDEN_IN_SCIENCE = {"ray", "typer", "s3fs", "fsspec", "botocore", "aiobotocore", "boto3"}
+BARE = {"wan", "context", "retrieval", "rollout"}
+"""Packages that import with torch, numpy and safetensors alone."""
+
+
+def _imports(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(node.module or "")
+    return names
+
+
+def _layer(package: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if package in layer)
+
+
+def test_every_package_has_its_place() -> None:
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert packages == set().union(*LAYERS) | {"config"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).parts
+    if len(parts) == 1:
+        return
+    own = parts[0]
+    for name in _imports(path):
+        pieces = name.split(".")
+        if own in SCIENCE:
+            assert pieces[0] not in FORBIDDEN_IN_SCIENCE, f"{own} imports {name}"
+        if pieces[0] != "lrag_ray" or len(pieces) < 2 or pieces[1] == "errors":
+            continue
+        imported = pieces[1]
+        if own == "config":
+            assert imported in {"config", "context", "wan", "store"}, f"config imports {name}"
+        elif imported == "config":
+            assert own not in BARE, f"{own} imports {name}: the science knows no configuration files"
+        else:
+            assert _layer(own) <= _layer(imported), f"{own} imports {name}: an import never points up"
+
+
+def test_the_science_imports_with_torch_numpy_and_safetensors_alone() -> None:
+    """A fresh interpreter that refuses everything else that is installed beside the three and what they need."""
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for package in sorted(BARE)
+        for path in sorted((PACKAGE / package).rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    program = f"""
+import sys
+refused = {{"ray", "av", "diffusers", "transformers", "pydantic", "omegaconf", "yaml", "fsspec", "s3fs", "pyarrow",
+            "pandas", "typer", "rich", "matplotlib", "torchvision", "ftfy", "sentencepiece", "jinja2", "scipy"}}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in refused:
+            raise ImportError("refused: " + name)
+sys.meta_path.insert(0, Refuse())
+import importlib
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_are_one_concept_long() -> None:
+    long = {
+        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500
+    }
+    assert not long, f"past 500 lines a file is two concepts: {long}"

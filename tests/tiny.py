@@ -1,0 +1,61 @@
+"""A tiny real generator and rollouts of it, for tests of the science."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.rollout.noise import KeyedNoise
+from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.wan.random_weights import fill_random, keyed_generator
+from lrag_ray.wan.transformer import CausalWanTransformer
+
+CONFIG = WanConfig(dim=24, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=2)
+LATENT = (16, 4, 6)
+SAMPLER = SamplerConfig(denoising_steps=(1000, 500))
+
+
+def tiny_transformer() -> CausalWanTransformer:
+    model = CausalWanTransformer(CONFIG)
+    fill_random(model, seed=3)
+    return model.eval().requires_grad_(False)
+
+
+def prompt_embeds(*prompts: str) -> Tensor:
+    rows = [torch.randn(CONFIG.text_len, CONFIG.text_dim, generator=keyed_generator("text", p)) for p in prompts]
+    return torch.stack(rows)
+
+
+def start(
+    transformer: CausalWanTransformer,
+    policy: type[ContextPolicy],
+    settings: Any = None,
+    *,
+    prompts: tuple[str, ...] = ("a red fox",),
+    sampler: SamplerConfig = SAMPLER,
+    encoder: nn.Module | None = None,
+    probe: Any = None,
+    seed: int = 0,
+) -> Rollout:
+    noise = KeyedNoise(seed, prompts, [0] * len(prompts), (sampler.frames_per_block, *LATENT))
+    return Rollout(
+        transformer,
+        sampler,
+        policy,
+        settings if settings is not None else policy.Settings(),
+        prompt_embeds(*prompts),
+        noise,
+        LATENT,
+        encoder=encoder,
+        keys=[(seed, prompt, 0) for prompt in prompts],
+        probe=probe,
+    )
+
+
+def generate(rollout: Rollout, blocks: int) -> Tensor:
+    """Latents [B, F, C, H, W] of the next blocks."""
+    return torch.cat([result.latents for result in rollout.blocks(blocks)], dim=1)
