@@ -85,7 +85,7 @@ def _check_tensors(record: Record | None, vectors: Vectors | None, sheet: Sheet)
     _check_counts(golden, model, sheet)
     loss_config = LossConfig(**known_fields(LossConfig, golden["ae_config"]))
     losses = encoder_losses(model, batch, loss_config)
-    losses.total.backward()  # type: ignore[no-untyped-call]
+    losses.total.backward()
     if "losses" in golden:
         _check_losses("losses", losses, golden["losses"], sheet)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

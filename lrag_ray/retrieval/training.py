@@ -40,7 +40,7 @@ def train_step(
     """One step on `batch` [B, S, C, H, W]; returns the detached losses before the step."""
     optimizer.zero_grad(set_to_none=True)
     terms = encoder_losses(model, batch, losses)
-    terms.total.backward()  # type: ignore[no-untyped-call]
+    terms.total.backward()
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
