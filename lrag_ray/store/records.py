@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+
+def now_utc() -> str:
+    """The time as records write it: UTC, ISO 8601, whole milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class Record(BaseModel):
@@ -67,3 +75,51 @@ class Commit(Record):
     """Seconds spent per stage up to this horizon (load, denoise, context, decode, store)."""
     created_at: str
     """UTC, ISO 8601."""
+
+
+class PartRecord(Record):
+    """``attempt-<id>/part-<first>-<end>.json``: written after its two files, so a part without it does not exist.
+
+    Parts are the checkpoints of a rollout: a later attempt continues from any unbroken chain of them.
+    """
+
+    rollout_key: str
+    attempt: str
+    latents: LatentPart
+    trace: FileRecord
+    device_kind: str
+
+    @property
+    def first_frame(self) -> int:
+        """First latent frame."""
+        return self.latents.first_frame
+
+    @property
+    def end_frame(self) -> int:
+        """One past the last latent frame."""
+        return self.latents.first_frame + self.latents.frames
+
+
+class FailureRecord(Record):
+    """``failures/<backbone>/<method>/<prompt_id>-<sample>/<attempt>.json``: why an attempt brought no result."""
+
+    rollout: RolloutId
+    rollout_key: str
+    attempt: str
+    kind: Literal["exception", "death", "out_of_memory"]
+    """exception: the rollout itself raised. death, out_of_memory: its worker or node went away."""
+    counted: bool
+    """Whether the attempt counts against `engine.max_attempts`."""
+    counted_attempts: int
+    """Counted attempts so far, this one included."""
+    quarantined: bool
+    """The rollout was given up after this attempt; the next start of the run tries it again."""
+    reason: str
+    """One line."""
+    traceback: str
+    created_at: str
+
+    @property
+    def path(self) -> str:
+        """Where the record lies below the run."""
+        return f"failures/{self.rollout.path.removeprefix('rollouts/')}/{self.attempt}.json"

@@ -1,0 +1,92 @@
+"""The two ways anything is written to a run: once only, or atomically for readers.
+
+A commit is created once: locally a temporary file is hard-linked to its final name, on object stores the put
+carries If-None-Match. Everything else is written to a temporary and renamed, or in a single put.
+``with fs.open(..., "wb")`` is never used on an object store, because an exception inside the block publishes the
+truncated object.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+TEMPORARY_PREFIX = ".tmp-"
+"""File names that start so are unfinished writes and never listed."""
+
+
+def create_once(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
+    """Write `data` to `path` unless it exists; True if this call created it.
+
+    Atomic on local and POSIX file systems and on stores that honour If-None-Match (`Storage.probe` tells). Readers
+    see the whole file or none.
+    """
+    if isinstance(fs, LocalFileSystem):
+        temporary = _write_temporary(Path(path), data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:
+    """Write or replace `path` with `data`, so that a reader sees the old bytes or the new ones."""
+    if isinstance(fs, LocalFileSystem):
+        _write_temporary(Path(path), data).replace(path)
+    else:
+        fs.pipe_file(path, data)
+
+
+def put_atomic(fs: AbstractFileSystem, source: Path, path: str) -> None:
+    """Copy the local file `source` to `path` without reading it into memory; atomic for readers."""
+    if isinstance(fs, LocalFileSystem):
+        target = Path(path)
+        temporary = _temporary_name(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fs.put_file(str(source), str(temporary))
+            _sync(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    else:
+        fs.put_file(str(source), path)
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+
+
+def _write_temporary(target: Path, data: bytes) -> Path:
+    """Write `data` beside `target`, on disk before it gets its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(target)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

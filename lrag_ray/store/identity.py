@@ -1,0 +1,165 @@
+"""What a run is, as written to ``run.json``, and the key of everything that determines a rollout's latents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from lrag_ray.store.records import Record, RolloutId
+
+FORMAT_VERSION = 1
+"""Layout of the run directory; raised when an older program could misread a newer run."""
+
+JsonValue = Any
+"""None, bool, int, float, str, and lists and dicts of them."""
+
+
+class Horizon(Record):
+    """A duration of the configuration in latent frames of one backbone."""
+
+    duration_s: float
+    latent_frames: int
+
+
+class BackboneIdentity(Record):
+    """A generator, by what determines its results."""
+
+    latents: dict[str, JsonValue]
+    """What determines the latents: sizes, weights' digests, sampler, latent shape, dtype, attention, text encoder."""
+    pixels: dict[str, JsonValue]
+    """What determines the pixels besides: the VAE."""
+    label: str
+    """Shown beside the name; free to change."""
+    frames_per_block: int
+    horizons: list[Horizon]
+    """By duration; grows."""
+
+
+class MethodIdentity(Record):
+    """A context policy with resolved settings; files are named by their digest."""
+
+    method: str
+    settings: dict[str, JsonValue]
+    nested: bool
+    """Shorter durations are prefixes of the longest rollout; otherwise each horizon is a rollout of its own."""
+
+
+class PromptIdentity(Record):
+    """One prompt of the run."""
+
+    index: int
+    """Line number in the prompt file, from 0."""
+    text: str
+
+
+class RunIdentity(Record):
+    """Content of ``run.json``. Grows by prompts, samples, methods, backbones and durations; else never changes."""
+
+    format_version: int = FORMAT_VERSION
+    numerics_version: int
+    seed: int
+    samples: int
+    video: dict[str, JsonValue]
+    backbones: dict[str, BackboneIdentity]
+    methods: dict[str, MethodIdentity]
+    prompts: dict[str, PromptIdentity]
+    """By prompt_id, in file order."""
+    created_at: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Program versions that created the run; for people."""
+
+    def rollout_key(self, rollout: RolloutId, latent_frames: int) -> str:
+        """Hash of all that determines the latents of `rollout` up to `latent_frames`; KeyError if not in the run.
+
+        Names of backbones and methods, line numbers, engine, storage and display settings are not in it; the horizon
+        is only where the method is not nested.
+        """
+        method = self.methods[rollout.method]
+        return canonical_digest(
+            {
+                "numerics_version": self.numerics_version,
+                "seed": self.seed,
+                "backbone": self.backbones[rollout.backbone].latents,
+                "method": method.method,
+                "settings": method.settings,
+                "prompt": self.prompts[rollout.prompt_id].text,
+                "sample": rollout.sample,
+                "latent_frames": None if method.nested else latent_frames,
+            }
+        )
+
+    def knows(self, rollout: RolloutId) -> bool:
+        """Whether the rollout belongs to the run as it is written down."""
+        return (
+            rollout.backbone in self.backbones
+            and rollout.method in self.methods
+            and rollout.prompt_id in self.prompts
+            and 0 <= rollout.sample < self.samples
+        )
+
+
+def canonical_digest(value: JsonValue) -> str:
+    """Hex SHA-256 of the canonical JSON of `value` (sorted keys, no spaces, UTF-8)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
+    """Changes from `stored` to `wanted` that are not growth, one line each, by key path."""
+    found = [
+        *_compare("run.seed", stored.seed, wanted.seed),
+        *_compare("numerics_version (of lrag-ray)", stored.numerics_version, wanted.numerics_version),
+        *_compare("video", stored.video, wanted.video),
+    ]
+    for name in stored.backbones.keys() & wanted.backbones.keys():
+        old, new = stored.backbones[name], wanted.backbones[name]
+        for part in ("latents", "pixels"):
+            found += _compare(f"backbones.{name}", getattr(old, part), getattr(new, part))
+    for name in stored.methods.keys() & wanted.methods.keys():
+        found += _compare(
+            f"methods.{name}",
+            stored.methods[name].model_dump(),
+            wanted.methods[name].model_dump(),
+        )
+    lines = {prompt.index: prompt.text for prompt in stored.prompts.values()}
+    for prompt in wanted.prompts.values():
+        old_text = lines.get(prompt.index, prompt.text)
+        found += _compare(f"prompts, line {prompt.index + 1}", _shortened(old_text), _shortened(prompt.text))
+        if old_text != prompt.text and _shortened(old_text) == _shortened(prompt.text):
+            found.append(f"prompts, line {prompt.index + 1}: the texts differ after their first words")
+    return sorted(found)
+
+
+def grown(stored: RunIdentity, wanted: RunIdentity) -> RunIdentity:
+    """`stored` with what `wanted` adds to it; only defined where `differences` finds none."""
+    backbones = dict(stored.backbones)
+    for name, backbone in wanted.backbones.items():
+        known = backbones[name].horizons if name in backbones else []
+        by_duration = {horizon.duration_s: horizon for horizon in [*known, *backbone.horizons]}
+        horizons = [by_duration[duration] for duration in sorted(by_duration)]
+        backbones[name] = backbone.model_copy(update={"horizons": horizons})
+    prompts = sorted({**stored.prompts, **wanted.prompts}.items(), key=lambda item: item[1].index)
+    return stored.model_copy(
+        update={
+            "samples": max(stored.samples, wanted.samples),
+            "backbones": backbones,
+            "methods": {**stored.methods, **wanted.methods},
+            "prompts": dict(prompts),
+        }
+    )
+
+
+def _compare(path: str, old: JsonValue, new: JsonValue) -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _compare(f"{path}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield f"{path}: {old!r} in the run, {new!r} in the configuration"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,182 @@
+"""Latent parts: what a rollout has finished so far, on storage.
+
+A part is a safetensors file of consecutive latent frames (and, per block, what replay cannot rebuild), a parquet
+file with the trace rows of the same blocks, and a record that names both with sizes and checksums. Equal rollouts
+write equal bytes: nothing of the attempt, the time or the machine is in the two files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from lrag_ray.context.trace import TraceRow
+from lrag_ray.store.address import Storage
+from lrag_ray.store.records import FileRecord, LatentPart, PartRecord
+
+TRACE_SCHEMA = pa.schema(
+    [
+        ("block", pa.int32()),
+        ("layer", pa.int16()),
+        ("kind", pa.string()),
+        ("frame", pa.int32()),
+        ("temporal_index", pa.int32()),
+        ("tokens", pa.int32()),
+        ("similarity", pa.float32()),
+    ]
+)
+"""Columns of a trace part: the fields of `TraceRow`."""
+
+
+class FinishedBlock(NamedTuple):
+    """One block of one rollout, in host memory."""
+
+    block: int
+    """Block index, from 0."""
+    latents: Tensor
+    """Clean latents [frames_per_block, C, H, W] on the CPU."""
+    trace: list[TraceRow]
+    """Rows attended to."""
+    state: dict[str, Tensor]
+    """What replay cannot rebuild; empty for most methods."""
+
+
+class BrokenPartError(Exception):
+    """A part's files are missing, short or corrupt; the message says which and how."""
+
+
+class StoredPart(NamedTuple):
+    """A part that was read back and found whole."""
+
+    record: PartRecord
+    blocks: list[FinishedBlock]
+
+
+class PartChain(NamedTuple):
+    """The unbroken sequence of whole parts from frame 0 on."""
+
+    parts: list[StoredPart]
+    broken: list[str]
+    """What was wrong with the parts that were not taken, one line each."""
+
+    @property
+    def end_frame(self) -> int:
+        """Latent frames that need not be generated again."""
+        return self.parts[-1].record.end_frame if self.parts else 0
+
+
+def write_part(
+    storage: Storage, folder: str, blocks: Sequence[FinishedBlock], *, rollout_key: str, device_kind: str
+) -> PartRecord:
+    """Write consecutive `blocks` as one part into `folder` (``…/attempt-<id>``), its record last."""
+    frames_per_block = blocks[0].latents.shape[0]
+    first = blocks[0].block * frames_per_block
+    frames = sum(block.latents.shape[0] for block in blocks)
+    name = f"{folder}/part-{first:05d}-{first + frames:05d}"
+    tensors = {"latents": torch.cat([block.latents for block in blocks]).contiguous()}
+    for block in blocks:
+        for key, value in block.state.items():
+            tensors[f"state.{block.block}.{key}"] = value.cpu().contiguous()
+    latents = _write_file(storage, f"{name}.safetensors", save_safetensors(tensors))
+    trace = _write_file(
+        storage, f"{name}.trace.parquet", _trace_bytes([row for block in blocks for row in block.trace])
+    )
+    record = PartRecord(
+        rollout_key=rollout_key,
+        attempt=folder.rsplit("/attempt-", 1)[-1],
+        latents=LatentPart(**latents.model_dump(), first_frame=first, frames=frames),
+        trace=trace,
+        device_kind=device_kind,
+    )
+    storage.write(f"{name}.json", record.model_dump_json(indent=1).encode())
+    return record
+
+
+def read_part(storage: Storage, record: PartRecord, frames_per_block: int) -> StoredPart:
+    """Read a part back; BrokenPartError unless both files are exactly what the record says."""
+    tensors = load_safetensors(_read_checked(storage, record.latents))
+    latents = tensors.get("latents")
+    if latents is None or latents.dim() != 4 or latents.shape[0] != record.latents.frames:
+        raise BrokenPartError(f"{record.latents.path} does not hold {record.latents.frames} latent frames")
+    if record.first_frame % frames_per_block or record.latents.frames % frames_per_block:
+        raise BrokenPartError(f"{record.latents.path} does not hold whole blocks of {frames_per_block} latent frames")
+    first_block = record.first_frame // frames_per_block
+    trace: dict[int, list[TraceRow]] = {}
+    for row in read_trace(_read_checked(storage, record.trace)):
+        trace.setdefault(row.block, []).append(row)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("state."):
+            _, block, name = key.split(".", 2)
+            state.setdefault(int(block), {})[name] = value
+    blocks = [
+        FinishedBlock(index, chunk, trace.get(index, []), state.get(index, {}))
+        for index, chunk in enumerate(latents.split(frames_per_block), start=first_block)
+    ]
+    return StoredPart(record, blocks)
+
+
+def read_chain(
+    storage: Storage, candidates: Sequence[PartRecord], *, rollout_key: str, frames_per_block: int
+) -> PartChain:
+    """The longest unbroken chain of whole parts with this key; parts of any attempt may follow one another.
+
+    At each frame the part that reaches furthest is tried first; a broken one is left for the next and reported.
+    """
+    usable = [record for record in candidates if record.rollout_key == rollout_key]
+    usable.sort(key=lambda record: (record.end_frame, record.latents.path), reverse=True)
+    chain: list[StoredPart] = []
+    broken: list[str] = []
+    end = 0
+    while True:
+        for record in usable:
+            if record.first_frame != end or record.end_frame <= end:
+                continue
+            try:
+                chain.append(read_part(storage, record, frames_per_block))
+            except BrokenPartError as error:
+                broken.append(str(error))
+                continue
+            break
+        else:
+            return PartChain(chain, broken)
+        end = chain[-1].record.end_frame
+
+
+def read_trace(data: bytes) -> list[TraceRow]:
+    """Rows of a trace part."""
+    table = pq.read_table(io.BytesIO(data), schema=TRACE_SCHEMA)
+    return [TraceRow(**row) for row in table.to_pylist()]
+
+
+def _trace_bytes(rows: Sequence[TraceRow]) -> bytes:
+    columns = {name: [getattr(row, name) for row in rows] for name in TRACE_SCHEMA.names}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), sink)
+    return sink.getvalue()
+
+
+def _write_file(storage: Storage, path: str, data: bytes) -> FileRecord:
+    storage.write(path, data)
+    return FileRecord(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read_checked(storage: Storage, record: FileRecord) -> bytes:
+    try:
+        data = storage.read_bytes(record.path)
+    except FileNotFoundError:
+        raise BrokenPartError(f"{record.path} is missing") from None
+    if len(data) != record.size_bytes:
+        raise BrokenPartError(f"{record.path} has {len(data)} bytes instead of {record.size_bytes}")
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise BrokenPartError(f"{record.path} does not have the recorded checksum")
+    return data

@@ -1,0 +1,260 @@
+"""The run directory: ``run.json``, commits, parts and failures below one address.
+
+::
+
+    RUN/
+      run.json                          what the run is (`RunIdentity`)
+      rollouts/<backbone>/<method>/<prompt_id>-<sample>/
+          attempt-<id>/                 parts and videos that one attempt wrote
+          commit-<latent_frames>.json   one per reached horizon, created once
+      failures/<backbone>/<method>/<prompt_id>-<sample>/<attempt>.json
+      embeddings/<text encoder>/<prompt>.safetensors
+      scores/<suite>/…  summary/…
+
+A commit counts if it can be read, lies where it says it belongs, and every file it names has the recorded size. A
+commit that does not count keeps its name occupied (commits are created once), so before the horizon is made again it is
+renamed to ``commit-<latent_frames>.json.invalid-<random>``, where it stays for people to look at.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from lrag_ray.errors import IdentityError, StorageError
+from lrag_ray.store.address import Storage
+from lrag_ray.store.identity import FORMAT_VERSION, RunIdentity, differences, grown
+from lrag_ray.store.records import Commit, FailureRecord, FileRecord, PartRecord, RolloutId
+
+RUN_FILE = "run.json"
+_COMMIT = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/commit-(\d+)\.json$")
+_PART = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/part-(\d+)-(\d+)\.json$")
+_MOST_DIFFERENCES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class CommitState:
+    """One commit record as found."""
+
+    path: str
+    commit: Commit | None
+    """The record, or None where it cannot be read."""
+    problem: str | None
+    """Why it does not count, or None."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What one recursive listing of the rollouts showed."""
+
+    files: Mapping[str, int]
+    """Sizes by path."""
+    commits: Mapping[str, Mapping[int, CommitState]]
+    """By rollout folder and horizon in latent frames."""
+    part_records: Mapping[str, list[str]]
+    """Paths of part records by rollout folder."""
+
+    def valid_commits(self, rollout: RolloutId) -> dict[int, Commit]:
+        """Commits of `rollout` that count, by horizon."""
+        states = self.commits.get(rollout.path, {})
+        return {frames: s.commit for frames, s in sorted(states.items()) if s.commit is not None and s.problem is None}
+
+    def covering(self, rollout: RolloutId, latent_frames: int, rollout_key: str) -> Commit | None:
+        """The commit that makes the cell done: the shortest with this key for the horizon or a longer one."""
+        for frames, commit in self.valid_commits(rollout).items():
+            if frames >= latent_frames and commit.rollout_key == rollout_key:
+                return commit
+        return None
+
+    def problems(self) -> list[CommitState]:
+        """Commits that do not count."""
+        return [state for states in self.commits.values() for state in states.values() if state.problem is not None]
+
+    def frames_stored(self, rollout: RolloutId) -> int:
+        """Latent frames up to which parts exist, by their names alone (unread, so an upper bound)."""
+        ends = (int(match[3]) for path in self.part_records.get(rollout.path, ()) if (match := _PART.match(path)))
+        return max(ends, default=0)
+
+
+class RunDirectory:
+    """One run at one address. Raises StorageError for an address that cannot be opened."""
+
+    def __init__(self, uri: str) -> None:
+        self.storage = Storage(uri)
+
+    @property
+    def uri(self) -> str:
+        """The address as it may be shown (no credentials)."""
+        return self.storage.uri
+
+    def read(self) -> RunIdentity | None:
+        """What the run is, or None where there is no run yet; StorageError if ``run.json`` cannot be understood."""
+        try:
+            data = self.storage.read_bytes(RUN_FILE)
+        except FileNotFoundError:
+            return None
+        try:
+            identity = RunIdentity.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'its start'}"
+        else:
+            if identity.format_version == FORMAT_VERSION:
+                return identity
+            reason = f"its format_version is {identity.format_version}"
+        raise StorageError(
+            f"{self.uri}/{RUN_FILE} is not a run of format {FORMAT_VERSION} ({reason}). It was written by another "
+            "version of lrag-ray or damaged: use that version, or set run.uri to a new address"
+        )
+
+    def require(self) -> RunIdentity:
+        """What the run is; StorageError where there is no run."""
+        identity = self.read()
+        if identity is None:
+            raise StorageError(f"{self.uri} holds no {RUN_FILE}: there is no run at this address")
+        return identity
+
+    def ensure(self, wanted: RunIdentity) -> RunIdentity:
+        """Create the run or grow it to hold `wanted`; IdentityError, and nothing written, if it is another run."""
+        stored = self.read()
+        if stored is None:
+            if self.storage.create(RUN_FILE, _json(wanted)):
+                return wanted
+            stored = self.require()
+        changes = differences(stored, wanted)
+        if changes:
+            raise IdentityError(_refusal(f"{self.uri} holds a run with other settings", changes))
+        union = grown(stored, wanted)
+        if union != stored:
+            self.storage.write(RUN_FILE, _json(union))
+        return union
+
+    def inventory(self, rollout: RolloutId | None = None) -> Inventory:
+        """List the run (or one rollout) once and read its commits."""
+        files = self.storage.list_files(rollout.path if rollout else "rollouts")
+        commit_paths = {path: match for path in files if (match := _COMMIT.match(path))}
+        contents = self.storage.read_many(list(commit_paths))
+        commits: dict[str, dict[int, CommitState]] = {}
+        for path, data in contents.items():
+            match = commit_paths[path]
+            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
+        parts: dict[str, list[str]] = {}
+        for path in sorted(files):
+            if match_part := _PART.match(path):
+                parts.setdefault(match_part[1], []).append(path)
+        return Inventory(files, commits, parts)
+
+    def commits(self) -> list[Commit]:
+        """All commits that count, ordered by rollout and horizon."""
+        inventory = self.inventory()
+        return [
+            state.commit
+            for folder in sorted(inventory.commits)
+            for _, state in sorted(inventory.commits[folder].items())
+            if state.commit is not None and state.problem is None
+        ]
+
+    def refuse_foreign_commits(self, identity: RunIdentity, inventory: Inventory) -> None:
+        """IdentityError if a commit was made with other settings than the run's."""
+        foreign = [
+            f"{state.path}: rollout key {state.commit.rollout_key[:12]}…, expected {key[:12]}…"
+            for states in inventory.commits.values()
+            for state in states.values()
+            if state.commit is not None
+            and identity.knows(state.commit.rollout)
+            and (key := identity.rollout_key(state.commit.rollout, state.commit.latent_frames))
+            != state.commit.rollout_key
+        ]
+        if foreign:
+            raise IdentityError(_refusal(f"{self.uri} holds commits that were made with other settings", foreign))
+
+    def part_records(self, inventory: Inventory, rollout: RolloutId) -> tuple[list[PartRecord], list[str]]:
+        """Part records of `rollout`, and what is wrong with those that cannot be read."""
+        records, broken = [], []
+        for path, data in self.storage.read_many(inventory.part_records.get(rollout.path, [])).items():
+            try:
+                record = PartRecord.model_validate_json(data)
+            except ValidationError:
+                broken.append(f"{path} is not a part record")
+                continue
+            if _named_elsewhere(rollout.path, [record.latents, record.trace]):
+                broken.append(f"{path} names files of another rollout")
+            else:
+                records.append(record)
+        return records, broken
+
+    def commit(self, record: Commit) -> bool:
+        """Create the commit; False if another attempt was first (its commit stands)."""
+        return self.storage.create(f"{record.rollout.path}/commit-{record.latent_frames}.json", _json(record))
+
+    def set_aside(self, state: CommitState) -> str:
+        """Rename a commit that does not count, so that its horizon can be committed again; returns its new path."""
+        target = f"{state.path}.invalid-{secrets.token_hex(4)}"
+        self.storage.move(state.path, target)
+        return target
+
+    def record_failure(self, failure: FailureRecord) -> None:
+        """Write why an attempt failed."""
+        self.storage.write(failure.path, _json(failure))
+
+    def failures(self) -> list[FailureRecord]:
+        """All failures, oldest first."""
+        paths = [path for path in self.storage.list_files("failures") if path.endswith(".json")]
+        records = [FailureRecord.model_validate_json(data) for data in self.storage.read_many(paths).values()]
+        return sorted(records, key=lambda record: record.created_at)
+
+
+def new_attempt_id() -> str:
+    """A name that no other attempt has; sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+
+
+def _json(record: Commit | FailureRecord | RunIdentity) -> bytes:
+    return record.model_dump_json(indent=1).encode()
+
+
+def _examined(path: str, folder: str, latent_frames: int, data: bytes, files: Mapping[str, int]) -> CommitState:
+    try:
+        commit = Commit.model_validate_json(data)
+    except ValidationError as error:
+        return CommitState(path, None, f"not a commit record: {error.errors()[0]['msg']}")
+    if commit.rollout.path != folder or commit.latent_frames != latent_frames:
+        return CommitState(path, commit, f"belongs to {commit.rollout.path}, {commit.latent_frames} latent frames")
+    return CommitState(path, commit, next(_file_problems(commit, files), None))
+
+
+def _file_problems(commit: Commit, files: Mapping[str, int]) -> Iterator[str]:
+    named = [*commit.latent_parts, *commit.trace_parts, *([commit.video] if commit.video else [])]
+    yield from (f"names {path}, a file of another rollout" for path in _named_elsewhere(commit.rollout.path, named))
+    end = 0
+    for part in commit.latent_parts:
+        if part.first_frame != end:
+            yield f"latent parts do not follow one another at frame {end}"
+        end = part.first_frame + part.frames
+    if end != commit.latent_frames:
+        yield f"latent parts end at frame {end}"
+    for file in named:
+        size = files.get(file.path)
+        if size is None:
+            yield f"names {file.path}, which is missing"
+        elif size != file.size_bytes:
+            yield f"names {file.path}, which has {size} bytes instead of {file.size_bytes}"
+
+
+def _named_elsewhere(folder: str, files: list[FileRecord]) -> list[str]:
+    return [file.path for file in files if not file.path.startswith(f"{folder}/attempt-")]
+
+
+def _refusal(headline: str, lines: list[str]) -> str:
+    shown = lines[:_MOST_DIFFERENCES_SHOWN]
+    more = [f"… and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []
+    listed = "\n".join(f"  {line}" for line in [*shown, *more])
+    return (
+        f"{headline}:\n{listed}\nTwo ways out: set run.uri to a new address, or put these values back in the "
+        "configuration (a changed backbone or method can be added under a new name)"
+    )
