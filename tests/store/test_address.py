@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.errors import StorageError
+from lrag_ray.store.address import Storage, redact
+
+
+def test_files_are_listed_with_sizes_read_moved_and_removed(run_uri: str, tmp_path: Path) -> None:
+    storage = Storage(run_uri)
+    assert storage.list_files() == {}
+    storage.write("a/b/one.txt", b"one")
+    storage.write("a/b/one.txt", b"three")
+    local = tmp_path / "source.bin"
+    local.write_bytes(b"x" * 1000)
+    storage.put_file(local, "a/two.bin")
+    assert storage.list_files() == {"a/b/one.txt": 5, "a/two.bin": 1000}
+    assert storage.list_files("a/b") == {"a/b/one.txt": 5}
+    assert storage.list_files("nothing/here") == {}
+    assert storage.read_bytes("a/b/one.txt") == b"three"
+    assert storage.read_many(["a/b/one.txt", "a/gone.txt"]) == {"a/b/one.txt": b"three"}
+    storage.get_file("a/two.bin", tmp_path / "target.bin")
+    assert (tmp_path / "target.bin").read_bytes() == b"x" * 1000
+    storage.move("a/b/one.txt", "a/moved.txt")
+    storage.remove("a/two.bin")
+    assert storage.list_files() == {"a/moved.txt": 5}
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a/b/one.txt")
+
+
+def test_of_many_concurrent_creates_exactly_one_wins(run_uri: str) -> None:
+    storage = Storage(run_uri)
+    start = threading.Barrier(8)
+    won: list[int] = []
+
+    def create(writer: int) -> None:
+        start.wait()
+        if storage.create("commit.json", f"writer {writer}".encode()):
+            won.append(writer)
+
+    threads = [threading.Thread(target=create, args=(writer,)) for writer in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read_bytes("commit.json") == f"writer {won[0]}".encode()
+    assert storage.list_files() == {"commit.json": 8}
+
+
+def test_probe_leaves_nothing_and_sees_that_create_only_is_honoured(run_uri: str) -> None:
+    storage = Storage(run_uri)
+    assert storage.probe().create_only
+    assert storage.list_files() == {}
+
+
+def test_an_address_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot write .*file/run.*set run.uri"):
+        Storage(str(tmp_path / "file" / "run")).probe()
+
+
+def test_a_missing_bucket_is_named(s3_bucket: str) -> None:
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/run.*credentials"):
+        Storage("s3://no-such-bucket/run").probe()
+
+
+def test_an_unknown_scheme_is_refused_without_its_credentials() -> None:
+    with pytest.raises(StorageError, match="nosuch") as caught:
+        Storage("nosuch://user:hunter2@host/run")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../b", "a\\b"])
+def test_a_recorded_path_cannot_leave_the_run(tmp_path: Path, path: str) -> None:
+    with pytest.raises(StorageError, match="not inside the run"):
+        Storage(str(tmp_path)).read_bytes(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ftp://me:hunter2@host/x",
+        "secret=hunter2",
+        "{'aws_secret_access_key': 'hunter2'}",
+        "https://host/x?X-Amz-Signature=hunter2&y=1",
+    ],
+)
+def test_redaction_removes_secrets(text: str) -> None:
+    assert "hunter2" not in redact(text)
+
+
+def test_redaction_keeps_ordinary_text() -> None:
+    text = "/data/runs/demo: 3 tokens per frame, s3://bucket/run"
+    assert redact(text) == text

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lrag_ray.store.identity import Horizon, MethodIdentity, PromptIdentity, differences, grown
+from tests.store.make import make_identity, rollout_id
+
+
+def test_the_key_depends_on_what_determines_the_latents_only() -> None:
+    identity = make_identity()
+    backbone = identity.backbones["tiny"]
+    key = identity.rollout_key(rollout_id(), 6)
+    same = [
+        make_identity(video={"fps": 24}),
+        make_identity(samples=4),
+        make_identity(backbones={"tiny": backbone.model_copy(update={"pixels": {"vae": "v1"}, "label": "x"})}),
+        make_identity(prompts={"00000-aa": PromptIdentity(index=7, text="a")}),
+    ]
+    other = [
+        make_identity(seed=1),
+        make_identity(numerics_version=2),
+        make_identity(backbones={"tiny": backbone.model_copy(update={"latents": {"weights": "w1"}})}),
+        make_identity(methods={"base": MethodIdentity(method="base", settings={"window": 9}, nested=True)}),
+        make_identity(prompts={"00000-aa": PromptIdentity(index=0, text="A")}),
+    ]
+    assert {one.rollout_key(rollout_id(), 6) for one in same} == {key}
+    assert len({one.rollout_key(rollout_id(), 6) for one in other} | {key}) == 1 + len(other)
+    assert identity.rollout_key(rollout_id().model_copy(update={"sample": 1}), 6) != key
+
+
+def test_the_horizon_is_in_the_key_only_where_durations_are_not_nested() -> None:
+    nested = make_identity()
+    assert nested.rollout_key(rollout_id(), 6) == nested.rollout_key(rollout_id(), 12)
+    alone = make_identity(methods={"base": MethodIdentity(method="base", settings={}, nested=False)})
+    assert alone.rollout_key(rollout_id(), 6) != alone.rollout_key(rollout_id(), 12)
+
+
+def test_growth_is_no_difference() -> None:
+    stored = make_identity()
+    backbone = stored.backbones["tiny"]
+    wanted = make_identity(
+        samples=2,
+        backbones={
+            "tiny": backbone.model_copy(update={"horizons": [Horizon(duration_s=6, latent_frames=24)]}),
+            "second": backbone,
+        },
+        methods={"rag": MethodIdentity(method="rag", settings={}, nested=True)},
+        prompts={"00002-cc": PromptIdentity(index=2, text="c")},
+    )
+    assert differences(stored, wanted) == []
+    union = grown(stored, wanted)
+    assert union.samples == 2
+    assert [h.latent_frames for h in union.backbones["tiny"].horizons] == [6, 12, 24]
+    assert set(union.backbones) == {"tiny", "second"} and set(union.methods) == {"base", "rag"}
+    assert list(union.prompts) == ["00000-aa", "00001-bb", "00002-cc"]
+    assert grown(union, stored) == union
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "run.seed: 0 in the run, 1 in the configuration"),
+        ({"video": {"fps": 24}}, "video.fps"),
+        (
+            {"methods": {"base": MethodIdentity(method="base", settings={"window": 9}, nested=True)}},
+            "methods.base.settings.window: 12 in the run, 9 in the configuration",
+        ),
+        ({"prompts": {"00001-cc": PromptIdentity(index=1, text="c")}}, "prompts, line 2: 'b' in the run, 'c'"),
+    ],
+)
+def test_any_other_change_is_named(change: dict[str, Any], named: str) -> None:
+    found = differences(make_identity(), make_identity(**change))
+    assert len(found) == 1 and named in found[0]

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+
+from lrag_ray.errors import IdentityError, StorageError
+from lrag_ray.store.identity import MethodIdentity
+from lrag_ray.store.records import FailureRecord, now_utc
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.status import run_status
+from tests.store.make import make_identity, rollout_id, store_commit, store_part
+
+RAG = MethodIdentity(method="rag", settings={}, nested=True)
+
+
+@pytest.fixture
+def run(run_uri: str) -> RunDirectory:
+    return RunDirectory(run_uri)
+
+
+def test_a_run_is_created_grows_and_refuses_another_identity(run: RunDirectory) -> None:
+    identity = make_identity()
+    assert run.read() is None
+    assert run.ensure(identity) == identity
+    assert run.ensure(make_identity(methods={"rag": RAG})).methods.keys() == {"base", "rag"}
+    before = run.storage.read_bytes("run.json")
+    with pytest.raises(IdentityError, match="run.seed") as caught:
+        run.ensure(make_identity(seed=1, samples=5))
+    assert "Two ways out" in str(caught.value)
+    assert run.storage.read_bytes("run.json") == before
+
+
+def test_a_damaged_or_foreign_run_file_is_refused(run: RunDirectory) -> None:
+    run.storage.write("run.json", b'{"format_version": 1')
+    with pytest.raises(StorageError, match="another version of lrag-ray or damaged"):
+        run.read()
+    run.storage.write("run.json", make_identity(format_version=2).model_dump_json().encode())
+    with pytest.raises(StorageError, match="format_version is 2"):
+        run.read()
+
+
+def test_a_commit_is_created_once_and_covers_shorter_horizons(run: RunDirectory) -> None:
+    identity = run.ensure(make_identity())
+    commit = store_commit(run, identity, rollout_id(), 12)
+    assert not run.commit(commit.model_copy(update={"attempt": "two"}))
+    inventory = run.inventory()
+    assert run.commits() == [commit]
+    assert inventory.covering(rollout_id(), 6, commit.rollout_key) == commit
+    assert inventory.covering(rollout_id(), 15, commit.rollout_key) is None
+    assert inventory.covering(rollout_id(), 6, "another key") is None
+
+
+def test_a_commit_whose_files_are_missing_short_or_elsewhere_does_not_count(run: RunDirectory) -> None:
+    identity = run.ensure(make_identity())
+    commit = store_commit(run, identity, rollout_id(), 6)
+    assert commit.video is not None
+    run.storage.write(commit.video.path, b"short")
+    (state,) = run.inventory().problems()
+    assert state.problem is not None and "5 bytes instead of 36" in state.problem
+    run.storage.remove(commit.video.path)
+    (state,) = run.inventory().problems()
+    assert state.problem is not None and "is missing" in state.problem
+    assert run.commits() == []
+
+    aside = run.set_aside(state)
+    stolen = commit.model_copy(update={"video": commit.video.model_copy(update={"path": "run.json"})})
+    assert run.commit(stolen)
+    assert aside in run.storage.list_files()
+    (state,) = run.inventory().problems()
+    assert state.problem == "names run.json, a file of another rollout"
+
+
+def test_a_commit_that_cannot_be_read_does_not_count(run: RunDirectory) -> None:
+    run.storage.write(f"{rollout_id().path}/commit-6.json", b"not json")
+    (state,) = run.inventory().problems()
+    assert state.problem is not None and state.problem.startswith("not a commit record")
+
+
+def test_a_commit_with_another_key_stops_the_run(run: RunDirectory) -> None:
+    identity = run.ensure(make_identity())
+    store_commit(run, make_identity(seed=3), rollout_id(), 6)
+    with pytest.raises(IdentityError, match=r"commit-6\.json.*\n.*Two ways out"):
+        run.refuse_foreign_commits(identity, run.inventory())
+
+
+def test_status_counts_done_partial_failed_and_pending(run: RunDirectory) -> None:
+    identity = run.ensure(make_identity(methods={**make_identity().methods, "rag": RAG}))
+    store_part(run, 0, 1, key="k")
+    store_commit(run, identity, rollout_id("00001-bb"), 12)
+    failed = rollout_id("00000-aa", "rag")
+    run.record_failure(
+        FailureRecord(
+            rollout=failed,
+            rollout_key="k",
+            attempt="three",
+            kind="exception",
+            counted=True,
+            counted_attempts=3,
+            quarantined=True,
+            reason="boom",
+            traceback="Traceback",
+            created_at=now_utc(),
+        )
+    )
+    status = run_status(run)
+    counts = {(c.method, c.latent_frames): (c.done, c.partial, c.failed, c.pending, c.total) for c in status.cells}
+    assert counts == {
+        ("base", 6): (1, 1, 0, 0, 2),
+        ("base", 12): (1, 1, 0, 0, 2),
+        ("rag", 6): (0, 0, 1, 1, 2),
+        ("rag", 12): (0, 0, 1, 1, 2),
+    }
+    assert not status.done
+    assert [failure.reason for failure in status.failures] == ["boom"]
+
+    for horizon in (6, 12):
+        store_commit(run, identity, failed, horizon)
+    assert run_status(run).failures == []
+
+
+def test_status_needs_a_run(run: RunDirectory) -> None:
+    with pytest.raises(StorageError, match=r"no run\.json"):
+        run_status(run)
