@@ -1,0 +1,61 @@
+"""The map of a trace holds every attended frame once, and can be drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lrag_ray.context.deep_forcing import DeepForcing
+from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.context.trace import TraceRow
+from lrag_ray.report.trace_map import draw_png, draw_text, trace_map
+from tests.tiny import start, tiny_transformer
+
+
+@pytest.fixture(scope="module")
+def rag() -> list[TraceRow]:
+    rollout = start(tiny_transformer(), Rag, RagSettings(descriptor="avg_pool"))
+    return [row for result in rollout.blocks(10) for row in result.trace[0]]
+
+
+@pytest.fixture(scope="module")
+def deep_forcing() -> list[TraceRow]:
+    return [row for result in start(tiny_transformer(), DeepForcing).blocks(8) for row in result.trace[0]]
+
+
+def test_every_attended_frame_is_in_the_map(rag: list[TraceRow]) -> None:
+    drawn = trace_map(rag)
+    assert drawn.kinds.shape == (30, 10)
+    for row in rag:
+        if row.kind == "retrieved":
+            assert drawn.values[row.frame, row.block] == pytest.approx(row.similarity)
+        else:
+            assert drawn.kinds[row.frame, row.block] >= 0
+    assert np.isfinite(drawn.values).sum() == sum(row.kind == "retrieved" for row in rag)
+    assert (drawn.kinds >= 0).sum() == sum(row.kind != "retrieved" for row in rag)
+
+
+def test_compressed_frames_show_the_share_of_their_tokens(deep_forcing: list[TraceRow]) -> None:
+    drawn = trace_map(deep_forcing)
+    shares = drawn.values[np.isfinite(drawn.values)]
+    assert shares.min() > 0
+    assert shares.max() <= 1
+    last = [row for row in deep_forcing if row.block == 7 and row.kind == "compressed"]
+    assert np.nansum(drawn.values[:, 7]) == pytest.approx(sum(row.tokens for row in last) / (6 * 2))
+
+
+def test_it_is_drawn(rag: list[TraceRow], tmp_path: Path) -> None:
+    draw_png(rag, tmp_path / "map.png", "rag")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    lines = draw_text(rag, height=10, width=5)
+    assert len(lines) == 10
+    assert {len(line) for line in lines} == {5}
+    assert lines[0][0][0] == "·", "the newest frames are on top and the first block has not seen them"
+    assert lines[-1][0][0] != "·"
+
+
+def test_an_empty_trace_is_refused() -> None:
+    with pytest.raises(ValueError, match="the trace is empty"):
+        trace_map([])
