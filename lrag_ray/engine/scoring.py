@@ -1,0 +1,192 @@
+"""Scoring of a run's videos: a Ray Data fan-out over what is committed and not yet scored.
+
+`score_pending` does one wave. It may be called while generation goes on (from a thread of the driver: it returns when
+its wave is done) and is called once more at the end. What is pending comes from storage alone, by the names of the
+score files; a worker commits its row itself, create-only, as soon as it has it, so a killed wave loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.errors import StorageError
+from lrag_ray.scoring.preview import PREVIEW, measures
+from lrag_ray.scoring.table import ScoreRow, ScoreTarget, Suite, to_parquet
+from lrag_ray.store.address import Storage
+from lrag_ray.store.records import RolloutId, now_utc
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.video.decode import Frames
+from lrag_ray.video.mp4 import VideoError, iterate_frames
+from lrag_ray.wan.vae import video_frames
+
+Progress = Callable[[int, int], None]
+"""Called with (videos done, videos of this wave)."""
+
+
+@dataclass(frozen=True)
+class ScoringOutcome:
+    """What one wave did."""
+
+    scored: int
+    """Videos that got values."""
+    failures: dict[str, str]
+    """Reason by video path, for broken videos (recorded) and storage trouble (tried again in the next wave)."""
+
+
+def score_pending(run_dir: RunDirectory, config: RunConfig, progress: Progress | None = None) -> ScoringOutcome:
+    """Score every committed video that has no score yet. Needs a running Ray; starts nothing without work.
+
+    Raises:
+        StorageError: the run cannot be listed. Trouble with a single video is in the outcome instead.
+    """
+    if config.scoring.suite == "none":
+        return ScoringOutcome(0, {})
+    targets = pending_targets(run_dir, PREVIEW)
+    if not targets:
+        return ScoringOutcome(0, {})
+    # A shown address has no credentials; a relative one means another folder in a worker.
+    uri = run_dir.uri if run_dir.storage.is_local else config.run.uri
+    failures = {}
+    for done, row in enumerate(_fan_out(targets, uri, config.scoring.cpus_per_worker), start=1):
+        if row["reason"]:
+            failures[row["video_path"]] = row["reason"]
+        if progress is not None:
+            progress(done, len(targets))
+    return ScoringOutcome(len(targets) - len(failures), failures)
+
+
+def pending_targets(run_dir: RunDirectory, suite: Suite) -> list[ScoreTarget]:
+    """Videos at their durations that are committed and not scored, in prompt-major order."""
+    scored = run_dir.storage.list_files(suite.folder)
+    return [target for target in committed_targets(run_dir) if target.score_path(suite) not in scored]
+
+
+def committed_targets(run_dir: RunDirectory) -> Iterator[ScoreTarget]:
+    """Every cell of the run that has a committed video.
+
+    A duration that was added later may be covered by a longer commit only; its video is then the start of the longer
+    one, which is what nested durations mean.
+    """
+    identity = run_dir.require()
+    inventory = run_dir.inventory()
+    for prompt_id in identity.prompts:
+        for sample in range(identity.samples):
+            for backbone, settings in identity.backbones.items():
+                for method in identity.methods:
+                    rollout = RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+                    if rollout.path not in inventory.commits:
+                        continue
+                    for frames in sorted({horizon.latent_frames for horizon in settings.horizons}):
+                        commit = inventory.covering(rollout, frames, identity.rollout_key(rollout, frames))
+                        if commit is None or commit.video is None:
+                            continue
+                        yield ScoreTarget(
+                            rollout_path=rollout.path,
+                            backbone=backbone,
+                            method=method,
+                            prompt_id=prompt_id,
+                            sample=sample,
+                            latent_frames=frames,
+                            video_path=commit.video.path,
+                            video_sha256=commit.video.sha256,
+                            video_frames=commit.video_frames
+                            if frames == commit.latent_frames
+                            else video_frames(frames),
+                            fps=commit.fps,
+                        )
+
+
+def _fan_out(targets: list[ScoreTarget], uri: str, cpus_per_worker: float) -> Iterator[dict[str, Any]]:
+    """Results in order of completion; one video per task, so that none waits behind another."""
+    import ray
+
+    with _quiet_ray_data():
+        items = [asdict(target) | {"uri": uri} for target in targets]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        # A lost worker is Ray's to retry: scoring is idempotent and commits once.
+        yield from dataset.map(_score_in_worker, num_cpus=cpus_per_worker).iter_rows()
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data without progress bars of its own: the run has one display."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    shown = context.enable_progress_bars
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = shown
+
+
+def _score_in_worker(item: dict[str, Any]) -> dict[str, str]:
+    """Score one video and commit its row; returns the video's path and the reason of a failure, or ''."""
+    import torch
+
+    torch.set_num_threads(1)
+    item = dict(item)
+    storage = Storage(item.pop("uri"))
+    target = ScoreTarget(**item)
+    try:
+        row = score_video(storage, target)
+        storage.create(target.score_path(PREVIEW), to_parquet([row], PREVIEW))
+    except StorageError as error:
+        return {"video_path": target.video_path, "reason": str(error)}
+    return {"video_path": target.video_path, "reason": row.reason or ""}
+
+
+def score_video(storage: Storage, target: ScoreTarget) -> ScoreRow:
+    """Decode one video once and measure it; a video that cannot be read becomes a row with the reason."""
+    import torch
+
+    values: dict[str, float] = {}
+    reason = None
+    with tempfile.TemporaryDirectory(prefix="lrag-score-") as scratch:
+        try:
+            video = _local_copy(storage, target, Path(scratch))
+            values = measures(_frames_of(video, target.video_frames), target.fps)
+        except VideoError as error:
+            # The place on this machine means nothing to who reads the row.
+            reason = str(error).replace(f"{scratch}/", "").replace(f"{storage.root}/", "")
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {PREVIEW.name} {PREVIEW.version}"
+    return ScoreRow(target, values, reason, versions, now_utc())
+
+
+def _frames_of(video: Path, count: int) -> Iterator[Frames]:
+    """The first `count` frames; VideoError if there are fewer."""
+    found = 0
+    for frame in islice(iterate_frames(video), count):
+        yield frame
+        found += 1
+    if found < count:
+        raise VideoError(f"{video} has {found} frames, its commit speaks of {count}")
+
+
+def _local_copy(storage: Storage, target: ScoreTarget, scratch: Path) -> Path:
+    """The video as a local file with the committed bytes; VideoError where they are others."""
+    if storage.is_local:
+        local = Path(storage.full(target.video_path))
+        if not local.is_file():
+            raise VideoError(f"{target.video_path} is missing")
+    else:
+        local = scratch / "video.mp4"
+        try:
+            storage.get_file(target.video_path, local)
+        except FileNotFoundError:
+            raise VideoError(f"{target.video_path} is missing") from None
+    with local.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != target.video_sha256:
+        raise VideoError(f"{target.video_path} does not have the checksum of its commit")
+    return local

@@ -1,0 +1,112 @@
+"""Score files: one parquet row per video and suite, named so that finding what is not yet scored needs no reading.
+
+``scores/<suite>/<version>/<backbone>/<method>/<prompt_id>-<sample>/<latent_frames>-<video sha256, 16 digits>.parquet``
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lrag_ray.scoring.measure import Measure
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of measures under one name; `version` changes with the meaning of any of them."""
+
+    name: str
+    version: int
+    measures: Sequence[Measure]
+
+    @property
+    def folder(self) -> str:
+        """Where its score files lie, relative to the run."""
+        return f"scores/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class ScoreTarget:
+    """A video at a duration, before it is scored."""
+
+    rollout_path: str
+    """``rollouts/<backbone>/<method>/<prompt_id>-<sample>``."""
+    backbone: str
+    method: str
+    prompt_id: str
+    sample: int
+    latent_frames: int
+    """The duration."""
+    video_path: str
+    """Relative to the run; may be longer than the duration."""
+    video_sha256: str
+    video_frames: int
+    """Frames from the start of the video that belong to the duration."""
+    fps: int
+
+    def score_path(self, suite: Suite) -> str:
+        """Where its score file lies, relative to the run."""
+        folder = self.rollout_path.removeprefix("rollouts/")
+        return f"{suite.folder}/{folder}/{self.latent_frames}-{self.video_sha256[:16]}.parquet"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """The result for one target: values, or the reason why there are none."""
+
+    target: ScoreTarget
+    values: Mapping[str, float]
+    """By measure name; empty where the video could not be scored."""
+    reason: str | None
+    """Why not, or None."""
+    versions: str
+    """Program versions that computed it."""
+    scored_at: str
+    """UTC, ISO 8601."""
+
+
+_TARGET_COLUMNS: dict[str, pa.DataType] = {
+    "rollout_path": pa.string(),
+    "backbone": pa.string(),
+    "method": pa.string(),
+    "prompt_id": pa.string(),
+    "sample": pa.int32(),
+    "latent_frames": pa.int32(),
+    "video_path": pa.string(),
+    "video_sha256": pa.string(),
+    "video_frames": pa.int32(),
+    "fps": pa.int32(),
+}
+_RESULT_COLUMNS = {"reason": pa.string(), "versions": pa.string(), "scored_at": pa.string()}
+
+
+def to_parquet(rows: Sequence[ScoreRow], suite: Suite) -> bytes:
+    """Rows as a parquet file: target, reason and provenance, and a float64 column per measure (null where failed)."""
+    columns: dict[str, list[object]] = {name: [getattr(row.target, name) for row in rows] for name in _TARGET_COLUMNS}
+    columns |= {name: [getattr(row, name) for row in rows] for name in _RESULT_COLUMNS}
+    columns |= {measure.name: [row.values.get(measure.name) for row in rows] for measure in suite.measures}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_schema(suite)), sink)
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes, suite: Suite) -> list[ScoreRow]:
+    """Rows of a score file. Raises pyarrow.ArrowInvalid where it is none."""
+    names = [measure.name for measure in suite.measures]
+    return [
+        ScoreRow(
+            target=ScoreTarget(**{name: record[name] for name in _TARGET_COLUMNS}),
+            values={name: record[name] for name in names if record[name] is not None},
+            **{name: record[name] for name in _RESULT_COLUMNS},
+        )
+        for record in pq.read_table(io.BytesIO(data), schema=_schema(suite)).to_pylist()
+    ]
+
+
+def _schema(suite: Suite) -> pa.Schema:
+    measures = {measure.name: pa.float64() for measure in suite.measures}
+    return pa.schema(list((_TARGET_COLUMNS | _RESULT_COLUMNS | measures).items()))

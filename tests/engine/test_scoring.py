@@ -1,0 +1,123 @@
+"""Scoring on a real Ray: what is committed gets one row each, once; broken videos are told and stop nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import ray
+
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.scoring import committed_targets, pending_targets, score_pending, score_video
+from lrag_ray.scoring.preview import MEASURES, PREVIEW, measures
+from lrag_ray.scoring.table import ScoreRow, from_parquet
+from lrag_ray.store.records import RolloutId
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.video.mp4 import read_video
+from tests.report.make_run import make_identity, make_run, store_rollout
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    # A socket path may have 107 characters; pytest's own folders are too deep.
+    with TemporaryDirectory(prefix="ray-") as temporary:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=temporary, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def config_for(run: RunDirectory) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"uri": run.uri},
+            "prompts": {"path": "prompts.txt"},
+            "durations_s": [1.5, 3],
+            "backbones": {"tiny": {"weights": {"random_seed": 0}}},
+            "methods": {"base": {"method": "base"}},
+        }
+    )
+
+
+def stored_rows(run: RunDirectory) -> dict[tuple[str, str, int], ScoreRow]:
+    rows = {}
+    for path in run.storage.list_files(PREVIEW.folder):
+        (row,) = from_parquet(run.storage.read_bytes(path), PREVIEW)
+        assert path == row.target.score_path(PREVIEW)
+        rows[row.target.prompt_id, row.target.method, row.target.latent_frames] = row
+    return rows
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return make_run(str(tmp_path / "run"), ["a red fox", "a river"])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_every_committed_video_is_scored_once(run: RunDirectory) -> None:
+    seen: list[tuple[int, int]] = []
+    outcome = score_pending(run, config_for(run), lambda done, total: seen.append((done, total)))
+    assert (outcome.scored, outcome.failures) == (8, {})
+    assert seen == [(i, 8) for i in range(1, 9)]
+    rows = stored_rows(run)
+    assert len(rows) == 8
+    row = rows[run.require().prompts.popitem()[0], "rag", 12]
+    expected = measures(read_video(Path(run.storage.full(row.target.video_path))), fps=16)
+    assert row.values == pytest.approx(expected, abs=1e-6)
+    assert list(row.values) == [measure.name for measure in MEASURES]
+    assert row.reason is None and "torch" in row.versions
+
+
+@pytest.mark.usefixtures("cluster")
+def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    identity = run.ensure(make_identity(["a red fox"], ["base", "rag"]))
+    base, rag = (
+        RolloutId(backbone="tiny", method=method, prompt_id=next(iter(identity.prompts))) for method in identity.methods
+    )
+    store_rollout(run, identity, base, [6])
+    assert score_pending(run, config_for(run)).scored == 1
+    store_rollout(run, identity, rag, [6, 12])
+    assert score_pending(run, config_for(run)).scored == 2
+    assert pending_targets(run, PREVIEW) == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_broken_video_is_one_failed_row(run: RunDirectory) -> None:
+    broken = next(committed_targets(run))
+    content = run.storage.read_bytes(broken.video_path)
+    # Same size, so that the commit still counts; other bytes.
+    run.storage.write(broken.video_path, content[:100] + bytes(len(content) - 100))
+    outcome = score_pending(run, config_for(run))
+    assert outcome.scored == 7
+    assert list(outcome.failures) == [broken.video_path]
+    row = stored_rows(run)[broken.prompt_id, broken.method, broken.latent_frames]
+    assert row.values == {} and row.reason is not None
+    assert row.reason == f"{broken.video_path} does not have the checksum of its commit"
+    assert score_pending(run, config_for(run)).scored == 0, "a broken video stays broken; it is not tried for ever"
+
+
+def test_without_work_ray_is_not_needed(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    run.ensure(make_identity(["a red fox"], ["base"]))
+    was_running = ray.is_initialized()
+    assert score_pending(run, config_for(run)).scored == 0
+    assert ray.is_initialized() == was_running
+
+
+def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    identity = run.ensure(make_identity(["a red fox"], ["base"], horizons=[12]))
+    store_rollout(
+        run, identity, RolloutId(backbone="tiny", method="base", prompt_id=next(iter(identity.prompts))), [12]
+    )
+    run.ensure(make_identity(["a red fox"], ["base"], horizons=[6, 12]))
+    short, whole = committed_targets(run)
+    assert (short.latent_frames, short.video_frames) == (6, 21)
+    assert (whole.latent_frames, whole.video_frames) == (12, 45)
+    assert short.video_path == whole.video_path
+    video = read_video(Path(run.storage.full(short.video_path)))
+    assert score_video(run.storage, short).values == measures(video[:21], fps=16)
