@@ -2,7 +2,8 @@
 
 A published file is a dict with ``generator``, ``generator_ema`` or ``model`` at the top; each is the state dict of a
 diffusion wrapper, so that Wan's names stand behind ``model.``, and FSDP leaves ``_fsdp_wrapped_module.`` inside names.
-A safetensors file (or a bare state dict) holds the tensors of one generator at the top. The public loader fills gaps
+A flat file (safetensors cannot nest) holds the tensors of one generator, or spells the top level as the first part of
+every name. The public loader fills gaps
 with random weights when EMA is asked for; here nothing but a complete fit loads.
 """
 
@@ -58,7 +59,7 @@ def generator_weights(path: str | Path, *, use_ema: bool) -> dict[str, Tensor]:
     A file of bare tensors holds one generator and `use_ema` makes no difference. Raises WeightsError if the file holds
     no generator, or not that one.
     """
-    content = read_checkpoint(path)
+    content = _nested(read_checkpoint(path))
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return _wan_names(content, path)
     held = [key for key in _TOP_LEVEL if key in content]
@@ -74,6 +75,17 @@ def generator_weights(path: str | Path, *, use_ema: bool) -> dict[str, Tensor]:
             "Mend: use the published file"
         )
     return _wan_names(content[wanted], path)
+
+
+def _nested(content: dict[str, Any]) -> dict[str, Any]:
+    """A flat file of several generators as a dict of state dicts; anything else as it is."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        top, _, rest = str(name).partition(".")
+        if top not in ("generator", "generator_ema") or not rest:
+            return content
+        groups.setdefault(top, {})[rest] = value
+    return groups or content
 
 
 def _absence(wanted: str, held: list[str], content: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[bool, Callable[[State], dict[str, Any]]]] = {
     "fsdp without ema": (False, lambda s: {"generator": wrapped(s, "_fsdp_wrapped_module.")}),
     "model": (True, lambda s: {"model": wrapped(s)}),
     "bare": (False, lambda s: s),
+    "flat": (True, lambda s: {f"generator_ema.{name}": value for name, value in wrapped(s).items()}),
 }
 
 

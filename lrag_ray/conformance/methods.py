@@ -1,0 +1,270 @@
+"""Golden rollouts in the format of golden/methods: all context methods on shared inputs that lie near the cases.
+
+Compared are latents, predictions, the final cache, the attended rows and Deep Forcing's selections. The scores behind
+those selections are not: a different choice shows, an equal one needs no further proof.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
+from lrag_ray.conformance.files import Folder, Record, Vectors, case_stem, pair
+from lrag_ray.conformance.recording import Recording, generator_files, golden_transformer, record, wan_config
+from lrag_ray.conformance.token_rows import TokenRows, token_rows
+from lrag_ray.errors import UsageError
+from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
+from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.wan.rope import Rope, rotate
+
+LATENTS = Bound(absolute=1e-4)
+TIMESTEPS = Bound(relative=1e-6)
+LEVELS_UP = 3
+"""How far above a case its inputs are looked for."""
+
+SETTING_NAMES = {"K": "top_k", "R": "recent_exclude", "history_admission": "admission", "ae_ckpt": "encoder"}
+"""Golden settings that we call otherwise."""
+NOT_SETTINGS = {"method", "frames_per_block", "frames", "optional"}
+"""Entries of the golden settings that are not the policy's."""
+
+_SELECTED = re.compile(r"pc\.block(\d+)\.layer(\d+)\.selected_aug_index")
+_TOKENS = re.compile(r"ctx\.block(\d+)\.pass(\d+)\.layer(\d+)\.(origin_token|temporal_index)")
+_CACHE = re.compile(r"kv_cache\.(\d+)\.([kv])")
+
+
+def cases(folder: Folder) -> list[GoldenCase]:
+    """A case per JSON with the settings of a method, and its latents."""
+    records = [r for r in folder.records if r.holds("settings") and "method" in r.content["settings"]]
+    vectors = [file for file in folder.vectors if "latents" in file]
+    return [
+        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors)) for case in pair(records, vectors)
+    ]
+
+
+class Inputs(NamedTuple):
+    """What all cases of a set share."""
+
+    config: WanConfig
+    sampler: Mapping[str, Any]
+    weights: Path
+    tensors: Vectors
+
+
+def find_inputs(folder: Path, latents: tuple[int, ...]) -> Inputs:
+    """Model, sampler, weights and noise for latents of a shape, in the folder, above it or beside those above it.
+
+    Raises UsageError where no folder near holds all of them.
+    """
+    for candidate in _near(folder):
+        found = _inputs(candidate)
+        if found is not None and found.tensors.shapes["noise"][2:] == latents[2:]:
+            return found
+    raise UsageError(
+        f"no inputs for latents of shape {list(latents)} in or above {folder}: expected a folder with a JSON of model "
+        "and sampler, the generator's weights, and prompt_embeds, noise and step_noise. Mend: keep it beside the cases"
+    )
+
+
+def holds_inputs(folder: Folder) -> bool:
+    """Whether a folder holds inputs and no cases of its own."""
+    return _inputs(folder) is not None
+
+
+def _inputs(folder: Folder) -> Inputs | None:
+    settings = [record for record in folder.records if record.holds("model", "sampler")]
+    weights = generator_files(folder)
+    tensors = [file for file in folder.vectors if file.has("prompt_embeds", "noise", "step_noise")]
+    if not (settings and weights and tensors):
+        return None
+    content = settings[0].content
+    return Inputs(wan_config(content["model"]), content["sampler"], weights[0].path, tensors[0])
+
+
+def _near(folder: Path) -> Iterator[Folder]:
+    """The folder and those above it, each followed by the folders in it."""
+    here = folder.resolve()
+    for level in [here, *here.parents][: LEVELS_UP + 1]:
+        for place in [level, *sorted(level.iterdir())]:
+            if place.is_dir() and os.access(place, os.R_OK | os.X_OK):
+                yield Folder(place)
+
+
+def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
+    if golden_record is None or vectors is None:
+        sheet.add("files", "fail", "a case needs a JSON with settings.method and a safetensors file with latents")
+        return
+    golden, settings = golden_record.content, golden_record.content["settings"]
+    if settings.get("optional"):
+        sheet.add("latents", "skip", "optional: true in its settings (prompt switches inside a rollout are left out)")
+        return
+    inputs = find_inputs(folder.path, vectors.shapes["latents"])
+    sampler = _sampler(inputs, settings)
+    own, encoder = _settings(settings, folder)
+    frames = int(settings.get("frames", golden.get("frames", vectors.shapes["latents"][1])))
+    step_noise = inputs.tensors["step_noise"]
+    blocks, last = frames // sampler.frames_per_block, len(sampler.denoising_steps)
+    recording = record(
+        golden_transformer(inputs.weights, inputs.config),
+        sampler,
+        settings["method"],
+        own,
+        inputs.tensors["prompt_embeds"],
+        inputs.tensors["noise"][:, :frames],
+        # Batch and frames may be stored as one axis or as two.
+        step_noise.flatten(2, 3) if step_noise.dim() == 7 else step_noise,
+        encoder=encoder,
+        wanted=lambda block, step, layer: (block, step) == (blocks - 1, last),
+    )
+    sheet.close("latents", recording.latents, vectors["latents"], LATENTS)
+    if "timesteps" in golden:
+        ours = torch.tensor(recording.timesteps[: len(golden["timesteps"])])
+        sheet.close("timesteps", ours, torch.tensor(golden["timesteps"]), TIMESTEPS)
+    _check_passes(recording, vectors, sheet)
+    rows = token_rows(recording, inputs.config.tokens_per_frame(*vectors.shapes["latents"][-2:]), own)
+    ends = golden.get("local_end_index")
+    _check_cache(recording, rows, vectors, _Cache(inputs.config, settings, ends), sheet)
+    _check_selections(recording, vectors, sheet)
+    for companion in folder.records:
+        if case_stem(companion.path) == case_stem(vectors.path) and isinstance(companion.content, list):
+            _check_trace(recording, rows, companion.content, sheet)
+    for file in folder.vectors:
+        if case_stem(file.path) == case_stem(vectors.path) and file.named("ctx."):
+            _check_tokens(rows, file, sheet)
+
+
+def _sampler(inputs: Inputs, settings: Mapping[str, Any]) -> SamplerConfig:
+    golden = inputs.sampler
+    return SamplerConfig(
+        denoising_steps=tuple(golden["denoising_step_list"]),
+        warp=golden.get("warp_denoising_step", True),
+        shift=golden["timestep_shift"],
+        context_timestep=golden.get("context_noise_timestep", 0.0),
+        frames_per_block=settings.get("frames_per_block", golden.get("num_frame_per_block", 3)),
+    )
+
+
+def _settings(golden: Mapping[str, Any], folder: Folder) -> tuple[dict[str, Any], LatentAutoencoder | None]:
+    """The policy's settings, and the retrieval encoder if there is one."""
+    own = {SETTING_NAMES.get(name, name): value for name, value in golden.items() if name not in NOT_SETTINGS}
+    if not own.get("encoder"):
+        return own, None
+    # Only the name counts: the file lies beside the case.
+    own["encoder"] = str(folder.path / str(own["encoder"]).rsplit("/", 1)[-1])
+    return own, load_encoder(own["encoder"])
+
+
+def _check_passes(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:
+    """Network output and prediction of every pass, [blocks, passes, n, C, H, W] for a batch of one."""
+    for name, values in (("x0_pred", recording.x0), ("flow_pred", recording.flow)):
+        if name in vectors:
+            blocks = range(len(recording.trace))
+            ours = torch.stack([torch.stack([values[b, p] for p in range(len(recording.timesteps))]) for b in blocks])
+            golden = vectors[name]
+            sheet.close(name, ours[:, :, 0] if golden.dim() == 6 else ours, golden, LATENTS)
+
+
+class _Cache(NamedTuple):
+    """What is needed to read a stored cache."""
+
+    config: WanConfig
+    settings: Mapping[str, Any]
+    ends: list[int] | None
+    """Rows in use per layer; the rest of the buffer is unused."""
+
+    def frames(self, blocks: int, held: Tensor, rows: int, tokens_per_frame: int) -> Tensor:
+        """Global frame of each stored row: sink and newest frames in whole, or all rows that are attended."""
+        if self.settings.get("compression"):
+            return held
+        slots, sink = rows // tokens_per_frame, self.settings["sink"]
+        end = blocks * self.settings["frames_per_block"]
+        newest = range(end - slots + sink, end)
+        return torch.tensor([*range(sink), *newest]).repeat_interleave(tokens_per_frame)
+
+
+def _check_cache(
+    recording: Recording, rows: list[list[TokenRows]], vectors: Vectors, cache: _Cache, sheet: Sheet
+) -> None:
+    """The cache that the reference ends with, against the rows that our last clean-context pass attends to.
+
+    base and deep_forcing store rotated keys; the window-relative methods store them unrotated, one of them except for
+    frame 0, which is always at index 0. Rows that are cached but not attended are not compared.
+    """
+    block, last = len(recording.trace) - 1, len(recording.timesteps) - 1
+    grid = cache.config.token_grid(*vectors.shapes["latents"][-2:])
+    rope = Rope(cache.config.head_dim, grid, torch.device("cpu"))
+    keys, values = {}, {}
+    for layer in sorted({int(match[1]) for name in vectors.shapes if (match := _CACHE.fullmatch(name))}):
+        ours = recording.attended[block, last, layer]
+        at = rows[block][layer]
+        golden_k, golden_v = vectors[f"kv_cache.{layer}.k"], vectors[f"kv_cache.{layer}.v"]
+        end = cache.ends[layer] if cache.ends else golden_k.shape[1]
+        stored = cache.frames(block + 1, at.frame, end, rope.tokens_per_frame)
+        tokens = at.token if cache.settings.get("compression") else torch.arange(end) % rope.tokens_per_frame
+        place = {row: i for i, row in enumerate(zip(stored.tolist(), tokens.tolist(), strict=True))}
+        retrieved = {row.frame for row in recording.rows(block, 0, layer) if row.kind == "retrieved"}
+        pairs = [
+            (i, place[row])
+            for i, row in enumerate(zip(at.frame.tolist(), at.token.tolist(), strict=True))
+            if row[0] not in retrieved
+        ]
+        mine, theirs = torch.tensor(pairs).unbind(1)
+        k = golden_k[:, theirs]
+        if cache.settings["method"] in ("infinity_rope", "rag"):
+            turned = rotate(k, rope.tokens(at.temporal_index[mine], at.token[mine]))
+            first = (at.frame[mine] == 0)[None, :, None, None]
+            as_stored = first & ((k - ours.k[:, mine]).abs() < (turned - ours.k[:, mine]).abs())
+            k = torch.where(as_stored, k, turned)
+        keys[f"layer {layer}"] = (ours.k[:, mine], k, LATENTS)
+        values[f"layer {layer}"] = (ours.v[:, mine], golden_v[:, theirs], LATENTS)
+    sheet.close_all("kv_cache k", keys)
+    sheet.close_all("kv_cache v", values)
+
+
+def _check_selections(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:
+    """Rows that Deep Forcing selected, in every compression of every layer."""
+    golden = {}
+    for name in vectors.shapes:
+        if match := _SELECTED.fullmatch(name):
+            golden[int(match[1]), int(match[2])] = sorted(vectors[name].tolist())
+    ours = {
+        (block, int(name.removeprefix("selected."))): sorted(selected.tolist())
+        for block, elements in enumerate(recording.state)
+        for name, selected in elements[0].items()
+        if name.startswith("selected.")
+    }
+    if golden or ours:
+        sheet.same(f"selected tokens ({len(golden)})", sorted(ours.items()), sorted(golden.items()))
+
+
+def _check_trace(recording: Recording, rows: list[list[TokenRows]], golden: list[Any], sheet: Sheet) -> None:
+    """Attended frames, temporal indices and rows of layer 0 in every block; ours are the same in all passes."""
+    ours = [[entry["block"], rows[entry["block"]][0].groups()] for entry in golden]
+    sheet.same("context trace", ours, [[entry["block"], entry["groups"]] for entry in golden])
+    indices = [
+        [row.temporal_index for row in recording.rows(entry["block"], 0, 0) if row.kind == "current"]
+        for entry in golden
+    ]
+    sheet.same("query indices", indices, [entry["query_index"] for entry in golden])
+
+
+def _check_tokens(rows: list[list[TokenRows]], golden: Vectors, sheet: Sheet) -> None:
+    """Origin and temporal index of every attended row in the blocks that are stored."""
+    origins, indices = {}, {}
+    exact = Bound()
+    for name in golden.shapes:
+        if match := _TOKENS.fullmatch(name):
+            ours = rows[int(match[1])][int(match[3])]
+            if match[4] == "temporal_index":
+                indices[name] = (ours.temporal_index, golden[name], exact)
+            else:
+                origins[name] = (ours.frame * (int(ours.token.max()) + 1) + ours.token, golden[name], exact)
+    sheet.close_all("origin tokens", origins)
+    sheet.close_all("temporal indices", indices)

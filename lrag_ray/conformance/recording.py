@@ -1,0 +1,135 @@
+"""Runs our rollout on recorded noise and keeps what golden vectors can be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.conformance.files import Folder, Vectors
+from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.context.registry import policy_class
+from lrag_ray.context.trace import ALL_LAYERS, TraceRow
+from lrag_ray.retrieval.encoder import known_fields
+from lrag_ray.rollout.noise import RecordedNoise
+from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.wan.checkpoint import load_transformer
+from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.wan.transformer import CausalWanTransformer
+
+
+class Attended(NamedTuple):
+    """What attention received in one layer of one pass, each [B, rows, H, head_dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass
+class Recording:
+    """A finished rollout with its insides. Passes are numbered per block, the clean-context pass last."""
+
+    timesteps: list[float]
+    """Timestep of every pass."""
+    policies: list[ContextPolicy]
+    """Policy of every batch element, as the rollout left it."""
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Clean latents [B, F, C, H, W]."""
+    flow: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Network output [B, n, C, H, W] by (block, pass)."""
+    x0: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Clean prediction [B, n, C, H, W] by (block, pass)."""
+    attended: dict[tuple[int, int, int], Attended] = field(default_factory=dict)
+    """Rows by (block, pass, layer), where they were asked for."""
+    trace: list[list[list[TraceRow]]] = field(default_factory=list)
+    """Trace rows by block and batch element."""
+    state: list[list[dict[str, Tensor]]] = field(default_factory=list)
+    """`BlockResult.state` by block and batch element."""
+
+    def rows(self, block: int, element: int, layer: int) -> list[TraceRow]:
+        """What one batch element attends to in a block and layer."""
+        return [row for row in self.trace[block][element] if row.layer in (ALL_LAYERS, layer)]
+
+
+class _Recorder:
+    """The probe that fills a recording."""
+
+    def __init__(self, wanted: Callable[[int, int, int], bool]) -> None:
+        self.wanted = wanted
+        self.flow: dict[tuple[int, int], Tensor] = {}
+        self.x0: dict[tuple[int, int], Tensor] = {}
+        self.attended: dict[tuple[int, int, int], Attended] = {}
+
+    def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None:
+        self.flow[block, step] = flow
+        self.x0[block, step] = x0
+
+    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        if self.wanted(block, step, layer):
+            # Keys and values are views of a buffer that the next pass overwrites.
+            self.attended[block, step, layer] = Attended(q.clone(), k.clone(), v.clone())
+
+
+def record(
+    transformer: CausalWanTransformer,
+    sampler: SamplerConfig,
+    method: str,
+    settings: Mapping[str, Any],
+    prompt_embeds: Tensor,
+    noise: Tensor,
+    renoise: Tensor,
+    *,
+    encoder: nn.Module | None = None,
+    wanted: Callable[[int, int, int], bool] = lambda block, step, layer: False,
+) -> Recording:
+    """Roll out all frames of `noise` [B, F, C, H, W] with `renoise` [blocks, steps - 1, B·n, C, H, W].
+
+    `wanted(block, pass, layer)` says where to keep attention rows. Raises ValueError for impossible settings.
+    """
+    policy = policy_class(method)
+    batch, frames = noise.shape[:2]
+    n = sampler.frames_per_block
+    recorder = _Recorder(wanted)
+    rollout = Rollout(
+        transformer,
+        sampler,
+        policy,
+        policy.Settings(**settings),
+        prompt_embeds,
+        RecordedNoise(noise, renoise.unflatten(2, (batch, n)), n),
+        (noise.shape[2], noise.shape[3], noise.shape[4]),
+        encoder=encoder,
+        probe=recorder,
+    )
+    recording = Recording(rollout.timesteps, rollout.context.policies)
+    latents = []
+    for result in rollout.blocks(frames // n):
+        latents.append(result.latents)
+        recording.trace.append(result.trace)
+        recording.state.append(result.state)
+    recording.latents = torch.cat(latents, dim=1)
+    recording.flow, recording.x0, recording.attended = recorder.flow, recorder.x0, recorder.attended
+    return recording
+
+
+def wan_config(model: Mapping[str, Any]) -> WanConfig:
+    """Sizes from the ``model`` object of a golden JSON. Raises ValueError for a variant that is not built here."""
+    for name, built in (("model_type", "t2v"), ("qk_norm", True), ("cross_attn_norm", True)):
+        if model.get(name, built) != built:
+            raise ValueError(f"model {name} {model[name]!r}: the transformer is built for {built!r}")
+    return WanConfig(**known_fields(WanConfig, {**model, "patch_size": tuple(model.get("patch_size", (1, 2, 2)))}))
+
+
+def golden_transformer(path: Path, config: WanConfig) -> CausalWanTransformer:
+    """The generator of golden vectors, float32 on the CPU."""
+    return load_transformer(path, config, dtype=torch.float32)
+
+
+def generator_files(folder: Folder) -> list[Vectors]:
+    """Safetensors files in a folder that hold the weights of a generator."""
+    return [file for file in folder.vectors if file.has("patch_embedding.weight", "head.head.weight")]

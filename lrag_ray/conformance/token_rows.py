@@ -1,0 +1,77 @@
+"""Which token every attended row is, worked out from traces and stored selections, not from a policy's insides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrag_ray.conformance.recording import Recording
+from lrag_ray.context.trace import TraceRow
+
+
+class TokenRows(NamedTuple):
+    """Rows of one layer in attention order, the block's own included; each [rows]."""
+
+    frame: Tensor
+    """Global latent frame."""
+    token: Tensor
+    """Position in the frame."""
+    temporal_index: Tensor
+    """Temporal RoPE index."""
+
+    def groups(self) -> list[list[int]]:
+        """[frame, temporal index, number of consecutive rows]."""
+        pairs = zip(self.frame.tolist(), self.temporal_index.tolist(), strict=True)
+        return [[frame, index, len(list(run))] for (frame, index), run in groupby(pairs)]
+
+
+def token_rows(
+    recording: Recording, tokens_per_frame: int, settings: Mapping[str, Any], element: int = 0
+) -> list[list[TokenRows]]:
+    """Rows by block and layer for one batch element; `settings` are the policy's.
+
+    Where frames are attended whole, the trace says everything. A compression's selection are indices into [rows held
+    before | the block's rows], between the whole sink and the whole recent frames.
+    """
+    layers = recording.policies[element].layout.num_layers
+    held: list[TokenRows | None] = [None] * layers
+    blocks = []
+    for block, states in enumerate(recording.state):
+        for layer in range(layers):
+            trace = recording.rows(block, element, layer)
+            selected = states[element].get(f"selected.{layer}")
+            if selected is None and all(row.tokens == tokens_per_frame for row in trace):
+                held[layer] = _whole_frames(trace, tokens_per_frame)
+            else:
+                held[layer] = _single_tokens(held[layer], trace, selected, tokens_per_frame, settings)
+        blocks.append([rows for rows in held if rows is not None])
+    return blocks
+
+
+def _whole_frames(trace: list[TraceRow], f: int) -> TokenRows:
+    frame = torch.tensor([row.frame for row in trace]).repeat_interleave(f)
+    index = torch.tensor([row.temporal_index for row in trace]).repeat_interleave(f)
+    return TokenRows(frame, torch.arange(f).repeat(len(trace)), index)
+
+
+def _single_tokens(
+    before: TokenRows | None, trace: list[TraceRow], selected: Tensor | None, f: int, settings: Mapping[str, Any]
+) -> TokenRows:
+    if before is None:
+        raise ValueError("the first block attends to parts of frames")
+    current = _whole_frames([row for row in trace if row.kind == "current"], f)
+    frame, token = torch.cat([before.frame, current.frame]), torch.cat([before.token, current.token])
+    if selected is not None:
+        recent = torch.arange(len(frame) - settings["recent"] * f, len(frame))
+        kept = torch.cat([torch.arange(settings["sink"] * f), selected.long(), recent])
+        frame, token = frame[kept], token[kept]
+    counts = {row.frame: row.tokens for row in trace}
+    found, tokens = frame.unique(return_counts=True)
+    if dict(zip(found.tolist(), tokens.tolist(), strict=True)) != counts:
+        raise ValueError(f"trace and selections disagree in block {trace[0].block}, layer {trace[0].layer}")
+    indices = {row.frame: row.temporal_index for row in trace}
+    return TokenRows(frame, token, torch.tensor([indices[i] for i in frame.tolist()]))

@@ -1,0 +1,114 @@
+"""Numerical conformance: runs our code on every golden vector under a folder.
+
+Folders are recognised by what their files hold, never by their names; everything that a case needs is read from its
+files. Example::
+
+    results = verify_path("golden")
+    sys.exit(1 if failed(results) else 0)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from lrag_ray.conformance import (
+    checkpoints,
+    encoder,
+    lora,
+    methods,
+    rollout,
+    scheduler,
+    text_encoder,
+    units,
+    vae,
+)
+from lrag_ray.conformance.case import CaseResult, GoldenCase, Sheet
+from lrag_ray.conformance.files import Folder
+from lrag_ray.errors import LragError, UsageError
+
+KINDS: tuple[Callable[[Folder], list[GoldenCase]], ...] = (
+    rollout.cases,
+    units.cases,
+    methods.cases,
+    scheduler.cases,
+    encoder.cases,
+    checkpoints.cases,
+    lora.cases,
+    vae.cases,
+    text_encoder.cases,
+)
+"""Every kind of golden vectors finds its own cases in a folder."""
+
+
+def verify_path(path: str | Path) -> list[CaseResult]:
+    """All rows of `iter_results`, once everything has run."""
+    return list(iter_results(path))
+
+
+def failed(results: Iterable[CaseResult]) -> bool:
+    """Whether any row failed, which makes the command's exit code 1."""
+    return any(result.status == "fail" for result in results)
+
+
+def iter_results(path: str | Path) -> Iterator[CaseResult]:
+    """Run all cases in a folder and the folders under it, row by row as they finish.
+
+    A file that cannot be read and a case that raises are rows that fail; folders of tensors in no known format are
+    rows that are skipped. Raises UsageError if the path is no folder or nothing in it is recognised.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise UsageError(
+            f"{root} {what}; expected a folder of golden vectors. Mend: give the folder that holds the files"
+        )
+    recognised = False
+    for folder in _folders(root):
+        cases = [case for find in KINDS for case in find(folder)]
+        recognised = recognised or bool(cases or folder.broken)
+        name = folder.path.relative_to(root).as_posix() if folder.path != root else root.resolve().name
+        for broken in folder.broken:
+            yield CaseResult(name, broken.path.name, "file", None, None, "fail", broken.reason)
+        for case in cases:
+            yield from run_case(name, case)
+        if not cases and (folder.vectors or folder.torch_files) and not methods.holds_inputs(folder):
+            reason = "holds tensors, but no golden vectors of a format that is known here"
+            yield CaseResult(name, "*", "*", None, None, "skip", reason)
+    if not recognised:
+        raise UsageError(
+            f"no golden vectors are recognised in {root} or the folders under it: {_contents(root)}. "
+            "Mend: give a folder with JSON, safetensors or .pt files in the formats that `lrag-ray verify --help` lists"
+        )
+
+
+def run_case(folder: str, case: GoldenCase) -> list[CaseResult]:
+    """Rows of one case; an exception becomes the last one."""
+    sheet = Sheet(folder, case.name)
+    try:
+        case.check(sheet)
+    except ModuleNotFoundError as error:
+        sheet.add("*", "skip", f"needs the package {error.name}, which is not installed")
+    except LragError as error:
+        sheet.add("*", "fail", str(error))
+    except Exception as error:  # noqa: BLE001 (strangers' files meet all of our code; one case must not hide the others)
+        sheet.add("*", "fail", f"{type(error).__name__}: {error}")
+    if not sheet.rows:
+        sheet.add("*", "fail", "the files hold nothing to compare")
+    return sheet.rows
+
+
+def _folders(root: Path) -> Iterator[Folder]:
+    """The folder and those under it that hold data, in order of their names."""
+    for place, names, _ in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith((".", "__")))
+        folder = Folder(Path(place))
+        if folder.holds_data:
+            yield folder
+
+
+def _contents(root: Path) -> str:
+    names = sorted(entry.name for entry in root.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"it holds {', '.join(names[:8])}{more}" if names else "it is empty"
