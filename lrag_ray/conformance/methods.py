@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import Folder, Record, Vectors, case_stem, pair
 from lrag_ray.conformance.recording import Recording, generator_files, golden_transformer, record, wan_config
+from lrag_ray.conformance.stored_cache import check_stored_cache
 from lrag_ray.conformance.token_rows import TokenRows, token_rows
 from lrag_ray.errors import UsageError
 from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
 from lrag_ray.wan.config import SamplerConfig, WanConfig
-from lrag_ray.wan.rope import Rope, rotate
 
 LATENTS = Bound(absolute=1e-4)
 TIMESTEPS = Bound(relative=1e-6)
@@ -37,7 +36,6 @@ NOT_SETTINGS = {"method", "frames_per_block", "frames", "optional"}
 
 _SELECTED = re.compile(r"pc\.block(\d+)\.layer(\d+)\.selected_aug_index")
 _TOKENS = re.compile(r"ctx\.block(\d+)\.pass(\d+)\.layer(\d+)\.(origin_token|temporal_index)")
-_CACHE = re.compile(r"kv_cache\.(\d+)\.([kv])")
 
 
 def cases(folder: Folder) -> list[GoldenCase]:
@@ -128,9 +126,8 @@ def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None
         ours = torch.tensor(recording.timesteps[: len(golden["timesteps"])])
         sheet.close("timesteps", ours, torch.tensor(golden["timesteps"]), TIMESTEPS)
     _check_passes(recording, vectors, sheet)
-    rows = token_rows(recording, inputs.config.tokens_per_frame(*vectors.shapes["latents"][-2:]), own)
-    ends = golden.get("local_end_index")
-    _check_cache(recording, rows, vectors, _Cache(inputs.config, settings, ends), sheet)
+    rows = token_rows(recording)
+    check_stored_cache(recording, rows[-1], vectors, settings["method"], golden.get("local_end_index"), sheet)
     _check_selections(recording, vectors, sheet)
     for companion in folder.records:
         if case_stem(companion.path) == case_stem(vectors.path) and isinstance(companion.content, list):
@@ -171,77 +168,16 @@ def _check_passes(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:
             sheet.close(name, ours[:, :, 0] if golden.dim() == 6 else ours, golden, LATENTS)
 
 
-class _Cache(NamedTuple):
-    """What is needed to read a stored cache."""
-
-    config: WanConfig
-    settings: Mapping[str, Any]
-    ends: list[int] | None
-    """Rows in use per layer; the rest of the buffer is unused."""
-
-    def frames(self, blocks: int, held: Tensor, rows: int, tokens_per_frame: int) -> Tensor:
-        """Global frame of each stored row: sink and newest frames in whole, or all rows that are attended."""
-        if self.settings.get("compression"):
-            return held
-        slots, sink = rows // tokens_per_frame, self.settings["sink"]
-        end = blocks * self.settings["frames_per_block"]
-        newest = range(end - slots + sink, end)
-        return torch.tensor([*range(sink), *newest]).repeat_interleave(tokens_per_frame)
-
-
-def _check_cache(
-    recording: Recording, rows: list[list[TokenRows]], vectors: Vectors, cache: _Cache, sheet: Sheet
-) -> None:
-    """The cache that the reference ends with, against the rows that our last clean-context pass attends to.
-
-    base and deep_forcing store rotated keys; the window-relative methods store them unrotated, one of them except for
-    frame 0, which is always at index 0. Rows that are cached but not attended are not compared.
-    """
-    block, last = len(recording.trace) - 1, len(recording.timesteps) - 1
-    grid = cache.config.token_grid(*vectors.shapes["latents"][-2:])
-    rope = Rope(cache.config.head_dim, grid, torch.device("cpu"))
-    keys, values = {}, {}
-    for layer in sorted({int(match[1]) for name in vectors.shapes if (match := _CACHE.fullmatch(name))}):
-        ours = recording.attended[block, last, layer]
-        at = rows[block][layer]
-        golden_k, golden_v = vectors[f"kv_cache.{layer}.k"], vectors[f"kv_cache.{layer}.v"]
-        end = cache.ends[layer] if cache.ends else golden_k.shape[1]
-        stored = cache.frames(block + 1, at.frame, end, rope.tokens_per_frame)
-        tokens = at.token if cache.settings.get("compression") else torch.arange(end) % rope.tokens_per_frame
-        place = {row: i for i, row in enumerate(zip(stored.tolist(), tokens.tolist(), strict=True))}
-        retrieved = {row.frame for row in recording.rows(block, 0, layer) if row.kind == "retrieved"}
-        pairs = [
-            (i, place[row])
-            for i, row in enumerate(zip(at.frame.tolist(), at.token.tolist(), strict=True))
-            if row[0] not in retrieved
-        ]
-        mine, theirs = torch.tensor(pairs).unbind(1)
-        k = golden_k[:, theirs]
-        if cache.settings["method"] in ("infinity_rope", "rag"):
-            turned = rotate(k, rope.tokens(at.temporal_index[mine], at.token[mine]))
-            first = (at.frame[mine] == 0)[None, :, None, None]
-            as_stored = first & ((k - ours.k[:, mine]).abs() < (turned - ours.k[:, mine]).abs())
-            k = torch.where(as_stored, k, turned)
-        keys[f"layer {layer}"] = (ours.k[:, mine], k, LATENTS)
-        values[f"layer {layer}"] = (ours.v[:, mine], golden_v[:, theirs], LATENTS)
-    sheet.close_all("kv_cache k", keys)
-    sheet.close_all("kv_cache v", values)
-
-
 def _check_selections(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:
-    """Rows that Deep Forcing selected, in every compression of every layer."""
-    golden = {}
-    for name in vectors.shapes:
+    """Rows that Deep Forcing selected in each stored compression."""
+    ours, golden = [], []
+    for name in sorted(vectors.shapes):
         if match := _SELECTED.fullmatch(name):
-            golden[int(match[1]), int(match[2])] = sorted(vectors[name].tolist())
-    ours = {
-        (block, int(name.removeprefix("selected."))): sorted(selected.tolist())
-        for block, elements in enumerate(recording.state)
-        for name, selected in elements[0].items()
-        if name.startswith("selected.")
-    }
-    if golden or ours:
-        sheet.same(f"selected tokens ({len(golden)})", sorted(ours.items()), sorted(golden.items()))
+            selected = recording.state[int(match[1])][0].get(f"selected.{match[2]}")
+            ours.append((name, "no compression" if selected is None else sorted(selected.tolist())))
+            golden.append((name, sorted(vectors[name].tolist())))
+    if golden:
+        sheet.same(f"selected tokens ({len(golden)})", ours, golden)
 
 
 def _check_trace(recording: Recording, rows: list[list[TokenRows]], golden: list[Any], sheet: Sheet) -> None:

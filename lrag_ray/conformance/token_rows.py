@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -29,15 +28,14 @@ class TokenRows(NamedTuple):
         return [[frame, index, len(list(run))] for (frame, index), run in groupby(pairs)]
 
 
-def token_rows(
-    recording: Recording, tokens_per_frame: int, settings: Mapping[str, Any], element: int = 0
-) -> list[list[TokenRows]]:
-    """Rows by block and layer for one batch element; `settings` are the policy's.
+def token_rows(recording: Recording, element: int = 0) -> list[list[TokenRows]]:
+    """Rows by block and layer for one batch element.
 
     Where frames are attended whole, the trace says everything. A compression's selection are indices into [rows held
     before | the block's rows], between the whole sink and the whole recent frames.
     """
-    layers = recording.policies[element].layout.num_layers
+    policy = recording.policies[element]
+    layers, tokens_per_frame = policy.layout.num_layers, policy.layout.tokens_per_frame
     held: list[TokenRows | None] = [None] * layers
     blocks = []
     for block, states in enumerate(recording.state):
@@ -47,7 +45,7 @@ def token_rows(
             if selected is None and all(row.tokens == tokens_per_frame for row in trace):
                 held[layer] = _whole_frames(trace, tokens_per_frame)
             else:
-                held[layer] = _single_tokens(held[layer], trace, selected, tokens_per_frame, settings)
+                held[layer] = _single_tokens(held[layer], trace, selected, tokens_per_frame, policy.settings)
         blocks.append([rows for rows in held if rows is not None])
     return blocks
 
@@ -59,15 +57,15 @@ def _whole_frames(trace: list[TraceRow], f: int) -> TokenRows:
 
 
 def _single_tokens(
-    before: TokenRows | None, trace: list[TraceRow], selected: Tensor | None, f: int, settings: Mapping[str, Any]
+    before: TokenRows | None, trace: list[TraceRow], selected: Tensor | None, f: int, settings: Any
 ) -> TokenRows:
     if before is None:
         raise ValueError("the first block attends to parts of frames")
     current = _whole_frames([row for row in trace if row.kind == "current"], f)
     frame, token = torch.cat([before.frame, current.frame]), torch.cat([before.token, current.token])
     if selected is not None:
-        recent = torch.arange(len(frame) - settings["recent"] * f, len(frame))
-        kept = torch.cat([torch.arange(settings["sink"] * f), selected.long(), recent])
+        recent = torch.arange(len(frame) - settings.recent * f, len(frame))
+        kept = torch.cat([torch.arange(settings.sink * f), selected.long(), recent])
         frame, token = frame[kept], token[kept]
     counts = {row.frame: row.tokens for row in trace}
     found, tokens = frame.unique(return_counts=True)

@@ -66,7 +66,7 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
         )
     recognised = False
     for folder in _folders(root):
-        cases = [case for find in KINDS for case in find(folder)]
+        cases = find_cases(folder)
         recognised = recognised or bool(cases or folder.broken)
         name = folder.path.relative_to(root).as_posix() if folder.path != root else root.resolve().name
         for broken in folder.broken:
@@ -81,6 +81,11 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
             f"no golden vectors are recognised in {root} or the folders under it: {_contents(root)}. "
             "Mend: give a folder with JSON, safetensors or .pt files in the formats that `lrag-ray verify --help` lists"
         )
+
+
+def find_cases(folder: Folder) -> list[GoldenCase]:
+    """Cases of all kinds whose files lie directly in a folder."""
+    return [case for find in KINDS for case in find(folder)]
 
 
 def run_case(folder: str, case: GoldenCase) -> list[CaseResult]:
