@@ -23,7 +23,7 @@ from lrag_ray.wan.lora import Lora, apply_lora
 from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
 from lrag_ray.wan.transformer import CausalWanTransformer
 
-__all__ = ["generator_weights", "load_transformer", "state_dict_digest"]
+__all__ = ["generator_weights", "load_transformer", "mapped_transformer", "state_dict_digest"]
 
 _FSDP = "_fsdp_wrapped_module."
 _WRAPPER = "model."
@@ -44,13 +44,22 @@ def load_transformer(
     The module is built on the meta device and each tensor is read once, straight to its place: on the CPU a tensor
     that already has `dtype` stays mapped to the file. Raises WeightsError with everything that does not fit.
     """
+    transformer = mapped_transformer(path, config, use_ema=use_ema)
+    if lora is not None:
+        apply_lora(transformer, lora, dtype)
+    return transformer.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def mapped_transformer(path: str | Path, config: WanConfig, *, use_ema: bool = False) -> CausalWanTransformer:
+    """Generator whose tensors are mapped to the file as they are stored; none is read.
+
+    Raises WeightsError with everything that does not fit, so it is also the check of a file.
+    """
     with torch.device("meta"):
         transformer = CausalWanTransformer(config)
     weights = generator_weights(path, use_ema=use_ema)
     load_strict(transformer, weights, f"checkpoint {path} ({_looks_like(weights)})", _size_hint(weights, config))
-    if lora is not None:
-        apply_lora(transformer, lora, dtype)
-    return transformer.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return transformer
 
 
 def generator_weights(path: str | Path, *, use_ema: bool) -> dict[str, Tensor]:

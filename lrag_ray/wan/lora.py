@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +63,13 @@ def read_lora(path: str | Path) -> dict[str, Tensor]:
     return halves
 
 
-@torch.no_grad()
-def apply_lora(transformer: nn.Module, lora: Lora, dtype: torch.dtype) -> None:
-    """Merge a LoRA into the linear layers of `transformer`, in float32, and leave their weights in `dtype`.
+def fitting_lora(transformer: nn.Module, lora: Lora) -> dict[str, Tensor]:
+    """What `read_lora` gives, if it fits the layers of `transformer`, which may be on the meta device.
 
     Raises WeightsError that lists the layers without an update, updates without a layer, and wrong shapes or ranks.
     """
     targets = lora_targets(transformer)
-    found: dict[str, Any] = read_lora(lora.path)
+    found = read_lora(lora.path)
     expected = {}
     for name, layer in targets.items():
         expected[f"{name}.A"] = torch.empty(lora.rank, layer.in_features, device="meta")
@@ -84,8 +83,18 @@ def apply_lora(transformer: nn.Module, lora: Lora, dtype: torch.dtype) -> None:
             f"Mend: the file has rank {', '.join(map(str, ranks)) or 'unknown'}; set lora.rank and lora.alpha so, "
             "or give the LoRA of this generator"
         )
+    return found
+
+
+@torch.no_grad()
+def apply_lora(transformer: nn.Module, lora: Lora, dtype: torch.dtype) -> None:
+    """Merge a LoRA into the linear layers of `transformer`, in float32, and leave their weights in `dtype`.
+
+    Raises WeightsError where it does not fit (see `fitting_lora`).
+    """
+    found = fitting_lora(transformer, lora)
     scale = lora.alpha / lora.rank
-    for name, layer in targets.items():
+    for name, layer in lora_targets(transformer).items():
         update = scale * (found[f"{name}.B"].float() @ found[f"{name}.A"].float())
         merged = layer.weight.float() + update.to(layer.weight.device)
         layer.weight = nn.Parameter(merged.to(dtype), requires_grad=layer.weight.requires_grad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,28 +153,39 @@ def load_text_encoder(
     Raises:
         WeightsError: missing, damaged or misfitting files.
     """
-    path = Path(path)
-    model = _from_folder(path, dtype) if path.is_dir() else _from_original(path, sizes or UMT5Sizes())
-    tokenize, tokenizer_id = _load_tokenizer(Path(tokenizer), text_len)
+    tokenize, tokenizer_id = load_tokenizer(Path(tokenizer), text_len)
+    model = mapped_text_encoder(path, sizes)
     return TextEncoder(model.to(device=device, dtype=dtype), tokenize, tokenizer_id)
+
+
+def mapped_text_encoder(path: str | Path, sizes: UMT5Sizes | None = None) -> nn.Module:
+    """The UMT5EncoderModel whose tensors are mapped to the file (or folder) as they are stored; none is read.
+
+    Raises WeightsError with everything that does not fit, so it is also the check of a file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_folder(path)
+    return umt5_from_state_dict(read_checkpoint(path), sizes or UMT5Sizes(), f"text encoder {path}")
 
 
 def umt5_from_state_dict(state: Mapping[str, Tensor], sizes: UMT5Sizes, source: str) -> nn.Module:
     """UMT5EncoderModel from a state dict with the original key names (golden/text_encoder/README.md has the map)."""
+    renamed = {_transformers_name(name): value for name, value in state.items()}
+    return _filled(sizes.transformers_config(), renamed, source)
+
+
+def _filled(config: UMT5Config, state: dict[str, Tensor], source: str) -> nn.Module:
+    """UMT5EncoderModel with the tensors of `state`, under transformers' names."""
     from transformers import UMT5EncoderModel
 
     with torch.device("meta"):
-        model: nn.Module = UMT5EncoderModel(sizes.transformers_config())
-    renamed = {_transformers_name(name): value for name, value in state.items()}
-    if "shared.weight" in renamed:
-        # transformers ties the two names to one table; a strict load wants both.
-        renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
-    load_strict(model, renamed, source, "give models_t5_umt5-xxl-enc-bf16.pth or a Diffusers `text_encoder` folder")
+        model: nn.Module = UMT5EncoderModel(config)
+    if "shared.weight" in state:
+        # transformers ties the two names to one table; files hold it once, a strict load wants both.
+        state = {**state, "encoder.embed_tokens.weight": state["shared.weight"]}
+    load_strict(model, state, source, "give models_t5_umt5-xxl-enc-bf16.pth or a Diffusers `text_encoder` folder")
     return model
-
-
-def _from_original(path: Path, sizes: UMT5Sizes) -> nn.Module:
-    return umt5_from_state_dict(read_checkpoint(path), sizes, f"text encoder {path}")
 
 
 _IN_LAYER = {
@@ -202,25 +214,24 @@ def _transformers_name(name: str) -> str:
     return name
 
 
-def _from_folder(path: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import UMT5EncoderModel
+def _from_folder(path: Path) -> nn.Module:
+    from transformers import UMT5Config
 
+    shards = sorted(path.glob("*.safetensors"))
     try:
-        # Without a stated dtype transformers may upcast the shards one by one.
-        loaded: Any = UMT5EncoderModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        # UMT5Config.from_pretrained gives its defaults where the file is absent.
+        config = UMT5Config.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise WeightsError(f"{path} is no Diffusers folder of a umT5 encoder: {error}") from error
-    model, info = loaded
-    wrong = {what: names for what, names in info.items() if names}
-    if wrong:
-        raise WeightsError(f"text encoder {path} does not fit its config.json: {wrong}. Mend: fetch the folder again")
-    result: nn.Module = model
-    return result
+    if not shards:
+        raise WeightsError(f"{path} is no Diffusers folder of a umT5 encoder: it holds no .safetensors file")
+    # Mapped shard by shard; from_pretrained would copy them, and only warn about what is missing.
+    state = {name: value for shard in shards for name, value in read_checkpoint(shard).items()}
+    return _filled(config, state, f"text encoder {path}")
 
 
-def _load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
+def load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
+    """Tokenizer of a folder, and the digest of its files with the text length. WeightsError where there is none."""
     from transformers import AutoTokenizer
 
     try:
