@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.random_weights import fill_random
@@ -39,16 +39,19 @@ class DecoderCache:
 
 
 class WanVae:
-    """A loaded VAE, frozen. `model` is the AutoencoderKLWan."""
+    """A loaded VAE, frozen. `model` is the AutoencoderKLWan; move it with ``vae.model.to(device)``."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
         config: Any = model.config
         self.latent_channels: int = config.z_dim
-        parameter = next(model.parameters())
-        # The public code keeps the reciprocal and divides by it; z * std rounds differently (golden/vae/README.md).
-        self._mean = torch.tensor(config.latents_mean, dtype=parameter.dtype, device=parameter.device)
-        self._reciprocal_std = 1.0 / torch.tensor(config.latents_std, dtype=parameter.dtype, device=parameter.device)
+        dtype, device = model.dtype, model.device
+        std = torch.tensor(config.latents_std, dtype=dtype, device=device)
+        # Buffers, so that they move with the model. The public code keeps the reciprocal and divides by it; z * std
+        # rounds differently (golden/vae/README.md).
+        mean = torch.tensor(config.latents_mean, dtype=dtype, device=device)
+        model.register_buffer("latent_shift", mean.view(-1, 1, 1), persistent=False)
+        model.register_buffer("latent_reciprocal_scale", (1.0 / std).view(-1, 1, 1), persistent=False)
 
     @cached_property
     def digest(self) -> str:
@@ -57,17 +60,15 @@ class WanVae:
 
     def new_cache(self) -> DecoderCache:
         """An empty cache: the next frame decoded with it begins a video."""
-        model: Any = self.model
-        return DecoderCache(model._cached_conv_counts["decoder"])
+        return DecoderCache(self.model._cached_conv_counts["decoder"])
 
     @torch.inference_mode()
     def decode_frame(self, latent: Tensor, cache: DecoderCache) -> Tensor:
         """Decode the next latent frame [C, H, W] of a video to pixels [1 or 4, 3, H*8, W*8] in [-1, 1]."""
-        model: Any = self.model
-        z = latent.to(self._mean).view(1, self.latent_channels, 1, *latent.shape[1:])
-        z = z / self._reciprocal_std.view(1, -1, 1, 1, 1) + self._mean.view(1, -1, 1, 1, 1)
+        model = self.model
+        z = latent.to(model.latent_shift) / model.latent_reciprocal_scale + model.latent_shift
         pixels: Tensor = model.decoder(
-            model.post_quant_conv(z), feat_cache=cache.features, feat_idx=[0], first_chunk=cache.empty
+            model.post_quant_conv(z[None, :, None]), feat_cache=cache.features, feat_idx=[0], first_chunk=cache.empty
         )
         cache.empty = False
         return pixels[0].clamp(-1, 1).transpose(0, 1)
@@ -87,14 +88,14 @@ class WanVae:
         frames = pixels.shape[0]
         if (frames - 1) % FRAMES_PER_LATENT:
             raise ValueError(f"{frames} frames cannot be encoded: the VAE takes 1 + 4 n of them")
-        model: Any = self.model
-        mean = model.encode(pixels.to(self._mean).transpose(0, 1)[None]).latent_dist.mode()
-        normalised: Tensor = (mean - self._mean.view(1, -1, 1, 1, 1)) * self._reciprocal_std.view(1, -1, 1, 1, 1)
-        return normalised[0].transpose(0, 1)
+        model = self.model
+        mean = model.encode(pixels.to(model.latent_shift).transpose(0, 1)[None]).latent_dist.mode()
+        normalised: Tensor = (mean[0].transpose(0, 1) - model.latent_shift) * model.latent_reciprocal_scale
+        return normalised
 
 
 def tiny_vae(seed: int = 0) -> WanVae:
-    """The VAE of the tiny backbone: the real architecture at base width 4 with random weights.
+    """The VAE of the tiny backbone: the real architecture at base width 3 with random weights.
 
     Latents have 16 channels and 8 x 8 x 4 compression as at full size. Plain random kernels paint high-frequency
     noise; half of each decoder kernel is therefore its own spatial mean (energy kept), which gives soft moving
@@ -102,7 +103,7 @@ def tiny_vae(seed: int = 0) -> WanVae:
     """
     from diffusers import AutoencoderKLWan
 
-    model = AutoencoderKLWan(base_dim=4, num_res_blocks=1)
+    model = AutoencoderKLWan(base_dim=3, num_res_blocks=1)
     fill_random(model, seed)
     with torch.no_grad():
         for parameter in model.decoder.parameters():
@@ -127,6 +128,14 @@ def load_wan_vae(
     Raises:
         WeightsError: missing, damaged or misfitting files.
     """
+    return WanVae(mapped_vae(path, config).to(device=device, dtype=dtype))
+
+
+def mapped_vae(path: str | Path, config: dict[str, Any] | None = None) -> Any:
+    """The AutoencoderKLWan whose tensors are mapped to the file as they are stored; none is read.
+
+    Raises WeightsError with everything that does not fit, so it is also the check of a file.
+    """
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
@@ -144,4 +153,4 @@ def load_wan_vae(
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(settings)
     load_strict(model, state, f"VAE {path}", "give Wan2.1_VAE.pth or the `vae` folder of the Diffusers repository")
-    return WanVae(model.to(device=device, dtype=dtype))
+    return model

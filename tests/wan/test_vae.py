@@ -86,3 +86,13 @@ def test_tiny_vae_is_reproducible_and_shows_something() -> None:
     assert pixels.shape == (9, 3, 64, 96)
     assert pixels.std() > 0.15, "grey videos tell the reader of a demo nothing"
     assert (pixels.abs() >= 1).float().mean() < 0.05, "clipped colours"
+
+
+def test_the_model_may_be_moved_after_loading(vae: WanVae) -> None:
+    """Device and precision of the model are all that counts; a buffer left behind would fail or give other values."""
+    double = tiny_vae()
+    latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    single = double.decode(latents)
+    double.model.to(torch.float64)
+    assert double.decode(latents).dtype == torch.float64
+    torch.testing.assert_close(double.decode(latents).float(), single, rtol=0, atol=1e-4)
