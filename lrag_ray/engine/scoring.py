@@ -8,6 +8,7 @@ score files; a worker commits its row itself, create-only, as soon as it has it,
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
@@ -118,16 +119,19 @@ def _fan_out(targets: list[ScoreTarget], uri: str, cpus_per_worker: float) -> It
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without progress bars of its own: the run has one display."""
-    from ray.data import DataContext
+    """Ray Data without progress bars and execution plans of its own: the run has one display."""
+    import ray.data
 
-    context = DataContext.get_current()
-    shown = context.enable_progress_bars
+    context = ray.data.DataContext.get_current()
+    logger = logging.getLogger("ray.data")
+    shown, level = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         context.enable_progress_bars = shown
+        logger.setLevel(level)
 
 
 def _score_in_worker(item: dict[str, Any]) -> dict[str, str]:
