@@ -5,9 +5,10 @@ A loaded `RunConfig` is complete: presets are merged in, so nothing else needs t
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 
@@ -15,25 +16,57 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,6
 """Names become path components: letters, digits, ``_ . -``, not starting with a dot."""
 
 
+def _literal_address(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty")
+    if value.startswith("~") or re.search(r"\$[A-Za-z_{]", value):
+        raise ValueError(
+            f"'{value}' holds ~ or a variable, which configuration files do not expand: write the path out, or give it "
+            "with --set outside quotes, so that the shell expands it"
+        )
+    return value
+
+
+Address = Annotated[str, AfterValidator(_literal_address)]
+"""A path or address, taken as it is written; a relative path means the working directory."""
+
+
 class Section(BaseModel):
     """Base of every configuration section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        # Values may be addresses that hold secrets; our own messages redact them.
+        hide_input_in_errors=True,
+    )
 
 
 class RunSection(Section):
     """Where the run lives and what seeds it."""
 
-    uri: str
-    """Address of the run directory: a folder or any fsspec address (s3://bucket/run)."""
+    uri: Address
+    """Address of the run directory: a folder or any fsspec address (s3://bucket/run), without credentials."""
     seed: int = 0
     """Run seed of the keyed noise."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_credentials(cls, value: str) -> str:
+        if re.search(r"://[^/@\s]*@", value):
+            raise ValueError(
+                "holds credentials before an @. They would end up in logs and records: take them out and give them "
+                "through the environment (s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
+            )
+        return value
 
 
 class PromptsSection(Section):
     """Which prompts."""
 
-    path: str | None = None
+    path: Address | None = None
     """UTF-8 text file, one prompt a line; blank lines are skipped but keep their line number."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many prompts."""
@@ -42,11 +75,17 @@ class PromptsSection(Section):
     samples: int = Field(default=1, ge=1)
     """Independent samples per prompt."""
 
+    @model_validator(mode="after")
+    def _named(self) -> PromptsSection:
+        if self.path is None and self.count is None:
+            raise ValueError("give path (a file with one prompt a line), or count to plan without a file")
+        return self
+
 
 class LatentShape(Section):
     """Shape of one latent frame."""
 
-    channels: int = 16
+    channels: int = Field(default=16, ge=1)
     """Latent channels."""
     height: int = Field(default=60, ge=2)
     """Latent rows; pixels / 8."""
@@ -57,7 +96,7 @@ class LatentShape(Section):
 class LoraConfig(Section):
     """Low-rank weights merged into the transformer at load."""
 
-    path: str
+    path: Address
     """LoRA checkpoint."""
     rank: int = Field(default=256, ge=1)
     """Rank of the update."""
@@ -68,7 +107,7 @@ class LoraConfig(Section):
 class WeightsConfig(Section):
     """Where the transformer's weights come from: a checkpoint, or a random recipe for the tiny backbone."""
 
-    path: str | None = None
+    path: Address | None = None
     """Checkpoint file (.pt or .safetensors)."""
     use_ema: bool = False
     """Take ``generator_ema`` instead of ``generator``."""
@@ -89,10 +128,16 @@ class TextEncoderConfig(Section):
 
     kind: Literal["tiny", "umt5"] = "umt5"
     """Which encoder."""
-    path: str | None = None
+    path: Address | None = None
     """umt5: checkpoint file or Diffusers folder."""
-    tokenizer: str | None = None
+    tokenizer: Address | None = None
     """umt5: folder with the tokenizer files."""
+
+    @model_validator(mode="after")
+    def _located(self) -> TextEncoderConfig:
+        if self.kind == "umt5" and (self.path is None or self.tokenizer is None):
+            raise ValueError("kind umt5 needs path (the checkpoint) and tokenizer (the folder with its files)")
+        return self
 
 
 class VaeConfig(Section):
@@ -100,15 +145,21 @@ class VaeConfig(Section):
 
     kind: Literal["tiny", "wan"] = "wan"
     """Which VAE."""
-    path: str | None = None
+    path: Address | None = None
     """wan: ``Wan2.1_VAE.pth`` or a Diffusers folder."""
+
+    @model_validator(mode="after")
+    def _located(self) -> VaeConfig:
+        if self.kind == "wan" and self.path is None:
+            raise ValueError("kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
+        return self
 
 
 class BackboneConfig(Section):
     """One frozen generator with its text encoder and VAE."""
 
     preset: str | None = None
-    """Preset whose values are the defaults of this section (see `lrag-ray run --help`)."""
+    """Preset whose values are the defaults of this section: tiny, self_forcing, causal_forcing or longlive."""
     label: str = ""
     """Shown in tables and pages beside the name, e.g. ``tiny, untrained``."""
     transformer: WanConfig = WanConfig()
@@ -121,12 +172,23 @@ class BackboneConfig(Section):
     """Shape of a latent frame."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and activations."""
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    text_encoder: TextEncoderConfig
     """Text encoder."""
-    vae: VaeConfig = VaeConfig()
+    vae: VaeConfig
     """Video VAE."""
     fail_on_prompt: str | None = None
     """For tests of the runner: a rollout whose prompt contains this text raises."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> BackboneConfig:
+        channels = self.latent.channels
+        if (self.transformer.in_dim, self.transformer.out_dim) != (channels, channels):
+            raise ValueError(
+                f"latent.channels {channels} must equal transformer.in_dim {self.transformer.in_dim} and "
+                f"transformer.out_dim {self.transformer.out_dim}"
+            )
+        self.transformer.token_grid(self.latent.height, self.latent.width)
+        return self
 
 
 class MethodConfig(BaseModel):
@@ -138,7 +200,8 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     method: str
-    """Registered name (base, infinity_rope, deep_forcing, rag) or ``package.module:Policy``."""
+    """Registered name (base, infinity_rope, deep_forcing, rag) or ``package.module:Policy``; may be left out where the
+    setting itself is called like a registered method."""
 
     @property
     def settings(self) -> dict[str, Any]:

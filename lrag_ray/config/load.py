@@ -1,0 +1,157 @@
+"""A run configuration from its file and ``--set`` overrides.
+
+Order: the file, then the overrides, then each backbone's preset under what was given. What comes out is complete and
+checked as far as it can be without reading any other file; all that is wrong is told at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lrag_ray.config.horizons import latent_frames
+from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
+from lrag_ray.config.overrides import apply_override
+from lrag_ray.config.presets import PRESETS, overlay
+from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.source import Document, KeyPath, read_document
+from lrag_ray.context.registry import policy_class, registered
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override, complete and check a run configuration.
+
+    Raises:
+        ConfigError: names for each problem the file and line (or the override), the key path, and the nearest valid
+            name or what was expected.
+    """
+    document = read_document(path)
+    refused = [*_apply(document, overrides)]
+    problems = [*_name_methods(document), *_merge_presets(document)]
+    config, found = _validated(document)
+    problems += found
+    for name, section in _sections(document.data, "methods"):
+        problems += _check_settings(("methods", name), section)
+    if config is not None and not problems:
+        problems += _check_fit(config)
+    raise_problems(document, problems, refused)
+    assert config is not None, "a configuration that is not valid has problems"
+    return config
+
+
+def config_keys() -> list[str]:
+    """Every key path that a configuration may have; ``*`` stands for a name of the user's."""
+    settings = {key for name in registered() for key in settings_keys(policy_class(name))}
+    return key_paths(RunConfig, lambda section: sorted(settings) if section == "methods.*" else ())
+
+
+def _apply(document: Document, overrides: Sequence[str]) -> Iterator[str]:
+    for override in overrides:
+        try:
+            apply_override(document, override)
+        except ValueError as error:
+            yield f"--set {override}: {error}"
+
+
+def _sections(data: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Named subsections of `key`; what is no section is left to the validation."""
+    group = data.get(key)
+    if isinstance(group, dict):
+        yield from ((name, section) for name, section in group.items() if isinstance(section, dict))
+
+
+def _name_methods(document: Document) -> Iterator[Problem]:
+    """Fill in `method` where the setting is called like a registered method."""
+    group = document.data.get("methods")
+    if not isinstance(group, dict):
+        return
+    for name in group:
+        if group[name] is None and name in registered():
+            group[name] = {}
+    for name, section in _sections(document.data, "methods"):
+        if "method" in section:
+            continue
+        if name in registered():
+            section["method"] = name
+        else:
+            known = ", ".join(registered())
+            section["method"] = ""
+            yield Problem(("methods", name, "method"), f"is missing; '{name}' is none of the methods {known}")
+
+
+def _merge_presets(document: Document) -> Iterator[Problem]:
+    for name, section in _sections(document.data, "backbones"):
+        preset = section.get("preset")
+        if not isinstance(preset, str):
+            continue
+        if preset not in PRESETS:
+            yield Problem(("backbones", name, "preset"), unknown(f"preset '{preset}'", preset, PRESETS))
+            # So that the values that this preset would have brought are not missed one by one.
+            document.data["backbones"][name] = overlay(PRESETS["tiny"], section)
+        else:
+            document.data["backbones"][name] = overlay(copy.deepcopy(PRESETS[preset]), section)
+
+
+def _validated(document: Document) -> tuple[RunConfig | None, list[Problem]]:
+    # Strict JSON takes no quoted number for a number and no true for 1, but lists and sections for tuples, dataclasses.
+    try:
+        return RunConfig.model_validate_json(json.dumps(document.data), strict=True), []
+    except ValidationError as error:
+        return None, [*translate(error, RunConfig, elsewhere=config_keys())]
+
+
+def _check_settings(path: KeyPath, section: dict[str, Any]) -> Iterator[Problem]:
+    """Check a method's keys against the policy's own settings."""
+    name = section.get("method")
+    if not isinstance(name, str) or not name:
+        return
+    try:
+        policy = policy_class(name)
+    except ValueError as error:
+        yield Problem((*path, "method"), str(error))
+        return
+    given = {key: value for key, value in section.items() if key != "method"}
+    try:
+        settings_model(policy).model_validate_json(json.dumps({"settings": given}), strict=True)
+    except ValidationError as error:
+        yield from translate(error, policy.Settings, path, skip=1)
+
+
+def _check_fit(config: RunConfig) -> Iterator[Problem]:
+    """Methods against backbones and durations."""
+    for name, section in config.methods.items():
+        method = resolve_method(section)
+        path: KeyPath = ("methods", name)
+        if method.policy.needs_encoder(method.settings) and not getattr(method.settings, "encoder", None):
+            yield Problem(
+                (*path, "encoder"),
+                "is missing: descriptor ae needs the checkpoint of a retrieval encoder; name it, or set descriptor: "
+                "avg_pool",
+            )
+        for backbone in config.backbones.values():
+            frames_per_block = backbone.sampler.frames_per_block
+            try:
+                method.policy.check(method.settings, frames_per_block)
+            except ValueError as error:
+                yield Problem(path, str(error))
+            yield from _check_length(path, method, config.durations_s, frames_per_block)
+
+
+def _check_length(
+    path: KeyPath, method: Method, durations_s: Sequence[float], frames_per_block: int
+) -> Iterator[Problem]:
+    limit = method.policy.max_frames
+    for duration_s in durations_s:
+        frames = latent_frames(duration_s, frames_per_block)
+        if limit is not None and frames > limit:
+            yield Problem(
+                path,
+                f"{duration_s:g} s are {frames} latent frames, but this method counts frames from the first one and "
+                f"the generator's table of temporal rotations ends at {limit}: at most {limit / 4:g} s",
+            )

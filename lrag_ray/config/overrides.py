@@ -1,0 +1,66 @@
+"""``--set a.b=value``: values that replace those of the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrag_ray.config.source import Document, KeyPath, dotted, parse_value
+
+
+def apply_override(document: Document, override: str) -> None:
+    """Set one value in `document`, later ones winning.
+
+    The value is YAML (``3``, ``[30, 60]``, ``null``, ``{method: rag, top_k: 4}``, text). Missing sections are made. In
+    a list, a position replaces that item. A name that itself holds dots is found where it is already given.
+
+    Raises:
+        ValueError: not of the form a.b=value, or a step of the path leads through something that is no section.
+    """
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or "" in key.split("."):
+        raise ValueError("an override is written a.b=value")
+    if not text.strip():
+        raise ValueError(f"no value after '{key}='; write null to unset, or \"''\" for an empty text")
+    try:
+        value = parse_value(text)
+    except ValueError as error:
+        raise ValueError(f"the value is not YAML ({error}); put quotes around text with special characters") from None
+    path = _set(document.data, key, value)
+    document.origins = {known: place for known, place in document.origins.items() if known[: len(path)] != path}
+    for end in range(1, len(path) + 1):
+        # Sections around the value that the file has keep their line; those that this override makes get its place.
+        document.origins.setdefault(path[:end], f"--set {override}")
+
+
+def _set(section: dict[str, Any], key: str, value: Any) -> KeyPath:
+    path: KeyPath = ()
+    target: Any = section
+    while True:
+        step, key = _next_step(target, key, path)
+        path = (*path, step)
+        if not key:
+            target[step] = value
+            return path
+        if isinstance(target, dict):
+            target.setdefault(str(step), None)
+        if target[step] is None:
+            target[step] = {}
+        inner = target[step]
+        if not isinstance(inner, dict | list):
+            raise ValueError(f"'{dotted(path)}' is a value, not a section with keys of its own")
+        target = inner
+
+
+def _next_step(target: dict[str, Any] | list[Any], key: str, path: KeyPath) -> tuple[str | int, str]:
+    """The first step of the dotted `key` inside `target`, and the rest."""
+    if isinstance(target, list):
+        first, _, rest = key.partition(".")
+        if not first.isdecimal() or int(first) >= len(target):
+            raise ValueError(
+                f"'{dotted(path)}' is a list of {len(target)}; '{first}' is no position in it (they count from 0)"
+            )
+        return int(first), rest
+    known = [name for name in target if key == name or key.startswith(f"{name}.")]
+    step = max(known, key=len) if known else key.partition(".")[0]
+    return step, key[len(step) + 1 :]

@@ -1,0 +1,259 @@
+"""What a configuration comes to, before anything runs: cells, rollouts, arithmetic, bytes. Pure arithmetic, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
+from lrag_ray.config.methods import Method, past_local_frames, resolve_method
+from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings
+from lrag_ray.config.schema import BackboneConfig, RunConfig
+from lrag_ray.wan.devices import DEVICES, gpu_hours
+from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, text_flops
+from lrag_ray.wan.vae import video_frames
+
+UTILISATION = 0.4
+"""Share of a GPU's peak arithmetic that `Plan.gpu_hours` counts on."""
+
+VIDEO_BITS_PER_PIXEL = 0.2
+"""Rough size of H.264 at the default quality; sharp or noisy videos take several times as much."""
+
+_BYTES = {"bfloat16": 2, "float32": 4}
+_VAE_SIZES = {"tiny": VaeSizes(base_dim=4, num_res_blocks=1), "wan": VaeSizes()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Backbone x method x duration: one row of the result tables."""
+
+    backbone: str
+    method: str
+    duration_s: float
+    latent_frames: int
+    video_frames: int
+    videos: int
+    """Prompts times samples."""
+
+
+@dataclass(frozen=True)
+class BackbonePlan:
+    """A generator in numbers."""
+
+    name: str
+    label: str
+    parameters: int
+    """Of the transformer."""
+    tokens_per_frame: int
+    kv_bytes_per_frame: int
+    """K and V of a latent frame over all layers."""
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """All rollouts of one method on one backbone."""
+
+    backbone: str
+    method: str
+    horizons: tuple[int, ...]
+    """Latent frames at which results are committed."""
+    nested: bool
+    """One rollout to the longest horizon serves the shorter ones; otherwise each horizon is a rollout of its own."""
+    rollouts: int
+    latent_frames: int
+    passes: int
+    """Transformer passes."""
+    block_flops: int
+    """Operations of the last, most expensive block of the longest rollout."""
+    transformer_flops: int
+    """Operations of all passes; a multiply-add counts as two."""
+    decode_flops: int
+    """Operations to decode the latents; 0 where videos are off."""
+    video_frames: int
+    """Frames of all stored videos."""
+    latent_bytes: int
+    """Stored latents."""
+    video_bytes: int
+    """Stored videos, roughly."""
+    history_bytes: int
+    """Host memory of one rollout's history at its end."""
+    gpu_bytes: int
+    """GPU memory of one rollout actor, without the CUDA context."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the whole plan."""
+
+    cells: int
+    rollouts: int
+    latent_frames: int
+    passes: int
+    transformer_flops: int
+    decode_flops: int
+    video_frames: int
+    latent_bytes: int
+    video_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run from nothing; what storage already holds is not subtracted."""
+
+    uri: str
+    prompts: int
+    samples: int
+    backbones: tuple[BackbonePlan, ...]
+    methods: tuple[MethodPlan, ...]
+    cells: tuple[Cell, ...]
+    totals: Totals
+    gpu_hours: dict[str, float]
+    """By GPU: hours of one for all transformer passes and decoding at `utilisation`, scoring not included."""
+    utilisation: float
+    notes: tuple[str, ...]
+    """What a person should know: roundings, duplicates, settings with side effects."""
+
+
+def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
+    """Plan of a loaded configuration for these prompts."""
+    videos = len(prompts) * config.prompts.samples
+    methods, cells = [], []
+    for backbone_name, backbone in config.backbones.items():
+        n = backbone.sampler.frames_per_block
+        frames_of = {duration_s: latent_frames(duration_s, n) for duration_s in config.durations_s}
+        for method_name, section in config.methods.items():
+            method = resolve_method(section)
+            horizons = tuple(sorted(set(frames_of.values())))
+            methods.append(_method_plan(config, backbone_name, method_name, method, horizons, videos))
+            cells += [
+                Cell(backbone_name, method_name, duration_s, frames, video_frames(frames), videos)
+                for duration_s, frames in frames_of.items()
+            ]
+    totals = Totals(
+        cells=len(cells),
+        rollouts=sum(each.rollouts for each in methods),
+        latent_frames=sum(each.latent_frames for each in methods),
+        passes=sum(each.passes for each in methods),
+        transformer_flops=sum(each.transformer_flops for each in methods),
+        decode_flops=sum(each.decode_flops for each in methods),
+        video_frames=sum(each.video_frames for each in methods),
+        latent_bytes=sum(each.latent_bytes for each in methods),
+        video_bytes=sum(each.video_bytes for each in methods),
+    )
+    flops = totals.transformer_flops + totals.decode_flops
+    return Plan(
+        uri=config.run.uri,
+        prompts=len(prompts),
+        samples=config.prompts.samples,
+        backbones=tuple(_backbone_plan(name, backbone) for name, backbone in config.backbones.items()),
+        methods=tuple(methods),
+        cells=tuple(cells),
+        totals=totals,
+        gpu_hours={device.name: gpu_hours(flops, device, UTILISATION) for device in DEVICES},
+        utilisation=UTILISATION,
+        notes=tuple(dict.fromkeys(_notes(config, prompts))),
+    )
+
+
+def _backbone_plan(name: str, backbone: BackboneConfig) -> BackbonePlan:
+    sizes, latent = backbone.transformer, backbone.latent
+    return BackbonePlan(
+        name=name,
+        label=backbone.label,
+        parameters=sizes.parameter_count(),
+        tokens_per_frame=sizes.tokens_per_frame(latent.height, latent.width),
+        kv_bytes_per_frame=sizes.kv_bytes_per_frame(latent.height, latent.width, _BYTES[backbone.dtype]),
+    )
+
+
+def _method_plan(
+    config: RunConfig,
+    backbone_name: str,
+    method_name: str,
+    method: Method,
+    horizons: tuple[int, ...],
+    videos: int,
+) -> MethodPlan:
+    backbone = config.backbones[backbone_name]
+    sizes, sampler, latent = backbone.transformer, backbone.sampler, backbone.latent
+    policy, settings = method
+    n, longest = sampler.frames_per_block, horizons[-1]
+    value_bytes = _BYTES[backbone.dtype]
+    vae = _VAE_SIZES[backbone.vae.kind] if config.video.enabled else None
+    nested = policy.horizon_free and not config.independent_durations
+    runs = (longest,) if nested else horizons
+
+    # Operations of block i do not depend on how long its rollout is.
+    per_block = [
+        block_flops(sizes, sampler, latent.height, latent.width, policy.attended_frames(settings, n, first))
+        for first in range(0, longest, n)
+    ]
+    generated = videos * sum(runs)
+    shown = videos * sum(video_frames(frames) for frames in horizons) if vae else 0
+    pixels = 64 * latent.height * latent.width
+    memory = rollout_memory(
+        sizes,
+        latent.height,
+        latent.width,
+        frames_per_block=n,
+        window_frames=policy.attended_frames(settings, n, longest - n),
+        retrieved_frames=getattr(settings, "top_k", 0),
+        bytes_per_value=value_bytes,
+        encoder=policy.needs_encoder(settings),
+        vae=vae,
+    )
+    return MethodPlan(
+        backbone=backbone_name,
+        method=method_name,
+        horizons=horizons,
+        nested=nested,
+        rollouts=videos * len(runs),
+        latent_frames=generated,
+        passes=generated // n * sampler.passes_per_block,
+        block_flops=per_block[-1],
+        transformer_flops=videos * sum(text_flops(sizes) + sum(per_block[: frames // n]) for frames in runs),
+        decode_flops=generated * decode_flops(vae, latent.height, latent.width) if vae else 0,
+        video_frames=shown,
+        latent_bytes=generated * latent.channels * latent.height * latent.width * value_bytes,
+        video_bytes=round(shown * pixels * VIDEO_BITS_PER_PIXEL / 8),
+        history_bytes=policy.history_frames(settings, n, longest)
+        * sizes.kv_bytes_per_frame(latent.height, latent.width, value_bytes),
+        gpu_bytes=memory.total,
+    )
+
+
+def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
+    if prompts and not prompts[0].text:
+        named = f"{config.prompts.path} is not there yet" if config.prompts.path else "no prompts.path is given"
+        yield f"{named}: planned for prompts.count {len(prompts)}. `run` needs the file: {WHERE_TO_GET}"
+    yield from duplicate_warnings(prompts)
+    for backbone in config.backbones.values():
+        yield from _duration_notes(config.durations_s, backbone.sampler.frames_per_block)
+    if len(config.durations_s) > 1 and not config.independent_durations:
+        yield (
+            "durations are nested: shorter videos are the beginnings of the longest, so results of different durations "
+            "are not independent samples (independent_durations: true makes them so, at the cost of more rollouts)"
+        )
+    for name, section in config.methods.items():
+        method = resolve_method(section)
+        for backbone in config.backbones.values():
+            if past_local_frames(method, backbone.sampler.frames_per_block) == 0:
+                yield (
+                    f"methods.{name}: sink and retrieved frames fill the window up to the current block: no past local "
+                    "frame is attended to"
+                )
+
+
+def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:
+    for duration_s in durations_s:
+        frames = latent_frames(duration_s, frames_per_block)
+        if frames != duration_s * LATENT_FRAMES_PER_SECOND:
+            yield (
+                f"{duration_s:g} s is not a number of whole blocks of {frames_per_block} latent frames: made "
+                f"{frames} latent frames ({frames / LATENT_FRAMES_PER_SECOND:g} s, {video_frames(frames)} video frames)"
+            )
+    for frames, group in groupby(durations_s, lambda duration_s: latent_frames(duration_s, frames_per_block)):
+        same = [f"{duration_s:g} s" for duration_s in group]
+        if len(same) > 1:
+            yield f"{' and '.join(same)} are the same {frames} latent frames, so they share their results"

@@ -1,0 +1,103 @@
+"""Backbone presets: the defaults of a `backbones` section, named by its `preset` key.
+
+The real ones are Wan2.1-T2V-1.3B generators; their files are looked for under ``weights/`` in the working directory
+unless the configuration names other paths. File names are those of the releases: the generators come from the Hub
+repository qixinhu11/LongLive-RAG (``checkpoints/``), text encoder, tokenizer and VAE from Wan-AI/Wan2.1-T2V-1.3B.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_WAN_1_3B: dict[str, Any] = {
+    "transformer": {
+        "dim": 1536,
+        "ffn_dim": 8960,
+        "freq_dim": 256,
+        "text_dim": 4096,
+        "text_len": 512,
+        "in_dim": 16,
+        "out_dim": 16,
+        "num_heads": 12,
+        "num_layers": 30,
+    },
+    "sampler": {
+        "denoising_steps": [1000, 750, 500, 250],
+        "warp": True,
+        "shift": 5.0,
+        "context_timestep": 0.0,
+        "frames_per_block": 3,
+    },
+    "latent": {"channels": 16, "height": 60, "width": 104},
+    "dtype": "bfloat16",
+    "text_encoder": {
+        "kind": "umt5",
+        "path": "weights/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth",
+        "tokenizer": "weights/Wan2.1-T2V-1.3B/google/umt5-xxl",
+    },
+    "vae": {"kind": "wan", "path": "weights/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "label": "tiny, untrained",
+        "transformer": {
+            "dim": 64,
+            "ffn_dim": 128,
+            "freq_dim": 32,
+            "text_dim": 32,
+            "text_len": 256,
+            "in_dim": 16,
+            "out_dim": 16,
+            "num_heads": 2,
+            "num_layers": 3,
+        },
+        "weights": {"random_seed": 0},
+        "latent": {"channels": 16, "height": 16, "width": 24},
+        "dtype": "float32",
+        "text_encoder": {"kind": "tiny"},
+        "vae": {"kind": "tiny"},
+    },
+    "self_forcing": {
+        **_WAN_1_3B,
+        "label": "Self-Forcing",
+        "weights": {"path": "weights/self_forcing.pt", "use_ema": True},
+    },
+    "causal_forcing": {
+        **_WAN_1_3B,
+        "label": "Causal-Forcing",
+        "weights": {"path": "weights/causal_forcing.pt"},
+    },
+    "longlive": {
+        **_WAN_1_3B,
+        "label": "LongLive",
+        "weights": {
+            "path": "weights/longlive_base.pt",
+            "lora": {"path": "weights/longlive_lora.pt", "rank": 256, "alpha": 256.0},
+        },
+    },
+}
+"""Values by preset name."""
+
+
+def overlay(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`preset` with the user's keys over it, section by section.
+
+    A section whose user names another kind (`kind`), or another source of weights (`random_seed`), keeps nothing of
+    the preset's: paths of the one kind mean nothing to the other. A `path` takes the place of a preset's random recipe.
+    """
+    merged = dict(preset)
+    for key, value in given.items():
+        old = merged.get(key)
+        if not (isinstance(old, dict) and isinstance(value, dict)) or _replaces(old, value):
+            merged[key] = value
+        elif value.get("path") is not None:
+            merged[key] = overlay({name: kept for name, kept in old.items() if name != "random_seed"}, value)
+        else:
+            merged[key] = overlay(old, value)
+    return merged
+
+
+def _replaces(old: dict[str, Any], value: dict[str, Any]) -> bool:
+    other_kind = "kind" in value and value["kind"] != old.get("kind")
+    return other_kind or value.get("random_seed") is not None

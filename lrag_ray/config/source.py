@@ -1,0 +1,148 @@
+"""A YAML file as plain data that remembers, for every key, the line it came from.
+
+YAML is read as version 1.2 reads it: ``yes``, ``010``, ``12:30`` and dates stay text, ``1e-6`` is a number. Nothing is
+expanded: no environment variables, no interpolation, no ``~``. A key that is given twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrag_ray.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list positions from the top of the file."""
+
+_MOST_NODES = 100_000
+"""Values that a file may hold, aliases expanded; far above any real configuration."""
+
+
+@dataclass
+class Document:
+    """Plain data and where each of its values was written."""
+
+    name: str
+    """The file as the user named it."""
+    data: dict[str, Any]
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    """By key path: ``file:line``, or the override or preset that set the value."""
+
+    def origin(self, path: KeyPath) -> str:
+        """Where `path` was written; for what is missing, where the section around it was."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.origins:
+                return self.origins[path[:end]]
+        return self.name
+
+
+def dotted(path: KeyPath) -> str:
+    """``a.b.0`` for ("a", "b", 0)."""
+    return ".".join(str(step) for step in path)
+
+
+def read_document(path: str | Path) -> Document:
+    """Read a YAML file; ConfigError if it cannot be read, is not UTF-8, not YAML, or not a mapping."""
+    name = str(path)
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    document = Document(name, {})
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        data = None if node is None else _Builder(loader, document).build(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{name}:{mark.line + 1}" if mark else name
+        context = f" ({error.context})" if error.context else ""
+        raise ConfigError(f"{place}: not YAML: {error.problem}{context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply, or an alias that contains itself") from None
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        found = "is empty" if data is None else "holds no keys at its top"
+        raise ConfigError(f"{name}: the configuration {found}; it is a YAML mapping, see configs/demo.yaml")
+    document.data = data
+    return document
+
+
+def parse_value(text: str) -> Any:
+    """One YAML value, as an override gives it; ValueError if it is none."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _Builder(loader, Document("", {})).build(node, ())
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(str(error.problem)) from None
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ValueError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
+    """The safe loader with the scalar rules of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's attribute
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+class _Builder:
+    """Turns the node tree into dicts and lists and notes the line of every value."""
+
+    def __init__(self, loader: _Loader, document: Document) -> None:
+        self._loader = loader
+        self._document = document
+        self._nodes = 0
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._nodes += 1
+        if self._nodes > _MOST_NODES:
+            raise ConfigError(f"{self._document.name}: more than {_MOST_NODES} values, aliases expanded")
+        if path:
+            self._document.origins.setdefault(path, self._place(node))
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+        return self._loader.construct_object(node, deep=True)
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self._place(key_node)}: a key must be plain text")
+            # The text as written: a backbone may be called 13 or true.
+            key: str = key_node.value
+            if key in result:
+                first = self._document.origins[(*path, key)]
+                raise ConfigError(f"{self._place(key_node)}: key '{dotted((*path, key))}' is already given at {first}")
+            self._document.origins[(*path, key)] = self._place(key_node)
+            result[key] = self.build(value_node, (*path, key))
+        return result
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self._document.name}:{node.start_mark.line + 1}"
