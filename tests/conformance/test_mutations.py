@@ -1,0 +1,327 @@
+"""A check that cannot fail is worthless: every change of a golden file must show, in the row that it belongs to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lrag_ray.conformance import checkpoints
+from lrag_ray.conformance.verify import failed, verify_path
+from lrag_ray.wan.checkpoint import generator_weights
+from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.transformer import CausalWanTransformer
+
+Change = Callable[[Path], None]
+
+
+def tensor(file: str, name: str, change: Callable[[Tensor], None]) -> Change:
+    """Edit one tensor of a safetensors file in place."""
+
+    def apply(folder: Path) -> None:
+        content = load_file(folder / file)
+        change(content[name])
+        save_file(content, folder / file)
+
+    return apply
+
+
+def nudge(by: float, at: int = 7) -> Callable[[Tensor], None]:
+    """Add to one value."""
+
+    def change(x: Tensor) -> None:
+        x.view(-1)[min(at, x.numel() - 1)] += by
+
+    return change
+
+
+def entry(file: str, value: Any, *path: str | int) -> Change:
+    """Set one entry of a JSON file."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        if isinstance(place, list) or path[-1] in place:
+            assert place[path[-1]] != value, "the mutation changes nothing"
+        place[path[-1]] = value
+        (folder / file).write_text(json.dumps(content))
+
+    return apply
+
+
+class Mutation(NamedTuple):
+    """A change, and a row that must fail because of it."""
+
+    sources: str
+    """Space-separated patterns of the golden files that are copied."""
+    change: Change
+    row: str
+    """How the failing row's tensor begins."""
+
+
+SHIFT = "scheduler/shift5.*"
+AE = "encoder/tiny_ae.*"
+RAG = "rollout/e_rag_block1.* rollout/weights_dim48.*"
+RAG_AE = "rollout/c_rag_ae.* rollout/weights_dim48.* rollout/ae_tiny.*"
+NATIVE = "rollout/a_native.* rollout/weights_dim48.*"
+UNITS = "rollout/units.* rollout/weights_dim*"
+BASE = "methods/self_forcing/sf_window12_sink0.* methods/tiny/*"
+INFINITY = "methods/infinity_rope/inf_window6_sink1.* methods/tiny/*"
+DEEP = "methods/deep_forcing/df_native_w21_s10_n16_r4.* methods/tiny/*"
+CHECKPOINTS = "checkpoints/*"
+LORA = "lora/*"
+VAE = "vae/tiny_vae.*"
+TEXT = "text_encoder/*"
+
+
+def in_rag(value: Any, *path: str | int) -> Change:
+    return entry("rollout/e_rag_block1.json", value, *path)
+
+
+def rag_tensor(name: str, by: float = 1e-3) -> Change:
+    return tensor("rollout/e_rag_block1.safetensors", name, nudge(by))
+
+
+def in_meta(stem: str, value: Any, *path: str | int) -> Change:
+    return entry(f"methods/{stem}.meta.json", value, *path)
+
+
+def method_tensor(stem: str, name: str, by: float = 1e-2) -> Change:
+    return tensor(f"methods/{stem}.safetensors", name, nudge(by))
+
+
+BASE_STEM = "self_forcing/sf_window12_sink0"
+INFINITY_STEM = "infinity_rope/inf_window6_sink1"
+DEEP_STEM = "deep_forcing/df_native_w21_s10_n16_r4"
+LATE = "debug.late.step1.layer0"
+
+
+def corrupt_checkpoint(folder: Path) -> None:
+    """Add a tensor to a file that the record calls complete."""
+    content = torch.load(folder / "checkpoints/ckpt_generator.pt", weights_only=True)
+    content["generator"]["model.blocks.0.ffn.1.weight"] = torch.zeros(1)
+    torch.save(content, folder / "checkpoints/ckpt_generator.pt")
+
+
+MUTATIONS = {
+    "scheduler table": Mutation(SHIFT, tensor("scheduler/shift5.safetensors", "sigmas", nudge(1e-7, 997)), "sigmas"),
+    "scheduler bf16": Mutation(
+        SHIFT, tensor("scheduler/shift5.safetensors", "x0_from_flow_bf16", nudge(2**-7)), "x0_from_flow_bf16"
+    ),
+    "scheduler index": Mutation(
+        SHIFT, tensor("scheduler/shift5.safetensors", "timestep_index", lambda x: x.add_(1)), "timestep_index"
+    ),
+    "scheduler weights": Mutation(
+        SHIFT, tensor("scheduler/shift5.safetensors", "training_weight_at_t", nudge(1e-4)), "training_weight_at_t"
+    ),
+    "scheduler shift": Mutation(SHIFT, entry("scheduler/shift5.json", 5.01, "shift"), "timesteps"),
+    "scheduler warp": Mutation(
+        SHIFT, entry("scheduler/shift5.json", [1000.0, 833.4], "warped", "[1000, 500]"), "warped"
+    ),
+    "scheduler variant": Mutation(SHIFT, entry("scheduler/shift5.json", 0.003, "sigma_min"), "sigma_min"),
+    "encoder embedding": Mutation(AE, tensor("encoder/tiny_ae.safetensors", "encode_raw", nudge(1e-4)), "encode_raw"),
+    "encoder weights": Mutation(
+        AE, tensor("encoder/tiny_ae.safetensors", "weights.encoder.fc.bias", nudge(1e-3)), "encode_normalized"
+    ),
+    "encoder gradient": Mutation(
+        AE, tensor("encoder/tiny_ae.safetensors", "grad.encoder.fc.weight", nudge(1e-2)), "gradients"
+    ),
+    "encoder training": Mutation(
+        AE, tensor("encoder/tiny_ae.safetensors", "trained.encoder.fc.weight", nudge(1e-3)), "trained weights"
+    ),
+    "encoder loss": Mutation(AE, entry("encoder/tiny_ae.json", 0.0020, "losses", "delta"), "losses"),
+    "encoder margin": Mutation(AE, entry("encoder/tiny_ae.json", 0.8, "ae_config", "delta_margin"), "losses"),
+    "encoder window": Mutation(AE, entry("encoder/tiny_ae.json", 2, "ae_config", "delta_window"), "losses"),
+    "encoder rate": Mutation(AE, entry("encoder/tiny_ae.json", 4e-4, "training", "lr"), "step 0 losses after"),
+    "encoder decay": Mutation(AE, entry("encoder/tiny_ae.json", 0.5, "training", "weight_decay"), "trained weights"),
+    "encoder count": Mutation(AE, entry("encoder/tiny_ae.json", 14665, "parameter_count"), "parameter_count"),
+    "encoder default": Mutation(
+        "encoder/ae_config_fields.json",
+        entry("encoder/ae_config_fields.json", 512, "defaults", "latent_dim"),
+        "default latent_dim",
+    ),
+    "rollout output": Mutation(RAG, rag_tensor("output"), "output"),
+    "rollout noise": Mutation(RAG, rag_tensor("noise", 0.1), "output"),
+    "rollout renoise": Mutation(RAG, rag_tensor("renoise", 0.1), "output"),
+    "rollout prompt": Mutation(RAG, rag_tensor("prompt_embeds", 0.1), "output"),
+    "rollout descriptors": Mutation(RAG, rag_tensor("descriptors"), "descriptors"),
+    "rollout flow": Mutation(RAG, rag_tensor("debug.block5.context.flow"), "debug flow"),
+    "rollout x0": Mutation(RAG, rag_tensor("debug.block5.step2.x0"), "debug x0"),
+    "rollout query": Mutation(RAG, rag_tensor(f"{LATE}.query_roped"), "late query_roped"),
+    "rollout key": Mutation(RAG, rag_tensor(f"{LATE}.key_roped"), "late key_roped"),
+    "rollout value": Mutation(RAG, rag_tensor(f"{LATE}.value"), "late value"),
+    "rollout K": Mutation(RAG, in_rag(2, "case", "model_kwargs", "memory_size"), "output"),
+    "rollout R": Mutation(RAG, in_rag(1, "case", "model_kwargs", "recent_exclude"), "output"),
+    "rollout sink": Mutation(RAG, in_rag(2, "case", "model_kwargs", "sink_size"), "output"),
+    "rollout window": Mutation(RAG, in_rag(7, "case", "model_kwargs", "local_attn_size"), "output"),
+    "rollout impossible": Mutation(RAG, in_rag(4, "case", "model_kwargs", "local_attn_size"), "*"),
+    "rollout model": Mutation(RAG, in_rag(False, "case", "model_kwargs", "use_latentmem"), "output"),
+    "rollout context noise": Mutation(RAG, in_rag(100, "case", "context_noise"), "output"),
+    "rollout unwarped": Mutation(RAG, in_rag(False, "case", "warp"), "timesteps"),
+    "rollout shift": Mutation(RAG, in_rag(5.5, "case", "model_kwargs", "timestep_shift"), "timesteps"),
+    "rollout steps": Mutation(RAG, in_rag([1000, 750, 500, 249], "case", "denoising_step_list"), "timesteps"),
+    "rollout retrieved": Mutation(
+        RAG, in_rag([[3, 1, 2]], "memory_indices_log", 2, "selected_global_frames"), "retrieved frames"
+    ),
+    "rollout similarity": Mutation(
+        RAG, in_rag(0.95, "memory_indices_log", 2, "selected_similarities", 0, 2), "retrieved similarities"
+    ),
+    "rollout history": Mutation(RAG, in_rag(6, "memory_indices_log", 2, "num_evicted"), "history size"),
+    "rollout lost log": Mutation(RAG, in_rag([], "memory_indices_log"), "retrieved frames"),
+    "rollout map": Mutation(RAG, in_rag(1, "attention_map", 9, "keys_all_passes", 0, 1, 2), "attention map"),
+    "rollout query index": Mutation(RAG, in_rag([6], "attention_map", 17, "query_rope"), "query indices"),
+    "rollout descriptor": Mutation(
+        RAG_AE, entry("rollout/c_rag_ae.json", "avg_pool", "case", "model_kwargs", "compression_method"), "descriptors"
+    ),
+    "rollout encoder": Mutation(
+        RAG_AE, entry("rollout/c_rag_ae.json", "absent.pt", "case", "model_kwargs", "ae_ckpt"), "*"
+    ),
+    "rollout native": Mutation(
+        NATIVE, entry("rollout/a_native.json", True, "case", "model_kwargs", "use_latentmem"), "output"
+    ),
+    "units rope": Mutation(
+        UNITS, tensor("rollout/units.safetensors", "rope.hd24.start_frame_7", nudge(1e-4)), "rope.hd24"
+    ),
+    "units time": Mutation(UNITS, tensor("rollout/units.safetensors", "time.embedding48", nudge(1e-4)), "time"),
+    "units norm": Mutation(UNITS, tensor("rollout/units.safetensors", "rmsnorm.out", nudge(1e-4)), "rmsnorm"),
+    "units forward": Mutation(
+        UNITS, tensor("rollout/units.safetensors", "forward.dim64.after_block1", nudge(1e-3)), "forward.dim64"
+    ),
+    "units weights": Mutation(
+        UNITS, tensor("rollout/weights_dim48.safetensors", "blocks.2.ffn.0.weight", nudge(1.0)), "forward.dim48"
+    ),
+    "methods latents": Mutation(BASE, method_tensor(BASE_STEM, "latents", 1e-3), "latents"),
+    "methods prediction": Mutation(BASE, method_tensor(BASE_STEM, "x0_pred", 1e-3), "x0_pred"),
+    "methods key": Mutation(BASE, method_tensor(BASE_STEM, "kv_cache.2.k"), "kv_cache k"),
+    "methods value": Mutation(BASE, method_tensor(BASE_STEM, "kv_cache.1.v"), "kv_cache v"),
+    "methods sink": Mutation(BASE, in_meta(BASE_STEM, 1, "settings", "sink"), "latents"),
+    "methods method": Mutation(BASE, in_meta(BASE_STEM, "infinity_rope", "settings", "method"), "kv_cache k"),
+    "methods timesteps": Mutation(BASE, in_meta(BASE_STEM, 900.0, "timesteps", 1), "timesteps"),
+    "methods setting": Mutation(BASE, in_meta(BASE_STEM, 3, "settings", "windows"), "*"),
+    "methods sampler": Mutation(BASE, entry("methods/tiny/config.json", 8.0, "sampler", "timestep_shift"), "timesteps"),
+    "methods trace": Mutation(
+        INFINITY, entry(f"methods/{INFINITY_STEM}.context_trace.json", 5, 9, "groups", 1, 1), "context trace"
+    ),
+    "methods unrotated": Mutation(INFINITY, method_tensor(INFINITY_STEM, "kv_cache.0.k"), "kv_cache k"),
+    "methods index": Mutation(
+        INFINITY,
+        tensor(
+            f"methods/{INFINITY_STEM}.context_tokens.safetensors", "ctx.block11.pass0.layer1.temporal_index", nudge(1)
+        ),
+        "temporal indices",
+    ),
+    "deep forcing tokens": Mutation(
+        DEEP,
+        tensor(f"methods/{DEEP_STEM}.safetensors", "pc.block9.layer1.selected_aug_index", nudge(1)),
+        "selected tokens",
+    ),
+    "deep forcing recent": Mutation(DEEP, in_meta(DEEP_STEM, 5, "settings", "recent"), "selected tokens"),
+    "deep forcing origin": Mutation(
+        DEEP,
+        tensor(
+            f"methods/{DEEP_STEM}.context_tokens.safetensors", "ctx.block11.pass4.layer2.origin_token", nudge(1, 250)
+        ),
+        "origin tokens",
+    ),
+    "checkpoint weights": Mutation(
+        CHECKPOINTS,
+        tensor("checkpoints/expected_weights.safetensors", "ema.head.head.bias", nudge(1e-6)),
+        "use_ema=true (",
+    ),
+    "checkpoint refused": Mutation(CHECKPOINTS, corrupt_checkpoint, "use_ema=false"),
+    "lora weights": Mutation(
+        LORA,
+        tensor("lora/lora_rank4_merged_changed_weights.safetensors", "blocks.1.ffn.0.weight", nudge(1e-4)),
+        "lora_rank4_lora_raw merged",
+    ),
+    "lora alpha": Mutation(LORA, entry("lora/lora_rank4.json", 5, "alpha"), "lora_rank4_lora_wrapped outputs"),
+    "lora output": Mutation(
+        LORA, tensor("lora/lora_rank4_outputs.safetensors", "base.pass1.flow", nudge(1e-3)), "base outputs"
+    ),
+    "lora rank": Mutation(LORA, entry("lora/lora_rank4.json", 3, "rank"), "*"),
+    "vae decode": Mutation(VAE, tensor("vae/tiny_vae.safetensors", "decode_raw", nudge(1e-3, 5000)), "decode_raw"),
+    "vae encode": Mutation(VAE, tensor("vae/tiny_vae.safetensors", "encode_btchw", nudge(1e-3)), "encode_btchw"),
+    "vae chunks": Mutation(
+        VAE, tensor("vae/tiny_vae.safetensors", "decode_chunk3_btchw", nudge(1e-3, 5000)), "decode_chunk3"
+    ),
+    "text features": Mutation(
+        TEXT,
+        tensor("text_encoder/tiny_umt5.safetensors", "output_padding_zeroed", nudge(1e-3)),
+        "output_padding_zeroed",
+    ),
+    "text padding": Mutation(
+        TEXT, tensor("text_encoder/tiny_umt5.safetensors", "output_padding_zeroed", nudge(1e-3, 700)), "output_padding"
+    ),
+}
+
+
+def copy(golden: Path, sources: str, target: Path) -> Path:
+    """Copy golden files, keeping their folders."""
+    for pattern in sources.split():
+        for file in golden.glob(pattern):
+            place = target / file.relative_to(golden)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+    if not target.is_dir():
+        pytest.skip(f"no golden vectors like {sources} in {golden}")
+    return target
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_changed_golden_file_fails(golden: Path, tmp_path: Path, name: str) -> None:
+    mutation = MUTATIONS[name]
+    folder = copy(golden, mutation.sources, tmp_path / "golden")
+    mutation.change(folder)
+    results = verify_path(folder)
+    assert failed(results)
+    assert any(row.status == "fail" and row.tensor.startswith(mutation.row) for row in results)
+
+
+def test_a_lenient_loader_fails(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy(golden, CHECKPOINTS, tmp_path / "golden")
+
+    def lenient(path: Path, config: WanConfig, *, use_ema: bool, dtype: torch.dtype) -> CausalWanTransformer:
+        """Load as the public code does: gaps stay random, strangers are ignored."""
+        transformer = CausalWanTransformer(config).to(dtype)
+        weights = {k: v for k, v in generator_weights(path, use_ema=use_ema).items() if v.shape != (63,)}
+        transformer.load_state_dict(weights, strict=False)
+        return transformer
+
+    monkeypatch.setattr(checkpoints, "load_transformer", lenient)
+    fooled = {row.case for row in verify_path(folder) if row.status == "fail"}
+    corrupt = {"missing_key", "ema_missing_key", "unexpected_key", "wrong_shape"}
+    assert fooled == {f"ckpt_corrupt_{how}" for how in corrupt}
+
+
+def renamed(folder: Path, golden: Path) -> None:
+    """The same vectors under names that tell nothing."""
+    copy(golden, RAG + " " + SHIFT, folder)
+    (folder / "scheduler").rename(folder / "rollouts")
+    for file in (folder / "rollouts").iterdir():
+        file.rename(file.with_name("tables" if file.suffix == ".json" else "numbers").with_suffix(file.suffix))
+    (folder / "rollout").rename(folder / "42")
+    for file in (folder / "42").glob("e_rag_block1.*"):
+        file.rename(file.with_name(f"shift5{file.suffix}"))
+
+
+def test_names_do_not_matter(golden: Path, tmp_path: Path) -> None:
+    renamed(tmp_path / "x", golden)
+    results = verify_path(tmp_path / "x")
+    assert {(row.folder, row.status) for row in results} == {("42", "pass"), ("rollouts", "pass")}
+    assert {"output", "sigmas"} <= {row.tensor for row in results}
+
+
+@pytest.mark.parametrize("sources", [SHIFT, AE, RAG, UNITS, BASE, LORA, TEXT])
+def test_unchanged_copies_pass(golden: Path, tmp_path: Path, sources: str) -> None:
+    results = verify_path(copy(golden, sources, tmp_path / "elsewhere"))
+    assert results
+    assert not failed(results)
