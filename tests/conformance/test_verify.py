@@ -25,9 +25,16 @@ def draw(name: str, *shape: int) -> Tensor:
     return torch.randn(shape, generator=keyed_generator("test_verify", name))
 
 
-def make_case(
-    folder: Path, name: str, sampler: dict[str, Any], kwargs: dict[str, Any], batch: int, frames: int
-) -> None:
+class Case(NamedTuple):
+    """Settings in the words of golden/rollout."""
+
+    sampler: dict[str, Any]
+    kwargs: dict[str, Any]
+    batch: int
+    frames: int
+
+
+def make_case(folder: Path, name: str, made: Case) -> None:
     """A case in the format of golden/rollout whose numbers are our own: it tests the reader, not the numbers."""
     sampler, kwargs, batch, frames = made
     transformer = CausalWanTransformer(WanConfig(**SIZES))
