@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lrag_ray.video.mp4 import VideoError
+
 Frame = NDArray[np.uint8]
 """RGB [H, W, 3]."""
 
@@ -53,7 +55,7 @@ def cut(frames: Iterable[Frame], length: int, durations: Sequence[int] = ()) -> 
     and reading stops at the longest. Without them the whole video is split. At most `length` frames are held.
 
     Raises:
-        ValueError: the video ends before the longest of `durations`.
+        VideoError: the video ends before the longest of `durations`.
     """
     recent: deque[Frame] = deque(maxlen=length)
     ends = frozenset(durations)
@@ -66,7 +68,7 @@ def cut(frames: Iterable[Frame], length: int, durations: Sequence[int] = ()) -> 
         if ends and count == max(ends):
             return
     if ends:
-        raise ValueError(f"the video has {count} frames, {max(ends)} were expected")
+        raise VideoError(f"the video has {count} frames, {max(ends)} were expected")
     if count % length:
         yield _last(recent, count)
 

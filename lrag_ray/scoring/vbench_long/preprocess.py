@@ -5,6 +5,7 @@ Everything works on float32 0..255 tensors [T, 3, H, W]; bicubic overshoot outsi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -60,7 +61,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, i
 class ClipFrames:
     """The frames of one clip on the device, with what several dimensions share."""
 
-    def __init__(self, frames: list[Frame], fps: int, device: torch.device) -> None:
+    def __init__(self, frames: Sequence[Frame], fps: int, device: torch.device) -> None:
         stacked = torch.stack([torch.from_numpy(frame) for frame in frames]).to(device)
         self.uint8 = stacked.permute(0, 3, 1, 2).contiguous()
         """[T, 3, H, W]."""

@@ -104,7 +104,8 @@ def _gru_step(gate: _Gates, fixed: Tensor, hidden: Tensor, motion: Tensor) -> Te
     z, r = zr.split(HIDDEN, dim=1)
     seen = torch.cat([r * hidden, motion], dim=1)
     q = torch.tanh(F.conv2d(seen, gate.hidden_motion_q, padding=gate.padding) + fixed_q)
-    return (1 - z) * hidden + z * q
+    updated: Tensor = (1 - z) * hidden + z * q
+    return updated
 
 
 def _grid(features: Tensor) -> Tensor:

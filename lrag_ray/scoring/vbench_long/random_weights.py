@@ -55,7 +55,7 @@ def _draw(network: NetworkName, name: str, like: Tensor) -> Tensor:
     if last in _EMBEDDINGS:
         z *= 0.5
     elif like.ndim > 1:
-        z *= _gain(network, name) / math.sqrt(math.prod(like.shape[1:]))
+        z = z * _gain(network, name) / math.sqrt(math.prod(like.shape[1:]))
     elif last in ("running_mean", "bias") or last.endswith("_bias"):
         z *= 0.1
     elif last == "running_var":

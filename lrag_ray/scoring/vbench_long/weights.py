@@ -85,9 +85,7 @@ OFFICIAL: Mapping[NetworkName, OfficialFile] = {
         "https://dl.dropboxusercontent.com/s/4j4z58wuv8o0mfz/models.zip",
         member="models/raft-things.pth",
     ),
-    "amt_s": OfficialFile(
-        "amt_model/amt-s.pth", "https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth"
-    ),
+    "amt_s": OfficialFile("amt_model/amt-s.pth", "https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth"),
     "musiq_spaq": OfficialFile(
         "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
         "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
@@ -205,9 +203,11 @@ def _read_torchscript(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             # torch announces the end of TorchScript; OpenAI publishes CLIP in no other form.
             warnings.simplefilter("ignore", DeprecationWarning)
-            module: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+            module: Any = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
-        raise WeightsError(f"{path} is a TorchScript archive that cannot be read: {error}. Mend: fetch it again") from error
+        raise WeightsError(
+            f"{path} is a TorchScript archive that cannot be read: {error}. Mend: fetch it again"
+        ) from error
     return dict(module.state_dict())
 
 

@@ -1,0 +1,43 @@
+"""Motion smoothness: how well AMT-S guesses each odd frame from its even neighbours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, pad_to_multiple
+from lrag_ray.scoring.vbench_long.weights import NetworkName
+
+NETWORKS: tuple[NetworkName, ...] = ("amt_s",)
+MULTIPLE = 16
+MIN_SIDE = 64
+"""Pixels of the shorter padded side below which AMT's coarsest correlation level is empty."""
+
+
+def middle_frames(frames: ClipFrames, networks: Networks) -> Tensor:
+    """Predicted odd frames, uint8 [pairs, 3, H, W], truncated and not rounded."""
+    height, width = frames.uint8.shape[2:]
+    padded, (top, left) = pad_to_multiple(frames.uint8[::2].float() / 255, MULTIPLE)
+    if min(padded.shape[2:]) < MIN_SIDE:
+        raise UnscorableError(f"frames of {width}x{height} are too small for AMT-S")
+    predicted = []
+    for before, after in zip(
+        padded[:-1].split(networks.batch.pairs), padded[1:].split(networks.batch.pairs), strict=True
+    ):
+        halfway = before.new_full((len(before), 1, 1, 1), 0.5)
+        images = networks.amt(before, after, halfway, scale_factor=1.0, eval=True)["imgt_pred"]
+        images = images[:, :, top : top + height, left : left + width]
+        predicted.append((images * 255).clamp(0, 255).to(torch.uint8))
+    return torch.cat(predicted)
+
+
+def score(frames: ClipFrames, networks: Networks) -> Measured:
+    """(255 - mean absolute error) / 255; per pair the error in grey levels."""
+    if len(frames) < 3:
+        raise UnscorableError(f"needs three frames, the clip has {len(frames)}")
+    predicted = middle_frames(frames, networks)
+    skipped = frames.uint8[1::2][: len(predicted)]
+    errors = (predicted.int() - skipped.int()).abs().double().mean(dim=(1, 2, 3))
+    return Measured((255 - errors.mean().item()) / 255, tuple(errors.tolist()))

@@ -1,0 +1,199 @@
+"""Scores of one video: a single decode, every dimension on each clip, rows as they come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrag_ray.scoring.vbench_long import (
+    aesthetic_quality,
+    background_consistency,
+    dynamic_degree,
+    imaging_quality,
+    motion_smoothness,
+    subject_consistency,
+)
+from lrag_ray.scoring.vbench_long.clips import Frame, Span, clip_length, cut, spans
+from lrag_ray.scoring.vbench_long.consistency import consistency
+from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError, mean_of
+from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
+from lrag_ray.scoring.vbench_long.reencode import reencode
+from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Kind, Mode, RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.weights import NetworkName
+from lrag_ray.video.mp4 import VideoError
+
+_MEASURES: Mapping[Dimension, Callable[[ClipFrames, Networks], Measured]] = {
+    "subject_consistency": subject_consistency.score,
+    "background_consistency": background_consistency.score,
+    "motion_smoothness": motion_smoothness.score,
+    "dynamic_degree": dynamic_degree.score,
+    "aesthetic_quality": aesthetic_quality.score,
+    "imaging_quality": imaging_quality.score,
+}
+_SLOW_FEATURES: Mapping[Dimension, Callable[[Tensor, Networks], Tensor]] = {
+    "subject_consistency": subject_consistency.slow_features,
+    "background_consistency": background_consistency.slow_features,
+}
+IN_CLIP_NETWORKS: Mapping[Dimension, tuple[NetworkName, ...]] = {
+    "subject_consistency": subject_consistency.NETWORKS,
+    "background_consistency": background_consistency.NETWORKS,
+    "motion_smoothness": motion_smoothness.NETWORKS,
+    "dynamic_degree": dynamic_degree.NETWORKS,
+    "aesthetic_quality": aesthetic_quality.NETWORKS,
+    "imaging_quality": imaging_quality.NETWORKS,
+}
+SLOW_NETWORKS: Mapping[Dimension, tuple[NetworkName, ...]] = {
+    "subject_consistency": subject_consistency.SLOW_NETWORKS,
+    "background_consistency": background_consistency.SLOW_NETWORKS,
+}
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """A video to score."""
+
+    path: str | Path
+    video: str
+    """Identity under which its rows are filed; any text, unique among the scored videos."""
+    durations: tuple[int, ...] = ()
+    """Frame counts of prefixes that are videos of their own (nested durations); empty for the whole video."""
+
+
+def score_video(
+    source: VideoSource,
+    networks: Networks,
+    *,
+    dimensions: Sequence[Dimension] = DIMENSIONS,
+    mode: Mode = "direct",
+    early_stop: bool = True,
+    done: Container[RowKey] = (),
+) -> Iterator[ScoreRow]:
+    """Rows of all clips, then of clip to clip per duration; clips that durations share are scored once.
+
+    A video that cannot be read ends in one row of kind ``failure``; a dimension that a clip is too short or too small
+    for gives a row with its reason. Rows whose key is in `done` are left out. Nothing but wrong use, missing weights
+    and errors of the device is raised.
+    """
+    scorer = ClipScorer(source.video, networks, mode=mode, early_stop=early_stop)
+    first_frames: dict[Span, Frame] = {}
+    frame_count = 0
+    try:
+        rate = probe(source.path)
+        scorer.fps = int(rate.fps)
+        length = clip_length(rate.fps)
+        if length == 0:
+            raise VideoError(f"{source.path} has {rate.fps:.3g} frames a second; clips need at least one")
+        for span, frames in cut(decode(source.path), length, source.durations):
+            if mode == "compat":
+                frames = reencode(frames, scorer.fps)
+            first_frames[span] = frames[0]
+            frame_count = max(frame_count, sum(span))
+            yield from scorer.clip(span, frames, dimensions, done)
+        for duration in source.durations or (frame_count,):
+            clips = spans(duration, length)
+            if len(clips) > 1:
+                frames = [first_frames[span] for span in clips]
+                if mode == "compat":
+                    frames = reencode(frames, scorer.fps)
+                yield from scorer.clip_to_clip(duration, frames, dimensions, done)
+    except VideoError as error:
+        yield scorer.row("failure", "", Span(0, frame_count), None, str(error), ())
+
+
+@dataclass
+class ClipScorer:
+    """Scores of one video's clips, for callers that have the frames."""
+
+    video: str
+    networks: Networks
+    fps: int = 0
+    """Truncated frame rate; known before the first clip."""
+    mode: Mode = "direct"
+    """What the rows say of where the frames come from."""
+    early_stop: bool = True
+
+    def clip(
+        self, span: Span, frames: Sequence[Frame], dimensions: Sequence[Dimension], done: Container[RowKey] = ()
+    ) -> Iterator[ScoreRow]:
+        """One row per dimension that is not done."""
+        pending = [name for name in dimensions if RowKey(self.video, "clip", name, *span) not in done]
+        if not pending:
+            return
+        on_device = ClipFrames(frames, self.fps, self.networks.device)
+        for name in pending:
+            measure = _MEASURES[name]
+            if name == "dynamic_degree":
+                measure = partial(dynamic_degree.score, early_stop=self.early_stop)
+            yield self._measured("clip", name, span, partial(measure, on_device, self.networks), IN_CLIP_NETWORKS)
+
+    def clip_to_clip(
+        self, duration: int, frames: Sequence[Frame], dimensions: Sequence[Dimension], done: Container[RowKey] = ()
+    ) -> Iterator[ScoreRow]:
+        """One row per consistency dimension that is not done, from the first frames of the clips of `duration`."""
+        whole = Span(0, duration)
+        pending = [
+            name
+            for name in dimensions
+            if name in _SLOW_FEATURES and RowKey(self.video, "clip_to_clip", name, *whole) not in done
+        ]
+        if not pending:
+            return
+        stacked = ClipFrames(frames, self.fps, self.networks.device).uint8
+        for name in pending:
+            yield self._measured("clip_to_clip", name, whole, partial(self._slow, name, stacked), SLOW_NETWORKS)
+
+    def _slow(self, name: Dimension, first_frames: Tensor) -> Measured:
+        return mean_of(consistency(_SLOW_FEATURES[name](first_frames, self.networks)), "two clips")
+
+    def _measured(
+        self,
+        kind: Kind,
+        name: Dimension,
+        span: Span,
+        measure: Callable[[], Measured],
+        used: Mapping[Dimension, tuple[NetworkName, ...]],
+    ) -> ScoreRow:
+        try:
+            with self.networks.numerics():
+                measured = measure()
+        except UnscorableError as reason:
+            return self.row(kind, name, span, None, str(reason), used[name])
+        if not math.isfinite(measured.score):
+            return self.row(kind, name, span, None, "the network gave no finite value", used[name])
+        return self.row(kind, name, span, measured, "", used[name])
+
+    def row(
+        self,
+        kind: Kind,
+        dimension: str,
+        span: Span,
+        measured: Measured | None,
+        reason: str,
+        used: tuple[NetworkName, ...],
+    ) -> ScoreRow:
+        """A row with its provenance."""
+        digests = self.networks.digests
+        return ScoreRow(
+            video=self.video,
+            kind=kind,
+            dimension=dimension,
+            first_frame=span.first_frame,
+            frame_count=span.frame_count,
+            fps=self.fps,
+            score=measured.score if measured else None,
+            per_frame=measured.per_frame if measured else (),
+            reason=reason,
+            mode=self.mode,
+            device=self.networks.device_kind,
+            precision=self.networks.precision,
+            torch=torch.__version__,
+            networks=" ".join(f"{name}:{digests[name]}" for name in used if name in digests),
+        )

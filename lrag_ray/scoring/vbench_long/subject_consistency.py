@@ -1,0 +1,43 @@
+"""Subject consistency: DINO features of the frames of a clip; DINOv2 features from clip to clip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrag_ray.scoring.vbench_long.consistency import consistency
+from lrag_ray.scoring.vbench_long.dimension import Measured, mean_of
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.preprocess import (
+    DINOV2_RESIZE,
+    IMAGENET,
+    SIDE,
+    ClipFrames,
+    centre_crop,
+    normalise,
+    resize_shorter,
+)
+from lrag_ray.scoring.vbench_long.weights import NetworkName
+
+NETWORKS: tuple[NetworkName, ...] = ("dino_vitb16",)
+SLOW_NETWORKS: tuple[NetworkName, ...] = ("dinov2_vitb14",)
+
+
+def features(frames: ClipFrames, networks: Networks) -> Tensor:
+    """DINO CLS tokens [T, 768]; frames keep their aspect ratio."""
+    parts = [
+        networks.dino(normalise(resize_shorter(part.float(), SIDE, "bilinear", antialias=False) / 255, IMAGENET))
+        for part in frames.uint8.split(networks.batch.frames)
+    ]
+    return torch.cat(parts)
+
+
+def score(frames: ClipFrames, networks: Networks) -> Measured:
+    """Mean similarity of frames, 0..1."""
+    return mean_of(consistency(features(frames, networks)), "two frames")
+
+
+def slow_features(first_frames: Tensor, networks: Networks) -> Tensor:
+    """DINOv2 CLS tokens [N, 768] of uint8 frames [N, 3, H, W]."""
+    resized = resize_shorter(first_frames.float(), DINOV2_RESIZE, "bicubic", antialias=True)
+    return networks.features(networks.dinov2, normalise(centre_crop(resized, SIDE) / 255, IMAGENET))
