@@ -1,0 +1,1 @@
+"""Weights: what a configuration needs, where it is published, pulling, checking, converting and caching it."""

@@ -1,0 +1,112 @@
+"""Whether weights are there, unchanged, and fit the model: by size, by digest, and by shapes on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lrag_ray.engine.weights.local import file_digest, local_copy, record_at, sizes_at
+from lrag_ray.engine.weights.needs import Need
+from lrag_ray.errors import LragError, WeightsError
+from lrag_ray.retrieval.encoder import load_encoder
+from lrag_ray.wan.checkpoint import mapped_transformer
+from lrag_ray.wan.lora import Lora, fitting_lora
+from lrag_ray.wan.text import load_tokenizer, mapped_text_encoder
+from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.vae import mapped_vae
+
+
+class Verdict(NamedTuple):
+    """Result for one need."""
+
+    need: Need
+    ok: bool
+    detail: str
+    """What was found, or what is wrong with its mend."""
+
+
+def verify(need: Need, *, digests: bool = True) -> Verdict:
+    """Check one need. `digests` reads every byte; without it only presence, sizes and shapes are checked."""
+    try:
+        return Verdict(need, True, _checked(need, digests))
+    except LragError as error:
+        return Verdict(need, False, str(error))
+
+
+def _checked(need: Need, digests: bool) -> str:
+    sizes = sizes_at(need.address)
+    if not sizes:
+        raise WeightsError(missing(need))
+    path = local_copy(need.address)
+    found = [f"{sum(sizes.values()) / 1e9:.2f} GB", _digests(need, path) if digests else "", fits(need, path)]
+    return ", ".join(part for part in found if part)
+
+
+def missing(need: Need) -> str:
+    """What to say of a need that is not there: what to put where."""
+    published = need.published
+    origin = f"it is published as {published.source}" if published else "it is not published under that name"
+    mend = (
+        "`lrag-ray weights pull CONFIG`, or put it there yourself" if published else "put it there, or correct the key"
+    )
+    return f"{need.keys[0]}: nothing at {need.address}; {origin}. Mend: {mend}"
+
+
+def _digests(need: Need, path: Path) -> str:
+    """Compare digests with those recorded at pull time, else with the published ones."""
+    record, published = record_at(need.address), need.published
+    if record is not None:
+        expected = {name: file.sha256 for name, file in record.files.items()}
+        origin = f"recorded at {record.pulled_at}"
+    elif published is not None and all(file.sha256 for file in published.files):
+        expected = {file.name: str(file.sha256) for file in published.files}
+        origin = "published"
+    else:
+        return f"sha256 {file_digest(path)[:12]}… (none recorded)" if path.is_file() else "no digests recorded"
+    for name, digest in expected.items():
+        file = path / name if path.is_dir() else path
+        if not file.is_file():
+            raise WeightsError(f"{need.address} lacks {name}. Mend: `lrag-ray weights pull CONFIG --again`")
+        if (actual := file_digest(file)) != digest:
+            raise WeightsError(
+                f"{need.address}: {name} has sha256 {actual}, {origin}: {digest}. It is damaged or another file. "
+                "Mend: `lrag-ray weights pull CONFIG --again`"
+            )
+    return f"sha256 as {origin}"
+
+
+def fits(need: Need, path: Path) -> str:
+    """Load on the meta device: names and shapes are compared, no tensor is read. WeightsError where they do not fit."""
+    backbone = need.backbone
+    if need.kind == "prompts":
+        return f"{len(path.read_text(encoding='utf-8').splitlines())} lines"
+    if need.kind == "retrieval_encoder":
+        return _tensors(load_encoder(path))
+    assert backbone is not None, "everything else belongs to a backbone"
+    if need.kind == "transformer":
+        return _tensors(mapped_transformer(path, backbone.transformer, use_ema=backbone.weights.use_ema))
+    if need.kind == "lora":
+        lora = backbone.weights.lora
+        assert lora is not None, "the need comes from this key"
+        with torch.device("meta"):
+            transformer = CausalWanTransformer(backbone.transformer)
+        return f"{len(fitting_lora(transformer, Lora(path, lora.rank, lora.alpha)))} tensors fit"
+    if need.kind == "text_encoder":
+        model = mapped_text_encoder(path)
+        width = next(model.parameters()).shape[-1]
+        if width != backbone.transformer.text_dim:
+            raise WeightsError(
+                f"text encoder {path} makes features of width {width}, the transformer takes "
+                f"{backbone.transformer.text_dim}. Mend: set transformer.text_dim or give another encoder"
+            )
+        return _tensors(model)
+    if need.kind == "tokenizer":
+        tokenize, _ = load_tokenizer(path, backbone.transformer.text_len)
+        return f"{len(tokenize('a red fox'))} tokens for 'a red fox'"
+    return _tensors(mapped_vae(path))
+
+
+def _tensors(model: torch.nn.Module) -> str:
+    return f"{len(model.state_dict())} tensors fit"
