@@ -1,0 +1,154 @@
+"""The ``lrag-ray`` command. Each command parses, makes one call of the Python API, and prints.
+
+Heavy packages are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lrag_ray.cli.output import console, print_json, tells_errors
+
+app = typer.Typer(
+    name="lrag-ray",
+    help="Generate and evaluate long retrieval-augmented videos in bulk on Ray.\n\n"
+    "Exit codes: 0 all done; 1 finished, but something failed; 2 wrong use or configuration; 3 the environment "
+    "(cluster, storage, weights); 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; errors as JSON on stderr.")]
+
+
+@app.callback()
+def lrag_ray() -> None:
+    """Keep commands by name even if there is only one."""
+
+
+@app.command()
+@tells_errors
+def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run here: rollouts, scores and report, on a running Ray cluster or a local one.
+
+    The same command again continues: what is committed is not done again, what is partial goes on, what failed is
+    tried again. Prompts, samples, methods, backbones and durations may be added in between.
+
+    \b
+    Examples:
+      lrag-ray run configs/demo.yaml
+      lrag-ray run configs/demo.yaml --set run.uri=runs/mine --set prompts.path=prompts.txt --set prompts.limit=8
+    """
+    from lrag_ray.cli.progress import shown_progress
+    from lrag_ray.cli.tables import print_outcome
+    from lrag_ray.config.load import load_config
+    from lrag_ray.engine.run import run as run_job
+
+    loaded = load_config(config, overrides or [])
+    with shown_progress() as progress:
+        outcome = run_job(loaded, progress=progress)
+    if as_json:
+        print_json(outcome)
+    else:
+        print_outcome(console(), loaded.run.uri, outcome)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+@tells_errors
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Tell what a run comes to, without running anything: rollouts, arithmetic, memory, bytes stored.
+
+    Works without weights, and with prompts.count also without the prompt file.
+
+    \b
+    Example:
+      lrag-ray plan configs/table2.yaml --set durations_s=[30,60]
+    """
+    from lrag_ray.cli.tables import print_plan
+    from lrag_ray.config.load import load_config
+    from lrag_ray.config.plan import make_plan
+    from lrag_ray.config.prompts import plan_prompts
+
+    loaded = load_config(config, overrides or [])
+    made = make_plan(loaded, plan_prompts(loaded.prompts))
+    if as_json:
+        print_json(made)
+    else:
+        print_plan(console(), made)
+
+
+@app.command()
+@tells_errors
+def status(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN", help="Address of the run directory (run.uri).")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell how far a run is, from its storage alone: done, partial, failed and pending per cell, rate, failures.
+
+    \b
+    Example:
+      lrag-ray status runs/demo
+    """
+    from lrag_ray.cli.tables import print_status
+    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.status import run_status
+
+    found = run_status(RunDirectory(run_uri))
+    if as_json:
+        print_json({**found.model_dump(mode="json"), "done": found.done})
+    else:
+        print_status(console(), found)
+
+
+@app.command()
+@tells_errors
+def verify(
+    folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="Folder of golden vectors.")] = None,
+    run_uri: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="Check a run against itself: base and infinity_rope.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare our numbers with golden vectors: one row per case and tensor, exit code 1 if any is off.
+
+    Recognises by content: rollouts, methods, schedules, retrieval encoders, checkpoints, LoRA, VAE, text encoder. With
+    --run, checks on a run's own latents that base and infinity_rope are equal until the window fills and differ after.
+
+    \b
+    Examples:
+      lrag-ray verify golden/rollout
+      lrag-ray verify --run runs/table2
+    """
+    from lrag_ray.cli.tables import print_results
+    from lrag_ray.conformance.run_check import check_run
+    from lrag_ray.conformance.verify import failed, iter_results
+
+    if (folder is None) == (run_uri is None):
+        raise typer.BadParameter("give either a folder of golden vectors or --run RUN")
+    results = check_run(run_uri) if run_uri is not None else iter_results(folder or "")
+    found = []
+    if as_json:
+        found = list(results)
+        print_json({"passed": not failed(found), "results": found})
+    else:
+        found = print_results(console(), results)
+    raise typer.Exit(1 if failed(found) else 0)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What commands print: tables for people on stdout, one JSON object with ``--json``, errors on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import unicodedata
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import typer
+from rich.console import Console
+
+from lrag_ray.errors import LragError
+
+P = ParamSpec("P")
+
+_WIDTH_WITHOUT_TERMINAL = 140
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: nothing in it is markup."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
+    return Console(file=stream, markup=False, highlight=False, emoji=False, width=width)
+
+
+def print_json(value: Any) -> None:
+    """Print plain data, a dataclass or a pydantic record as one JSON object."""
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and pydantic records as dicts, all the way down."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose LragErrors become a message on stderr and their exit code; bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def told(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except LragError as error:
+            if kwargs.get("as_json"):
+                told = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+                print(json.dumps(told, ensure_ascii=False), file=sys.stderr)
+            else:
+                print(f"error: {printable(str(error))}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+
+    return told
+
+
+def printable(text: str) -> str:
+    """`text` without control characters but line breaks: prompts and records of strangers must not steer a terminal."""
+    kept = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(kept)
+
+
+def count(value: float) -> str:
+    """``1,228,800``."""
+    return f"{value:,.0f}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """Four digits with an SI prefix: ``141.5 TFLOP``, ``287.5 MB``."""
+    if not value:
+        return f"0 {unit}"
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.95 or prefix == "E":
+            break
+        value /= 1000
+    return f"{value:.4g} {prefix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``3 min 20 s``, ``5 h 12 min``, ``3 d 4 h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"

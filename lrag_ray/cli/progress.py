@@ -1,0 +1,228 @@
+"""A run while it works: a live display on a terminal, plain lines elsewhere. Both go to stderr.
+
+Example::
+
+    with shown_progress() as progress:
+        run(config, progress=progress)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lrag_ray.cli.output import console, count, duration, printable
+from lrag_ray.engine.progress import (
+    AttemptFailed,
+    Event,
+    Notice,
+    Progress,
+    RolloutAdvanced,
+    RolloutFinished,
+    RolloutStarted,
+    RunPlanned,
+    Stage,
+    StageAdvanced,
+    StageBegan,
+    StageEnded,
+    WorkerLost,
+)
+from lrag_ray.store.records import RolloutId
+
+_RATE_WINDOW_S = 60.0
+_PLAIN_EVERY_S = 10.0
+
+STAGE_TITLES: dict[Stage, str] = {
+    "connect": "connecting to Ray",
+    "text": "encoding prompts",
+    "rollouts": "rollouts",
+    "scoring": "scoring videos",
+    "report": "writing the report",
+}
+
+
+@dataclass
+class _Flight:
+    rollout: RolloutId
+    step: str = "starting"
+    blocks: int = 0
+    blocks_total: int = 0
+
+
+@dataclass
+class RunView:
+    """The state of a run, built from its events."""
+
+    clock: Callable[[], float] = time.monotonic
+    rollouts_total: int = 0
+    rollouts_done: int = 0
+    blocks_total: int = 0
+    failed_attempts: int = 0
+    stage: Stage | None = None
+    stage_done: int = 0
+    stage_total: int = 0
+    flights: dict[str, _Flight] = field(default_factory=dict)
+    """What each worker is at."""
+    _blocks_finished: int = 0
+    _history: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def take(self, event: Event) -> str | None:
+        """Take an event in; returns the line that a person should read at once, if any."""
+        match event:
+            case RunPlanned():
+                self.rollouts_total, self.blocks_total = event.rollouts_to_do, event.blocks_to_do
+                return (
+                    f"{event.uri}: {count(event.commits_done)} of {count(event.commits_total)} results are there, "
+                    f"{count(event.rollouts_to_do)} rollouts ({count(event.blocks_to_do)} blocks) to do"
+                )
+            case Notice():
+                return f"{'warning: ' if event.warning else ''}{event.text}"
+            case StageBegan():
+                self.stage, self.stage_done, self.stage_total = event.stage, 0, event.total
+                self._history.clear()
+            case StageAdvanced():
+                self.stage_done, self.stage_total = event.done, event.total
+            case StageEnded():
+                self.stage = None
+                self.flights.clear()
+                return f"{STAGE_TITLES[event.stage]}: done in {duration(event.seconds)}"
+            case RolloutStarted():
+                self.flights[event.worker] = _Flight(event.rollout)
+            case RolloutAdvanced():
+                self.flights[event.worker] = _Flight(event.rollout, event.step, event.blocks, event.blocks_total)
+            case RolloutFinished():
+                self._blocks_finished += event.blocks_generated + event.blocks_resumed
+                self.rollouts_done += 1
+                self._land(event.rollout)
+            case AttemptFailed(failure):
+                self.failed_attempts += 1
+                self._land(failure.rollout)
+                then = "given up" if failure.quarantined else "will be tried again"
+                return f"warning: {failure.rollout.path}: {failure.reason} ({then}; {failure.path})"
+            case WorkerLost():
+                self.flights.pop(event.worker, None)
+                return f"warning: {event.worker} was lost and is replaced: {event.reason}"
+        self._note_pace()
+        return None
+
+    @property
+    def blocks_done(self) -> int:
+        """Blocks of finished rollouts and of those under way."""
+        return self._blocks_finished + sum(flight.blocks for flight in list(self.flights.values()))
+
+    @property
+    def blocks_per_s(self) -> float | None:
+        """Over the last minute, or None while nothing is known."""
+        if len(self._history) < 2:
+            return None
+        (began, before), (now, after) = self._history[0], self._history[-1]
+        return (after - before) / (now - began) if now > began and after > before else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until all rollouts are done at this pace."""
+        rate = self.blocks_per_s
+        return max(0, self.blocks_total - self.blocks_done) / rate if rate else None
+
+    def headline(self) -> str:
+        """One line: stage, how far, how fast, how long."""
+        if self.stage is None:
+            return ""
+        if self.stage != "rollouts":
+            of = f" {count(self.stage_done)}/{count(self.stage_total)}" if self.stage_total > 1 else ""
+            return f"{STAGE_TITLES[self.stage]}{of}"
+        parts = [
+            f"rollouts {count(self.rollouts_done)}/{count(self.rollouts_total)}",
+            f"blocks {count(self.blocks_done)}/{count(self.blocks_total)}",
+        ]
+        if rate := self.blocks_per_s:
+            parts.append(f"{rate:.3g} blocks/s")
+        if (eta := self.eta_s) is not None:
+            parts.append(f"about {duration(eta)} left")
+        if self.failed_attempts:
+            parts.append(f"{count(self.failed_attempts)} failed attempts")
+        return ", ".join(parts)
+
+    def _land(self, rollout: RolloutId) -> None:
+        self.flights = {worker: flight for worker, flight in self.flights.items() if flight.rollout != rollout}
+
+    def _note_pace(self) -> None:
+        if self.stage != "rollouts":
+            return
+        now = self.clock()
+        self._history.append((now, self.blocks_done))
+        while now - self._history[0][0] > _RATE_WINDOW_S:
+            self._history.popleft()
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """A receiver of events that shows them for the time of the block: live on a terminal, else as lines."""
+    if sys.stderr.isatty():
+        with _live(console(stderr=True)) as receive:
+            yield receive
+    else:
+        yield PlainProgress(lambda line: print(line, file=sys.stderr, flush=True))
+
+
+class PlainProgress:
+    """Prints a line for what a person should know, and the headline now and then."""
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._view = RunView(clock)
+        self._last_s = clock()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event in."""
+        line = self._view.take(event)
+        if line is not None:
+            self._write(printable(line))
+        if isinstance(event, StageBegan):
+            self._last_s = self._clock()
+        elif self._clock() - self._last_s >= _PLAIN_EVERY_S and self._view.stage is not None:
+            self._last_s = self._clock()
+            self._write(self._view.headline())
+
+
+@contextmanager
+def _live(shown: Console) -> Iterator[Progress]:
+    view = RunView()
+    # The display draws by itself, so that times go on while no event comes.
+    with Live(get_renderable=lambda: _drawn(view), console=shown, refresh_per_second=4, transient=True):
+
+        def receive(event: Event) -> None:
+            if line := view.take(event):
+                shown.print(printable(line))
+
+        yield receive
+
+
+def _drawn(view: RunView) -> RenderableType:
+    if view.stage is None:
+        return Text()
+    total, done = (view.stage_total, view.stage_done)
+    if view.stage == "rollouts":
+        total, done = view.blocks_total, view.blocks_done
+    lines: list[RenderableType] = [Text(view.headline(), style="bold")]
+    if total > 1:
+        lines.append(ProgressBar(total=total, completed=min(done, total), width=60))
+    flights = Table.grid(padding=(0, 2))
+    for worker, flight in sorted(view.flights.items()):
+        blocks = f"block {flight.blocks}/{flight.blocks_total}" if flight.blocks_total else ""
+        where = flight.rollout.path.removeprefix("rollouts/")
+        flights.add_row(Text(worker, style="dim"), Text(where), Text(flight.step), Text(blocks))
+    if view.flights:
+        lines.append(flights)
+    return Group(*lines)

@@ -1,0 +1,178 @@
+"""Plans and states as tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from lrag_ray.cli.output import count, duration, printable, quantity
+
+if TYPE_CHECKING:
+    from lrag_ray.config.plan import Plan
+    from lrag_ray.conformance.case import CaseResult
+    from lrag_ray.engine.run import RunOutcome
+    from lrag_ray.store.status import RunStatus
+
+_LEAST_GPU_HOURS = 0.1
+"""Plans below this are not worth a line about GPUs."""
+_GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
+
+
+def table(title: str, *columns: str, text_columns: int = 1) -> Table:
+    """A plain table whose first columns hold text and whose others hold numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False)
+    for position, column in enumerate(columns):
+        made.add_column(column, justify="left" if position < text_columns else "right", no_wrap=position > 0)
+    return made
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Cells, rollouts per method, totals and notes."""
+    samples = f" x {plan.samples} samples" if plan.samples > 1 else ""
+    console.print(f"{plan.uri}: {count(plan.prompts)} prompts{samples}\n")
+    backbones = table("Backbones", "name", "label", "parameters", "tokens/frame", "KV per latent frame", text_columns=2)
+    for backbone in plan.backbones:
+        backbones.add_row(
+            backbone.name,
+            printable(backbone.label),
+            quantity(backbone.parameters, ""),
+            count(backbone.tokens_per_frame),
+            quantity(backbone.kv_bytes_per_frame, "B"),
+        )
+    cells = table("Cells", "backbone", "method", "duration", "latent frames", "video frames", "videos", text_columns=2)
+    for cell in plan.cells:
+        cells.add_row(
+            cell.backbone,
+            cell.method,
+            f"{cell.duration_s:g} s",
+            count(cell.latent_frames),
+            count(cell.video_frames),
+            count(cell.videos),
+        )
+    methods = table(
+        "Rollouts",
+        "backbone",
+        "method",
+        "rollouts",
+        "latent frames",
+        "passes",
+        "per block",
+        "all passes",
+        "decoding",
+        "stored",
+        "history/rollout",
+        "GPU/actor",
+        text_columns=2,
+    )
+    for each in plan.methods:
+        methods.add_row(
+            each.backbone,
+            each.method,
+            count(each.rollouts),
+            count(each.latent_frames),
+            count(each.passes),
+            quantity(each.block_flops, "FLOP"),
+            quantity(each.transformer_flops, "FLOP"),
+            quantity(each.decode_flops, "FLOP"),
+            quantity(each.latent_bytes + each.video_bytes, "B"),
+            quantity(each.history_bytes, "B"),
+            quantity(each.gpu_bytes, "B"),
+        )
+    for shown in (backbones, cells, methods):
+        console.print(shown)
+        console.print()
+    totals = plan.totals
+    console.print(
+        f"In all: {count(totals.cells)} cells, {count(totals.rollouts)} rollouts, {count(totals.latent_frames)} latent "
+        f"frames, {count(totals.passes)} transformer passes, "
+        f"{quantity(totals.transformer_flops, 'FLOP')} and {quantity(totals.decode_flops, 'FLOP')} to decode, "
+        f"{count(totals.video_frames)} video frames, about {quantity(totals.latent_bytes, 'B')} of latents and "
+        f"{quantity(totals.video_bytes, 'B')} of video stored."
+    )
+    if max(plan.gpu_hours.values()) >= _LEAST_GPU_HOURS:
+        hours = ", ".join(f"{name} {plan.gpu_hours[name]:,.3g}" for name in _GPUS_SHOWN)
+        console.print(f"GPU-hours at {plan.utilisation:.0%} of the peak, without scoring: {hours}.")
+    for note in plan.notes:
+        console.print(f"Note: {printable(note)}")
+
+
+def print_status(console: Console, status: RunStatus) -> None:
+    """Counts per cell, rate and ETA, failures and commits that do not count."""
+    cells = table(
+        status.uri, "backbone", "method", "duration", "done", "partial", "failed", "pending", "total", text_columns=2
+    )
+    for cell in status.cells:
+        numbers = (cell.done, cell.partial, cell.failed, cell.pending, cell.total)
+        cells.add_row(cell.backbone, cell.method, f"{cell.duration_s:g} s", *map(count, numbers))
+    console.print(cells)
+    console.print()
+    console.print(_pace(status))
+    _print_list(
+        console,
+        "given up; the next start tries them again",
+        (f"{failure.rollout.path}: {failure.reason} ({failure.path})" for failure in status.failures),
+    )
+    _print_list(console, "commits that do not count; the next start makes them again", status.problems)
+
+
+def print_outcome(console: Console, uri: str, outcome: RunOutcome) -> None:
+    """Rank tables, what this start did, what failed, and where everything lies."""
+    from lrag_ray.report.build import SUMMARY
+    from lrag_ray.report.collect import collect
+    from lrag_ray.report.tables import terminal_tables
+    from lrag_ray.scoring.preview import PREVIEW
+    from lrag_ray.store.run_dir import RunDirectory
+
+    for ranks in terminal_tables(collect(RunDirectory(uri), PREVIEW)):
+        console.print(ranks)
+        console.print()
+    console.print(
+        f"{count(outcome.commits_made)} results made by this start of {count(outcome.commits_total)} asked for, "
+        f"{count(outcome.videos_scored)} videos scored, in {duration(outcome.seconds)}."
+    )
+    _print_list(console, "rollouts given up; the next start tries them again", (r.path for r in outcome.failed))
+    for what, path in (
+        ("page", f"{SUMMARY}/report.html"),
+        ("tables", f"{SUMMARY}/ranks.csv, {SUMMARY}/scores.parquet"),
+        ("videos and latents", "rollouts/<backbone>/<method>/<prompt>-<sample>/"),
+        ("state", f"lrag-ray status {outcome.uri}"),
+    ):
+        place = path if what == "state" else f"{outcome.uri}/{path}"
+        console.print(f"{what + ':':20}{place}", soft_wrap=True)
+
+
+def _pace(status: RunStatus) -> str:
+    if status.done:
+        return "All done."
+    rate = f"{status.commits_per_hour:.3g} commits per hour" if status.commits_per_hour else "no rate yet"
+    return f"{rate}, about {duration(status.eta_s)} left" if status.eta_s is not None else rate
+
+
+def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:
+    shown = list(lines)
+    if shown:
+        console.print(f"{len(shown)} {title}:")
+        for line in shown:
+            console.print(f"  {printable(line)}")
+
+
+def print_results(console: Console, results: Iterable[CaseResult]) -> list[CaseResult]:
+    """Print conformance rows as they come, then the count; returns them."""
+    found = []
+    for result in results:
+        found.append(result)
+        difference = "" if result.max_abs_diff is None else f"{result.max_abs_diff:.2e}"
+        tolerance = "" if result.tolerance is None else f"{result.tolerance:.0e}"
+        line = (
+            f"{result.status}  {result.folder}/{result.case}  {result.tensor}  {difference} / {tolerance}"
+            if difference
+            else f"{result.status}  {result.folder}/{result.case}  {result.tensor}"
+        )
+        console.print(printable(f"{line}  {result.reason}".rstrip()), soft_wrap=True)
+    counts = Counter(result.status for result in found)
+    console.print(", ".join(f"{counts[status]} {status}" for status in ("pass", "skip", "fail")))
+    return found
