@@ -58,6 +58,8 @@ class Storage:
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.uri = redact(self.root if self.is_local else uri.rstrip("/"))
         """The address as it may be shown."""
+        self.address = self.root if self.is_local else uri.rstrip("/")
+        """The address that another process opens; it may hold credentials, so it is never shown."""
 
     def full(self, path: str) -> str:
         """Address of `path` for the fsspec client; refuses a path that leaves the run."""

@@ -23,7 +23,7 @@ def test_a_run_is_created_grows_and_refuses_another_identity(run: RunDirectory) 
     assert run.ensure(identity) == identity
     assert run.ensure(make_identity(methods={"rag": RAG})).methods.keys() == {"base", "rag"}
     before = run.storage.read_bytes("run.json")
-    with pytest.raises(IdentityError, match="run.seed") as caught:
+    with pytest.raises(IdentityError, match=r"run\.seed") as caught:
         run.ensure(make_identity(seed=1, samples=5))
     assert "Two ways out" in str(caught.value)
     assert run.storage.read_bytes("run.json") == before

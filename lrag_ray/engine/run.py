@@ -1,0 +1,176 @@
+"""The whole job: everything that `lrag-ray run` does is `run`.
+
+The same call again is resume: what is committed is subtracted, what is partial is continued, what failed is tried
+again. With nothing left to do no Ray is started.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from lrag_ray.config.plan import make_plan
+from lrag_ray.config.prompts import Prompt, load_prompts
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.progress import Notice, Progress, RunPlanned, Stage, StageAdvanced, StageBegan, StageEnded, silent
+from lrag_ray.engine.rollouts import run_rollouts
+from lrag_ray.engine.run_identity import build_identity
+from lrag_ray.engine.scoring import pending_targets, score_pending
+from lrag_ray.engine.session import ray_session
+from lrag_ray.engine.text import encode_prompts
+from lrag_ray.engine.work import OpenWork, open_work
+from lrag_ray.report import build_report
+from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.store.records import RolloutId
+from lrag_ray.store.run_dir import RunDirectory
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended."""
+
+    exit_code: int
+    """0 all done, 1 finished with failed rollouts, 130 interrupted."""
+    uri: str
+    commits_total: int
+    """Horizons of all rollouts of the configuration."""
+    commits_made: int
+    """Horizons that this start committed."""
+    videos_scored: int
+    """Videos that this start scored."""
+    failed: tuple[RolloutId, ...]
+    """Rollouts that were given up."""
+    seconds: float
+
+
+def run(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, progress: Progress = silent) -> RunOutcome:
+    """Run an evaluation to its end: rollouts, scores, report.
+
+    `prompts` are those of the configuration unless they were loaded before. Raises, before any actor starts:
+    PromptError, ConfigError and WeightsError for what the configuration names; StorageError for an address that
+    cannot be written; IdentityError for an address that holds another run; ClusterError. Ctrl-C ends the actors and
+    gives exit code 130; nothing that was committed or stored is lost.
+    """
+    job = _Job(config, load_prompts(config.prompts) if prompts is None else prompts, progress)
+    try:
+        job.do()
+    except KeyboardInterrupt:
+        progress(Notice("interrupted; the same command continues the run", warning=True))
+        return job.outcome(INTERRUPTED)
+    return job.outcome(1 if job.failed else 0)
+
+
+class _Job:
+    """One start of a run."""
+
+    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], progress: Progress) -> None:
+        self._began = time.monotonic()
+        self._config = config
+        self._progress = progress
+        self._run = RunDirectory(config.run.uri)
+        self._work = self._prepare(prompts)
+        self._commits_made = 0
+        self._videos_scored = 0
+        self.failed: list[RolloutId] = []
+
+    def do(self) -> None:
+        """Rollouts, scores, report; only what is open."""
+        with ExitStack() as cluster:
+            if self._work.items or self._scores_open():
+                with self._stage("connect", 1):
+                    cluster.enter_context(ray_session(self._config.engine))
+            if self._work.items:
+                self._encode_prompts()
+                with self._stage("rollouts", len(self._work.items)):
+                    self._commits_made, self.failed = run_rollouts(
+                        self._config, self._run, self._work.items, self._progress
+                    )
+            if open_scores := self._scores_open():
+                self._score(open_scores)
+        with self._stage("report", 1):
+            build_report(self._run)
+
+    def outcome(self, exit_code: int) -> RunOutcome:
+        """What to tell the caller."""
+        return RunOutcome(
+            exit_code=exit_code,
+            uri=self._run.uri,
+            commits_total=self._work.commits_total,
+            commits_made=self._commits_made,
+            videos_scored=self._videos_scored,
+            failed=tuple(self.failed),
+            seconds=time.monotonic() - self._began,
+        )
+
+    def _prepare(self, prompts: Sequence[Prompt]) -> OpenWork:
+        """Check and grow the run directory, and find out what is open."""
+        for note in make_plan(self._config, prompts).notes:
+            self._progress(Notice(note))
+        identity = build_identity(self._config, prompts)
+        probe = self._run.storage.probe()
+        if not probe.create_only:
+            self._progress(
+                Notice(
+                    f"{self._run.uri} does not honour create-only writes: let one driver work at a time", warning=True
+                )
+            )
+        self._run.ensure(identity)
+        inventory = self._run.inventory()
+        self._run.refuse_foreign_commits(identity, inventory)
+        work = open_work(identity, inventory)
+        for state in work.invalid:
+            kept = self._run.set_aside(state)
+            text = f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again"
+            self._progress(Notice(text, warning=True))
+        self._progress(
+            RunPlanned(
+                uri=self._run.uri,
+                commits_total=work.commits_total,
+                commits_done=work.commits_total - work.commits_open,
+                rollouts_to_do=len(work.items),
+                blocks_to_do=work.blocks,
+            )
+        )
+        return work
+
+    def _encode_prompts(self) -> None:
+        """Store the text features of every distinct open prompt, once per text encoder."""
+        prompts: dict[str, dict[str, None]] = {}
+        backbones: dict[str, str] = {}
+        for item in self._work.items:
+            backbones.setdefault(item.payload.text_digest, item.group)
+            prompts.setdefault(item.payload.text_digest, {})[item.payload.prompt] = None
+        total = sum(len(texts) for texts in prompts.values())
+        with self._stage("text", total):
+            done = 0
+            for digest, texts in prompts.items():
+                backbone = self._config.backbones[backbones[digest]]
+                encode_prompts(self._run.storage, backbone, digest, list(texts), self._config.engine)
+                done += len(texts)
+                self._progress(StageAdvanced("text", done, total))
+
+    def _score(self, total: int) -> None:
+        with self._stage("scoring", total):
+            outcome = score_pending(
+                self._run, self._config, lambda done, of: self._progress(StageAdvanced("scoring", done, of))
+            )
+        self._videos_scored = outcome.scored
+        for path, reason in outcome.failures.items():
+            self._progress(Notice(f"{path} could not be scored: {reason}", warning=True))
+
+    @contextmanager
+    def _stage(self, stage: Stage, total: int) -> Iterator[None]:
+        began = time.monotonic()
+        self._progress(StageBegan(stage, total))
+        yield
+        self._progress(StageEnded(stage, time.monotonic() - began))
+
+    def _scores_open(self) -> int:
+        if self._config.scoring.suite == "none":
+            return 0
+        return len(pending_targets(self._run, PREVIEW))

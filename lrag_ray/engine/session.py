@@ -1,0 +1,67 @@
+"""The Ray cluster of a run: the one at an address, or a private local one that ends with the run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from lrag_ray.config.schema import EngineSection
+from lrag_ray.errors import ClusterError
+
+_TOKEN = secrets.token_hex(32)
+"""Token of this process's local clusters. Ray reads it once per process."""
+
+
+@contextmanager
+def ray_session(engine: EngineSection) -> Iterator[None]:
+    """Connect for the time of the block; a connection that exists already is used and left alone.
+
+    `engine.address` or RAY_ADDRESS name a cluster; without them a local one is started, reachable from this machine
+    alone and with a token of its own. Raises ClusterError.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = engine.address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Silences a FutureWarning; actors without a GPU must not see one anyway.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if address and address != "local":
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            _start_local(engine)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        where = (
+            f"the Ray cluster at {address!r} cannot be reached" if address else "no local Ray cluster can be started"
+        )
+        raise ClusterError(
+            f"{where}: {error}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, RAY_AUTH_TOKEN where the "
+            "cluster asks for a token), or run `lrag-ray doctor`"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(engine: EngineSection) -> None:
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Left alone, Ray would write a token into the home folder, which switches later clusters to token mode.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ray.init(
+        address="local",
+        num_cpus=max(cpus, math.ceil(engine.cpus_per_actor)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )

@@ -1,0 +1,30 @@
+"""One private Ray cluster for the tests of this folder, with more CPUs than the machine may have: actors sleep here."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's sockets lie below its folder and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="lr") as folder:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+        ray.shutdown()

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import ray
+
+from lrag_ray.engine.pool import ActorPool, AttemptFailure, WorkItem
+from lrag_ray.errors import ClusterError
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+
+
+class Job(NamedTuple):
+    """What a `Sleeper` does: sleep, write a line, then fail in one of several ways as often as told."""
+
+    name: str
+    folder: Path
+    seconds: float = 0.0
+    raises: int = 0
+    dies: int = 0
+    parts_before_death: bool = False
+    memory: bool = False
+
+
+class Sleeper:
+    def ready(self) -> None:
+        return
+
+    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
+        began = time.time()
+        attempts = len(list(job.folder.glob(f"{job.name}.attempt-*")))
+        (job.folder / f"{job.name}.attempt-{attempt}").touch()
+        time.sleep(job.seconds)
+        if attempts < job.raises:
+            raise MemoryError("host memory") if job.memory else ValueError(f"{job.name} is poison")
+        if attempts < job.dies:
+            if job.parts_before_death:
+                (job.folder / f"{job.name}.part-{attempt}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid(), began, time.time()
+
+
+class Diary:
+    """A listener that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.order: list[tuple[str, str]] = []
+        self.results: dict[str, tuple[int, float, float]] = {}
+        self.failures: list[tuple[str, AttemptFailure]] = []
+        self.lost: list[str] = []
+
+    def started(self, item: WorkItem[Job], attempt: str, worker: str) -> None:
+        self.order.append((worker, item.key))
+
+    def finished(self, item: WorkItem[Job], result: tuple[int, float, float]) -> None:
+        assert item.key not in self.results
+        self.results[item.key] = result
+
+    def failed(self, item: WorkItem[Job], attempt: str, failure: AttemptFailure) -> None:
+        self.failures.append((item.key, failure))
+
+    def worker_lost(self, worker: str, reason: str) -> None:
+        self.lost.append(reason)
+
+    def progress_of(self, item: WorkItem[Job]) -> int:
+        return len(list(item.payload.folder.glob(f"{item.key}.part-*")))
+
+    def tick(self) -> None:
+        return
+
+
+def sleeper_pool(diary: Diary, size: int, actor: type[Any] = Sleeper) -> ActorPool[Job, tuple[int, float, float]]:
+    return ActorPool(
+        spawn=lambda _: ray.remote(actor).options(num_cpus=1, max_restarts=0, max_task_retries=0).remote(),
+        submit=lambda handle, job, attempt: handle.work.remote(job, attempt),
+        listener=diary,
+        size=size,
+        max_attempts=3,
+    )
+
+
+def items(*jobs: Job) -> list[WorkItem[Job]]:
+    return [WorkItem(job.name, order, "g", job) for order, job in enumerate(jobs)]
+
+
+def test_items_are_spread_with_one_in_flight_per_actor(tmp_path: Path) -> None:
+    diary = Diary()
+    jobs = [Job(f"job{i:02d}", tmp_path, seconds=0.1) for i in range(20)]
+    assert sleeper_pool(diary, 2).run(items(*jobs)) == []
+    assert [key for _, key in diary.order] == [job.name for job in jobs]
+    assert len(diary.results) == 20
+    by_actor: dict[int, list[tuple[float, float]]] = {}
+    for pid, began, ended in diary.results.values():
+        by_actor.setdefault(pid, []).append((began, ended))
+    assert len(by_actor) == 2
+    for spans in by_actor.values():
+        spans.sort()
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+
+
+def test_poison_is_quarantined_with_its_traceback_and_the_rest_finishes(tmp_path: Path) -> None:
+    diary = Diary()
+    jobs = [
+        Job("good1", tmp_path),
+        Job("bad", tmp_path, raises=9),
+        Job("good2", tmp_path),
+        Job("big", tmp_path, raises=1, memory=True),
+    ]
+    quarantined = sleeper_pool(diary, 2).run(items(*jobs))
+    assert [item.key for item in quarantined] == ["bad"]
+    assert set(diary.results) == {"good1", "good2", "big"}
+    bad = [failure for key, failure in diary.failures if key == "bad"]
+    assert [(f.kind, f.counted, f.counted_attempts, f.quarantined) for f in bad] == [
+        ("exception", True, 1, False),
+        ("exception", True, 2, False),
+        ("exception", True, 3, True),
+    ]
+    assert bad[0].reason == "ValueError: bad is poison"
+    assert "in work" in bad[0].traceback
+    assert [failure.kind for key, failure in diary.failures if key == "big"] == ["out_of_memory"]
+    assert diary.lost == []
+
+
+def test_deaths_are_survived_and_do_not_count_while_they_bring_parts(tmp_path: Path) -> None:
+    diary = Diary()
+    jobs = [Job("taken", tmp_path, dies=4, parts_before_death=True), Job("other", tmp_path, seconds=0.2)]
+    assert sleeper_pool(diary, 2).run(items(*jobs)) == []
+    assert set(diary.results) == {"taken", "other"}
+    assert [(f.kind, f.counted) for _, f in diary.failures] == [("death", False)] * 4
+    assert len(diary.lost) == 4
+
+
+def test_deaths_that_bring_nothing_count_from_the_third_in_a_row(tmp_path: Path) -> None:
+    diary = Diary()
+    quarantined = sleeper_pool(diary, 1).run(items(Job("killer", tmp_path, dies=99), Job("good", tmp_path)))
+    assert [item.key for item in quarantined] == ["killer"]
+    assert [(f.counted, f.counted_attempts) for _, f in diary.failures] == [
+        (False, 0),
+        (False, 0),
+        (True, 1),
+        (True, 2),
+        (True, 3),
+    ]
+    assert set(diary.results) == {"good"}
+
+
+def test_a_worker_keeps_to_the_group_it_holds_within_a_few_prompts(tmp_path: Path) -> None:
+    diary = Diary()
+    work = [
+        WorkItem(f"{prompt}{group}", prompt, group, Job(f"{prompt}{group}", tmp_path, seconds=0.05))
+        for prompt in range(3)
+        for group in ("a", "b")
+    ]
+    sleeper_pool(diary, 2).run(work)
+    groups = [{key[-1] for worker, key in diary.order if worker == name} for name in {w for w, _ in diary.order}]
+    assert sorted(map(sorted, groups)) == [["a"], ["b"]]
+
+    diary = Diary()
+    work = [
+        WorkItem(f"{prompt:02d}{group}", prompt, group, Job(f"{prompt}{group}", tmp_path))
+        for prompt in range(12)
+        for group in ("a", "b")
+    ]
+    sleeper_pool(diary, 1).run(work)
+    keys = [key for _, key in diary.order]
+    furthest = max(int(key[:2]) - int(waiting[:2]) for i, key in enumerate(keys) for waiting in keys[i:])
+    assert furthest <= 4
+    changes = Counter(a[-1] != b[-1] for a, b in pairwise(keys))
+    assert changes[True] < 12
+
+
+class Stillborn:
+    def __init__(self) -> None:
+        raise RuntimeError("no CUDA on this node")
+
+    def ready(self) -> None:
+        return
+
+
+def test_workers_that_never_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"died before they were ready.*RuntimeError: no CUDA on this node"):
+        sleeper_pool(Diary(), 1, Stillborn).run(items(Job("job", tmp_path)))

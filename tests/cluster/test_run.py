@@ -1,0 +1,243 @@
+"""Whole runs on a real cluster: spread, killed, poisoned, grown, restarted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.progress import AttemptFailed, Event, Notice, RolloutFinished, RunPlanned, StageBegan, WorkerLost
+from lrag_ray.engine.run import run
+from lrag_ray.errors import IdentityError, StorageError
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.status import run_status
+from tests.engine import make
+from tests.engine.make import BACKBONE, METHODS, digests, make_prompts, part_bytes
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+
+NO_VIDEO = {"enabled": False}
+"""Spares every worker the seconds that importing diffusers takes; tests/engine decodes."""
+
+PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
+
+
+def make_config(uri: Path | str, **changes: Any) -> RunConfig:
+    return make.make_config(uri, **{"video": NO_VIDEO, **changes})
+
+
+class Recorder:
+    """A progress that keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@pytest.fixture(scope="module")
+def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run with one actor that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("quiet")
+    outcome = run(make_config(folder, engine={"actors": 1, "checkpoint_every_blocks": 2}), PROMPTS)
+    assert (outcome.exit_code, outcome.commits_total, outcome.commits_made) == (0, 12, 12)
+    return RunDirectory(str(folder))
+
+
+def assert_equal(found: RunDirectory, expected: RunDirectory) -> None:
+    """Equal latents and traces for every commit, byte for byte where parts are cut alike."""
+    assert digests(found.commits()) == digests(expected.commits())
+    assert part_bytes(found, found.commits()) == part_bytes(expected, expected.commits())
+
+
+def test_two_actors_and_reversed_prompts_give_the_same_bytes(quiet: RunDirectory, tmp_path: Path) -> None:
+    reversed_lines = make_prompts(*[prompt.text for prompt in reversed(PROMPTS)])
+    progress = Recorder()
+    outcome = run(make_config(tmp_path), reversed_lines, progress=progress)
+    assert (outcome.exit_code, outcome.commits_made) == (0, 12)
+    assert_equal(RunDirectory(str(tmp_path)), quiet)
+    assert len(progress.of(RolloutFinished)) == 6
+    assert progress.of(RunPlanned)[0].blocks_to_do == 6 * 4
+
+
+def test_a_second_start_does_nothing_and_a_deleted_commit_is_made_again(quiet: RunDirectory, tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    assert run(config, PROMPTS[:1]).commits_made == 4
+    directory = RunDirectory(str(tmp_path))
+    before = directory.storage.list_files("rollouts")
+    again = Recorder()
+    outcome = run(config, PROMPTS[:1], progress=again)
+    assert (outcome.exit_code, outcome.commits_made) == (0, 0)
+    assert not {"connect", "text", "rollouts", "scoring"} & {event.stage for event in again.of(StageBegan)}
+    assert directory.storage.list_files("rollouts") == before
+
+    victim = directory.commits()[-1]
+    directory.storage.remove(f"{victim.rollout.path}/commit-{victim.latent_frames}.json")
+    redone = Recorder()
+    outcome = run(config, PROMPTS[:1], progress=redone)
+    assert outcome.commits_made == 1
+    assert [(event.rollout, event.horizons) for event in redone.of(RolloutFinished)] == [
+        (victim.rollout, (victim.latent_frames,))
+    ]
+    after = directory.storage.list_files("rollouts")
+    del before[f"{victim.rollout.path}/commit-{victim.latent_frames}.json"]
+    assert before.items() <= after.items()
+    assert digests(directory.commits()).items() <= digests(quiet.commits()).items()
+
+
+def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) -> None:
+    config = make_config(tmp_path, backbones={"tiny": {**BACKBONE, "fail_on_prompt": "river"}}, durations_s=[1.5])
+    outcome = run(config, PROMPTS[:2])
+    assert (outcome.exit_code, outcome.commits_made) == (1, 2)
+    assert {rollout.prompt_id for rollout in outcome.failed} == {PROMPTS[1].prompt_id}
+    directory = RunDirectory(str(tmp_path))
+    failures = directory.failures()
+    assert [failure.counted_attempts for failure in failures if failure.rollout.method == "rag"] == [1, 2, 3]
+    assert all("fail_on_prompt: the prompt contains 'river'" in failure.reason for failure in failures)
+    assert all("rollout_work.py" in failure.traceback and "line" in failure.traceback for failure in failures)
+    status = run_status(directory)
+    assert {(cell.method, cell.done, cell.failed) for cell in status.cells} == {("base", 1, 1), ("rag", 1, 1)}
+
+    mended = run(make_config(tmp_path, durations_s=[1.5]), PROMPTS[:2])
+    assert (mended.exit_code, mended.commits_made) == (0, 2)
+    assert run_status(directory).failures == []
+
+
+def test_a_run_grows_by_methods_prompts_and_durations(quiet: RunDirectory, tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    only_base = {"base": METHODS["base"]}
+    assert run(make_config(tmp_path, methods=only_base, durations_s=[1.5]), PROMPTS[:1]).commits_made == 1
+    grown = Recorder()
+    assert run(make_config(tmp_path), PROMPTS, progress=grown).commits_made == 11
+    assert_equal(directory, quiet)
+    continued = [event for event in grown.of(RolloutFinished) if event.blocks_resumed]
+    assert [(event.rollout.method, event.blocks_resumed, event.blocks_generated) for event in continued] == [
+        ("base", 2, 2)
+    ]
+    with pytest.raises(IdentityError, match=r"run\.seed"):
+        run(make_config(tmp_path, run={"uri": str(tmp_path), "seed": 1}), PROMPTS)
+
+
+def rollout_actors() -> set[int]:
+    """Process ids of the rollout actors that this process's cluster has running."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "RolloutActor" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def test_a_killed_worker_costs_nothing_but_time(quiet: RunDirectory, tmp_path: Path) -> None:
+    """SIGKILL to the actors' own processes, as soon as each has stored a part."""
+    progress = Recorder()
+    killed: set[int] = set()
+
+    def kill_two() -> None:
+        deadline = time.monotonic() + 60
+        while len(killed) < 2 and time.monotonic() < deadline:
+            if any(path.endswith("00006.json") for path in RunDirectory(str(tmp_path)).storage.list_files("rollouts")):
+                for pid in rollout_actors() - killed:
+                    if len(killed) < 2:
+                        killed.add(pid)
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_two)
+    thread.start()
+    outcome = run(make_config(tmp_path), PROMPTS, progress=progress)
+    thread.join()
+    assert len(killed) == 2 and len(progress.of(WorkerLost)) == 2
+    assert outcome.exit_code == 0
+    assert all(not event.failure.counted and event.failure.kind == "death" for event in progress.of(AttemptFailed))
+    assert_equal(RunDirectory(str(tmp_path)), quiet)
+
+
+def test_a_commit_whose_video_is_gone_is_set_aside_and_made_again(quiet: RunDirectory, tmp_path: Path) -> None:
+    config = make_config(tmp_path, durations_s=[1.5], methods={"base": METHODS["base"]}, video={})
+    assert run(config, PROMPTS[:1]).exit_code == 0
+    directory = RunDirectory(str(tmp_path))
+    (victim,) = directory.commits()
+    assert victim.video is not None
+    directory.storage.remove(victim.video.path)
+    progress = Recorder()
+    assert run(config, PROMPTS[:1], progress=progress).commits_made == 1
+    assert any("is missing" in notice.text and notice.warning for notice in progress.of(Notice))
+    assert any(".json.invalid-" in path for path in directory.storage.list_files("rollouts"))
+    (again,) = directory.commits()
+    assert again.latents_digest == victim.latents_digest
+
+
+def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    progress = Recorder()
+    with pytest.raises(StorageError, match="cannot write"):
+        run(make_config(tmp_path / "file" / "run"), PROMPTS, progress=progress)
+    assert progress.of(StageBegan) == []
+
+
+DRIVER = """
+import sys
+from tests.cluster.test_run import PROMPTS, make_config
+from lrag_ray.engine.run import run
+sys.exit(run(make_config(sys.argv[1]), PROMPTS).exit_code)
+"""
+
+
+def start_driver(folder: Path) -> subprocess.Popen[bytes]:
+    """A driver in a process of its own, with a private local cluster."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder)],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_a_killed_driver_is_started_again_and_ends_with_the_same(quiet: RunDirectory, tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    driver = start_driver(tmp_path)
+    wait_until(lambda: len(directory.commits()) >= 2)
+    driver.kill()
+    driver.wait()
+    done = len(directory.commits())
+    assert 2 <= done < 12
+
+    outcome = run(make_config(tmp_path), PROMPTS)
+    assert (outcome.exit_code, outcome.commits_total) == (0, 12)
+    assert digests(directory.commits()) == digests(quiet.commits())
+
+
+def test_ctrl_c_ends_tidily_with_130_and_the_run_continues(quiet: RunDirectory, tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    driver = start_driver(tmp_path)
+    wait_until(lambda: len(directory.commits()) >= 1)
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert b"Traceback" not in errors
+    assert run(make_config(tmp_path), PROMPTS).exit_code == 0
+    assert digests(directory.commits()) == digests(quiet.commits())

@@ -1,0 +1,71 @@
+"""A run small enough for tests: a generator of two thin layers, 32 x 48 pixels, horizons of 6 and 12 latent frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lrag_ray.config.prompts import Prompt, make_prompt
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.store.records import Commit
+from lrag_ray.store.run_dir import RunDirectory
+
+BACKBONE: dict[str, Any] = {
+    "label": "tiny, untrained",
+    "transformer": {
+        "dim": 24,
+        "ffn_dim": 32,
+        "freq_dim": 16,
+        "text_dim": 8,
+        "text_len": 8,
+        "num_heads": 2,
+        "num_layers": 2,
+    },
+    "sampler": {"denoising_steps": [1000, 500]},
+    "weights": {"random_seed": 3},
+    "latent": {"channels": 16, "height": 4, "width": 6},
+    "dtype": "float32",
+    "text_encoder": {"kind": "tiny"},
+    "vae": {"kind": "tiny"},
+}
+METHODS: dict[str, Any] = {
+    "base": {"method": "base", "window": 9},
+    "rag": {"method": "rag", "window": 9, "top_k": 2, "recent_exclude": 0, "descriptor": "avg_pool"},
+}
+
+
+def make_config(uri: Path | str, **changes: Any) -> RunConfig:
+    fields: dict[str, Any] = {
+        "run": {"uri": str(uri)},
+        "prompts": {"path": "given as objects"},
+        "durations_s": [1.5, 3],
+        "backbones": {"tiny": BACKBONE},
+        "methods": METHODS,
+        "engine": {"actors": 2, "checkpoint_every_blocks": 2},
+        "scoring": {"suite": "none"},
+    }
+    return RunConfig.model_validate({**fields, **changes})
+
+
+def make_prompts(*texts: str) -> list[Prompt]:
+    return [make_prompt(index, text) for index, text in enumerate(texts)]
+
+
+def digests(commits: Sequence[Commit]) -> dict[tuple[str, str, int], str]:
+    """Digest of the latents by (method, text hash, horizon): comparable over runs with other line numbers."""
+    return {
+        (commit.rollout.method, commit.rollout.prompt_id.split("-")[1], commit.latent_frames): commit.latents_digest
+        for commit in commits
+    }
+
+
+def part_bytes(run: RunDirectory, commits: Sequence[Commit]) -> dict[tuple[str, str, int], list[tuple[str, str]]]:
+    """Checksums of latent and trace parts by (method, text hash, horizon)."""
+    return {
+        (commit.rollout.method, commit.rollout.prompt_id.split("-")[1], commit.latent_frames): [
+            (latents.sha256, trace.sha256)
+            for latents, trace in zip(commit.latent_parts, commit.trace_parts, strict=True)
+        ]
+        for commit in commits
+    }

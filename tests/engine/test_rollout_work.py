@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.rollout_work import RolloutResult, RolloutTask, RolloutWorker
+from lrag_ray.engine.run_identity import build_identity
+from lrag_ray.engine.text import encode_and_store
+from lrag_ray.engine.work import open_work
+from lrag_ray.store.records import Commit
+from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
+from lrag_ray.video.mp4 import read_video
+from tests.engine.make import BACKBONE, METHODS, make_config, make_prompts
+
+PROMPTS = make_prompts("a red fox in the snow")
+DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink": 3}
+
+
+class Bench:
+    """One run with one prompt and one method, worked on without Ray."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.run = RunDirectory(config.run.uri)
+        self.told: list[Any] = []
+        self.worker = RolloutWorker(self.run, config, torch.device("cpu"), self.told.append)
+
+    def tasks(self) -> list[RolloutTask]:
+        identity = self.run.ensure(build_identity(self.config, PROMPTS))
+        tasks = [item.payload for item in open_work(identity, self.run.inventory()).items]
+        for task in tasks:
+            backbone = self.config.backbones[task.rollout.backbone]
+            encode_and_store(self.run.storage.address, backbone, task.text_digest, [task.prompt], self.config.engine)
+        return tasks
+
+    def work(self) -> RolloutResult:
+        (task,) = self.tasks()
+        return self.worker.work(task, new_attempt_id())
+
+    def commits(self) -> dict[int, Commit]:
+        return {commit.latent_frames: commit for commit in self.run.commits()}
+
+
+def bench(uri: Path, method: dict[str, Any] = METHODS["rag"], **changes: Any) -> Bench:
+    return Bench(make_config(uri, methods={"m": method}, **changes))
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The undisturbed run that the others must equal."""
+    undisturbed = bench(tmp_path_factory.mktemp("quiet"))
+    undisturbed.work()
+    yield undisturbed
+
+
+def test_every_horizon_is_committed_with_parts_trace_and_video(quiet: Bench) -> None:
+    commits = quiet.commits()
+    assert list(commits) == [6, 12]
+    for frames, commit in commits.items():
+        assert sum(part.frames for part in commit.latent_parts) == frames
+        assert len(commit.trace_parts) == len(commit.latent_parts)
+        assert commit.video is not None and commit.video_frames == 1 + 4 * (frames - 1)
+        video = read_video(quiet.run.storage.full(commit.video.path))
+        assert video.shape == (commit.video_frames, 32, 48, 3)
+        assert {"load", "denoise", "context", "decode", "store"} <= commit.timings_s.keys()
+    assert commits[6].latent_parts == commits[12].latent_parts[:1]
+    assert quiet.tasks() == []
+    assert {state.step for state in quiet.told} == {"loading", "generating"}
+
+
+@pytest.mark.parametrize("method", [METHODS["base"], METHODS["rag"], DEEP], ids=["base", "rag", "deep_forcing"])
+def test_an_attempt_that_dies_is_continued_from_its_parts_with_the_same_result(
+    tmp_path: Path, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench(tmp_path / "whole", method, durations_s=[4.5])
+    whole.work()
+
+    broken = bench(tmp_path / "broken", method, durations_s=[4.5])
+    with monkeypatch.context() as patch:
+        die_after(patch, parts=2)
+        with pytest.raises(OSError, match="the disk is gone"):
+            broken.work()
+    assert broken.commits() == {}
+    result = broken.work()
+    assert (result.blocks_resumed, result.blocks_generated) == (4, 2)
+
+    (expected,), (found,) = whole.commits().values(), broken.commits().values()
+    assert found.latents_digest == expected.latents_digest
+    assert [part.sha256 for part in found.latent_parts] == [part.sha256 for part in expected.latent_parts]
+    assert [part.sha256 for part in found.trace_parts] == [part.sha256 for part in expected.trace_parts]
+    assert found.video is not None and expected.video is not None
+    frames = [read_video(b.run.storage.full(c.video.path)) for b, c in ((whole, expected), (broken, found))]  # type: ignore[union-attr]
+    assert np.array_equal(*frames)
+    assert len({part.path.split("/")[-2] for part in found.latent_parts}) == 2
+
+
+def die_after(patch: pytest.MonkeyPatch, parts: int) -> None:
+    """Let the storage fail when more than `parts` parts are to be written."""
+    import lrag_ray.engine.rollout_work as module
+
+    real, written = module.write_part, []
+
+    def write_part(*args: Any, **named: Any) -> Any:
+        if len(written) == parts:
+            raise OSError("the disk is gone")
+        written.append(1)
+        return real(*args, **named)
+
+    patch.setattr(module, "write_part", write_part)
+
+
+def test_a_corrupt_part_is_cut_off_and_said(tmp_path: Path, quiet: Bench) -> None:
+    damaged = bench(tmp_path)
+    damaged.work()
+    for commit in damaged.commits().values():
+        damaged.run.storage.remove(f"{commit.rollout.path}/commit-{commit.latent_frames}.json")
+    last = quiet.commits()[12].latent_parts[-1]
+    (path,) = [p for p in damaged.run.storage.list_files() if p.endswith(last.path.rsplit("/", 1)[-1])]
+    damaged.run.storage.write(path, b"\0" * last.size_bytes)
+    result = damaged.work()
+    assert (result.blocks_resumed, result.blocks_generated) == (2, 2)
+    assert any(path in note and "cut back to frame 6" in note for note in result.notes)
+    assert damaged.commits()[12].latents_digest == quiet.commits()[12].latents_digest
+
+
+def test_a_deleted_commit_is_made_again_from_the_parts(tmp_path: Path, quiet: Bench) -> None:
+    run = bench(tmp_path)
+    run.work()
+    kept = run.commits()[12]
+    run.run.storage.remove(f"{kept.rollout.path}/commit-6.json")
+    result = run.work()
+    assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((6,), 2, 0)
+    assert run.commits()[12] == kept
+    assert run.commits()[6].latents_digest == quiet.commits()[6].latents_digest
+
+
+def test_a_longer_duration_continues_from_the_parts(tmp_path: Path) -> None:
+    whole = bench(tmp_path / "whole", durations_s=[1.5, 3, 6])
+    whole.work()
+    bench(tmp_path / "grown").work()
+    grown = bench(tmp_path / "grown", durations_s=[1.5, 3, 6])
+    result = grown.work()
+    assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((24,), 4, 4)
+    assert {f: c.latents_digest for f, c in grown.commits().items()} == {
+        f: c.latents_digest for f, c in whole.commits().items()
+    }
+
+
+def test_a_duration_inside_a_stored_part_is_cut_exactly(tmp_path: Path) -> None:
+    bench(tmp_path, durations_s=[3], engine={"checkpoint_every_blocks": 8}).work()
+    grown = bench(tmp_path, durations_s=[1.5, 3])
+    result = grown.work()
+    assert (result.committed, result.blocks_generated) == ((6,), 0)
+    commits = grown.commits()
+    assert [(part.first_frame, part.frames) for part in commits[6].latent_parts] == [(0, 6)]
+    assert [(part.first_frame, part.frames) for part in commits[12].latent_parts] == [(0, 12)]
+
+
+def test_independent_durations_are_rollouts_of_their_own(tmp_path: Path, quiet: Bench) -> None:
+    alone = bench(tmp_path, independent_durations=True)
+    tasks = alone.tasks()
+    assert [task.horizons for task in tasks] == [(6,), (12,)]
+    assert len({task.rollout_key for task in tasks}) == 2
+    for task in tasks:
+        alone.worker.work(task, new_attempt_id())
+    assert alone.tasks() == []
+    # Both methods at hand are horizon-free, so the latents are those of the nested run.
+    assert {f: c.latents_digest for f, c in alone.commits().items()} == {
+        f: c.latents_digest for f, c in quiet.commits().items()
+    }
+
+
+def test_of_two_attempts_the_first_commit_stands(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    first = run.worker.work(task, "first")
+    again = run.worker.work(task, "second")
+    assert (first.committed, again.committed) == ((6, 12), ())
+    assert {commit.attempt for commit in run.commits().values()} == {"first"}
+
+
+def test_a_prompt_can_be_made_to_fail(tmp_path: Path) -> None:
+    run = bench(tmp_path, backbones={"tiny": {**BACKBONE, "fail_on_prompt": "red fox"}})
+    with pytest.raises(RuntimeError, match="fail_on_prompt: the prompt contains 'red fox'"):
+        run.work()
+
+
+def test_without_video_no_file_is_named(tmp_path: Path, quiet: Bench) -> None:
+    run = bench(tmp_path, video={"enabled": False})
+    run.work()
+    assert {(c.video, c.video_frames) for c in run.commits().values()} == {(None, 0)}
+    assert run.commits()[12].latents_digest == quiet.commits()[12].latents_digest
