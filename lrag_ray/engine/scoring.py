@@ -23,11 +23,11 @@ from lrag_ray.errors import StorageError
 from lrag_ray.scoring.preview import PREVIEW, measures
 from lrag_ray.scoring.table import ScoreRow, ScoreTarget, Suite, to_parquet
 from lrag_ray.store.address import Storage
-from lrag_ray.store.records import RolloutId, now_utc
+from lrag_ray.store.records import now_utc
 from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.videos import CommittedVideo, committed_videos
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import VideoError, iterate_frames
-from lrag_ray.wan.vae import video_frames
 
 Progress = Callable[[int, int], None]
 """Called with (videos done, videos of this wave)."""
@@ -68,42 +68,24 @@ def score_pending(run_dir: RunDirectory, config: RunConfig, progress: Progress |
 def pending_targets(run_dir: RunDirectory, suite: Suite) -> list[ScoreTarget]:
     """Videos at their durations that are committed and not scored, in prompt-major order."""
     scored = run_dir.storage.list_files(suite.folder)
-    return [target for target in committed_targets(run_dir) if target.score_path(suite) not in scored]
+    targets = map(score_target, committed_videos(run_dir))
+    return [target for target in targets if target.score_path(suite) not in scored]
 
 
-def committed_targets(run_dir: RunDirectory) -> Iterator[ScoreTarget]:
-    """Every cell of the run that has a committed video.
-
-    A duration that was added later may be covered by a longer commit only; its video is then the start of the longer
-    one, which is what nested durations mean.
-    """
-    identity = run_dir.require()
-    inventory = run_dir.inventory()
-    for prompt_id in identity.prompts:
-        for sample in range(identity.samples):
-            for backbone, settings in identity.backbones.items():
-                for method in identity.methods:
-                    rollout = RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-                    if rollout.path not in inventory.commits:
-                        continue
-                    for frames in sorted({horizon.latent_frames for horizon in settings.horizons}):
-                        commit = inventory.covering(rollout, frames, identity.rollout_key(rollout, frames))
-                        if commit is None or commit.video is None:
-                            continue
-                        yield ScoreTarget(
-                            rollout_path=rollout.path,
-                            backbone=backbone,
-                            method=method,
-                            prompt_id=prompt_id,
-                            sample=sample,
-                            latent_frames=frames,
-                            video_path=commit.video.path,
-                            video_sha256=commit.video.sha256,
-                            video_frames=commit.video_frames
-                            if frames == commit.latent_frames
-                            else video_frames(frames),
-                            fps=commit.fps,
-                        )
+def score_target(video: CommittedVideo) -> ScoreTarget:
+    """What has to be scored for a committed video."""
+    return ScoreTarget(
+        rollout_path=video.rollout.path,
+        backbone=video.rollout.backbone,
+        method=video.rollout.method,
+        prompt_id=video.rollout.prompt_id,
+        sample=video.rollout.sample,
+        latent_frames=video.latent_frames,
+        video_path=video.video.path,
+        video_sha256=video.video.sha256,
+        video_frames=video.frames,
+        fps=video.commit.fps,
+    )
 
 
 def _fan_out(targets: list[ScoreTarget], uri: str, cpus_per_worker: float) -> Iterator[dict[str, Any]]:

@@ -10,11 +10,12 @@ import pytest
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.scoring import committed_targets, pending_targets, score_pending, score_video
+from lrag_ray.engine.scoring import pending_targets, score_pending, score_target, score_video
 from lrag_ray.scoring.preview import MEASURES, PREVIEW, measures
 from lrag_ray.scoring.table import ScoreRow, from_parquet
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
 from tests.report.make_run import make_identity, make_run, store_rollout
 
@@ -36,7 +37,9 @@ def config_for(run: RunDirectory) -> RunConfig:
             "run": {"uri": run.uri},
             "prompts": {"path": "prompts.txt"},
             "durations_s": [1.5, 3],
-            "backbones": {"tiny": {"weights": {"random_seed": 0}}},
+            "backbones": {
+                "tiny": {"weights": {"random_seed": 0}, "text_encoder": {"kind": "tiny"}, "vae": {"kind": "tiny"}}
+            },
             "methods": {"base": {"method": "base"}},
         }
     )
@@ -87,7 +90,7 @@ def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_broken_video_is_one_failed_row(run: RunDirectory) -> None:
-    broken = next(committed_targets(run))
+    broken = pending_targets(run, PREVIEW)[0]
     content = run.storage.read_bytes(broken.video_path)
     # Same size, so that the commit still counts; other bytes.
     run.storage.write(broken.video_path, content[:100] + bytes(len(content) - 100))
@@ -115,7 +118,7 @@ def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None
         run, identity, RolloutId(backbone="tiny", method="base", prompt_id=next(iter(identity.prompts))), [12]
     )
     run.ensure(make_identity(["a red fox"], ["base"], horizons=[6, 12]))
-    short, whole = committed_targets(run)
+    short, whole = map(score_target, committed_videos(run))
     assert (short.latent_frames, short.video_frames) == (6, 21)
     assert (whole.latent_frames, whole.video_frames) == (12, 45)
     assert short.video_path == whole.video_path

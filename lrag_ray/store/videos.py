@@ -1,0 +1,56 @@
+"""The committed videos of a run, one per cell and prompt: what is scored and what a report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lrag_ray.store.records import Commit, FileRecord, RolloutId
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.wan.vae import video_frames
+
+
+@dataclass(frozen=True)
+class CommittedVideo:
+    """A rollout's video at one duration."""
+
+    rollout: RolloutId
+    latent_frames: int
+    """The duration."""
+    duration_s: float
+    """The duration as the configuration names it."""
+    video: FileRecord
+    """The file; longer than the duration where only a longer horizon was committed."""
+    frames: int
+    """Video frames from its start that belong to the duration."""
+    commit: Commit
+    """The shortest commit that covers the duration."""
+
+
+def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
+    """Every cell and prompt of the run that has a video, in prompt-major order.
+
+    A duration that was added later may be covered by a longer commit only; its video is then the start of the longer
+    one, which is what nested durations mean. Raises StorageError where there is no run.
+    """
+    identity = run_dir.require()
+    inventory = run_dir.inventory()
+    for rollout in (
+        RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+        for prompt_id in identity.prompts
+        for sample in range(identity.samples)
+        for backbone in identity.backbones
+        for method in identity.methods
+    ):
+        if rollout.path not in inventory.commits:
+            continue
+        seconds = {
+            horizon.latent_frames: horizon.duration_s for horizon in identity.backbones[rollout.backbone].horizons
+        }
+        for latent_frames, duration_s in sorted(seconds.items()):
+            commit = inventory.covering(rollout, latent_frames, identity.rollout_key(rollout, latent_frames))
+            if commit is None or commit.video is None:
+                continue
+            whole = commit.latent_frames == latent_frames
+            frames = commit.video_frames if whole else video_frames(latent_frames)
+            yield CommittedVideo(rollout, latent_frames, duration_s, commit.video, frames, commit)
