@@ -103,6 +103,11 @@ class Sheet:
         )
 
 
+def one_line(error: Exception) -> str:
+    """An error's message for a row."""
+    return " ".join(str(error).split())
+
+
 def _worst(got: Tensor, golden: Tensor, bound: Bound) -> _Worst:
     if got.shape != golden.shape:
         return _Worst(math.inf, math.nan, 0.0, f"shape {list(got.shape)}, golden {list(golden.shape)}")

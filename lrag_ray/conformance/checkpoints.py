@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
+from lrag_ray.conformance.case import Bound, GoldenCase, Sheet, one_line
 from lrag_ray.conformance.files import Folder, Record, Vectors
 from lrag_ray.conformance.recording import wan_config
 from lrag_ray.errors import WeightsError
@@ -59,7 +59,8 @@ def _check(record: Record, expected: Vectors | None, path: Path, sheet: Sheet) -
                 path, wan_config(record.content["model"]), use_ema=use_ema, dtype=torch.float32
             )
         except WeightsError as refusal:
-            _judge_refusal(label, outcomes.get(label, ""), str(refusal), sheet)
+            said = one_line(refusal).replace(str(path), path.name)
+            _judge_refusal(label, outcomes.get(label, ""), said, sheet)
             continue
         wanted = _wanted(outcomes.get(label, ""), path, use_ema, expected)
         if wanted is None:
@@ -77,7 +78,7 @@ def _judge_refusal(label: str, outcome: str, refusal: str, sheet: Sheet) -> None
     elif "Mend:" not in refusal:
         sheet.add(label, "fail", f"was refused without saying how to mend it: {refusal}")
     else:
-        sheet.add(label, "pass", f"refused: {refusal.splitlines()[0]}")
+        sheet.add(label, "pass", f"refused: {refusal}")
 
 
 def _result(outcome: str) -> str | None:

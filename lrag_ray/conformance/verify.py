@@ -24,7 +24,7 @@ from lrag_ray.conformance import (
     units,
     vae,
 )
-from lrag_ray.conformance.case import CaseResult, GoldenCase, Sheet
+from lrag_ray.conformance.case import CaseResult, GoldenCase, Sheet, one_line
 from lrag_ray.conformance.files import Folder
 from lrag_ray.errors import LragError, UsageError
 
@@ -96,9 +96,9 @@ def run_case(folder: str, case: GoldenCase) -> list[CaseResult]:
     except ModuleNotFoundError as error:
         sheet.add("*", "skip", f"needs the package {error.name}, which is not installed")
     except LragError as error:
-        sheet.add("*", "fail", str(error))
+        sheet.add("*", "fail", one_line(error))
     except Exception as error:  # noqa: BLE001 (strangers' files meet all of our code; one case must not hide the others)
-        sheet.add("*", "fail", f"{type(error).__name__}: {error}")
+        sheet.add("*", "fail", f"{type(error).__name__}: {one_line(error)}")
     if not sheet.rows:
         sheet.add("*", "fail", "the files hold nothing to compare")
     return sheet.rows

@@ -1,4 +1,4 @@
-"""What `verify` says of folders that hold something else, and of vectors of other sizes."""
+"""What `verify` says of vectors of other sizes and settings, and of folders that hold something else."""
 
 from __future__ import annotations
 
@@ -9,146 +9,104 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from lrag_ray.conformance.recording import Recording, record
 from lrag_ray.conformance.verify import failed, verify_path
 from lrag_ray.errors import UsageError
-from lrag_ray.wan.config import SamplerConfig, WanConfig
-from lrag_ray.wan.random_weights import fill_random, keyed_generator
-from lrag_ray.wan.transformer import CausalWanTransformer
-
-SIZES = {"dim": 32, "ffn_dim": 40, "freq_dim": 16, "text_dim": 8, "text_len": 5, "num_heads": 2, "num_layers": 2}
+from tests.conformance.plain_rollout import make_case
 
 
-def draw(name: str, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=keyed_generator("test_verify", name))
+class HeldBack(NamedTuple):
+    """A case unlike the published ones."""
+
+    case: dict[str, Any]
+    hw: tuple[int, int] = (8, 12)
+    batch: int = 1
+    retrieves: bool = False
 
 
-class Case(NamedTuple):
-    """Settings in the words of golden/rollout."""
-
-    sampler: dict[str, Any]
-    kwargs: dict[str, Any]
-    batch: int
-    frames: int
-
-
-def make_case(folder: Path, name: str, made: Case) -> None:
-    """A case in the format of golden/rollout whose numbers are our own: it tests the reader, not the numbers."""
-    sampler, kwargs, batch, frames = made
-    transformer = CausalWanTransformer(WanConfig(**SIZES))
-    fill_random(transformer, seed=5)
-    n, steps = sampler["num_frame_per_block"], len(sampler["denoising_step_list"])
-    tensors = {
-        "noise": draw(f"{name} noise", batch, frames, 16, 10, 12),
-        "renoise": draw(f"{name} renoise", frames // n, steps - 1, batch * n, 16, 10, 12),
-        "prompt_embeds": draw(f"{name} prompt", batch, 5, 8),
+def case(
+    frames: int, block: int, steps: list[int], window: int, sink: int, shift: float, **more: Any
+) -> dict[str, Any]:
+    kwargs = {"local_attn_size": window, "sink_size": sink, "timestep_shift": shift}
+    return {
+        "frames": frames,
+        "num_frame_per_block": block,
+        "denoising_step_list": steps,
+        "model_kwargs": kwargs,
+        **more,
     }
-    ours = SamplerConfig(
-        denoising_steps=tuple(sampler["denoising_step_list"]),
-        warp=sampler.get("warp", True),
-        shift=kwargs["timestep_shift"],
-        context_timestep=sampler.get("context_noise", 0.0),
-        frames_per_block=n,
-    )
-    method, settings = "base", {"window": kwargs["local_attn_size"], "sink": kwargs["sink_size"]}
-    if kwargs.get("use_latentmem"):
-        method = "rag"
-        settings |= {"top_k": kwargs["memory_size"], "recent_exclude": kwargs["recent_exclude"]}
-        settings |= {"descriptor": "avg_pool"}
-    recording = record(
-        transformer, ours, method, settings, tensors["prompt_embeds"], tensors["noise"], tensors["renoise"]
-    )
-    tensors["output"] = recording.latents
-    case = {"frames": frames, "batch": batch, "model_weights": "weights.safetensors", "model_kwargs": kwargs, **sampler}
-    content = {"case": case, "model": SIZES, "timesteps": recording.timesteps[:-1]}
-    content["memory_indices_log"] = retrieval_log(recording, n)
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(content))
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
-    save_file(transformer.state_dict(), folder / "weights.safetensors")
 
 
-def retrieval_log(recording: Recording, n: int) -> list[dict[str, Any]]:
-    log = []
-    for block, elements in enumerate(recording.trace):
-        frames = [[row.frame for row in rows if row.kind == "retrieved"] for rows in elements]
-        if any(frames):
-            log.append({"query_frame": block * n, "selected_global_frames": frames})
-    return log
+def retrieval(made: dict[str, Any], top_k: int, exclude: int) -> dict[str, Any]:
+    memory = {"memory_size": top_k, "recent_exclude": exclude, "compression_method": "avg_pool"}
+    return {**made, "model_kwargs": {**made["model_kwargs"], "use_latentmem": True, **memory}}
 
 
-RAG = {
-    "use_latentmem": True,
-    "memory_size": 2,
-    "recent_exclude": 1,
-    "timestep_shift": 3.0,
-    "compression_method": "avg_pool",
-}
-OTHER_SIZES = {
-    "all frames": Case(
-        {"num_frame_per_block": 2, "denoising_step_list": [1000, 400]},
-        {"local_attn_size": -1, "sink_size": 0, "timestep_shift": 8.0},
-        1,
-        8,
+ONE_STEP = HeldBack(retrieval(case(12, 1, [1000], 5, 2, 3.0), 2, 0), retrieves=True)
+HELD_BACK = {
+    "all frames attended": HeldBack(case(12, 3, [1000, 400], -1, 0, 5.0)),
+    "no sink, 30 tokens, batch of two": HeldBack(case(15, 3, [1000, 500], 9, 0, 8.0), hw=(10, 12), batch=2),
+    "sink longer than a block": HeldBack(case(18, 3, [1000, 500], 8, 4, 5.0)),
+    "unwarped, context noise": HeldBack(
+        retrieval(case(18, 3, [900, 500, 100], 9, 2, 3.0, warp=False, context_noise=40), 3, 1), retrieves=True
     ),
-    "batch of two, no sink": Case(
-        {"num_frame_per_block": 2, "denoising_step_list": [900, 500, 100], "warp": False, "context_noise": 20},
-        {"local_attn_size": 6, "sink_size": 0, "timestep_shift": 3.0, **RAG},
-        2,
-        20,
+    "retrieval for a batch of two": HeldBack(
+        retrieval(case(22, 2, [1000, 600], 7, 0, 5.0), 4, 2), batch=2, retrieves=True
     ),
-    "one step": Case(
-        {"num_frame_per_block": 1, "denoising_step_list": [1000]},
-        {"local_attn_size": 5, "sink_size": 2, "timestep_shift": 3.0, **RAG},
-        1,
-        12,
+    "window no multiple of the block": HeldBack(
+        retrieval(case(20, 4, [1000, 600], 9, 1, 5.0), 3, 0), hw=(6, 10), retrieves=True
     ),
+    "retrieval model without memory": HeldBack(retrieval(case(15, 3, [1000, 600], 9, 2, 5.0), 0, 5)),
+    "one step, one frame per block": ONE_STEP,
 }
 
 
-@pytest.mark.parametrize("name", OTHER_SIZES)
-def test_other_sizes_are_read_from_the_files(tmp_path: Path, name: str) -> None:
-    make_case(tmp_path / "held_back", name, OTHER_SIZES[name])
+@pytest.mark.parametrize("name", HELD_BACK)
+def test_other_settings_agree_with_the_plain_rollout(tmp_path: Path, name: str) -> None:
+    made = HELD_BACK[name]
+    path = make_case(tmp_path / "held_back", name, *made[:3])
     results = verify_path(tmp_path)
     assert not failed(results)
-    assert {"output", "timesteps"} <= {row.tensor for row in results}
-    if "use_latentmem" in OTHER_SIZES[name].kwargs:
-        log = json.loads((tmp_path / "held_back" / f"{name}.json").read_text())["memory_indices_log"]
-        assert log, "the case retrieves nothing and so tests nothing"
+    assert {"output", "timesteps", "descriptors", "retrieved frames"} <= {row.tensor for row in results}
+    assert bool(json.loads(path.read_text())["memory_indices_log"]) == made.retrieves
 
 
 def test_a_wrong_element_of_a_batch_fails(tmp_path: Path) -> None:
-    name = "batch of two, no sink"
-    make_case(tmp_path, name, OTHER_SIZES[name])
-    path = tmp_path / f"{name}.json"
+    path = make_case(tmp_path, "case", *HELD_BACK["retrieval for a batch of two"][:3])
     content = json.loads(path.read_text())
     content["memory_indices_log"][-1]["selected_global_frames"].reverse()
     path.write_text(json.dumps(content))
     assert [row.tensor for row in verify_path(tmp_path) if row.status == "fail"] == ["retrieved frames"]
 
 
+def test_a_window_without_room_is_told_clearly(tmp_path: Path) -> None:
+    path = make_case(tmp_path, "case", *ONE_STEP[:3])
+    content = json.loads(path.read_text())
+    content["case"]["model_kwargs"]["memory_size"] = 3
+    path.write_text(json.dumps(content))
+    (row,) = verify_path(tmp_path)
+    assert row.status == "fail"
+    assert "window 5 leaves 0 latent frames" in row.reason
+
+
 def test_a_lost_half_is_a_failure(tmp_path: Path) -> None:
-    make_case(tmp_path, "case", OTHER_SIZES["one step"])
-    (tmp_path / "case.safetensors").unlink()
+    make_case(tmp_path, "case", *ONE_STEP[:3]).with_suffix(".safetensors").unlink()
     (row,) = verify_path(tmp_path)
     assert (row.case, row.status) == ("case", "fail")
     assert "safetensors" in row.reason
 
 
-@pytest.mark.parametrize("file", ["case.json", "case.safetensors"])
-def test_a_file_that_cannot_be_read_is_a_failure(tmp_path: Path, file: str) -> None:
-    make_case(tmp_path, "case", OTHER_SIZES["one step"])
-    path = tmp_path / file
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_file_that_cannot_be_read_is_a_failure(tmp_path: Path, suffix: str) -> None:
+    path = make_case(tmp_path, "case", *ONE_STEP[:3]).with_suffix(suffix)
     path.write_bytes(path.read_bytes()[:100])
     results = verify_path(tmp_path)
-    assert any(row.case == file and "cannot be read" in row.reason for row in results if row.status == "fail")
+    assert any(row.case == path.name and "cannot be read" in row.reason for row in results if row.status == "fail")
 
 
 def test_missing_weights_are_a_failure_of_their_case_alone(tmp_path: Path) -> None:
-    make_case(tmp_path / "good", "case", OTHER_SIZES["one step"])
-    make_case(tmp_path / "poor", "case", OTHER_SIZES["one step"])
+    make_case(tmp_path / "good", "case", *ONE_STEP[:3])
+    make_case(tmp_path / "poor", "case", *ONE_STEP[:3])
     (tmp_path / "poor" / "weights.safetensors").unlink()
     results = verify_path(tmp_path)
     assert {row.folder for row in results if row.status == "fail"} == {"poor"}
@@ -156,7 +114,7 @@ def test_missing_weights_are_a_failure_of_their_case_alone(tmp_path: Path) -> No
 
 
 def test_tensors_in_no_known_format_are_said_to_be_skipped(tmp_path: Path) -> None:
-    make_case(tmp_path / "good", "case", OTHER_SIZES["one step"])
+    make_case(tmp_path / "good", "case", *ONE_STEP[:3])
     (tmp_path / "strange").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "strange" / "x.safetensors")
     (row,) = [row for row in verify_path(tmp_path) if row.folder == "strange"]
