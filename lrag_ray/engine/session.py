@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,16 +13,13 @@ import ray
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.errors import ClusterError
 
-_TOKEN = secrets.token_hex(32)
-"""Token of this process's local clusters. Ray reads it once per process."""
-
 
 @contextmanager
 def ray_session(engine: EngineSection) -> Iterator[None]:
     """Connect for the time of the block; a connection that exists already is used and left alone.
 
     `engine.address` or RAY_ADDRESS name a cluster; without them a local one is started, reachable from this machine
-    alone and with a token of its own. Raises ClusterError.
+    alone. Raises ClusterError.
     """
     if ray.is_initialized():
         yield
@@ -52,10 +48,9 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
 
 
 def _start_local(engine: EngineSection) -> None:
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Left alone, Ray would write a token into the home folder, which switches later clusters to token mode.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+    # Ray reads this when it is imported, so a token set here would reach the cluster but not this process; and left
+    # alone it may write a token into the home folder, which switches later clusters to token mode.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ray.init(
         address="local",
