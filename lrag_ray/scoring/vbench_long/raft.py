@@ -43,7 +43,8 @@ class FlowEstimator:
     """Batched RAFT over consecutive frames."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._raft: Any = network
+        self.network: Any = network
+        """VBench's own module."""
         update: Any = network.update_block
         self._gates = [_gates(update.gru, direction) for direction in ("1", "2")]
 
@@ -57,14 +58,14 @@ class FlowEstimator:
         last = None
         for start in range(0, len(images) - 1, pairs_per_batch):
             batch = images[start : start + pairs_per_batch + 1]
-            features = self._raft.fnet(batch if last is None else batch[1:]).float()
+            features = self.network.fnet(batch if last is None else batch[1:]).float()
             if last is not None:
                 features = torch.cat([last, features])
             last = features[-1:]
-            yield self._flow(features[:-1], features[1:], self._raft.cnet(batch[:-1]))
+            yield self._flow(features[:-1], features[1:], self.network.cnet(batch[:-1]))
 
     def _flow(self, first: Tensor, second: Tensor, context: Tensor) -> Tensor:
-        update = self._raft.update_block
+        update = self.network.update_block
         pyramid = _correlation_pyramid(first, second)
         hidden, context = context.split(HIDDEN, dim=1)
         hidden, context = torch.tanh(hidden), torch.relu(context)
@@ -76,7 +77,7 @@ class FlowEstimator:
             for gate, fixed in zip(self._gates, static, strict=True):
                 hidden = _gru_step(gate, fixed, hidden, motion)
             where = where + update.flow_head(hidden)
-        upsampled: Tensor = self._raft.upsample_flow(where - origin, 0.25 * update.mask(hidden))
+        upsampled: Tensor = self.network.upsample_flow(where - origin, 0.25 * update.mask(hidden))
         return upsampled
 
 

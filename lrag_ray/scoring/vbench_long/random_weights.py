@@ -7,8 +7,10 @@ generator seeded by its own name, at scales that keep activations, flows and sco
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -40,7 +42,10 @@ class RandomWeights:
 
     def read(self, name: NetworkName, expected: Mapping[str, Tensor]) -> Weights:
         """Draw every tensor of `expected`; integer buffers are zero, as a fresh module has them."""
-        tensors = {key: _draw(name, key, value) for key, value in expected.items()}
+        # numpy lets go of the interpreter while it draws, and every tensor has a generator of its own.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            drawn = pool.map(lambda item: _draw(name, *item), expected.items())
+            tensors = dict(zip(expected, drawn, strict=True))
         return Weights(tensors, _LORA_SCALE if name == "dreamsim_ensemble_lora" else 1.0)
 
 

@@ -1,0 +1,204 @@
+"""One golden clip per network; `lrag-ray verify` runs them all."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lrag_ray.errors import RunEnvironmentError
+from lrag_ray.scoring.vbench_long import (
+    NETWORKS,
+    BatchSizes,
+    NetworkName,
+    Networks,
+    RandomWeights,
+    Weights,
+    aesthetic_quality,
+    background_consistency,
+    dynamic_degree,
+    imaging_quality,
+    motion_smoothness,
+    subject_consistency,
+)
+from lrag_ray.scoring.vbench_long import networks as networks_module
+from lrag_ray.scoring.vbench_long.consistency import consistency
+from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.networks import _public
+from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
+
+CLIP = "shapes_000"
+
+
+@pytest.fixture(scope="module")
+def frames(vbench: Path) -> ClipFrames:
+    path = vbench / "clips" / f"{CLIP}.mp4"
+    return ClipFrames(list(decode(path)), int(probe(path).fps), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def official(vbench: Path) -> dict[str, Any]:
+    dimensions: dict[str, Any] = json.loads((vbench / "golden.json").read_text(encoding="utf-8"))["dimensions"]
+    return dimensions
+
+
+@pytest.fixture(scope="module")
+def per_frame(vbench: Path) -> dict[str, Any]:
+    lists: dict[str, Any] = json.loads((vbench / "per_frame.json").read_text(encoding="utf-8"))
+    return lists
+
+
+def first(frames: ClipFrames, count: int) -> ClipFrames:
+    """The clip cut short, where the whole of it would take long on a CPU."""
+    few = [frame.permute(1, 2, 0).numpy() for frame in frames.uint8[:count]]
+    return ClipFrames(few, frames.fps, torch.device("cpu"))
+
+
+def _golden_features(vbench: Path, name: str) -> Tensor:
+    with safe_open(vbench / "features.safetensors", framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+class _Recorder(RandomWeights):
+    """Notes names and shapes, and draws only what is small."""
+
+    def __init__(self) -> None:
+        self.small: dict[str, dict[str, Tensor]] = {}
+        self.shapes: dict[str, dict[str, list[int]]] = {}
+
+    def read(self, name: NetworkName, expected: Mapping[str, Tensor]) -> Weights:
+        self.shapes[name] = {key: list(value.shape) for key, value in expected.items()}
+        small = {key: value for key, value in expected.items() if value.numel() < 100_000}
+        self.small[name] = dict(super().read(name, small).tensors)
+        return Weights({key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in expected.items()})
+
+
+def test_names_shapes_and_recipe_are_those_of_the_official_networks(
+    vbench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks_module, "state_dict_digest", lambda tensors: "")  # gigabytes of zeros
+    checks = json.loads((vbench / "weights_check.json").read_text(encoding="utf-8"))
+    recorder = _Recorder()
+    built = Networks(recorder)
+    for network in ("dinov2", "clip_b32", "clip_l14", "aesthetic_head", "raft", "amt", "musiq", "dreamsim"):
+        getattr(built, network)
+    assert set(recorder.shapes) == set(checks) == set(NETWORKS)
+    for name, shapes in recorder.shapes.items():
+        assert shapes == {key: check["shape"] for key, check in checks[name].items()}
+        drawn = {k: t for k, t in recorder.small[name].items() if t.is_floating_point()}
+        assert drawn
+        for key, tensor in drawn.items():
+            assert f"{zlib.crc32(tensor.numpy().tobytes()):08x}" == checks[name][key]["crc32"], f"{name} {key}"
+
+
+def test_subject_consistency(frames: ClipFrames, networks: Networks, official: dict[str, Any], vbench: Path) -> None:
+    golden = _golden_features(vbench, f"dino_vitb16/{CLIP}")
+    with networks.numerics():
+        features = subject_consistency.features(first(frames, 3), networks)
+        measured = subject_consistency.score(first(frames, 3), networks)
+    torch.testing.assert_close(features, golden[:3], atol=1e-4, rtol=0)
+    assert measured.per_frame == pytest.approx(consistency(golden)[:2], abs=1e-5)
+    values = consistency(golden)
+    assert sum(values) / len(values) == pytest.approx(
+        official["subject_consistency"]["per_clip"][CLIP]["inclip"], abs=1e-6
+    )
+
+
+def test_background_consistency(frames: ClipFrames, networks: Networks, official: dict[str, Any]) -> None:
+    with networks.numerics():
+        measured = background_consistency.score(frames, networks)
+    golden = official["background_consistency"]["per_clip"][CLIP]["inclip"]
+    assert measured.score == pytest.approx(golden, abs=1e-5)
+
+
+@pytest.mark.parametrize("dimension", ["subject_consistency", "background_consistency"])
+def test_clip_to_clip(dimension: str, networks: Networks, official: dict[str, Any], vbench: Path) -> None:
+    module: Any = {"s": subject_consistency, "b": background_consistency}[dimension[0]]
+    path = vbench / f"firstframes_{dimension.removesuffix('_consistency')}" / "shapes.mp4"
+    first = ClipFrames(list(decode(path)), 6, torch.device("cpu"))
+    with networks.numerics():
+        values = consistency(module.slow_features(first.uint8, networks))
+    golden = official[dimension]["clip2clip_per_video"]["shapes"]
+    assert sum(values) / len(values) == pytest.approx(golden, abs=1e-5)
+
+
+def test_motion_smoothness(
+    frames: ClipFrames, networks: Networks, official: dict[str, Any], per_frame: dict[str, Any]
+) -> None:
+    with networks.numerics():
+        measured = motion_smoothness.score(frames, networks)
+    golden = official["motion_smoothness"]["per_clip"][CLIP]["score"]
+    assert measured.score == pytest.approx(golden, abs=1e-5)
+    assert measured.per_frame == pytest.approx(per_frame["motion_smoothness"][CLIP], abs=1e-2)
+
+
+def test_dynamic_degree_stops_once_its_decision_is_certain(
+    frames: ClipFrames, networks: Networks, official: dict[str, Any], per_frame: dict[str, Any]
+) -> None:
+    golden = official["dynamic_degree"]["per_clip"][CLIP]
+    assert dynamic_degree.threshold(*frames.uint8.shape[2:]) == golden["threshold"]
+    assert dynamic_degree.pairs_needed(len(frames)) == golden["count_needed"]
+    with networks.numerics():
+        measured = dynamic_degree.score(frames, networks)
+    assert bool(measured.score) is golden["score"]
+    assert 0 < len(measured.per_frame) < golden["pairs"]
+    expected = per_frame["dynamic_degree"][CLIP][: len(measured.per_frame)]
+    assert measured.per_frame == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("fps", "interval"), [(4, 1), (8, 1), (12, 2), (16, 2), (20, 2), (24, 3)])
+def test_the_sampling_interval_rounds_halves_to_even(fps: int, interval: int) -> None:
+    assert dynamic_degree.sampling_interval(fps) == interval
+
+
+def test_aesthetic_quality(frames: ClipFrames, networks: Networks, per_frame: dict[str, Any], vbench: Path) -> None:
+    with networks.numerics():
+        measured = aesthetic_quality.score(first(frames, 3), networks)
+    assert measured.per_frame == pytest.approx(per_frame["aesthetic_quality"][CLIP][:3], abs=1e-4)
+    assert measured.score == pytest.approx(sum(per_frame["aesthetic_quality"][CLIP][:3]) / 30, abs=1e-5)
+
+
+def test_imaging_quality(
+    frames: ClipFrames, networks: Networks, official: dict[str, Any], per_frame: dict[str, Any]
+) -> None:
+    with networks.numerics():
+        measured = imaging_quality.score(frames, networks)
+    golden = official["imaging_quality"]["per_clip"][CLIP]["score"]
+    assert measured.score == pytest.approx(golden, abs=1e-3)
+    assert measured.per_frame == pytest.approx(per_frame["imaging_quality"][CLIP], abs=1e-3)
+
+
+def test_scores_do_not_depend_on_the_batch_size(frames: ClipFrames, networks: Networks) -> None:
+    measures = {
+        "imaging_quality": (imaging_quality.score, 3, 1e-3),
+        "motion_smoothness": (motion_smoothness.score, 7, 1e-5),
+        "background_consistency": (background_consistency.score, 3, 1e-5),
+        "dynamic_degree": (partial(dynamic_degree.score, early_stop=False), 4, 0.0),
+    }
+    found: dict[BatchSizes, dict[str, Any]] = {}
+    before = networks.batch
+    try:
+        for batch in (BatchSizes(1, 1), BatchSizes(2, 2)):
+            networks.batch = batch
+            with networks.numerics():
+                found[batch] = {name: measure(first(frames, n), networks) for name, (measure, n, _) in measures.items()}
+    finally:
+        networks.batch = before
+    single, batched = found.values()
+    for name, (_, _, tolerance) in measures.items():
+        assert single[name].score == pytest.approx(batched[name].score, abs=tolerance)
+        assert single[name].per_frame == pytest.approx(batched[name].per_frame, abs=1e-3)
+
+
+def test_a_missing_package_is_an_error_of_the_environment() -> None:
+    with pytest.raises(RunEnvironmentError, match="no_such_package cannot be imported"):
+        _public("no_such_package", "Network")
