@@ -1,4 +1,4 @@
-"""Speed of VBench-Long scoring: clips per second and dimension, the share of decoding, and the official loops beside it.
+"""Speed of VBench-Long scoring: clips per second and dimension, share of decoding, and the official loops beside it.
 
 The official loops decode the clip once more for every dimension and feed the networks as VBench does: one frame or
 pair at a time, except for CLIP. Both use the same networks in the same precision, so that the ratio is the flow's.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -165,7 +166,7 @@ def _background(frames: preprocess.ClipFrames, networks: Networks) -> float:
 
 def _one_by_one(features: list[Tensor]) -> float:
     values = []
-    for before, now in zip(features, features[1:], strict=False):
+    for before, now in pairwise(features):
         to_previous = max(0.0, F.cosine_similarity(before, now).item())
         values.append((to_previous + max(0.0, F.cosine_similarity(features[0], now).item())) / 2)
     return fmean(values)
@@ -197,7 +198,7 @@ def _dynamic(frames: preprocess.ClipFrames, networks: Networks) -> float:
 
 def _aesthetic(frames: preprocess.ClipFrames, networks: Networks) -> float:
     features = networks.clip_features(networks.clip_l14, frames.clip_input)
-    return (networks.aesthetic_head(F.normalize(features, dim=1)) / 10).mean().item()
+    return float((networks.aesthetic_head(F.normalize(features, dim=1)) / 10).mean())
 
 
 def _imaging(frames: preprocess.ClipFrames, networks: Networks) -> float:
