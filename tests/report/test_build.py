@@ -1,0 +1,247 @@
+"""The report of a run with real videos: files, numbers, links, trust."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from lrag_ray.engine.scoring import pending_targets, score_video
+from lrag_ray.errors import StorageError
+from lrag_ray.report import Report, build_report
+from lrag_ray.report.tables import Place, comparison_note, places
+from lrag_ray.scoring.preview import MEASURES, PREVIEW
+from lrag_ray.scoring.ranks import VideoScore, average_ranks
+from lrag_ray.scoring.table import ScoreRow, to_parquet
+from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
+from lrag_ray.store.run_dir import RunDirectory
+from tests.report.make_run import HORIZONS, make_identity, make_run, store_rollout
+
+NASTY = 'a fox <script>alert(1)</script> & "quotes" \'--> {{ 7*7 }}'
+PROMPTS = [NASTY, "a river at dawn " * 30]
+
+
+class Page(HTMLParser):
+    """Tags, texts and addresses of a page; fails on tags that are not closed in order."""
+
+    VOID = frozenset({"meta", "input", "br", "path", "link", "img"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif "style" not in self.open:
+            self.text += data
+
+    def values(self, attribute: str) -> list[str]:
+        return [value for _, attrs in self.attributes if (value := attrs.get(attribute)) is not None]
+
+
+def score_all(run: RunDirectory) -> None:
+    for target in pending_targets(run, PREVIEW):
+        run.storage.create(target.score_path(PREVIEW), to_parquet([score_video(run.storage, target)], PREVIEW))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = make_run(str(tmp_path_factory.mktemp("report") / "run"), PROMPTS)
+    score_all(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(run: RunDirectory) -> Report:
+    return build_report(run)
+
+
+@pytest.fixture(scope="module")
+def page(run: RunDirectory, report: Report) -> Page:
+    return Page(run.storage.read_bytes(report.page_path).decode())
+
+
+def test_the_csv_holds_every_block_and_method_unrounded(run: RunDirectory, report: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(run.storage.read_bytes("summary/ranks.csv").decode())))
+    assert [(row["latent_frames"], row["method"]) for row in rows] == [
+        (str(frames), method) for frames in HORIZONS for method in ("base", "rag")
+    ]
+    for row, ours in zip(rows, [row for block in report.blocks for row in block.rows], strict=True):
+        assert row["suite"] == "preview"
+        assert row["backbone_label"] == "tiny, untrained"
+        assert row["prompts"] == "2"
+        assert float(row["average_rank"]) == ours.average_rank
+        for measure in MEASURES:
+            assert float(row[measure.name]) == ours.means[measure.name]
+            assert float(row[f"rank_{measure.name}"]) == ours.ranks[measure.name]
+
+
+def test_the_parquet_holds_every_video(run: RunDirectory) -> None:
+    table = pq.read_table(io.BytesIO(run.storage.read_bytes("summary/scores.parquet")))
+    assert table.num_rows == 2 * 2 * len(HORIZONS)
+    assert {measure.name for measure in MEASURES} <= set(table.column_names)
+
+
+def test_the_same_storage_gives_the_same_files(run: RunDirectory, report: Report) -> None:
+    paths = [report.page_path, report.ranks_path, report.scores_path]
+    before = [run.storage.read_bytes(path) for path in paths]
+    build_report(run)
+    assert [run.storage.read_bytes(path) for path in paths] == before
+
+
+def test_the_page_says_what_it_is(page: Page) -> None:
+    assert "tiny, untrained" in page.text
+    assert "Preview measures, not VBench." in page.text
+    assert "Over the 2 prompts that all methods have." in page.text
+    assert "Durations are prefixes of one rollout, not independent samples" in page.text
+    assert "cpu (4 rollouts)" in page.text
+    for measure in MEASURES:
+        assert measure.formula in page.text
+
+
+def test_a_prompt_is_only_text(page: Page, run: RunDirectory, report: Report) -> None:
+    html = run.storage.read_bytes(report.page_path).decode()
+    assert NASTY in page.text
+    assert "<script>alert" not in html
+    assert "49" not in page.text.split("quotes")[1][:20]
+    assert len(page.scripts) == 1
+
+
+def test_nothing_but_the_pages_own_script_may_run(page: Page) -> None:
+    (policy,) = [attrs["content"] or "" for tag, attrs in page.attributes if tag == "meta" and "http-equiv" in attrs]
+    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert not [name for _, attrs in page.attributes for name in attrs if name.startswith("on")]
+
+
+def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RunDirectory, report: Report) -> None:
+    summary = Path(run.storage.full(report.page_path)).parent
+    sources = page.values("src")
+    assert len(sources) == 4
+    for source in sources:
+        assert source.startswith("../rollouts/")
+        assert (summary / unquote(source)).is_file()
+    anchors = set(page.values("href"))
+    assert all(anchor.startswith("#") and anchor[1:] in page.values("id") for anchor in anchors)
+
+
+def test_every_player_knows_all_durations_and_has_a_map(page: Page) -> None:
+    videos = [attrs for tag, attrs in page.attributes if tag == "video"]
+    for video in videos:
+        assert json.loads(video["data-sources"] or "").keys() == {"6", "12"}
+    assert len([tag for tag, _ in page.attributes if tag == "svg"]) == 4
+    assert "similarity 0.85 to 0.90" in page.text
+
+
+def test_the_terminal_shows_the_same_ranks(report: Report) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in report.terminal_tables():
+        console.print(table)
+    shown = console.export_text()
+    assert "tiny (tiny, untrained), 1.5 s" in shown
+    assert "not VBench" in shown
+    for row in report.blocks[0].rows:
+        assert f"{row.average_rank:.2f}" in shown
+
+
+def test_failures_are_listed(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a red fox"])
+    target = pending_targets(run, PREVIEW)[0]
+    broken = ScoreRow(target, {}, "it is <truncated>", "", now_utc())
+    run.storage.create(target.score_path(PREVIEW), to_parquet([broken], PREVIEW))
+    score_all(run)
+    identity = run.ensure(make_identity(["a red fox", "a poisoned one"], ["base", "rag"]))
+    poisoned = RolloutId(backbone="tiny", method="rag", prompt_id=list(identity.prompts)[1])
+    run.record_failure(
+        FailureRecord(
+            rollout=poisoned,
+            rollout_key=identity.rollout_key(poisoned, 12),
+            attempt="three",
+            kind="exception",
+            counted=True,
+            counted_attempts=3,
+            quarantined=True,
+            reason="RuntimeError: <poison>",
+            traceback="Traceback …",
+            created_at=now_utc(),
+        )
+    )
+    report = build_report(run)
+    page = Page(run.storage.read_bytes(report.page_path).decode())
+    assert "RuntimeError: <poison>" in page.text and poisoned.path in page.text
+    assert "it is <truncated>" in page.text
+    first, second = report.blocks
+    assert (first.prompts, second.prompts) == (0, 1), "the broken video takes its prompt out of its own block"
+    assert "Not ranked: no scores yet for base" in page.text
+
+
+def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    run.ensure(make_identity(["a red fox"], ["base"]))
+    report = build_report(run)
+    assert report.blocks == []
+    assert "No scores yet." in Page(run.storage.read_bytes(report.page_path).decode()).text
+
+
+def test_a_missing_video_leaves_its_place_empty(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    identity = run.ensure(make_identity(["a red fox"], ["base", "rag"]))
+    store_rollout(run, identity, RolloutId(backbone="tiny", method="rag", prompt_id=next(iter(identity.prompts))), [6])
+    page = Page(run.storage.read_bytes(build_report(run).page_path).decode())
+    assert "no video yet" in page.text
+    assert len(page.values("src")) == 1
+
+
+def test_there_must_be_a_run(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no run at this address"):
+        build_report(RunDirectory(str(tmp_path / "nowhere")))
+
+
+def test_best_and_second_are_marked_and_ties_share() -> None:
+    def score(method: str, value: float) -> VideoScore:
+        return VideoScore("tiny", method, 6, "p", 0, {measure.name: value for measure in MEASURES})
+
+    values = {"a": 0.3, "b": 0.1, "c": 0.3, "d": 0.2}
+    (block,) = average_ranks([score(*item) for item in values.items()], list(values), MEASURES)
+    marks = places(block, MEASURES)
+    sharp = {method: marks[method, "sharpness"] for method in values}
+    assert sharp == {"a": Place.BEST, "b": Place.OTHER, "c": Place.BEST, "d": Place.SECOND}
+    assert marks["b", "flicker"] == Place.BEST
+    assert places(average_ranks([score("a", 0.3)], ["a"], MEASURES)[0], MEASURES) == {}
+
+
+def test_the_note_counts_what_was_left_out() -> None:
+    def score(method: str, prompt: str, sample: int = 0) -> VideoScore:
+        return VideoScore("tiny", method, 6, prompt, sample, dict.fromkeys((m.name for m in MEASURES), 0.5))
+
+    scores = [score("a", "p"), score("a", "p", 1), score("b", "p"), score("b", "p", 1), score("b", "q")]
+    (block,) = average_ranks(scores, ["a", "b"], MEASURES)
+    assert comparison_note(block) == (
+        "Over the 1 prompt that all methods have (2 videos per method); "
+        "1 prompt left out because some methods lack them."
+    )
