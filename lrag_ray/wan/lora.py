@@ -95,6 +95,6 @@ def apply_lora(transformer: nn.Module, lora: Lora, dtype: torch.dtype) -> None:
     found = fitting_lora(transformer, lora)
     scale = lora.alpha / lora.rank
     for name, layer in lora_targets(transformer).items():
-        update = scale * (found[f"{name}.B"].float() @ found[f"{name}.A"].float())
-        merged = layer.weight.float() + update.to(layer.weight.device)
+        low = [found[f"{name}.{half}"].to(layer.weight.device, torch.float32) for half in "BA"]
+        merged = torch.addmm(layer.weight.float(), *low, alpha=scale)
         layer.weight = nn.Parameter(merged.to(dtype), requires_grad=layer.weight.requires_grad)

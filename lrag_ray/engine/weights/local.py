@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lrag_ray.engine.weights.published import Published
 from lrag_ray.errors import WeightsError
 from lrag_ray.store.address import Storage, redact
 
@@ -86,6 +87,16 @@ def record_at(address: str) -> PullRecord | None:
         return PullRecord.model_validate_json(storage.read_bytes(name + RECORD_SUFFIX))
     except (FileNotFoundError, ValidationError):
         return None
+
+
+def known_sizes(address: str, published: Published | None) -> dict[str, int]:
+    """Sizes that the files at an address should have, as far as its pull recorded or the publication tells them."""
+    record = record_at(address)
+    if record is not None:
+        return {path: file.size_bytes for path, file in record.files.items()}
+    if published is None:
+        return {}
+    return {file.name: file.size_bytes for file in published.files if file.size_bytes is not None}
 
 
 def file_digest(path: Path) -> str:

@@ -25,8 +25,8 @@ from lrag_ray.engine.weights.local import (
     cache_folder,
     file_digest,
     is_remote,
+    known_sizes,
     locked,
-    record_at,
     sizes_at,
     split,
 )
@@ -81,15 +81,10 @@ def pull(need: Need, *, again: bool = False, tell: Callable[[str], None] = lambd
 
 
 def _complete(need: Need, present: dict[str, int]) -> bool:
-    """Whether every file is there with its recorded (or published) size; a user's own file without either is left."""
-    record = record_at(need.address)
-    if record is not None:
-        return all(present.get(path) == file.size_bytes for path, file in record.files.items())
-    if need.published is None:
-        return True
-    if not need.published.is_folder and set(present) == {need.name}:
-        return need.published.size_bytes in (None, present[need.name])
-    return all(file.name in present and file.size_bytes in (None, present[file.name]) for file in need.published.files)
+    """Whether every file is there with its known size; a user's own file, of which nothing is known, is left alone."""
+    named = {file.name for file in need.published.files} if need.published is not None else set()
+    known = known_sizes(need.address, need.published)
+    return named <= set(present) and all(present.get(path) == size for path, size in known.items())
 
 
 def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tuple[str, PulledFile]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lrag_ray.engine.weights.local import file_digest, local_copy, record_at, sizes_at
+from lrag_ray.engine.weights.local import file_digest, known_sizes, local_copy, record_at, sizes_at
 from lrag_ray.engine.weights.needs import Need
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.retrieval.encoder import load_encoder
@@ -39,6 +39,12 @@ def _checked(need: Need, digests: bool) -> str:
     sizes = sizes_at(need.address)
     if not sizes:
         raise WeightsError(missing(need))
+    for name, size in known_sizes(need.address, need.published).items():
+        if sizes.get(name) != size:
+            raise WeightsError(
+                f"{need.address}: {name} has {sizes.get(name, 0):,} bytes, expected {size:,}. "
+                "Mend: `lrag-ray weights pull CONFIG --again`"
+            )
     path = local_copy(need.address)
     found = [f"{sum(sizes.values()) / 1e9:.2f} GB", _digests(need, path) if digests else "", fits(need, path)]
     return ", ".join(part for part in found if part)
@@ -67,8 +73,6 @@ def _digests(need: Need, path: Path) -> str:
         return f"sha256 {file_digest(path)[:12]}… (none recorded)" if path.is_file() else "no digests recorded"
     for name, digest in expected.items():
         file = path / name if path.is_dir() else path
-        if not file.is_file():
-            raise WeightsError(f"{need.address} lacks {name}. Mend: `lrag-ray weights pull CONFIG --again`")
         if (actual := file_digest(file)) != digest:
             raise WeightsError(
                 f"{need.address}: {name} has sha256 {actual}, {origin}: {digest}. It is damaged or another file. "
