@@ -13,12 +13,15 @@ $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "CPython 3.11 is needed: '$(PYTHON)' is not on the PATH. Mend: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 3; }
 	$(PYTHON) -m venv $(VENV)
 
+# vbench and pyiqa pin numpy<2 and transformers 4.33 and list two dozen packages that none of their networks needs, so
+# they are installed without their dependencies; what they do import is the extra `score`.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,score]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps vbench pyiqa
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,score,test]'
 	@touch $@
 
 install: $(VENV)/.run ## make the environment in .venv
