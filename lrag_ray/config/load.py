@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lrag_ray.config.horizons import latent_frames
+from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
 from lrag_ray.config.overrides import apply_override
 from lrag_ray.config.presets import PRESETS, overlay
@@ -153,5 +153,6 @@ def _check_length(
             yield Problem(
                 path,
                 f"{duration_s:g} s are {frames} latent frames, but this method counts frames from the first one and "
-                f"the generator's table of temporal rotations ends at {limit}: at most {limit / 4:g} s",
+                f"the generator's table of temporal rotations ends at {limit}: at most "
+                f"{limit // frames_per_block * frames_per_block / LATENT_FRAMES_PER_SECOND:g} s",
             )

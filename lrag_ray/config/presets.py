@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_layers": 3,
         },
         "weights": {"random_seed": 0},
-        "latent": {"channels": 16, "height": 16, "width": 24},
+        "latent": {"channels": 16, "height": 12, "width": 20},
         "dtype": "float32",
         "text_encoder": {"kind": "tiny"},
         "vae": {"kind": "tiny"},

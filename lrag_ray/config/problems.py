@@ -66,7 +66,16 @@ def translate(
     The first `skip` steps of pydantic's locations are replaced by `prefix`. `elsewhere` are key paths of the whole
     configuration, to tell where a key that is unknown here would belong.
     """
-    for details in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    misspelt = {
+        (*details["loc"][:-1], near)
+        for details in found
+        if details["type"] in _UNKNOWN_KEY
+        for near in _nearest(str(details["loc"][-1]), keys_at(root, details["loc"][skip:-1]))
+    }
+    for details in found:
+        if details["type"] == "missing" and details["loc"] in misspelt:
+            continue
         inner = details["loc"][skip:]
         if inner and inner[-1] == "[key]":
             inner = inner[:-1]
@@ -76,9 +85,14 @@ def translate(
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:
     """Text for a name that does not exist, with the nearest that does."""
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1)
+    near = _nearest(name, valid)
     hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid) or 'none'}"
     return f"unknown {what}; {hint}"
+
+
+def _nearest(name: str, valid: Iterable[str]) -> list[str]:
+    """The valid name that is most like `name`, or nothing."""
+    return difflib.get_close_matches(name, list(valid), n=1)
 
 
 def _words(details: ErrorDetails, valid: Sequence[str], elsewhere: Iterable[str]) -> str:
@@ -86,7 +100,7 @@ def _words(details: ErrorDetails, valid: Sequence[str], elsewhere: Iterable[str]
     if kind in _UNKNOWN_KEY:
         key = str(details["loc"][-1])
         homes = [path for path in elsewhere if path.rpartition(".")[2] == key]
-        if homes and not difflib.get_close_matches(key, valid):
+        if homes and not _nearest(key, valid):
             return f"unknown key here; did you mean '{homes[0]}'?"
         return unknown("key", key, valid)
     if kind in ("missing", "missing_argument"):
@@ -98,7 +112,7 @@ def _words(details: ErrorDetails, valid: Sequence[str], elsewhere: Iterable[str]
     if kind == "finite_number":
         return f"expected a finite number, got {described(value)}"
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(value), context["expected"].replace("'", "").split(" or "), n=1)
+        near = _nearest(str(value), context["expected"].replace("'", "").replace(", ", " or ").split(" or "))
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"expected {context['expected']}, got {described(value)}{hint}"
     if kind in _BOUNDS:

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.config.load import config_keys, load_config
+from lrag_ray.config.methods import resolve_method
+from lrag_ray.config.presets import PRESETS
+from lrag_ray.context.rag import RagSettings
+from lrag_ray.errors import ConfigError
+from tests.config.make import SMALL, write
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+KEYS = """
+job run run.uri run.seed prompts prompts.path prompts.limit prompts.count prompts.samples durations_s
+independent_durations
+backbones backbones.* backbones.*.preset backbones.*.label backbones.*.transformer backbones.*.transformer.dim
+backbones.*.transformer.ffn_dim backbones.*.transformer.freq_dim backbones.*.transformer.text_dim
+backbones.*.transformer.text_len backbones.*.transformer.in_dim backbones.*.transformer.out_dim
+backbones.*.transformer.num_heads backbones.*.transformer.num_layers backbones.*.transformer.patch_size
+backbones.*.transformer.eps backbones.*.sampler backbones.*.sampler.denoising_steps backbones.*.sampler.warp
+backbones.*.sampler.shift backbones.*.sampler.context_timestep backbones.*.sampler.frames_per_block
+backbones.*.weights backbones.*.weights.path backbones.*.weights.use_ema backbones.*.weights.lora
+backbones.*.weights.lora.path backbones.*.weights.lora.rank backbones.*.weights.lora.alpha
+backbones.*.weights.random_seed backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
+backbones.*.latent.width backbones.*.dtype backbones.*.text_encoder backbones.*.text_encoder.kind
+backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae backbones.*.vae.kind
+backbones.*.vae.path backbones.*.fail_on_prompt
+methods methods.* methods.*.method methods.*.admission methods.*.budget methods.*.choose methods.*.compression
+methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
+methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
+engine engine.address engine.actors engine.cpus_per_actor engine.gpus_per_actor engine.threads_per_actor
+engine.max_attempts engine.checkpoint_every_blocks video video.enabled video.crf video.fps scoring scoring.suite
+scoring.cpus_per_worker
+"""
+
+
+def problems(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error, without the folder."""
+    path = write(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    lines = str(caught.value).replace(f"{folder}/", "").split("\n  ")
+    return lines[1:] if len(lines) > 1 else lines
+
+
+def changed(old: str, new: str) -> str:
+    assert old in SMALL
+    return SMALL.replace(old, new)
+
+
+def test_the_public_keys_are_these() -> None:
+    """Adding a key is a change of the public surface: say so here. Removing one breaks users' files."""
+    assert sorted(config_keys()) == sorted(KEYS.split())
+
+
+def test_a_small_file_is_completed_by_its_preset(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    tiny = config.backbones["tiny"]
+    assert tiny.label == "tiny, untrained"
+    assert tiny.weights.random_seed == 0
+    assert tiny.transformer.dim == PRESETS["tiny"]["transformer"]["dim"]
+    assert tiny.sampler.denoising_steps == (1000, 750, 500, 250)
+    assert [method.method for method in config.methods.values()] == ["base", "rag"]
+    assert resolve_method(config.methods["rag"]).settings == RagSettings(descriptor="avg_pool")
+
+
+def test_overrides_come_after_the_file_and_before_the_preset(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path),
+        ["backbones.tiny.transformer.num_layers=4", "methods.rag.top_k=2", "methods.more={method: base, window: 6}"],
+    )
+    assert config.backbones["tiny"].transformer.num_layers == 4
+    assert config.backbones["tiny"].transformer.dim == PRESETS["tiny"]["transformer"]["dim"]
+    assert resolve_method(config.methods["rag"]).settings.top_k == 2
+    assert resolve_method(config.methods["more"]).settings.window == 6
+
+
+def test_a_preset_can_be_chosen_by_an_override(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["backbones.tiny.preset=self_forcing"])
+    assert config.backbones["tiny"].transformer.dim == 1536
+    assert config.backbones["tiny"].weights.use_ema
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml")))
+def test_every_shipped_configuration_loads(name: str) -> None:
+    load_config(REPOSITORY / "configs" / name)
+
+
+def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["prompts.path=../other/p.txt", "run.uri=s3://bucket/run"])
+    assert (config.prompts.path, config.run.uri) == ("../other/p.txt", "s3://bucket/run")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("durations_s: ", "duration_s: ", "run.yaml:4: duration_s: unknown key; did you mean 'durations_s'?"),
+        (
+            "uri: runs/small}",
+            "uri: runs/small, sead: 1}",
+            "run.yaml:2: run.sead: unknown key; did you mean 'seed'?",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, transformer: {num_layer: 2}}",
+            "run.yaml:6: backbones.tiny.transformer.num_layer: unknown key; did you mean 'num_layers'?",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, sampler: {steps: 2}}",
+            "run.yaml:6: backbones.tiny.sampler.steps: unknown key; valid: denoising_steps, warp, shift, "
+            "context_timestep, frames_per_block",
+        ),
+        (
+            "{descriptor: avg_pool}",
+            "{descriptor: avg_pool, topk: 3}",
+            "run.yaml:9: methods.rag.topk: unknown key; did you mean 'top_k'?",
+        ),
+        (
+            "base: {}",
+            "base: {top_k: 3}",
+            "run.yaml:8: methods.base.top_k: unknown key; valid: window, sink",
+        ),
+        (
+            "engine: {actors: 2}",
+            "limit: 8",
+            "run.yaml:10: limit: unknown key here; did you mean 'prompts.limit'?",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {actors: two}",
+            "run.yaml:10: engine.actors: expected a whole number, got text 'two'",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {actors: '2'}",
+            "run.yaml:10: engine.actors: expected a whole number, got text '2'",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {actors: true}",
+            "run.yaml:10: engine.actors: expected a whole number, got true",
+        ),
+        ("engine: {actors: 2}", "engine: {actors: 0}", "run.yaml:10: engine.actors: must be at least 1, got 0"),
+        (
+            "engine: {actors: 2}",
+            "engine: {cpus_per_actor: .inf}",
+            "run.yaml:10: engine.cpus_per_actor: expected a finite number, got Infinity",
+        ),
+        ("engine: {actors: 2}", "engine:", "run.yaml:10: engine: expected a section (key: value), got null (nothing)"),
+        (
+            "engine: {actors: 2}",
+            "video: {enabled: yes}",
+            "run.yaml:10: video.enabled: expected true or false, got text 'yes'",
+        ),
+        (
+            "engine: {actors: 2}",
+            "scoring: {suite: previw}",
+            "run.yaml:10: scoring.suite: expected 'preview' or 'none', got text 'previw'; did you mean 'preview'?",
+        ),
+        (
+            "{descriptor: avg_pool}",
+            "{descriptor: avgpool}",
+            "run.yaml:9: methods.rag.descriptor: expected 'ae' or 'avg_pool', got text 'avgpool'; did you mean "
+            "'avg_pool'?",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tinny}",
+            "run.yaml:6: backbones.tiny.preset: unknown preset 'tinny'; did you mean 'tiny'?",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, weights: {random_seed: 1, path: x.pt}}",
+            "run.yaml:6: backbones.tiny.weights: give exactly one of path (a checkpoint) and random_seed (a random "
+            "recipe)",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, transformer: {dim: 63}}",
+            "run.yaml:6: backbones.tiny.transformer: dim 63 is not a multiple of num_heads 2",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, latent: {height: 13}}",
+            "run.yaml:6: backbones.tiny: latent frame 13x20 is not a multiple of the patch 2x2",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, latent: {channels: 8}}",
+            "run.yaml:6: backbones.tiny: latent.channels 8 must equal transformer.in_dim 16 and transformer.out_dim 16",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, vae: {kind: wan}}",
+            "run.yaml:6: backbones.tiny.vae: kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)",
+        ),
+        (
+            "base: {}",
+            "basic: {}",
+            "run.yaml:8: methods.basic.method: is missing; 'basic' is none of the methods base, infinity_rope, "
+            "deep_forcing, rag",
+        ),
+        (
+            "base: {}",
+            "b: {method: bass}",
+            "run.yaml:8: methods.b.method: unknown method 'bass'; did you mean 'base'? Known: base, infinity_rope, "
+            "deep_forcing, rag, or package.module:Policy",
+        ),
+        (
+            "base: {}",
+            "b: {method: 'no_such_package:Policy'}",
+            "run.yaml:8: methods.b.method: method 'no_such_package:Policy': cannot import 'no_such_package' (No module "
+            "named 'no_such_package'); is it on PYTHONPATH?",
+        ),
+        (
+            "{descriptor: avg_pool}",
+            "{}",
+            "run.yaml:9: methods.rag.encoder: is missing: descriptor ae needs the checkpoint of a retrieval encoder; "
+            "name it, or set descriptor: avg_pool",
+        ),
+        (
+            "base: {}",
+            "'a/b': {method: base}",
+            "run.yaml:8: methods.a/b: a name has 1 to 64 letters, digits, '_', '.' or '-' and begins with a letter or "
+            "digit",
+        ),
+        ("[4.5, 9]", "[]", "run.yaml:4: durations_s: must hold at least 1, got an empty list"),
+        ("[4.5, 9]", "[9, 9]", "run.yaml:4: durations_s: durations [9.0, 9.0] hold a duplicate"),
+        ("[4.5, 9]", "[-1]", "run.yaml:4: durations_s: duration -1.0 s must be above 0 and at most 3600"),
+        (
+            "prompts: {path: prompts.txt}",
+            "prompts: {limit: 3}",
+            "run.yaml:3: prompts: give path (a file with one prompt a line), or count to plan without a file",
+        ),
+        ("run: {uri: runs/small}\n", "", "run.yaml: run: is missing"),
+        ("{uri: runs/small}", "{seed: 1}", "run.yaml:2: run.uri: is missing"),
+        (
+            "job: evaluate",
+            "job: evalute",
+            "run.yaml:1: job: expected 'evaluate', got text 'evalute'; did you mean 'evaluate'?",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_key_path_and_mend(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert problems(tmp_path, changed(old, new)) == [message]
+
+
+@pytest.mark.parametrize("uri", ["~/runs", "$HOME/runs", "${RUNS}/a"])
+def test_nothing_is_expanded_silently(tmp_path: Path, uri: str) -> None:
+    [line] = problems(tmp_path, changed("runs/small", f"'{uri}'"))
+    assert line.startswith(f"run.yaml:2: run.uri: '{uri}' holds ~ or a variable, which configuration files do not")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "{descriptor: avg_pool, window: 9, top_k: 6}",
+            "window 9 leaves 2 latent frames for local context after sink 1 and top_k 6, but a block has 3: raise "
+            "window to at least 10 or lower the others",
+        ),
+        (
+            "{method: base, window: 3, sink: 1}",
+            "window 3 leaves 2 latent frames for local context after sink 1, but a block has 3: raise window to at "
+            "least 4 or lower the others",
+        ),
+        ("{descriptor: avg_pool, window: -2}", "window -2 must be -1 (all frames) or at least 1 latent frame"),
+        (
+            "{method: deep_forcing, recent: 2}",
+            "recent 2 must be at least a block's 3 latent frames",
+        ),
+    ],
+)
+def test_a_window_without_room_for_a_block_is_refused(tmp_path: Path, settings: str, message: str) -> None:
+    assert problems(tmp_path, changed("{descriptor: avg_pool}", settings)) == [f"run.yaml:9: methods.rag: {message}"]
+
+
+def test_the_window_of_all_frames_is_exempt(tmp_path: Path) -> None:
+    load_config(write(tmp_path, changed("{descriptor: avg_pool}", "{descriptor: avg_pool, window: -1, top_k: 0}")))
+
+
+def test_absolute_indices_end_at_the_released_table(tmp_path: Path) -> None:
+    text = changed("[4.5, 9]", "[255, 257]")
+    [line] = problems(tmp_path, text)
+    assert line == (
+        "run.yaml:8: methods.base: 257 s are 1029 latent frames, but this method counts frames from the first one and "
+        "the generator's table of temporal rotations ends at 1024: at most 255.75 s"
+    )
+    load_config(write(tmp_path, text.replace("  base: {}\n", "")))
+
+
+def test_all_problems_are_told_at_once_each_with_its_place(tmp_path: Path) -> None:
+    text = (
+        changed("uri: runs/small}", "uri: runs/small, sead: 1}")
+        .replace("{preset: tiny}", "{preset: tiny, dtyp: float32}")
+        .replace("{descriptor: avg_pool}", "{topk: 1}")
+        .replace("base: {}", "b: {method: rags}")
+    )
+    lines = problems(tmp_path, text, "engine.actors=none", "prompts.limt=3", "nothing")
+    assert lines == [
+        "--set nothing: an override is written a.b=value",
+        "run.yaml:2: run.sead: unknown key; did you mean 'seed'?",
+        "--set prompts.limt=3: prompts.limt: unknown key; did you mean 'limit'?",
+        "run.yaml:6: backbones.tiny.dtyp: unknown key; did you mean 'dtype'?",
+        "--set engine.actors=none: engine.actors: expected a whole number, got text 'none'",
+        "run.yaml:8: methods.b.method: unknown method 'rags'; did you mean 'rag'? Known: base, infinity_rope, "
+        "deep_forcing, rag, or package.module:Policy",
+        "run.yaml:9: methods.rag.topk: unknown key; did you mean 'top_k'?",
+    ]
+
+
+def test_secrets_in_addresses_are_refused_and_never_repeated(tmp_path: Path) -> None:
+    for uri in ("s3://me:hunter2@bucket/run", "ftp://token-hunter2@host/run"):
+        for lines in (problems(tmp_path, changed("runs/small", uri)), problems(tmp_path, SMALL, f"run.uri={uri}")):
+            assert len(lines) == 1 and "holds credentials before an @" in lines[0]
+            assert "hunter2" not in lines[0]
+
+
+def test_a_method_from_outside_is_checked_by_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outside_method.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from lrag_ray.context.infinity_rope import InfinityRope\n"
+        "from lrag_ray.context.base import BaseSettings\n"
+        "@dataclass(frozen=True)\n"
+        "class Settings(BaseSettings):\n"
+        "    stride: int = 2\n"
+        "class Outside(InfinityRope):\n"
+        "    Settings = Settings\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = changed("base: {}", "o: {method: 'outside_method:Outside', stride: 3}")
+    assert resolve_method(load_config(write(tmp_path, text)).methods["o"]).settings.stride == 3
+    assert problems(tmp_path, text.replace("stride: 3", "strid: 3")) == [
+        "run.yaml:8: methods.o.strid: unknown key; did you mean 'stride'?"
+    ]
