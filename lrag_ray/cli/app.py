@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lrag_ray.cli import doctor, weights
 from lrag_ray.cli.output import console, print_json, tells_errors
 
 app = typer.Typer(
@@ -143,6 +144,10 @@ def verify(
     else:
         found = print_results(console(), results)
     raise typer.Exit(1 if failed(found) else 0)
+
+
+doctor.register(app)
+weights.register(app)
 
 
 def main() -> None:

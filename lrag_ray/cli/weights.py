@@ -21,7 +21,12 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; errors as JSON on stderr.")]
 
-weights = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a run's weights are, and getting them.")
+weights = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="The weights of a run: what it needs, where that is published, getting, checking and converting it.\n\n"
+    "\b\nExample:\n  lrag-ray weights list configs/table2.yaml",
+)
 
 
 def register(app: typer.Typer) -> None:

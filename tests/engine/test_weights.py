@@ -311,6 +311,23 @@ def test_converted_generator_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     assert reloaded.path == str(conversion.target) and reloaded.lora is None and not reloaded.use_ema
 
 
+def test_the_public_surface_is_this() -> None:
+    """Adding a command or an option is a change of the public surface: say so here. Removing one breaks scripts."""
+    found = {
+        name: [p.metavar if p.param_type_name == "argument" else p.opts[0] for p in command.params]
+        for name, command in typer.main.get_command(cli.weights).commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == {
+        "list": ["CONFIG", "--set", "--json"],
+        "pull": ["CONFIG", "--set", "--again", "--json"],
+        "verify": ["CONFIG", "--set", "--digests", "--json"],
+        "convert": ["CONFIG", "--to", "--set", "--json"],
+    }
+    for name in found:
+        shown = CliRunner().invoke(cli.weights, [name, "--help"]).output
+        assert f"lrag-ray weights {name} " in shown.partition("Example")[2]
+
+
 def test_commands(hub: Hub, tmp_path: Path) -> None:
     app = typer.Typer()
     cli.register(app)

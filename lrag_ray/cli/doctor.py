@@ -1,0 +1,50 @@
+"""``lrag-ray doctor``: what is missing on this machine, and how to mend it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lrag_ray.cli.output import console, print_json, printable, tells_errors
+from lrag_ray.errors import RunEnvironmentError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command()(doctor)
+
+
+@tells_errors
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Check what this run needs as well.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Check this machine: packages, Ray, GPUs, video codec; with CONFIG also its weights, storage, disk and memory.
+
+    Exit code 3 if anything fails.
+
+    \b
+    Examples:
+      lrag-ray doctor
+      lrag-ray doctor configs/table2.yaml
+    """
+    from lrag_ray.config.load import load_config
+    from lrag_ray.engine.doctor import examine, healthy
+
+    loaded = load_config(config, overrides or []) if config is not None else None
+    rows = []
+    for row in examine(loaded):
+        rows.append(row)
+        if not as_json:
+            console().print(f"{row.state:<5} {row.check:<18} {printable(row.found)}", soft_wrap=True)
+            if row.mend:
+                console().print(f"{'':<24} mend: {row.mend}", soft_wrap=True)
+    if as_json:
+        print_json({"healthy": healthy(rows), "rows": [row._asdict() for row in rows]})
+    if not healthy(rows):
+        raise typer.Exit(RunEnvironmentError.exit_code)
