@@ -18,6 +18,8 @@ from lrag_ray.context.trace import TraceRow
 
 KIND_COLOURS = {"sink": "#8c6d31", "local": "#9aa0a6", "current": "#3c4043"}
 """Colours of the rows that carry no value of their own."""
+KIND_GLYPHS = {"sink": "░", "local": "▒", "current": "▓"}
+VALUE_GLYPH = "█"
 COLOUR_MAP = "viridis"
 _KIND_ORDER = ("sink", "local", "current")
 
@@ -115,10 +117,10 @@ def draw_text(rows: Sequence[TraceRow], height: int = 36, width: int = 72) -> li
             cell = np.ix_(frame_bin, block_bin)
             values, kinds = drawn.values[cell], drawn.kinds[cell]
             if np.isfinite(values).any():
-                line.append(("█", to_hex(palette(scale(np.nanmax(values))))))
+                line.append((VALUE_GLYPH, to_hex(palette(scale(np.nanmax(values))))))
             elif (kinds >= 0).any():
                 kind = _KIND_ORDER[int(kinds[kinds >= 0].min())]
-                line.append(("▒" if kind == "local" else "█", KIND_COLOURS[kind]))
+                line.append((KIND_GLYPHS[kind], KIND_COLOURS[kind]))
             else:
                 line.append(("·", "#5f6368"))
         lines.append(line)
