@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lrag_ray.cli import doctor, weights
+from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, print_json, tells_errors
 
 app = typer.Typer(
@@ -22,13 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; errors as JSON on stderr.")]
 
 
 @app.callback()

@@ -39,7 +39,7 @@ from lrag_ray.engine.progress import (
 )
 from lrag_ray.store.records import RolloutId
 
-_RATE_WINDOW_S = 60.0
+_RATE_WINDOW_S = 120.0
 _PLAIN_EVERY_S = 10.0
 
 STAGE_TITLES: dict[Stage, str] = {
@@ -122,7 +122,7 @@ class RunView:
 
     @property
     def blocks_per_s(self) -> float | None:
-        """Over the last minute, or None while nothing is known."""
+        """Over the last two minutes, or None while nothing is known."""
         if len(self._history) < 2:
             return None
         (began, before), (now, after) = self._history[0], self._history[-1]
@@ -217,7 +217,9 @@ def _drawn(view: RunView) -> RenderableType:
         total, done = view.blocks_total, view.blocks_done
     lines: list[RenderableType] = [Text(view.headline(), style="bold")]
     if total > 1:
-        lines.append(ProgressBar(total=total, completed=min(done, total), width=60))
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=total, completed=min(done, total), width=60))
+        lines.append(bar)
     flights = Table.grid(padding=(0, 2))
     for worker, flight in sorted(view.flights.items()):
         blocks = f"block {flight.blocks}/{flight.blocks_total}" if flight.blocks_total else ""

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lrag_ray.cli.progress import PlainProgress, RunView, _drawn
+from lrag_ray.engine.progress import (
+    AttemptFailed,
+    Event,
+    Notice,
+    RolloutAdvanced,
+    RolloutFinished,
+    RolloutStarted,
+    RunPlanned,
+    StageAdvanced,
+    StageBegan,
+    StageEnded,
+    WorkerLost,
+)
+from lrag_ray.store.records import FailureRecord, RolloutId
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rollout(number: int) -> RolloutId:
+    return RolloutId(backbone="tiny", method="rag", prompt_id=f"{number:05d}-aa")
+
+
+def advanced(number: int, blocks: int, worker: str = "worker-0") -> RolloutAdvanced:
+    return RolloutAdvanced(rollout(number), worker, blocks, 12, "generating")
+
+
+def failed(number: int, quarantined: bool) -> AttemptFailed:
+    return AttemptFailed(
+        FailureRecord(
+            rollout=rollout(number),
+            rollout_key="k",
+            attempt="t0",
+            kind="exception",
+            counted=True,
+            counted_attempts=1,
+            quarantined=quarantined,
+            reason="RuntimeError: no",
+            traceback="",
+            created_at="",
+        )
+    )
+
+
+PLANNED = RunPlanned(uri="runs/x", commits_total=8, commits_done=2, rollouts_to_do=3, blocks_to_do=36)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def view(clock: Clock) -> RunView:
+    view = RunView(clock)
+    view.take(PLANNED)
+    view.take(StageBegan("rollouts", 3))
+    return view
+
+
+def test_the_headline_counts_finished_and_running_blocks(view: RunView, clock: Clock) -> None:
+    view.take(RolloutStarted(rollout(0), "t0", "worker-0"))
+    assert view.headline() == "rollouts 0/3, blocks 0/36"
+    clock.now = 4
+    view.take(advanced(0, 8))
+    assert view.headline() == "rollouts 0/3, blocks 8/36, 2 blocks/s, about 14 s left"
+    clock.now = 6
+    view.take(RolloutFinished(rollout(0), (36,), 12, 0, 6.0))
+    assert view.headline() == "rollouts 1/3, blocks 12/36, 2 blocks/s, about 12 s left"
+
+
+def test_the_pace_is_that_of_the_last_two_minutes(view: RunView, clock: Clock) -> None:
+    for second in range(0, 600):
+        clock.now = second
+        slow, fast = second // 60, max(0, second - 300)
+        view.take(advanced(0, slow + fast))
+        if second == 299:
+            assert view.blocks_per_s == pytest.approx(1 / 60, rel=0.1)
+    assert view.blocks_per_s == pytest.approx(1 + 1 / 60, rel=0.1)
+
+
+def test_there_is_no_pace_before_something_moves(view: RunView, clock: Clock) -> None:
+    view.take(advanced(0, 0))
+    clock.now = 5
+    view.take(advanced(0, 0))
+    assert view.blocks_per_s is None and view.eta_s is None
+
+
+def test_a_failed_attempt_frees_its_worker_and_is_told(view: RunView) -> None:
+    view.take(RolloutStarted(rollout(0), "t0", "worker-0"))
+    view.take(advanced(0, 5))
+    line = view.take(failed(0, quarantined=False))
+    assert line == (
+        "warning: rollouts/tiny/rag/00000-aa-0: RuntimeError: no (will be tried again; "
+        "failures/tiny/rag/00000-aa-0/t0.json)"
+    )
+    assert view.flights == {} and view.blocks_done == 0
+    assert "given up" in (view.take(failed(0, quarantined=True)) or "")
+    assert view.headline().endswith("2 failed attempts")
+
+
+def test_a_lost_worker_is_told_and_forgotten(view: RunView) -> None:
+    view.take(advanced(0, 5))
+    assert view.take(WorkerLost("worker-0", "node died")) == "warning: worker-0 was lost and is replaced: node died"
+    assert view.flights == {}
+
+
+def test_plain_lines_say_what_matters_and_the_headline_now_and_then(clock: Clock) -> None:
+    lines: list[str] = []
+    show = PlainProgress(lines.append, clock)
+
+    def at(second: float, event: Event) -> None:
+        clock.now = second
+        show(event)
+
+    at(0, PLANNED)
+    at(0, Notice("careful", warning=True))
+    at(1, StageBegan("rollouts", 3))
+    for second in range(2, 22):
+        at(second, advanced(0, second // 2))
+    at(22, StageEnded("rollouts", 21.0))
+    at(23, StageBegan("scoring", 4))
+    at(34, StageAdvanced("scoring", 2, 4))
+    assert lines == [
+        "runs/x: 2 of 8 results are there, 3 rollouts (36 blocks) to do",
+        "warning: careful",
+        "rollouts 0/3, blocks 5/36, 0.5 blocks/s, about 1 min 2 s left",
+        "rollouts 0/3, blocks 10/36, 0.5 blocks/s, about 52 s left",
+        "rollouts: done in 21 s",
+        "scoring videos 2/4",
+    ]
+
+
+def test_the_live_display_has_a_line_per_worker(view: RunView) -> None:
+    view.take(advanced(0, 8, "worker-0"))
+    view.take(advanced(1, 3, "worker-1"))
+    out = io.StringIO()
+    Console(file=out, width=100).print(_drawn(view))
+    shown = out.getvalue().splitlines()
+    assert shown[0].startswith("rollouts 0/3, blocks 11/36")
+    assert [line.split() for line in shown if line.startswith("worker")] == [
+        ["worker-0", "tiny/rag/00000-aa-0", "generating", "block", "8/12"],
+        ["worker-1", "tiny/rag/00001-aa-0", "generating", "block", "3/12"],
+    ]
+
+
+def test_control_characters_of_prompts_and_errors_do_not_reach_the_terminal(clock: Clock) -> None:
+    lines: list[str] = []
+    PlainProgress(lines.append, clock)(Notice("a\x1b[31mb\x07"))
+    assert lines == ["a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}"]
