@@ -36,6 +36,8 @@ class RolloutActor:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.set_num_threads(engine.threads_per_actor)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # A debugging aid that comes with the line above and writes every new tensor once more.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         teller = BoardTeller(spec.board, name)
         self._worker = RolloutWorker(RunDirectory(spec.uri), spec.config, device_for(engine.gpus_per_actor), teller)
 

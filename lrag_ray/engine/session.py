@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,8 +19,8 @@ from lrag_ray.errors import ClusterError
 def ray_session(engine: EngineSection) -> Iterator[None]:
     """Connect for the time of the block; a connection that exists already is used and left alone.
 
-    `engine.address` or RAY_ADDRESS name a cluster; without them a local one is started, reachable from this machine
-    alone. Raises ClusterError.
+    `engine.address` or RAY_ADDRESS name a cluster; without them a local one is started, with a token that only
+    this process and its workers know. Raises ClusterError.
     """
     if ray.is_initialized():
         yield
@@ -48,9 +49,9 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
 
 
 def _start_local(engine: EngineSection) -> None:
-    # Ray reads this when it is imported, so a token set here would reach the cluster but not this process; and left
-    # alone it may write a token into the home folder, which switches later clusters to token mode.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray's ports answer on the network, so the cluster needs a token unless the user says otherwise (RAY_AUTH_MODE).
+    # Without one in the environment Ray would write it into the home folder, which switches later clusters to tokens.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ray.init(
         address="local",

@@ -222,7 +222,7 @@ def test_a_killed_driver_is_started_again_and_ends_with_the_same(quiet: RunDirec
     driver = start_driver(tmp_path)
     wait_until(lambda: len(directory.commits()) >= 2)
     driver.kill()
-    driver.wait()
+    driver.communicate()
     done = len(directory.commits())
     assert 2 <= done < 12
 
