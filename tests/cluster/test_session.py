@@ -1,0 +1,46 @@
+"""The private cluster of a run, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.session import ray_session
+from lrag_ray.errors import ClusterError
+
+pytestmark = pytest.mark.cluster
+
+PROGRAM = """
+import ray
+from ray._raylet import AuthenticationMode, get_authentication_mode
+from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.session import ray_session
+
+with ray_session(EngineSection(cpus_per_actor=3)):
+    assert ray.cluster_resources()["CPU"] >= 3
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    with ray_session(EngineSection()):
+        pass
+    assert ray.is_initialized(), "a session inside another one must leave it alone"
+assert not ray.is_initialized()
+"""
+
+
+def test_a_local_cluster_asks_for_a_token_and_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and not (tmp_path / ".ray").exists()
+
+
+def test_an_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "not an address")
+    with pytest.raises(ClusterError, match=r"'not an address' cannot be reached"), ray_session(EngineSection()):
+        pass
