@@ -93,8 +93,10 @@ def apply_lora(transformer: nn.Module, lora: Lora, dtype: torch.dtype) -> None:
     Raises WeightsError where it does not fit (see `fitting_lora`).
     """
     found = fitting_lora(transformer, lora)
-    scale = lora.alpha / lora.rank
-    for name, layer in lora_targets(transformer).items():
-        low = [found[f"{name}.{half}"].to(layer.weight.device, torch.float32) for half in "BA"]
-        merged = torch.addmm(layer.weight.float(), *low, alpha=scale)
-        layer.weight = nn.Parameter(merged.to(dtype), requires_grad=layer.weight.requires_grad)
+    targets = lora_targets(transformer)
+    # One buffer for all layers: float32 copies of their own would leave the heap a quarter larger than the weights.
+    scratch = torch.empty(max(layer.weight.numel() for layer in targets.values()), dtype=torch.float32)
+    for name, layer in targets.items():
+        merged = scratch[: layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
+        merged.addmm_(found[f"{name}.B"].float(), found[f"{name}.A"].float(), alpha=lora.alpha / lora.rank)
+        layer.weight = nn.Parameter(merged.to(dtype, copy=True), requires_grad=layer.weight.requires_grad)
