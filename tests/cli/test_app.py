@@ -25,6 +25,7 @@ SURFACE = {
     "plan": ["CONFIG", "--set", "--json"],
     "status": ["RUN", "--json"],
     "verify": ["[DIR]", "--run", "--json"],
+    "inspect": ["ROLLOUT", "--png", "--json"],
     "doctor": ["[CONFIG]", "--set", "--json"],
     "weights list": ["CONFIG", "--set", "--json"],
     "weights pull": ["CONFIG", "--set", "--again", "--json"],

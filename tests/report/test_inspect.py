@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from tests.store.make import make_identity, rollout_id
-from tests.tiny import start, tiny_transformer
 from typer.testing import CliRunner
 
 from lrag_ray.cli import inspect
@@ -20,6 +18,8 @@ from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, now_utc
 from lrag_ray.store.run_dir import RunDirectory
+from tests.store.make import make_identity, rollout_id
+from tests.tiny import start, tiny_transformer
 
 
 @pytest.fixture(scope="module")
