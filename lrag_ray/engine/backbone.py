@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lrag_ray.config.methods import Method
-from lrag_ray.config.schema import BackboneConfig
-from lrag_ray.engine.digests import path_digest
+from lrag_ray.config.schema import BackboneConfig, WeightsConfig
+from lrag_ray.engine.digests import weights_digest
+from lrag_ray.engine.weights.local import local_copy
 from lrag_ray.errors import ConfigError
 from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.wan.checkpoint import load_transformer
@@ -26,16 +27,9 @@ ATTENTION_BACKEND = "sdpa"
 
 def latents_identity(config: BackboneConfig) -> dict[str, Any]:
     """Everything of a backbone that determines latents, weights by digest. WeightsError for a file that is absent."""
-    weights = config.weights
     return {
         "transformer": dataclasses.asdict(config.transformer) | {"patch_size": list(config.transformer.patch_size)},
-        "weights": {
-            "sha256": path_digest(weights.path) if weights.path else None,
-            "random_seed": weights.random_seed,
-            "use_ema": weights.use_ema,
-            "lora": weights.lora
-            and {"sha256": path_digest(weights.lora.path), "rank": weights.lora.rank, "alpha": weights.lora.alpha},
-        },
+        "weights": weights_identity(config.weights),
         "sampler": dataclasses.asdict(config.sampler) | {"denoising_steps": list(config.sampler.denoising_steps)},
         "latent": config.latent.model_dump(),
         "dtype": config.dtype,
@@ -44,13 +38,24 @@ def latents_identity(config: BackboneConfig) -> dict[str, Any]:
     }
 
 
+def weights_identity(weights: WeightsConfig) -> dict[str, Any]:
+    """The transformer's weights, by digest or recipe. WeightsError for a file that is absent."""
+    lora = weights.lora
+    return {
+        "sha256": weights_digest(weights.path) if weights.path else None,
+        "random_seed": weights.random_seed,
+        "use_ema": weights.use_ema,
+        "lora": lora and {"sha256": weights_digest(lora.path), "rank": lora.rank, "alpha": lora.alpha},
+    }
+
+
 def text_identity(config: BackboneConfig) -> dict[str, Any]:
     """Everything that determines a prompt's text features."""
     encoder = config.text_encoder
     return {
         "kind": encoder.kind,
-        "sha256": path_digest(encoder.path) if encoder.path else None,
-        "tokenizer": path_digest(encoder.tokenizer) if encoder.tokenizer else None,
+        "sha256": weights_digest(encoder.path) if encoder.path else None,
+        "tokenizer": weights_digest(encoder.tokenizer) if encoder.tokenizer else None,
         "text_dim": config.transformer.text_dim,
         "text_len": config.transformer.text_len,
     }
@@ -58,7 +63,10 @@ def text_identity(config: BackboneConfig) -> dict[str, Any]:
 
 def pixels_identity(config: BackboneConfig) -> dict[str, Any]:
     """Everything that determines pixels, given latents."""
-    return {"vae": {"kind": config.vae.kind, "sha256": path_digest(config.vae.path) if config.vae.path else None}}
+    vae = config.vae
+    return {
+        "vae": {"kind": vae.kind, "sha256": weights_digest(vae.path) if vae.path else None, "dtype": vae.dtype},
+    }
 
 
 def device_for(gpus: float) -> torch.device:
@@ -72,9 +80,9 @@ def load_generator(config: BackboneConfig, device: torch.device) -> CausalWanTra
     weights = config.weights
     if weights.path is not None:
         given = weights.lora
-        lora = Lora(given.path, given.rank, given.alpha) if given else None
+        lora = Lora(local_copy(given.path), given.rank, given.alpha) if given else None
         return load_transformer(
-            weights.path, config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
+            local_copy(weights.path), config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
         )
     model = CausalWanTransformer(config.transformer)
     fill_random(model, weights.random_seed or 0)
@@ -88,18 +96,20 @@ def load_text(config: BackboneConfig, device: torch.device) -> TextEncoder:
         return tiny_text_encoder(sizes.text_dim, sizes.text_len)
     if encoder.path is None or encoder.tokenizer is None:
         raise ConfigError("text_encoder: kind umt5 needs path (the checkpoint) and tokenizer (its folder)")
-    return load_text_encoder(encoder.path, encoder.tokenizer, text_len=sizes.text_len, device=device)
+    path, tokenizer = local_copy(encoder.path), local_copy(encoder.tokenizer)
+    return load_text_encoder(path, tokenizer, text_len=sizes.text_len, device=device)
 
 
 def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
     """The video VAE. ConfigError where its path is not given."""
+    dtype = getattr(torch, config.vae.dtype)
     if config.vae.kind == "tiny":
         vae = tiny_vae()
-        vae.model.to(device)
+        vae.model.to(device, dtype)
         return vae
     if config.vae.path is None:
         raise ConfigError("vae: kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
-    return load_wan_vae(config.vae.path, device=device)
+    return load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
 
 
 def load_retrieval_encoder(method: Method, device: torch.device) -> nn.Module | None:
@@ -108,4 +118,4 @@ def load_retrieval_encoder(method: Method, device: torch.device) -> nn.Module | 
         return None
     if not method.settings.encoder:
         raise ConfigError("method rag with descriptor ae needs encoder: the path of a retrieval encoder checkpoint")
-    return load_encoder(method.settings.encoder).to(device)
+    return load_encoder(local_copy(method.settings.encoder)).to(device)

@@ -7,6 +7,7 @@ count. Horizons that are committed already are neither decoded nor committed aga
 from __future__ import annotations
 
 import hashlib
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 
 from lrag_ray.config.methods import resolve_method
-from lrag_ray.config.schema import BackboneConfig, RunConfig
-from lrag_ray.engine.backbone import load_generator, load_retrieval_encoder, load_vae
+from lrag_ray.config.schema import BackboneConfig, RunConfig, VideoSection
+from lrag_ray.engine.backbone import load_generator, load_retrieval_encoder, load_vae, weights_identity
 from lrag_ray.engine.progress import Step, WorkerState
 from lrag_ray.engine.run_identity import versions
 from lrag_ray.engine.text import embedding_path, read_embedding
+from lrag_ray.errors import WeightsError
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.store.identity import canonical_digest
 from lrag_ray.store.parts import FinishedBlock, PartChain, StoredPart, read_chain, write_part
 from lrag_ray.store.records import Commit, FileRecord, PartRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
@@ -43,6 +46,8 @@ class RolloutTask:
     rollout_key: str
     prompt: str
     text_digest: str
+    weights_digest: str
+    """Of the transformer's weights as the driver sees them: another node must not have other files."""
     horizons: tuple[int, ...]
     """Horizons in latent frames that have no commit yet, ascending."""
 
@@ -113,9 +118,9 @@ class PartLedger:
 class HorizonVideos:
     """One decode of the latents, written to a video file per horizon."""
 
-    def __init__(self, folder: Path, vae: WanVae, horizons: Sequence[int], *, fps: int, crf: int) -> None:
-        self._decoder = StreamingDecoder(vae)
-        self.writers = {h: Mp4Writer(folder / f"video-{h}.mp4", fps=fps, crf=crf) for h in horizons}
+    def __init__(self, folder: Path, vae: WanVae, horizons: Sequence[int], video: VideoSection) -> None:
+        self._decoder = StreamingDecoder(vae, cold_chunk=video.cold_chunk)
+        self.writers = {h: Mp4Writer(folder / f"video-{h}.mp4", fps=video.fps, crf=video.crf) for h in horizons}
 
     def add(self, latents: Tensor) -> None:
         """Decode the next latents [n, C, H, W] into every video that is still open."""
@@ -159,10 +164,16 @@ class RolloutWorker:
             self._backbone_name, self._transformer, self._vae = name, None, None
         return self._config.backbones[name]
 
-    def generator(self) -> CausalWanTransformer:
-        """Transformer of the held backbone."""
+    def generator(self, weights_digest: str) -> CausalWanTransformer:
+        """Transformer of the held backbone. WeightsError where this node's weights are not the run's."""
         if self._transformer is None:
-            self._transformer = load_generator(self._config.backbones[self._backbone_name], self._device)
+            config = self._config.backbones[self._backbone_name]
+            if canonical_digest(weights_identity(config.weights)) != weights_digest:
+                raise WeightsError(
+                    f"backbones.{self._backbone_name}.weights: the files on node {platform.node()} are not those that "
+                    "the run was started with. Mend: put the same files on every node"
+                )
+            self._transformer = load_generator(config, self._device)
         return self._transformer
 
     def vae(self) -> WanVae:
@@ -267,7 +278,7 @@ class _Attempt:
         shape = (latent.channels, latent.height, latent.width)
         seed, sample = self._config.run.seed, task.rollout.sample
         return Rollout(
-            self._worker.generator(),
+            self._worker.generator(task.weights_digest),
             config.sampler,
             method.policy,
             method.settings,
@@ -284,7 +295,7 @@ class _Attempt:
             return None
         with self._watch.measure("load"):
             vae = self._worker.vae()
-        return HorizonVideos(scratch, vae, horizons, fps=video.fps, crf=video.crf)
+        return HorizonVideos(scratch, vae, horizons, video)
 
     def _write_part(self, blocks: Sequence[FinishedBlock]) -> PartRecord:
         return write_part(

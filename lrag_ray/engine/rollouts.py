@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import ray
 
@@ -28,18 +27,13 @@ from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
 
 
-class RolloutsOutcome(NamedTuple):
-    """What the stage did."""
-
-    commits_made: int
-    failed: list[RolloutId]
-    """Rollouts that were given up."""
-
-
 def run_rollouts(
     config: RunConfig, run: RunDirectory, items: Sequence[WorkItem[RolloutTask]], progress: Progress
-) -> RolloutsOutcome:
-    """Bring `items` to their commits. Needs Ray. Raises ClusterError where no worker can be started."""
+) -> list[RolloutId]:
+    """Bring `items` to their commits; returns the rollouts that were given up.
+
+    Needs Ray. Raises ClusterError where no worker can be started.
+    """
     board = start_board(f"lrag-progress-{secrets.token_hex(4)}")
     # One copy in the object store instead of one in every creation task.
     spec = ray.put(ActorSpec(run.storage.address, config, board))
@@ -51,9 +45,12 @@ def run_rollouts(
         size=config.engine.actors,
         max_attempts=config.engine.max_attempts,
     )
-    given_up = pool.run(items)
-    ray.kill(board)
-    return RolloutsOutcome(listener.commits_made, [item.payload.rollout for item in given_up])
+    try:
+        given_up = pool.run(items)
+    finally:
+        ray.kill(board)
+    # Horizons of a method that is not nested are items of their own.
+    return list({item.payload.rollout.path: item.payload.rollout for item in given_up}.values())
 
 
 class _Listener:
@@ -65,13 +62,11 @@ class _Listener:
         self._total = total
         self._progress = progress
         self._done = 0
-        self.commits_made = 0
 
     def started(self, item: WorkItem[RolloutTask], attempt: str, worker: str) -> None:
         self._progress(RolloutStarted(item.payload.rollout, attempt, worker))
 
     def finished(self, item: WorkItem[RolloutTask], result: RolloutResult) -> None:
-        self.commits_made += len(result.committed)
         for note in result.notes:
             self._progress(Notice(note, warning=True))
         self._progress(

@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from lrag_ray.config.plan import make_plan
 from lrag_ray.config.prompts import Prompt, load_prompts
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.progress import Notice, Progress, RunPlanned, Stage, StageAdvanced, StageBegan, StageEnded, silent
+from lrag_ray.engine.paths import with_absolute_paths
+from lrag_ray.engine.progress import (
+    Event,
+    Notice,
+    Progress,
+    RolloutFinished,
+    RunPlanned,
+    Stage,
+    StageAdvanced,
+    StageBegan,
+    StageEnded,
+    silent,
+)
 from lrag_ray.engine.rollouts import run_rollouts
 from lrag_ray.engine.run_identity import build_identity
 from lrag_ray.engine.scoring import pending_targets, score_pending
@@ -70,13 +82,13 @@ class _Job:
 
     def __init__(self, config: RunConfig, prompts: Sequence[Prompt], progress: Progress) -> None:
         self._began = time.monotonic()
-        self._config = config
-        self._progress = progress
-        self._run = RunDirectory(config.run.uri)
-        self._work = self._prepare(prompts)
+        self._config = with_absolute_paths(config)
+        self._show = progress
         self._commits_made = 0
         self._videos_scored = 0
         self.failed: list[RolloutId] = []
+        self._run = RunDirectory(config.run.uri)
+        self._work = self._prepare(prompts)
 
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
@@ -87,9 +99,7 @@ class _Job:
             if self._work.items:
                 self._encode_prompts()
                 with self._stage("rollouts", len(self._work.items)):
-                    self._commits_made, self.failed = run_rollouts(
-                        self._config, self._run, self._work.items, self._progress
-                    )
+                    self.failed = run_rollouts(self._config, self._run, self._work.items, self._progress)
             if open_scores := self._scores_open():
                 self._score(open_scores)
         with self._stage("report", 1):
@@ -169,6 +179,11 @@ class _Job:
         self._progress(StageBegan(stage, total))
         yield
         self._progress(StageEnded(stage, time.monotonic() - began))
+
+    def _progress(self, event: Event) -> None:
+        if isinstance(event, RolloutFinished):
+            self._commits_made += len(event.horizons)
+        self._show(event)
 
     def _scores_open(self) -> int:
         if self._config.scoring.suite == "none":

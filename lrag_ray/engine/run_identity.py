@@ -15,7 +15,7 @@ from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.prompts import Prompt
 from lrag_ray.config.schema import MethodConfig, RunConfig
 from lrag_ray.engine.backbone import latents_identity, pixels_identity
-from lrag_ray.engine.digests import path_digest
+from lrag_ray.engine.digests import weights_digest
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.records import now_utc
 
@@ -62,5 +62,5 @@ def _method(method: MethodConfig, independent: bool) -> MethodIdentity:
     policy, settings = resolve_method(method)
     resolved: dict[str, Any] = dataclasses.asdict(settings)
     if resolved.get("encoder"):
-        resolved["encoder"] = {"sha256": path_digest(resolved["encoder"])}
+        resolved["encoder"] = {"sha256": weights_digest(resolved["encoder"])}
     return MethodIdentity(method=method.method, settings=resolved, nested=policy.horizon_free and not independent)

@@ -39,9 +39,6 @@ def open_work(identity: RunIdentity, inventory: Inventory) -> OpenWork:
     items: list[WorkItem[RolloutTask]] = []
     invalid: list[CommitState] = []
     total = blocks = 0
-    text_digests = {
-        name: canonical_digest(backbone.latents["text_encoder"]) for name, backbone in identity.backbones.items()
-    }
     samples = range(identity.samples)
     for order, (prompt_id, sample) in enumerate((prompt_id, k) for prompt_id in identity.prompts for k in samples):
         for name, backbone in identity.backbones.items():
@@ -60,7 +57,8 @@ def open_work(identity: RunIdentity, inventory: Inventory) -> OpenWork:
                         rollout=rollout,
                         rollout_key=identity.rollout_key(rollout, group[-1]),
                         prompt=identity.prompts[prompt_id].text,
-                        text_digest=text_digests[name],
+                        text_digest=canonical_digest(backbone.latents["text_encoder"]),
+                        weights_digest=canonical_digest(backbone.latents["weights"]),
                         horizons=group,
                     )
                     items.append(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lrag_ray.engine.rollout_work import RolloutResult, RolloutTask, RolloutWork
 from lrag_ray.engine.run_identity import build_identity
 from lrag_ray.engine.text import encode_and_store
 from lrag_ray.engine.work import open_work
+from lrag_ray.errors import WeightsError
 from lrag_ray.store.records import Commit
 from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
 from lrag_ray.video.mp4 import read_video
@@ -191,8 +193,27 @@ def test_a_prompt_can_be_made_to_fail(tmp_path: Path) -> None:
         run.work()
 
 
+def test_decoding_as_released_has_fewer_frames_and_the_same_latents(tmp_path: Path, quiet: Bench) -> None:
+    """Given cold chunks of 4 latent frames and a bfloat16 VAE, each chunk begins with one video frame."""
+    backbone = {**BACKBONE, "vae": {"kind": "tiny", "dtype": "bfloat16"}}
+    cold = bench(tmp_path, backbones={"tiny": backbone}, video={"cold_chunk": 4})
+    cold.work()
+    commits = cold.commits()
+    assert {horizon: commit.video_frames for horizon, commit in commits.items()} == {6: 13 + 5, 12: 3 * 13}
+    assert commits[12].latents_digest == quiet.commits()[12].latents_digest
+    video = commits[6].video
+    assert video is not None and len(read_video(cold.run.storage.full(video.path))) == 18
+
+
 def test_without_video_no_file_is_named(tmp_path: Path, quiet: Bench) -> None:
     run = bench(tmp_path, video={"enabled": False})
     run.work()
     assert {(c.video, c.video_frames) for c in run.commits().values()} == {(None, 0)}
     assert run.commits()[12].latents_digest == quiet.commits()[12].latents_digest
+
+
+def test_other_weights_on_a_node_are_refused(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    with pytest.raises(WeightsError, match="put the same files on every node"):
+        run.worker.work(replace(task, weights_digest="another"), new_attempt_id())

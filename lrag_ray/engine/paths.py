@@ -1,0 +1,32 @@
+"""Paths of a configuration as every process of the cluster must see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lrag_ray.config.schema import RunConfig
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """`config` with relative paths of weights resolved here: workers have working directories of their own."""
+    data = config.model_dump()
+    for backbone in data["backbones"].values():
+        text_encoder, weights = backbone["text_encoder"], backbone["weights"]
+        for section, key in (
+            (weights, "path"),
+            (weights["lora"], "path"),
+            (text_encoder, "path"),
+            (text_encoder, "tokenizer"),
+            (backbone["vae"], "path"),
+        ):
+            _resolve(section, key)
+    for method in data["methods"].values():
+        _resolve(method, "encoder")
+    return RunConfig.model_validate(data)
+
+
+def _resolve(section: dict[str, Any] | None, key: str) -> None:
+    address = section and section.get(key)
+    if section and isinstance(address, str) and "://" not in address:
+        section[key] = str(Path(address).expanduser().absolute())
