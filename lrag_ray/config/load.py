@@ -1,7 +1,7 @@
 """A run configuration from its file and ``--set`` overrides.
 
-Order: the file, then the overrides, then each backbone's preset under what was given. What comes out is complete and
-checked as far as it can be without reading any other file; all that is wrong is told at once.
+Order: the file, then the overrides, then each backbone's preset and the run's own under what was given. What comes out
+is complete and checked as far as it can be without reading any other file; all that is wrong is told at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
 from lrag_ray.config.overrides import apply_override
-from lrag_ray.config.presets import PRESETS, overlay
+from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.source import Document, KeyPath, read_document
@@ -34,6 +34,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     document = read_document(path)
     refused = [*_apply(document, overrides)]
     problems = [*_name_methods(document), *_merge_presets(document)]
+    if document.data.get("preset") == "as_released":
+        _merge_released(document.data)
     config, found = _validated(document)
     problems += found
     for name, section in _sections(document.data, "methods"):
@@ -96,6 +98,20 @@ def _merge_presets(document: Document) -> Iterator[Problem]:
             document.data["backbones"][name] = overlay(PRESETS["tiny"], section)
         else:
             document.data["backbones"][name] = overlay(copy.deepcopy(PRESETS[preset]), section)
+
+
+def _merge_released(data: dict[str, Any]) -> None:
+    """Put the values of as_released under those that are given; what is no section is left to the validation."""
+    if isinstance(data.setdefault("video", {}), dict):
+        data["video"] = AS_RELEASED["video"] | data["video"]
+    for _, backbone in _sections(data, "backbones"):
+        if isinstance(backbone.setdefault("vae", {}), dict):
+            backbone["vae"] = AS_RELEASED["vae"] | backbone["vae"]
+    for name, section in _sections(data, "methods"):
+        method = section.get("method", name)
+        known = settings_keys(policy_class(method)) if method in registered() else []
+        for key in AS_RELEASED["method"].keys() & set(known):
+            section.setdefault(key, AS_RELEASED["method"][key])
 
 
 def _validated(document: Document) -> tuple[RunConfig | None, list[Problem]]:

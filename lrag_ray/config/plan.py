@@ -127,7 +127,14 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
             horizons = tuple(sorted(set(frames_of.values())))
             methods.append(_method_plan(config, backbone_name, method_name, method, horizons, videos))
             cells += [
-                Cell(backbone_name, method_name, duration_s, frames, video_frames(frames), videos)
+                Cell(
+                    backbone_name,
+                    method_name,
+                    duration_s,
+                    frames,
+                    video_frames(frames, config.video.cold_chunk),
+                    videos,
+                )
                 for duration_s, frames in frames_of.items()
             ]
     totals = Totals(
@@ -190,7 +197,7 @@ def _method_plan(
         for first in range(0, longest, n)
     ]
     generated = videos * sum(runs)
-    shown = videos * sum(video_frames(frames) for frames in horizons) if vae else 0
+    shown = videos * sum(video_frames(frames, config.video.cold_chunk) for frames in horizons) if vae else 0
     pixels = 64 * latent.height * latent.width
     memory = rollout_memory(
         sizes,

@@ -80,6 +80,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Values by preset name."""
 
 
+AS_RELEASED: dict[str, dict[str, Any]] = {
+    "video": {"cold_chunk": 60},
+    "vae": {"dtype": "bfloat16"},
+    "method": {"descriptor_dtype": "bfloat16"},
+}
+"""What the run preset as_released puts under `video`, every backbone's `vae`, and every method that has the key."""
+
+
 def overlay(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`preset` with the user's keys over it, section by section.
 

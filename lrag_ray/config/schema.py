@@ -147,6 +147,8 @@ class VaeConfig(Section):
     """Which VAE."""
     path: Address | None = None
     """wan: ``Wan2.1_VAE.pth`` or a Diffusers folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the decoder; bfloat16 is faster and visibly off."""
 
     @model_validator(mode="after")
     def _located(self) -> VaeConfig:
@@ -237,6 +239,9 @@ class VideoSection(Section):
     """x264 quality; lower is better."""
     fps: int = Field(default=16, ge=1)
     """Frames per second."""
+    cold_chunk: int | None = Field(default=None, ge=1)
+    """Forget what was decoded before after so many latent frames, as the released code does (60): each chunk begins
+    with one video frame instead of four, with a visible seam. None decodes without seams."""
 
 
 class ScoringSection(Section):
@@ -253,6 +258,9 @@ class RunConfig(Section):
 
     job: Literal["evaluate"] = "evaluate"
     """What this file describes."""
+    preset: Literal["as_released"] | None = None
+    """as_released: the numerics and decoding of the paper's own runs as defaults: bfloat16 descriptors and VAE, and
+    cold decode chunks of 60 latent frames."""
     run: RunSection
     """Address and seed."""
     prompts: PromptsSection

@@ -35,6 +35,7 @@ def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
     """
     identity = run_dir.require()
     inventory = run_dir.inventory()
+    cold_chunk = identity.video.get("cold_chunk")
     for rollout in (
         RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
         for prompt_id in identity.prompts
@@ -52,5 +53,5 @@ def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
             if commit is None or commit.video is None:
                 continue
             whole = commit.latent_frames == latent_frames
-            frames = commit.video_frames if whole else video_frames(latent_frames)
+            frames = commit.video_frames if whole else video_frames(latent_frames, cold_chunk)
             yield CommittedVideo(rollout, latent_frames, duration_s, commit.video, frames, commit)

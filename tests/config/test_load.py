@@ -14,7 +14,7 @@ from tests.config.make import SMALL, write
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 KEYS = """
-job run run.uri run.seed prompts prompts.path prompts.limit prompts.count prompts.samples durations_s
+job preset run run.uri run.seed prompts prompts.path prompts.limit prompts.count prompts.samples durations_s
 independent_durations
 backbones backbones.* backbones.*.preset backbones.*.label backbones.*.transformer backbones.*.transformer.dim
 backbones.*.transformer.ffn_dim backbones.*.transformer.freq_dim backbones.*.transformer.text_dim
@@ -27,13 +27,13 @@ backbones.*.weights.lora.path backbones.*.weights.lora.rank backbones.*.weights.
 backbones.*.weights.random_seed backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
 backbones.*.latent.width backbones.*.dtype backbones.*.text_encoder backbones.*.text_encoder.kind
 backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae backbones.*.vae.kind
-backbones.*.vae.path backbones.*.fail_on_prompt
+backbones.*.vae.path backbones.*.vae.dtype backbones.*.fail_on_prompt
 methods methods.* methods.*.method methods.*.admission methods.*.budget methods.*.choose methods.*.compression
 methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
 engine engine.address engine.actors engine.cpus_per_actor engine.gpus_per_actor engine.threads_per_actor
-engine.max_attempts engine.checkpoint_every_blocks video video.enabled video.crf video.fps scoring scoring.suite
-scoring.cpus_per_worker
+engine.max_attempts engine.checkpoint_every_blocks video video.enabled video.crf video.fps video.cold_chunk
+scoring scoring.suite scoring.cpus_per_worker
 """
 
 
@@ -54,6 +54,21 @@ def changed(old: str, new: str) -> str:
 def test_the_public_keys_are_these() -> None:
     """Adding a key is a change of the public surface: say so here. Removing one breaks users' files."""
     assert sorted(config_keys()) == sorted(KEYS.split())
+
+
+def test_as_released_is_a_default_everywhere_and_what_is_given_wins(tmp_path: Path) -> None:
+    released = load_config(write(tmp_path), ["preset=as_released"])
+    assert released.video.cold_chunk == 60
+    assert released.backbones["tiny"].vae.dtype == "bfloat16"
+    assert resolve_method(released.methods["rag"]).settings.descriptor_dtype == "bfloat16"
+    assert released.methods["base"].settings == {}
+    given = ["video.cold_chunk=null", "methods.rag.descriptor_dtype=float32", "backbones.tiny.vae={dtype: float32}"]
+    config = load_config(write(tmp_path), ["preset=as_released", *given])
+    assert config.video.cold_chunk is None
+    assert config.backbones["tiny"].vae.dtype == "float32"
+    assert resolve_method(config.methods["rag"]).settings.descriptor_dtype == "float32"
+    plain = load_config(write(tmp_path))
+    assert (plain.video.cold_chunk, plain.backbones["tiny"].vae.dtype) == (None, "float32")
 
 
 def test_a_small_file_is_completed_by_its_preset(tmp_path: Path) -> None:

@@ -78,6 +78,13 @@ def test_folder_without_a_vae_is_refused(tmp_path: Path) -> None:
         load_wan_vae(tmp_path)
 
 
+def test_video_frames_of_whole_and_cold_decodes() -> None:
+    assert video_frames(7) == 25
+    assert video_frames(7, cold_chunk=3) == 19, "as recorded in golden/vae"
+    assert video_frames(120, cold_chunk=60) == 474
+    assert video_frames(60, cold_chunk=60) == video_frames(60) == 237
+
+
 def test_tiny_vae_is_reproducible_and_shows_something() -> None:
     latents = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
     vae = tiny_vae(seed=0)
