@@ -21,7 +21,7 @@ VIDEO_BITS_PER_PIXEL = 0.2
 """Rough size of H.264 at the default quality; sharp or noisy videos take several times as much."""
 
 _BYTES = {"bfloat16": 2, "float32": 4}
-_VAE_SIZES = {"tiny": VaeSizes(base_dim=4, num_res_blocks=1), "wan": VaeSizes()}
+_VAE_SIZES = {"tiny": VaeSizes(base_dim=3, num_res_blocks=1), "wan": VaeSizes()}
 
 
 @dataclass(frozen=True)

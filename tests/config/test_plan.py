@@ -127,3 +127,13 @@ def test_a_window_of_all_frames_costs_more_with_every_block(tmp_path: Path) -> N
 def test_a_plan_is_plain_data(tmp_path: Path) -> None:
     plan = small(tmp_path)
     assert json.loads(json.dumps(dataclasses.asdict(plan)))["totals"]["rollouts"] == plan.totals.rollouts
+
+
+def test_the_tiny_vae_is_counted_with_its_own_sizes() -> None:
+    from lrag_ray.config.plan import _VAE_SIZES
+    from lrag_ray.wan.flops import decoder_parameter_count
+    from lrag_ray.wan.vae import tiny_vae
+
+    parameters = tiny_vae().model.named_parameters()
+    convolutions = [p for n, p in parameters if n.startswith(("decoder.", "post_quant")) and "norm" not in n]
+    assert decoder_parameter_count(_VAE_SIZES["tiny"]) == sum(p.numel() for p in convolutions)
