@@ -113,14 +113,15 @@ def print_status(console: Console, status: RunStatus) -> None:
     console.print(_pace(status))
     _print_list(
         console,
-        "given up; the next start tries them again",
+        "Rollouts given up; the next start tries them again",
         (f"{failure.rollout.path}: {failure.reason} ({failure.path})" for failure in status.failures),
     )
-    _print_list(console, "commits that do not count; the next start makes them again", status.problems)
+    _print_list(console, "Commits that do not count; the next start makes them again", status.problems)
 
 
 def print_outcome(console: Console, uri: str, outcome: RunOutcome) -> None:
     """Rank tables, what this start did, what failed, and where everything lies."""
+    from lrag_ray.engine.run import INTERRUPTED
     from lrag_ray.report.build import SUMMARY
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import terminal_tables
@@ -131,17 +132,20 @@ def print_outcome(console: Console, uri: str, outcome: RunOutcome) -> None:
         console.print(ranks)
         console.print()
     console.print(
-        f"{count(outcome.commits_made)} results made by this start of {count(outcome.commits_total)} asked for, "
-        f"{count(outcome.videos_scored)} videos scored, in {duration(outcome.seconds)}."
+        f"This start made {count(outcome.commits_made)} of {count(outcome.commits_total)} results and scored "
+        f"{count(outcome.videos_scored)} videos in {duration(outcome.seconds)}."
     )
-    _print_list(console, "rollouts given up; the next start tries them again", (r.path for r in outcome.failed))
-    for what, path in (
-        ("page", f"{SUMMARY}/report.html"),
-        ("tables", f"{SUMMARY}/ranks.csv, {SUMMARY}/scores.parquet"),
-        ("videos and latents", "rollouts/<backbone>/<method>/<prompt>-<sample>/"),
-        ("state", f"lrag-ray status {outcome.uri}"),
-    ):
-        place = path if what == "state" else f"{outcome.uri}/{path}"
+    _print_list(console, "Rollouts given up; the next start tries them again", (r.path for r in outcome.failed))
+    places = {"state": f"lrag-ray status {outcome.uri}"}
+    if outcome.exit_code != INTERRUPTED:
+        # An interrupted run has not written its summary.
+        places = {
+            "page": f"{outcome.uri}/{SUMMARY}/report.html",
+            "tables": f"{outcome.uri}/{SUMMARY}/ranks.csv, scores.parquet",
+            "videos and latents": f"{outcome.uri}/rollouts/<backbone>/<method>/<prompt>-<sample>/",
+            **places,
+        }
+    for what, place in places.items():
         console.print(f"{what + ':':20}{place}", soft_wrap=True)
 
 
@@ -155,7 +159,7 @@ def _pace(status: RunStatus) -> str:
 def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:
     shown = list(lines)
     if shown:
-        console.print(f"{len(shown)} {title}:")
+        console.print(f"{title} ({len(shown)}):")
         for line in shown:
             console.print(f"  {printable(line)}")
 
