@@ -23,6 +23,7 @@ from lrag_ray.conformance import (
     text_encoder,
     units,
     vae,
+    vbench,
 )
 from lrag_ray.conformance.case import CaseResult, GoldenCase, Sheet, one_line
 from lrag_ray.conformance.files import Folder
@@ -38,6 +39,7 @@ KINDS: tuple[Callable[[Folder], list[GoldenCase]], ...] = (
     lora.cases,
     vae.cases,
     text_encoder.cases,
+    vbench.cases,
 )
 """Every kind of golden vectors finds its own cases in a folder."""
 

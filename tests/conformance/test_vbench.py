@@ -1,0 +1,71 @@
+"""`lrag-ray verify` on VBench-Long vectors, in the dimension with the smallest network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrag_ray.conformance.case import CaseResult
+from lrag_ray.conformance.files import Folder
+from lrag_ray.conformance.verify import failed, find_cases, verify_path
+
+DIMENSION = "motion_smoothness"
+
+
+@pytest.fixture
+def one_dimension(golden: Path, tmp_path: Path) -> Path:
+    """The motion scores of one video, official frames and frames cut in memory."""
+    for folder, pattern in (("clips", "slowpan_*.mp4"), ("videos", "slowpan.mp4")):
+        (tmp_path / folder).mkdir()
+        for file in (golden / "vbench" / folder).glob(pattern):
+            shutil.copy(file, tmp_path / folder)
+    for name in ("golden", "golden_inmemory"):
+        content = json.loads((golden / "vbench" / f"{name}.json").read_text(encoding="utf-8"))
+        content["clips"] = {clip: about for clip, about in content["clips"].items() if about["video"] == "slowpan"}
+        own = content["dimensions"][DIMENSION]
+        own["per_clip"] = {clip: own["per_clip"][clip] for clip in content["clips"]}
+        own["global"] = sum(clip["score"] for clip in own["per_clip"].values()) / len(own["per_clip"])
+        own["per_video_mean_of_clips_DERIVED"] = {"slowpan": own["global"]}
+        content["dimensions"] = {DIMENSION: own}
+        _write(tmp_path / f"{name}.json", content)
+    return tmp_path
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _rows(folder: Path, case: str) -> dict[str, CaseResult]:
+    return {row.tensor: row for row in verify_path(folder) if row.case == f"{case} {DIMENSION}"}
+
+
+def test_every_dimension_of_every_record_is_a_case(golden: Path) -> None:
+    names = {case.name for case in find_cases(Folder(golden / "vbench"))}
+    assert {f"{record} {DIMENSION}" for record in ("golden", "golden_inmemory")} <= names
+    assert len(names) == 18
+
+
+def test_official_scores_pass_and_a_wrong_one_fails(one_dimension: Path) -> None:
+    assert not failed(verify_path(one_dimension))
+    for case in ("golden", "golden_inmemory"):
+        rows = _rows(one_dimension, case)
+        assert {row.status for row in rows.values()} == {"pass"}
+        assert set(rows) == {"clips (3)", "global (1)", "video means (1)"}
+
+    path = one_dimension / "golden_inmemory.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["dimensions"][DIMENSION]["per_clip"]["slowpan_001"]["score"] += 1e-4
+    _write(path, content)
+    wrong = _rows(one_dimension, "golden_inmemory")["clips (3)"]
+    assert (wrong.status, wrong.reason) == ("fail", "worst: slowpan_001")
+
+
+def test_missing_clips_are_told(one_dimension: Path) -> None:
+    (one_dimension / "clips" / "slowpan_002.mp4").unlink()
+    assert _rows(one_dimension, "golden")["clips"].status == "skip"
+    (one_dimension / "videos" / "slowpan.mp4").write_bytes(b"")
+    assert failed(verify_path(one_dimension))
