@@ -1,5 +1,5 @@
 # What a person does here. `make help` lists it.
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3))
 VENV   := .venv
 BIN    := $(VENV)/bin
 
@@ -10,12 +10,14 @@ help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "CPython 3.11 is needed: '$(PYTHON)' is not on the PATH. Mend: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 3; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "CPython 3.11 is needed, '$(PYTHON)' is not it. Mend: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 3; }
 	$(PYTHON) -m venv $(VENV)
 
 # vbench and pyiqa pin numpy<2 and transformers 4.33 and list two dozen packages that none of their networks needs, so
 # they are installed without their dependencies; what they do import is the extra `score`.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): about 6 GB, a few minutes"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,score]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps vbench pyiqa
 	@touch $@
