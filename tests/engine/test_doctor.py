@@ -18,9 +18,6 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.doctor import Row, examine, healthy
 from tests.conftest import REPOSITORY
 from tests.engine.make import BACKBONE, make_config
-from tests.store.conftest import s3_bucket
-
-__all__ = ["s3_bucket"]
 
 
 def rows_of(config: RunConfig | None) -> dict[str, Row]:

@@ -33,10 +33,7 @@ from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.lora import Lora, lora_targets
 from tests.conftest import REPOSITORY
 from tests.engine.hub import COMMIT, Hub
-from tests.store.conftest import s3_bucket
 from tests.tiny import CONFIG, tiny_transformer
-
-__all__ = ["s3_bucket"]
 
 RAG = "qixinhu11/LongLive-RAG/checkpoints"
 CHUNK_BYTES = 10 * 1024 * 1024
