@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from lrag_ray.config.schema import EngineSection
-from lrag_ray.engine.session import ray_session
-from lrag_ray.errors import ClusterError
-
 pytestmark = pytest.mark.cluster
 
 PROGRAM = """
+import os
 import ray
 from ray._raylet import AuthenticationMode, get_authentication_mode
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.engine.session import ray_session
+from lrag_ray.errors import ClusterError
 
 with ray_session(EngineSection(cpus_per_actor=3)):
     assert ray.cluster_resources()["CPU"] >= 3
@@ -28,6 +26,15 @@ with ray_session(EngineSection(cpus_per_actor=3)):
         pass
     assert ray.is_initialized(), "a session inside another one must leave it alone"
 assert not ray.is_initialized()
+
+os.environ["RAY_ADDRESS"] = "not an address"
+try:
+    with ray_session(EngineSection()):
+        pass
+except ClusterError as error:
+    assert "'not an address' cannot be reached" in str(error), error
+else:
+    raise AssertionError("no cluster is there")
 """
 
 
@@ -38,9 +45,3 @@ def test_a_local_cluster_asks_for_a_token_and_leaves_nothing_in_the_home_folder(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not (tmp_path / ".ray").exists()
-
-
-def test_an_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "not an address")
-    with pytest.raises(ClusterError, match=r"'not an address' cannot be reached"), ray_session(EngineSection()):
-        pass
