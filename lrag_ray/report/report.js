@@ -37,6 +37,7 @@
     let shown = [];
     let length = 0;
     let playing = false;
+    let untouched = true;
 
     transport.hidden = false;
     for (const { video } of tracks) {
@@ -47,11 +48,13 @@
       });
     }
     button.addEventListener("click", toggle);
-    seek.addEventListener("input", () => moveTo(Number(seek.value)));
+    seek.addEventListener("input", () => {
+      untouched = false;
+      moveTo(Number(seek.value));
+    });
 
     function choose(frames) {
       stop();
-      const at = Number(seek.value);
       for (const track of tracks) {
         const source = track.sources[frames];
         track.video.hidden = !source;
@@ -63,12 +66,14 @@
       length = Math.max(0, ...shown.map((track) => track.end));
       seek.max = length;
       transport.hidden = shown.length === 0;
-      moveTo(Math.min(at, length));
+      // A frame from inside says more than the first one; the slider shows where it is from.
+      moveTo(untouched ? length / 3 : Math.min(Number(seek.value), length));
     }
 
     function toggle() {
       if (playing) return stop();
-      if (Number(seek.value) >= length - 0.05) moveTo(0);
+      if (untouched || Number(seek.value) >= length - 0.05) moveTo(0);
+      untouched = false;
       playing = true;
       button.textContent = "Pause";
       button.setAttribute("aria-pressed", "true");

@@ -85,14 +85,18 @@ def test_video_frames_of_whole_and_cold_decodes() -> None:
     assert video_frames(60, cold_chunk=60) == video_frames(60) == 237
 
 
-def test_tiny_vae_is_reproducible_and_shows_something() -> None:
-    latents = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
-    vae = tiny_vae(seed=0)
-    assert vae.digest == tiny_vae(seed=0).digest != tiny_vae(seed=1).digest
-    pixels = vae.decode(latents)
-    assert pixels.shape == (9, 3, 64, 96)
-    assert pixels.std() > 0.15, "grey videos tell the reader of a demo nothing"
-    assert (pixels.abs() >= 1).float().mean() < 0.05, "clipped colours"
+def test_tiny_vae_is_reproducible() -> None:
+    assert tiny_vae(seed=0).digest == tiny_vae(seed=0).digest != tiny_vae(seed=1).digest
+
+
+def test_tiny_vae_is_fit_to_be_looked_at() -> None:
+    """White noise in, as a random generator makes it: colours out that are neither grey, clipped nor strobing."""
+    pixels = tiny_vae().decode(torch.randn(9, 16, 8, 12, generator=torch.Generator().manual_seed(0)))
+    assert pixels.shape == (33, 3, 64, 96)
+    settled = pixels[9:]
+    assert settled.std() > 0.15
+    assert (settled.abs() >= 1).float().mean() < 0.02
+    assert (settled[1:] - settled[:-1]).abs().mean() < 0.05
 
 
 def test_the_model_may_be_moved_after_loading(vae: WanVae) -> None:
