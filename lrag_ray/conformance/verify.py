@@ -39,9 +39,11 @@ KINDS: tuple[Callable[[Folder], list[GoldenCase]], ...] = (
     lora.cases,
     vae.cases,
     text_encoder.cases,
-    vbench.cases,
 )
 """Every kind of golden vectors finds its own cases in a folder."""
+
+SLOW_KINDS: tuple[Callable[[Folder], list[GoldenCase]], ...] = (vbench.cases,)
+"""Kinds that run networks of full size; their cases run in the folder that is asked for, and are skipped under it."""
 
 
 def verify_path(path: str | Path) -> list[CaseResult]:
@@ -57,8 +59,9 @@ def failed(results: Iterable[CaseResult]) -> bool:
 def iter_results(path: str | Path) -> Iterator[CaseResult]:
     """Run all cases in a folder and the folders under it, row by row as they finish.
 
-    A file that cannot be read and a case that raises are rows that fail; folders of tensors in no known format are
-    rows that are skipped. Raises UsageError if the path is no folder or nothing in it is recognised.
+    A file that cannot be read and a case that raises are rows that fail; folders of tensors in no known format, and
+    slow cases below the given folder, are rows that are skipped. Raises UsageError if the path is no folder or nothing
+    in it is recognised.
     """
     root = Path(path)
     if not root.is_dir():
@@ -68,14 +71,19 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
         )
     recognised = False
     for folder in _folders(root):
-        cases = find_cases(folder)
-        recognised = recognised or bool(cases or folder.broken)
+        cases, slow = find_cases(folder), [case for find in SLOW_KINDS for case in find(folder)]
+        if folder.path == root:
+            cases, slow = [*cases, *slow], []
+        recognised = recognised or bool(cases or slow or folder.broken)
         name = folder.path.relative_to(root).as_posix() if folder.path != root else root.resolve().name
         for broken in folder.broken:
             yield CaseResult(name, broken.path.name, "file", None, None, "fail", broken.reason)
         for case in cases:
             yield from run_case(name, case)
-        if not cases and (folder.vectors or folder.torch_files) and not methods.holds_inputs(folder):
+        for case in slow:
+            reason = f"full-size networks, minutes of CPU: verify {folder.path} by itself"
+            yield CaseResult(name, case.name, "*", None, None, "skip", reason)
+        if not (cases or slow) and (folder.vectors or folder.torch_files) and not methods.holds_inputs(folder):
             reason = "holds tensors, but no golden vectors of a format that is known here"
             yield CaseResult(name, "*", "*", None, None, "skip", reason)
     if not recognised:
@@ -86,7 +94,7 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
 
 
 def find_cases(folder: Folder) -> list[GoldenCase]:
-    """Cases of all kinds whose files lie directly in a folder."""
+    """Cases of all kinds but the slow ones whose files lie directly in a folder."""
     return [case for find in KINDS for case in find(folder)]
 
 

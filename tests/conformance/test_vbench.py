@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from lrag_ray.conformance import vbench
 from lrag_ray.conformance.case import CaseResult
 from lrag_ray.conformance.files import Folder
-from lrag_ray.conformance.verify import failed, find_cases, verify_path
+from lrag_ray.conformance.verify import failed, verify_path
 
 DIMENSION = "motion_smoothness"
 
@@ -44,9 +45,15 @@ def _rows(folder: Path, case: str) -> dict[str, CaseResult]:
 
 
 def test_every_dimension_of_every_record_is_a_case(golden: Path) -> None:
-    names = {case.name for case in find_cases(Folder(golden / "vbench"))}
+    names = {case.name for case in vbench.cases(Folder(golden / "vbench"))}
     assert {f"{record} {DIMENSION}" for record in ("golden", "golden_inmemory")} <= names
     assert len(names) == 18
+
+
+def test_below_the_given_folder_they_are_skipped_with_the_reason(one_dimension: Path) -> None:
+    rows = verify_path(one_dimension.parent)
+    assert {row.status for row in rows} == {"skip"}
+    assert all(f"verify {one_dimension} by itself" in row.reason for row in rows)
 
 
 def test_official_scores_pass_and_a_wrong_one_fails(one_dimension: Path) -> None:
