@@ -33,9 +33,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not there"
-        raise WeightsError(
-            f"checkpoint {path} is {what}; expected a .pt or .safetensors file. Mend: correct the path"
-        )
+        raise WeightsError(f"checkpoint {path} is {what}; expected a .pt or .safetensors file. Mend: correct the path")
     with path.open("rb") as file:
         head = file.read(16)
     if _is_safetensors(head, path.stat().st_size):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.random_weights import fill_random
@@ -127,7 +127,8 @@ def load_wan_vae(
     Raises:
         WeightsError: missing, damaged or misfitting files.
     """
-    return WanVae(mapped_vae(path, config).to(device=device, dtype=dtype))
+    # The module's own `to`: that of diffusers warns of parts to keep in float32 that this model does not have.
+    return WanVae(nn.Module.to(mapped_vae(path, config), device=device, dtype=dtype))
 
 
 def mapped_vae(path: str | Path, config: dict[str, Any] | None = None) -> Any:
