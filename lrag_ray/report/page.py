@@ -123,7 +123,7 @@ def _player(data: ReportData, rollout: RolloutId) -> Player:
     return Player(
         method=rollout.method,
         sources={str(video.latent_frames): _address(video) for video in videos},
-        seconds={str(video.latent_frames): video.frames / video.commit.fps for video in videos},
+        seconds={str(video.latent_frames): video.frames / video.fps for video in videos},
         figure=trace_figure(trace) if trace else None,
         device_kind=videos[-1].commit.device_kind,
     )

@@ -85,8 +85,8 @@ def arrow(measure: Measure) -> str:
 
 
 def number(value: float | None) -> str:
-    """A mean as people read it."""
-    return "–" if value is None else f"{value:.4f}"
+    """A mean as people read it: four significant digits."""
+    return "–" if value is None else f"{value:#.4g}"
 
 
 def rank_number(value: float | None) -> str:

@@ -122,7 +122,10 @@ class Mp4Writer:
             raise ValueError(f"{width}x{height}: yuv420p needs an even width and height")
         # faststart puts the index first, so that a browser plays from a bucket without fetching the end.
         self._container = av.open(str(self._partial), "w", format="mp4", container_options={"movflags": "+faststart"})
+        # Equal frames must give equal files, on any node: without cpu-independent, x264's AVX-512 rate control differs
+        # from run to run.
         options = {"crf": str(self._crf), "preset": "medium", "threads": str(_ENCODER_THREADS)}
+        options["x264-params"] = "cpu-independent=1"
         stream: Any = self._container.add_stream("libx264", rate=self._fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -124,3 +125,22 @@ def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None
     assert short.video_path == whole.video_path
     video = read_video(Path(run.storage.full(short.video_path)))
     assert score_video(run.storage, short).values == measures(video[:21], fps=16)
+
+
+def test_a_bucket_is_scored_like_a_folder(run: RunDirectory) -> None:
+    bucket = make_run(f"memory://{Path(run.uri).parent.name}", ["a red fox", "a river"])
+    try:
+        ours = [score_video(bucket.storage, target).values for target in pending_targets(bucket, PREVIEW)[:2]]
+        assert ours == [score_video(run.storage, target).values for target in pending_targets(run, PREVIEW)[:2]]
+        gone = pending_targets(bucket, PREVIEW)[0]
+        bucket.storage.remove(gone.video_path)
+        assert score_video(bucket.storage, gone).reason == f"{gone.video_path} is missing"
+    finally:
+        bucket.storage.fs.rm(bucket.storage.root, recursive=True)
+
+
+def test_a_video_that_is_shorter_than_its_commit_says_is_not_scored(run: RunDirectory) -> None:
+    target = replace(pending_targets(run, PREVIEW)[0], video_frames=99)
+    row = score_video(run.storage, target)
+    assert row.values == {}
+    assert row.reason == f"{target.video_path} has 21 frames, its commit speaks of 99"

@@ -10,6 +10,7 @@ import pytest
 
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import Mp4Writer, VideoError, iterate_frames, read_video, video_info
+from tests.report.make_run import moving_frames
 
 
 def soft_noise(count: int, seed: int = 0) -> Frames:
@@ -57,6 +58,17 @@ def test_pieces_make_the_same_file_as_one_write(tmp_path: Path) -> None:
             for piece in np.split(frames, np.cumsum(pieces)[:-1]):
                 writer.write(piece)
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "three.mp4").read_bytes()
+
+
+def test_equal_frames_make_equal_files(tmp_path: Path) -> None:
+    """Two workers that do the same rollout must give the same decoded frames; x264's defaults do not promise it."""
+    frames = moving_frames(45, seed=0, speed=2)
+    files = set()
+    for _ in range(8):
+        with Mp4Writer(tmp_path / "video.mp4") as writer:
+            writer.write(frames)
+        files.add((tmp_path / "video.mp4").read_bytes())
+    assert len(files) == 1
 
 
 def test_crf_is_quality(tmp_path: Path) -> None:
