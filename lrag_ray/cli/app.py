@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli import doctor, inspect, weights
+from lrag_ray.cli import decode, doctor, inspect, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, print_json, tells_errors
 
@@ -140,6 +140,7 @@ def verify(
     raise typer.Exit(1 if failed(found) else 0)
 
 
+decode.register(app)
 inspect.register(app)
 doctor.register(app)
 weights.register(app)

@@ -46,6 +46,7 @@ STAGE_TITLES: dict[Stage, str] = {
     "connect": "connecting to Ray",
     "text": "encoding prompts",
     "rollouts": "rollouts",
+    "decode": "decoding",
     "scoring": "scoring videos",
     "report": "writing the report",
 }

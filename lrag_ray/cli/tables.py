@@ -14,6 +14,7 @@ from lrag_ray.cli.output import count, duration, printable, quantity
 if TYPE_CHECKING:
     from lrag_ray.config.plan import Plan
     from lrag_ray.conformance.case import CaseResult
+    from lrag_ray.engine.decode import DecodeOutcome
     from lrag_ray.engine.run import RunOutcome
     from lrag_ray.store.status import RunStatus
 
@@ -147,6 +148,19 @@ def print_outcome(console: Console, uri: str, outcome: RunOutcome) -> None:
         }
     for what, place in places.items():
         console.print(f"{what + ':':20}{place}", soft_wrap=True)
+
+
+def print_decoded(console: Console, outcome: DecodeOutcome) -> None:
+    """What a decode made, what it could not make, and where it lies."""
+    there = f" ({count(outcome.videos_there)} were there)" if outcome.videos_there else ""
+    console.print(f"Decoded {count(outcome.videos_made)} videos{there} in {duration(outcome.seconds)}.")
+    _print_list(
+        console,
+        "Rollouts without all their videos",
+        (f"{f.rollout}, {', '.join(map(count, f.latent_frames))} latent frames: {f.reason}" for f in outcome.failed),
+    )
+    for folder in outcome.folders:
+        console.print(f"videos: {outcome.uri}/{folder}/<backbone>/<method>/<prompt>-<sample>/", soft_wrap=True)
 
 
 def _pace(status: RunStatus) -> str:

@@ -32,12 +32,7 @@ class RolloutActor:
 
     def __init__(self, spec: ActorSpec, name: str) -> None:
         engine = spec.config.engine
-        # Sums change with the thread count, and cuBLAS with its workspace.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.set_num_threads(engine.threads_per_actor)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # A debugging aid that comes with the line above and writes every new tensor once more.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        make_reproducible(engine)
         teller = BoardTeller(spec.board, name)
         self._worker = RolloutWorker(RunDirectory(spec.uri), spec.config, device_for(engine.gpus_per_actor), teller)
 
@@ -49,12 +44,22 @@ class RolloutActor:
         return self._worker.work(task, attempt)
 
 
-def spawn_actor(spec: Any, name: str, engine: EngineSection) -> Any:
-    """Ask Ray for an actor; `spec` is an `ActorSpec` or a reference to one. Ray restarts and retries nothing."""
+def make_reproducible(engine: EngineSection) -> None:
+    """Make torch compute the same in every actor of the same kind of device."""
+    # Sums change with the thread count, and cuBLAS with its workspace.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(engine.threads_per_actor)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid that comes with the line above and writes every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def spawn_actor(actor: type[Any], spec: Any, name: str, engine: EngineSection) -> Any:
+    """Ask Ray for an actor; `spec` is what it is made from or a reference to that. Ray restarts and retries nothing."""
     options = {
         "num_cpus": engine.cpus_per_actor,
         "num_gpus": engine.gpus_per_actor,
         "max_restarts": 0,
         "max_task_retries": 0,
     }
-    return ray.remote(RolloutActor).options(**options).remote(spec, name)
+    return ray.remote(actor).options(**options).remote(spec, name)

@@ -14,7 +14,7 @@ import ray
 
 from lrag_ray.store.records import FailureRecord, RolloutId
 
-Stage = Literal["connect", "text", "rollouts", "scoring", "report"]
+Stage = Literal["connect", "text", "rollouts", "decode", "scoring", "report"]
 Step = Literal["loading", "replaying", "generating", "storing"]
 """What a worker is doing with a rollout."""
 

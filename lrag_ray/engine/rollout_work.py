@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lrag_ray.config.methods import resolve_method
-from lrag_ray.config.schema import BackboneConfig, RunConfig, VideoSection
+from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.engine.backbone import load_generator, load_retrieval_encoder, load_vae, weights_identity
+from lrag_ray.engine.horizon_videos import HorizonVideos, put_video, value_bytes
 from lrag_ray.engine.progress import Step, WorkerState
 from lrag_ray.engine.run_identity import versions
 from lrag_ray.engine.text import embedding_path, read_embedding
@@ -29,10 +29,8 @@ from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.store.identity import canonical_digest
 from lrag_ray.store.parts import FinishedBlock, PartChain, StoredPart, read_chain, write_part
-from lrag_ray.store.records import Commit, FileRecord, PartRecord, RolloutId, now_utc
+from lrag_ray.store.records import Commit, PartRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
-from lrag_ray.video.decode import StreamingDecoder
-from lrag_ray.video.mp4 import Mp4Writer
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -113,31 +111,6 @@ class PartLedger:
         if len(self._pending) == self._every or end in self._horizons or block.block + 1 in self._reused:
             self.parts.append(self._write(self._pending))
             self._pending = []
-
-
-class HorizonVideos:
-    """One decode of the latents, written to a video file per horizon."""
-
-    def __init__(self, folder: Path, vae: WanVae, horizons: Sequence[int], video: VideoSection) -> None:
-        self._decoder = StreamingDecoder(vae, cold_chunk=video.cold_chunk)
-        self.writers = {h: Mp4Writer(folder / f"video-{h}.mp4", fps=video.fps, crf=video.crf) for h in horizons}
-
-    def add(self, latents: Tensor) -> None:
-        """Decode the next latents [n, C, H, W] into every video that is still open."""
-        frames = self._decoder.push(latents)
-        for writer in self.writers.values():
-            writer.write(frames)
-
-    def finish(self, horizon: int) -> Mp4Writer:
-        """Close the video of `horizon`."""
-        writer = self.writers.pop(horizon)
-        writer.close()
-        return writer
-
-    def abort(self) -> None:
-        """Drop the videos that are still open."""
-        for writer in self.writers.values():
-            writer.abort()
 
 
 class RolloutWorker:
@@ -311,7 +284,7 @@ class _Attempt:
         with self._watch.measure("store"):
             if videos is not None:
                 writer = videos.finish(horizon)
-                video, video_frames = self._put_video(writer.path), writer.frames
+                video, video_frames = put_video(self._run.storage, writer.path, self._folder), writer.frames
         record = Commit(
             rollout=self._task.rollout,
             rollout_key=self._task.rollout_key,
@@ -331,13 +304,6 @@ class _Attempt:
         if not self._run.commit(record):
             self._compare_with_winner(record)
 
-    def _put_video(self, file: Path) -> FileRecord:
-        path = f"{self._folder}/{file.name}"
-        with file.open("rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        self._run.storage.put_file(file, path)
-        return FileRecord(path=path, size_bytes=file.stat().st_size, sha256=sha256)
-
     def _compare_with_winner(self, record: Commit) -> None:
         """Another attempt committed first and stands; say so if it found other latents."""
         winner = self._run.inventory(record.rollout).valid_commits(record.rollout).get(record.latent_frames)
@@ -349,8 +315,3 @@ class _Attempt:
 
     def _tell(self, blocks: int, step: Step) -> None:
         self._worker._tell(WorkerState(self._task.rollout, blocks, self._blocks_total, step))
-
-
-def value_bytes(latents: Tensor) -> bytes:
-    """Values of latents in memory order, for digests."""
-    return latents.contiguous().view(torch.uint8).numpy().tobytes()

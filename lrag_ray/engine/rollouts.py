@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.actor import ActorSpec, spawn_actor
+from lrag_ray.engine.actor import ActorSpec, RolloutActor, spawn_actor
 from lrag_ray.engine.pool import ActorPool, AttemptFailure, WorkItem
 from lrag_ray.engine.progress import (
     AttemptFailed,
@@ -39,7 +39,7 @@ def run_rollouts(
     spec = ray.put(ActorSpec(run.storage.address, config, board))
     listener = _Listener(run, BoardReader(board), len(items), progress)
     pool: ActorPool[RolloutTask, RolloutResult] = ActorPool(
-        spawn=lambda name: spawn_actor(spec, name, config.engine),
+        spawn=lambda name: spawn_actor(RolloutActor, spec, name, config.engine),
         submit=lambda actor, task, attempt: actor.work.remote(task, attempt),
         listener=listener,
         size=config.engine.actors,

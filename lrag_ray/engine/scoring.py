@@ -84,7 +84,7 @@ def score_target(video: CommittedVideo) -> ScoreTarget:
         video_path=video.video.path,
         video_sha256=video.video.sha256,
         video_frames=video.frames,
-        fps=video.commit.fps,
+        fps=video.fps,
     )
 
 

@@ -103,10 +103,8 @@ def write_part(
 
 def read_part(storage: Storage, record: PartRecord, frames_per_block: int) -> StoredPart:
     """Read a part back; BrokenPartError unless both files are exactly what the record says."""
-    tensors = load_safetensors(_read_checked(storage, record.latents))
-    latents = tensors.get("latents")
-    if latents is None or latents.dim() != 4 or latents.shape[0] != record.latents.frames:
-        raise BrokenPartError(f"{record.latents.path} does not hold {record.latents.frames} latent frames")
+    tensors = _read_tensors(storage, record.latents)
+    latents = tensors["latents"]
     if record.first_frame % frames_per_block or record.latents.frames % frames_per_block:
         raise BrokenPartError(f"{record.latents.path} does not hold whole blocks of {frames_per_block} latent frames")
     first_block = record.first_frame // frames_per_block
@@ -123,6 +121,11 @@ def read_part(storage: Storage, record: PartRecord, frames_per_block: int) -> St
         for index, chunk in enumerate(latents.split(frames_per_block), start=first_block)
     ]
     return StoredPart(record, blocks)
+
+
+def read_latents(storage: Storage, part: LatentPart) -> Tensor:
+    """Latents [frames, C, H, W] of a part; BrokenPartError unless its file is exactly what the record says."""
+    return _read_tensors(storage, part)["latents"]
 
 
 def read_chain(
@@ -163,6 +166,14 @@ def _trace_bytes(rows: Sequence[TraceRow]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), sink)
     return sink.getvalue()
+
+
+def _read_tensors(storage: Storage, part: LatentPart) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_safetensors(_read_checked(storage, part))
+    latents = tensors.get("latents")
+    if latents is None or latents.dim() != 4 or latents.shape[0] != part.frames:
+        raise BrokenPartError(f"{part.path} does not hold {part.frames} latent frames")
+    return tensors
 
 
 def _write_file(storage: Storage, path: str, data: bytes) -> FileRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -73,6 +73,25 @@ class Commit(Record):
     versions: dict[str, str]
     timings_s: dict[str, float]
     """Seconds spent per stage up to this horizon (load, denoise, context, decode, store)."""
+    created_at: str
+    """UTC, ISO 8601."""
+
+
+class DecodedVideo(Record):
+    """``decoded/…/video-<latent_frames>.json``: a video made again from a commit's latents, created once."""
+
+    rollout: RolloutId
+    latent_frames: int
+    """The horizon."""
+    latents_digest: str
+    """Of the commit whose latents were decoded."""
+    video: FileRecord
+    frames: int
+    fps: int
+    settings: dict[str, Any]
+    """What determines the pixels besides the latents: VAE by digest, fps, crf, cold_chunk."""
+    device_kind: str
+    """``cpu`` or the name of the GPU."""
     created_at: str
     """UTC, ISO 8601."""
 

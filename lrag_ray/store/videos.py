@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lrag_ray.store.decoded import DecodedVideos, read_decoded
 from lrag_ray.store.records import Commit, FileRecord, RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.wan.vae import video_frames
@@ -23,6 +24,8 @@ class CommittedVideo:
     """The file; longer than the duration where only a longer horizon was committed."""
     frames: int
     """Video frames from its start that belong to the duration."""
+    fps: int
+    """Frames per second of the file."""
     commit: Commit
     """The shortest commit that covers the duration."""
 
@@ -31,11 +34,13 @@ def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
     """Every cell and prompt of the run that has a video, in prompt-major order.
 
     A duration that was added later may be covered by a longer commit only; its video is then the start of the longer
-    one, which is what nested durations mean. Raises StorageError where there is no run.
+    one, which is what nested durations mean. A commit without a video has the one that was decoded later, if any.
+    Raises StorageError where there is no run.
     """
     identity = run_dir.require()
     inventory = run_dir.inventory()
-    cold_chunk = identity.video.get("cold_chunk")
+    decoded = DecodedVideos({}, {}) if identity.video.get("enabled", True) else read_decoded(run_dir)
+    settings = {name: decoded.preferred_settings(identity, name) for name in identity.backbones}
     for rollout in (
         RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
         for prompt_id in identity.prompts
@@ -50,8 +55,15 @@ def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
         }
         for latent_frames, duration_s in sorted(seconds.items()):
             commit = inventory.covering(rollout, latent_frames, identity.rollout_key(rollout, latent_frames))
-            if commit is None or commit.video is None:
+            if commit is None:
                 continue
+            made = settings[rollout.backbone]
+            video, whole_frames, fps = commit.video, commit.video_frames, commit.fps
+            if video is None:
+                again = decoded.of(commit, made)
+                if again is None:
+                    continue
+                video, whole_frames, fps = again.video, again.frames, again.fps
             whole = commit.latent_frames == latent_frames
-            frames = commit.video_frames if whole else video_frames(latent_frames, cold_chunk)
-            yield CommittedVideo(rollout, latent_frames, duration_s, commit.video, frames, commit)
+            frames = whole_frames if whole else video_frames(latent_frames, made.get("cold_chunk"))
+            yield CommittedVideo(rollout, latent_frames, duration_s, video, frames, fps, commit)

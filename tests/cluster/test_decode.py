@@ -1,0 +1,141 @@
+"""Stored latents decoded again on a real cluster."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from lrag_ray.cli.app import app
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.decode import DecodeFailure, decode
+from lrag_ray.engine.progress import Notice
+from lrag_ray.engine.run import run
+from lrag_ray.engine.scoring import pending_targets
+from lrag_ray.errors import ConfigError, IdentityError, StorageError
+from lrag_ray.report.build import build_report
+from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.videos import committed_videos
+from lrag_ray.video.mp4 import read_video
+from tests.cluster.test_run import NO_VIDEO, Recorder
+from tests.engine.make import BACKBONE, METHODS, make_config, make_prompts
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+
+PROMPTS = make_prompts("a red fox in the snow", "a river at dawn")
+LOSSLESS = {"crf": 0}
+"""Pixels then do not depend on what x264 decides."""
+
+
+def config_of(uri: Path, **changes: Any) -> RunConfig:
+    engine = {"actors": 1, "checkpoint_every_blocks": 2}
+    return make_config(uri, **{"methods": {"rag": METHODS["rag"]}, "engine": engine, **changes})
+
+
+@pytest.fixture(scope="module")
+def stored(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run without videos; tests work on copies."""
+    folder = tmp_path_factory.mktemp("stored")
+    assert run(config_of(folder, video=NO_VIDEO), PROMPTS).commits_made == 4
+    return folder
+
+
+@pytest.fixture
+def latents(stored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stored, tmp_path / "run"))
+
+
+def frames_of(folder: Path) -> dict[tuple[str, int], Any]:
+    directory = RunDirectory(str(folder))
+    return {
+        (video.rollout.path, video.latent_frames): read_video(directory.storage.full(video.video.path))
+        for video in committed_videos(directory)
+    }
+
+
+def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_made(
+    latents: Path, tmp_path: Path
+) -> None:
+    shown = tmp_path / "shown"
+    run(config_of(shown, video=LOSSLESS), PROMPTS)
+    directory = RunDirectory(str(latents))
+    commits = directory.storage.list_files("rollouts")
+    assert frames_of(latents) == {} and pending_targets(directory, PREVIEW) == []
+
+    outcome = decode(config_of(latents, video=LOSSLESS))
+
+    assert (outcome.exit_code, outcome.videos_made, outcome.videos_there, outcome.failed) == (0, 4, 0, ())
+    expected, found = frames_of(shown), frames_of(latents)
+    assert len(expected) == 4 and expected.keys() == found.keys()
+    assert all(np.array_equal(expected[key], found[key]) for key in expected)
+    assert {len(frames) for frames in found.values()} == {1 + 4 * 5, 1 + 4 * 11}
+    assert directory.storage.list_files("rollouts") == commits
+    assert len(pending_targets(directory, PREVIEW)) == 4
+    build_report(directory)
+    assert f"../{outcome.folders[0]}/tiny/rag/" in (latents / "summary" / "report.html").read_text()
+
+    # A run that has these videos itself needs none.
+    again = decode(config_of(shown, video=LOSSLESS))
+    assert (again.videos_made, again.videos_there) == (0, 4)
+    assert not (shown / "decoded").exists()
+
+
+def test_the_same_command_makes_what_is_missing_and_nothing_else(latents: Path) -> None:
+    config = config_of(latents)
+    assert decode(config).videos_made == 4
+    victim = next(committed_videos(RunDirectory(str(latents))))
+    (latents / victim.video.path).unlink()
+    progress = Recorder()
+    outcome = decode(config, progress=progress)
+    assert (outcome.exit_code, outcome.videos_made, outcome.videos_there) == (0, 1, 3)
+    assert any("is missing" in notice.text and notice.warning for notice in progress.of(Notice))
+    assert len(frames_of(latents)) == 4
+    idle = Recorder()
+    assert decode(config, progress=idle).videos_there == 4
+    assert idle.events == []
+
+
+def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents: Path) -> None:
+    commits = RunDirectory(str(latents)).commits()
+    corrupt = next(c for c in commits if c.latent_frames == 12 and c.rollout.prompt_id == PROMPTS[1].prompt_id)
+    part = corrupt.latent_parts[-1]
+    (latents / part.path).write_bytes(b"\0" * part.size_bytes)
+    outcome = decode(config_of(latents))
+    reason = f"{part.path} does not have the recorded checksum"
+    assert outcome.failed == (DecodeFailure(corrupt.rollout.path, (12,), reason),)
+    assert (outcome.exit_code, outcome.videos_made) == (1, 3)
+
+    (latents / part.path).write_bytes(b"short")
+    outcome = decode(config_of(latents))
+    assert (outcome.exit_code, outcome.videos_made, outcome.videos_there) == (1, 0, 3)
+    assert (
+        "5 bytes instead of" in outcome.failed[0].reason and "`lrag-ray run` makes it again" in outcome.failed[0].reason
+    )
+
+
+def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Path) -> None:
+    identity = json.loads((latents / "run.json").read_text())
+    identity["backbones"]["tiny"]["pixels"]["vae"] = {"kind": "wan", "sha256": "ab" * 32, "dtype": "float32"}
+    (latents / "run.json").write_text(json.dumps(identity))
+    half = config_of(latents, backbones={"tiny": {**BACKBONE, "vae": {"kind": "tiny", "dtype": "bfloat16"}}})
+    with pytest.raises(IdentityError, match=r"backbones\.tiny\.vae is .*'tiny'.* here and .*'wan'.* in the run"):
+        decode(half)
+    with pytest.raises(ConfigError, match="the run has tiny, the configuration has mine"):
+        decode(config_of(latents, backbones={"mine": BACKBONE}))
+    with pytest.raises(StorageError, match="there is no run at this address"):
+        decode(config_of(tmp_path / "nothing"))
+    assert not (latents / "decoded").exists()
+
+    (tmp_path / "run.yaml").write_text(half.model_dump_json())
+    command = ["decode", str(tmp_path / "run.yaml"), "--other-vae", "--set", "video.crf=40"]
+    shown = CliRunner().invoke(app, [*command, "--json"])
+    told = json.loads(shown.stdout)
+    assert (shown.exit_code, told["videos_made"], told["failed"]) == (0, 4, [])
+    shown = CliRunner().invoke(app, command)
+    assert "Decoded 0 videos (4 were there)" in shown.stdout and told["folders"][0] in shown.stdout
