@@ -89,16 +89,28 @@ def print_plan(console: Console, plan: Plan) -> None:
     totals = plan.totals
     console.print(
         f"In all: {count(totals.cells)} cells, {count(totals.rollouts)} rollouts, {count(totals.latent_frames)} latent "
-        f"frames, {count(totals.passes)} transformer passes, "
-        f"{quantity(totals.transformer_flops, 'FLOP')} and {quantity(totals.decode_flops, 'FLOP')} to decode, "
-        f"{count(totals.video_frames)} video frames, about {quantity(totals.latent_bytes, 'B')} of latents and "
-        f"{quantity(totals.video_bytes, 'B')} of video stored."
+        f"frames, {count(totals.passes)} transformer passes, {count(totals.video_frames)} video frames, about "
+        f"{quantity(totals.latent_bytes, 'B')} of latents and {quantity(totals.video_bytes, 'B')} of video stored.\n"
     )
-    if max(plan.gpu_hours.values()) >= _LEAST_GPU_HOURS:
-        hours = ", ".join(f"{name} {plan.gpu_hours[name]:,.3g}" for name in _GPUS_SHOWN)
-        console.print(f"GPU-hours at {plan.utilisation:.0%} of the peak, without scoring: {hours}.")
+    console.print(_work(plan))
     for note in plan.notes:
         console.print(f"Note: {printable(note)}")
+
+
+def _work(plan: Plan) -> Table:
+    """Operations by kind of work, and GPU-hours where there are enough to speak of."""
+    hours = [plan.gpu_hours[name] for name in _GPUS_SHOWN]
+    long = max(each.generation + each.decoding + each.scoring for each in hours) >= _LEAST_GPU_HOURS
+    made = table("Work", "", "operations", *(("of peak", *(f"{name} hours" for name in _GPUS_SHOWN)) if long else ()))
+    totals = plan.totals
+    for kind, flops, utilisation, each in (
+        ("generation", totals.transformer_flops, plan.utilisation, [hour.generation for hour in hours]),
+        ("decoding", totals.decode_flops, plan.utilisation, [hour.decoding for hour in hours]),
+        ("VBench-Long, if run", totals.scoring_flops, plan.scoring_utilisation, [hour.scoring for hour in hours]),
+    ):
+        shares = (f"{utilisation:.0%}", *(f"{value:,.3g}" for value in each)) if long else ()
+        made.add_row(kind, quantity(flops, "FLOP"), *shares)
+    return made
 
 
 def print_status(console: Console, status: RunStatus) -> None:

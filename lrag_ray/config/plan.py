@@ -10,12 +10,17 @@ from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, past_local_frames, resolve_method
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings
 from lrag_ray.config.schema import BackboneConfig, RunConfig
+from lrag_ray.scoring.flops import vbench_flops
 from lrag_ray.wan.devices import DEVICES, gpu_hours
 from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, text_flops
 from lrag_ray.wan.vae import video_frames
 
 UTILISATION = 0.4
-"""Share of a GPU's peak arithmetic that `Plan.gpu_hours` counts on."""
+"""Share of a GPU's bfloat16 peak that generation and decoding are counted on to reach."""
+
+SCORING_UTILISATION = 0.05
+"""The same for VBench-Long, an assumption: its networks are small and run in float32 and TF32, whose peaks are a
+fifteenth to a half of the bfloat16 one."""
 
 VIDEO_BITS_PER_PIXEL = 0.2
 """Rough size of H.264 at the default quality; sharp or noisy videos take several times as much."""
@@ -70,6 +75,8 @@ class MethodPlan:
     """Operations of all passes; a multiply-add counts as two."""
     decode_flops: int
     """Operations to decode the latents; 0 where videos are off."""
+    scoring_flops: int
+    """Operations of VBench-Long on all videos; 0 where videos are off."""
     video_frames: int
     """Frames of all stored videos."""
     latent_bytes: int
@@ -92,9 +99,20 @@ class Totals:
     passes: int
     transformer_flops: int
     decode_flops: int
+    scoring_flops: int
     video_frames: int
     latent_bytes: int
     video_bytes: int
+
+
+@dataclass(frozen=True)
+class GpuHours:
+    """Hours of one GPU."""
+
+    generation: float
+    decoding: float
+    scoring: float
+    """Of VBench-Long, if it is run."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +126,10 @@ class Plan:
     methods: tuple[MethodPlan, ...]
     cells: tuple[Cell, ...]
     totals: Totals
-    gpu_hours: dict[str, float]
-    """By GPU: hours of one for all transformer passes and decoding at `utilisation`, scoring not included."""
+    gpu_hours: dict[str, GpuHours]
+    """By GPU: generation and decoding at `utilisation`, scoring at `scoring_utilisation`."""
     utilisation: float
+    scoring_utilisation: float
     notes: tuple[str, ...]
     """What a person should know: roundings, duplicates, settings with side effects."""
 
@@ -144,11 +163,11 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
         passes=sum(each.passes for each in methods),
         transformer_flops=sum(each.transformer_flops for each in methods),
         decode_flops=sum(each.decode_flops for each in methods),
+        scoring_flops=sum(each.scoring_flops for each in methods),
         video_frames=sum(each.video_frames for each in methods),
         latent_bytes=sum(each.latent_bytes for each in methods),
         video_bytes=sum(each.video_bytes for each in methods),
     )
-    flops = totals.transformer_flops + totals.decode_flops
     return Plan(
         uri=config.run.uri,
         prompts=len(prompts),
@@ -157,8 +176,16 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
         methods=tuple(methods),
         cells=tuple(cells),
         totals=totals,
-        gpu_hours={device.name: gpu_hours(flops, device, UTILISATION) for device in DEVICES},
+        gpu_hours={
+            device.name: GpuHours(
+                generation=gpu_hours(totals.transformer_flops, device, UTILISATION),
+                decoding=gpu_hours(totals.decode_flops, device, UTILISATION),
+                scoring=gpu_hours(totals.scoring_flops, device, SCORING_UTILISATION),
+            )
+            for device in DEVICES
+        },
         utilisation=UTILISATION,
+        scoring_utilisation=SCORING_UTILISATION,
         notes=tuple(dict.fromkeys(_notes(config, prompts))),
     )
 
@@ -197,7 +224,10 @@ def _method_plan(
         for first in range(0, longest, n)
     ]
     generated = videos * sum(runs)
-    shown = videos * sum(video_frames(frames, config.video.cold_chunk) for frames in horizons) if vae else 0
+    lengths = [video_frames(frames, config.video.cold_chunk) for frames in horizons] if vae else []
+    # Nested durations share their clips.
+    scored = [lengths] if nested else [[length] for length in lengths]
+    shown = videos * sum(lengths)
     pixels = 64 * latent.height * latent.width
     memory = rollout_memory(
         sizes,
@@ -221,6 +251,8 @@ def _method_plan(
         block_flops=per_block[-1],
         transformer_flops=videos * sum(text_flops(sizes) + sum(per_block[: frames // n]) for frames in runs),
         decode_flops=generated * decode_flops(vae, latent.height, latent.width) if vae else 0,
+        scoring_flops=videos
+        * sum(vbench_flops(group, config.video.fps, 8 * latent.height, 8 * latent.width) for group in scored),
         video_frames=shown,
         latent_bytes=generated * latent.channels * latent.height * latent.width * value_bytes,
         video_bytes=round(shown * pixels * VIDEO_BITS_PER_PIXEL / 8),

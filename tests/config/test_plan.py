@@ -12,6 +12,7 @@ from lrag_ray.config.horizons import latent_frames
 from lrag_ray.config.load import load_config
 from lrag_ray.config.plan import MethodPlan, Plan, make_plan
 from lrag_ray.config.prompts import plan_prompts
+from lrag_ray.scoring.flops import vbench_flops
 from tests.config.make import write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -58,6 +59,23 @@ def test_table_2_comes_to_what_the_paper_ran() -> None:
     assert all(each.block_flops == pytest.approx(141.5e12, rel=1e-3) for each in plan.methods)
     assert of(plan, "rag").history_bytes == 468 * 287_539_200
     assert {each.history_bytes for each in plan.methods if each.method != "rag"} == {0}
+
+
+def test_generation_decoding_and_scoring_are_counted_apart() -> None:
+    plan = planned(CONFIGS / "table2.yaml")
+    assert plan.totals.scoring_flops == 1536 * vbench_flops([477, 957, 1917], 16, 480, 832)
+    hours, totals = plan.gpu_hours["H100"], plan.totals
+    for spent, flops, share in (
+        (hours.generation, totals.transformer_flops, 0.4),
+        (hours.decoding, totals.decode_flops, 0.4),
+        (hours.scoring, totals.scoring_flops, 0.05),
+    ):
+        assert spent == pytest.approx(flops / (989.4e12 * share * 3600))
+
+
+def test_independent_durations_share_no_clips(tmp_path: Path) -> None:
+    nested, independent = small(tmp_path), small(tmp_path, "independent_durations=true")
+    assert nested.totals.scoring_flops < independent.totals.scoring_flops
 
 
 def test_the_plan_works_before_the_prompts_are_there_and_says_so() -> None:
@@ -114,7 +132,7 @@ def test_duplicate_prompts_are_warned_of(tmp_path: Path) -> None:
 
 def test_without_videos_nothing_is_decoded_or_stored_for_them(tmp_path: Path) -> None:
     totals = small(tmp_path, "video.enabled=false").totals
-    assert (totals.decode_flops, totals.video_frames, totals.video_bytes) == (0, 0, 0)
+    assert (totals.decode_flops, totals.video_frames, totals.video_bytes, totals.scoring_flops) == (0, 0, 0, 0)
     assert totals.latent_bytes == small(tmp_path).totals.latent_bytes > 0
 
 
