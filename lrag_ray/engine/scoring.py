@@ -11,6 +11,7 @@ import hashlib
 import logging
 import platform
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ from lrag_ray.video.mp4 import VideoError, iterate_frames
 
 Progress = Callable[[int, int], None]
 """Called with (videos done, videos of this wave)."""
+
+_RETRIES = 2
+_WORKER_DIED = "the worker that scored it died; it is tried again in the next wave"
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,14 @@ def score_pending(run_dir: RunDirectory, config: RunConfig, progress: Progress |
         return ScoringOutcome(0, {})
     # A shown address has no credentials; a relative one means another folder in a worker.
     uri = run_dir.uri if run_dir.storage.is_local else config.run.uri
-    failures = {}
-    for done, row in enumerate(_fan_out(targets, uri, config.scoring.cpus_per_worker), start=1):
-        if row["reason"]:
-            failures[row["video_path"]] = row["reason"]
+    items = [asdict(target) | {"uri": uri} for target in targets]
+    reasons = {target.score_path(PREVIEW): _WORKER_DIED for target in targets}
+    for done, row in enumerate(_fan_out(items, _score_in_worker, config.scoring.cpus_per_worker), start=1):
+        reasons[row["score_path"]] = row["reason"]
         if progress is not None:
             progress(done, len(targets))
-    return ScoringOutcome(len(targets) - len(failures), failures)
+    failures = {t.video_path: reason for t in targets if (reason := reasons[t.score_path(PREVIEW)])}
+    return ScoringOutcome(sum(not reason for reason in reasons.values()), failures)
 
 
 def pending_targets(run_dir: RunDirectory, suite: Suite) -> list[ScoreTarget]:
@@ -88,48 +93,57 @@ def score_target(video: CommittedVideo) -> ScoreTarget:
     )
 
 
-def _fan_out(targets: list[ScoreTarget], uri: str, cpus_per_worker: float) -> Iterator[dict[str, Any]]:
-    """Results in order of completion; one video per task, so that none waits behind another."""
+def _fan_out(
+    items: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, str]], cpus_per_worker: float
+) -> Iterator[dict[str, str]]:
+    """Results of `work` in order of completion; one item per task, so that none waits behind another.
+
+    An item whose worker dies again and again has no result; Ray Data by itself would retry it for ever.
+    """
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
     with _quiet_ray_data():
-        items = [asdict(target) | {"uri": uri} for target in targets]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        # A lost worker is Ray's to retry: scoring is idempotent and commits once.
-        yield from dataset.map(_score_in_worker, num_cpus=cpus_per_worker).iter_rows()
+        with warnings.catch_warnings():
+            # Ray 2.60 deprecates this way to set max_retries and has no other; see again before Ray 2.64.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            scored = dataset.map(work, num_cpus=cpus_per_worker, max_retries=_RETRIES)
+        yield from scored.iter_rows()
 
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without progress bars and execution plans of its own: the run has one display."""
+    """Ray Data without a display of its own (the run has one), and going on after a lost item."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     logger = logging.getLogger("ray.data")
-    shown, level = context.enable_progress_bars, logger.level
-    context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
+    before = context.enable_progress_bars, context.max_errored_blocks, logger.level
+    context.enable_progress_bars, context.max_errored_blocks = False, -1
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        context.enable_progress_bars = shown
+        context.enable_progress_bars, context.max_errored_blocks, level = before
         logger.setLevel(level)
 
 
 def _score_in_worker(item: dict[str, Any]) -> dict[str, str]:
-    """Score one video and commit its row; returns the video's path and the reason of a failure, or ''."""
+    """Score one video and commit its row; returns the row's path and the reason of a failure, or ''."""
     import torch
 
     torch.set_num_threads(1)
     item = dict(item)
     storage = Storage(item.pop("uri"))
     target = ScoreTarget(**item)
+    score_path = target.score_path(PREVIEW)
     try:
         row = score_video(storage, target)
-        storage.create(target.score_path(PREVIEW), to_parquet([row], PREVIEW))
+        storage.create(score_path, to_parquet([row], PREVIEW))
     except StorageError as error:
-        return {"video_path": target.video_path, "reason": str(error)}
-    return {"video_path": target.video_path, "reason": row.reason or ""}
+        return {"score_path": score_path, "reason": str(error)}
+    return {"score_path": score_path, "reason": row.reason or ""}
 
 
 def score_video(storage: Storage, target: ScoreTarget) -> ScoreRow:

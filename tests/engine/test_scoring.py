@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.scoring import pending_targets, score_pending, score_target, score_video
+from lrag_ray.engine.scoring import _fan_out, pending_targets, score_pending, score_target, score_video
 from lrag_ray.scoring.preview import MEASURES, PREVIEW, measures
 from lrag_ray.scoring.table import ScoreRow, from_parquet
 from lrag_ray.store.records import RolloutId
@@ -102,6 +104,17 @@ def test_a_broken_video_is_one_failed_row(run: RunDirectory) -> None:
     assert row.values == {} and row.reason is not None
     assert row.reason == f"{broken.video_path} does not have the checksum of its commit"
     assert score_pending(run, config_for(run)).scored == 0, "a broken video stays broken; it is not tried for ever"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_item_that_kills_its_workers_stops_nothing() -> None:
+    def work(item: dict[str, Any]) -> dict[str, str]:
+        if item["poison"]:
+            os._exit(1)
+        return {"name": item["name"]}
+
+    items = [{"name": name, "poison": name == "b"} for name in "abc"]
+    assert sorted(row["name"] for row in _fan_out(items, work, 1)) == ["a", "c"]
 
 
 def test_without_work_ray_is_not_needed(tmp_path: Path) -> None:
