@@ -54,6 +54,15 @@ def make_reproducible(engine: EngineSection) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def no_room(engine: EngineSection, seconds: float) -> str:
+    """What to tell when for so long no actor could start. Needs Ray."""
+    room = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+    return (
+        f"no actor could start for {seconds:g} s: each takes {engine.cpus_per_actor:g} CPUs and "
+        f"{engine.gpus_per_actor:g} GPUs of one node, and the whole cluster has {room}. Waiting for room"
+    )
+
+
 def spawn_actor(actor: type[Any], spec: Any, name: str, engine: EngineSection) -> Any:
     """Ask Ray for an actor; `spec` is what it is made from or a reference to that. Ray restarts and retries nothing."""
     options = {

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.actor import spawn_actor
+from lrag_ray.engine.actor import no_room, spawn_actor
 from lrag_ray.engine.backbone import pixels_identity
 from lrag_ray.engine.decode_work import DecodeActor, DecodeResult, DecodeSpec, DecodeTask
 from lrag_ray.engine.paths import with_absolute_paths
@@ -200,6 +200,10 @@ class _Job:
     def worker_lost(self, worker: str, reason: str) -> None:
         """Pass it on."""
         self._show(WorkerLost(worker, reason))
+
+    def unplaced(self, seconds: float) -> None:
+        """Tell it."""
+        self._show(Notice(no_room(self._config.engine, seconds), warning=True))
 
     def progress_of(self, item: WorkItem[DecodeTask]) -> int:
         """Files that the rollout's decodes have left."""

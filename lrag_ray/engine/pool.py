@@ -8,6 +8,7 @@ that makes a cluster scale up. What an item is, and what is done with it, the po
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ BARREN_DEATHS = 3
 
 _POLL_S = 0.25
 _START_FAILURES = 3
+_UNPLACED_S = 30.0
 _REASON_CHARACTERS = 500
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
@@ -91,6 +93,9 @@ class PoolListener(Protocol[Payload, ResultIn]):
 
     def worker_lost(self, worker: str, reason: str) -> None:
         """A worker died and will be replaced."""
+
+    def unplaced(self, seconds: float) -> None:
+        """For so long no worker could start; told once."""
 
     def progress_of(self, item: WorkItem[Payload]) -> int:
         """How far the item is on storage, in any unit that grows."""
@@ -151,6 +156,7 @@ class ActorPool(Generic[Payload, Result]):
         self._waiting = sorted(items, key=lambda item: item.order)
         self._records = {item.key: _Record(progress=item.progress) for item in items}
         quarantined: list[WorkItem[Payload]] = []
+        self._tell_unplaced_at = time.monotonic() + _UNPLACED_S
         try:
             while self._waiting or any(flight.item is not None for flight in self._flights.values()):
                 self._spawn_missing()
@@ -160,6 +166,7 @@ class ActorPool(Generic[Payload, Result]):
                     item = self._settle(ref)
                     if item is not None:
                         quarantined.append(item)
+                self._watch_placement()
                 self.listener.tick()
         finally:
             for worker in self._workers:
@@ -176,6 +183,14 @@ class ActorPool(Generic[Payload, Result]):
             worker = _Worker(name, self.spawn(name))
             self._workers.append(worker)
             self._flights[worker.actor.ready.remote()] = _Flight(worker, None)
+
+    def _watch_placement(self) -> None:
+        now = time.monotonic()
+        if any(worker.ready for worker in self._workers):
+            self._tell_unplaced_at = now + _UNPLACED_S
+        elif now >= self._tell_unplaced_at:
+            self._tell_unplaced_at = math.inf
+            self.listener.unplaced(_UNPLACED_S)
 
     def _assign(self) -> None:
         flying = {id(flight.worker) for flight in self._flights.values()}

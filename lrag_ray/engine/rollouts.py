@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import ray
 
-from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.actor import ActorSpec, RolloutActor, spawn_actor
+from lrag_ray.config.schema import EngineSection, RunConfig
+from lrag_ray.engine.actor import ActorSpec, RolloutActor, no_room, spawn_actor
 from lrag_ray.engine.pool import ActorPool, AttemptFailure, WorkItem
 from lrag_ray.engine.progress import (
     AttemptFailed,
@@ -37,7 +37,7 @@ def run_rollouts(
     board = start_board(f"lrag-progress-{secrets.token_hex(4)}")
     # One copy in the object store instead of one in every creation task.
     spec = ray.put(ActorSpec(run.storage.address, config, board))
-    listener = _Listener(run, BoardReader(board), len(items), progress)
+    listener = _Listener(run, config.engine, BoardReader(board), len(items), progress)
     pool: ActorPool[RolloutTask, RolloutResult] = ActorPool(
         spawn=lambda name: spawn_actor(RolloutActor, spec, name, config.engine),
         submit=lambda actor, task, attempt: actor.work.remote(task, attempt),
@@ -56,8 +56,11 @@ def run_rollouts(
 class _Listener:
     """Turns what the pool tells into events and failure records."""
 
-    def __init__(self, run: RunDirectory, board: BoardReader, total: int, progress: Progress) -> None:
+    def __init__(
+        self, run: RunDirectory, engine: EngineSection, board: BoardReader, total: int, progress: Progress
+    ) -> None:
         self._run = run
+        self._engine = engine
         self._board = board
         self._total = total
         self._progress = progress
@@ -100,6 +103,9 @@ class _Listener:
 
     def worker_lost(self, worker: str, reason: str) -> None:
         self._progress(WorkerLost(worker, reason))
+
+    def unplaced(self, seconds: float) -> None:
+        self._progress(Notice(no_room(self._engine, seconds), warning=True))
 
     def progress_of(self, item: WorkItem[RolloutTask]) -> int:
         rollout = item.payload.rollout

@@ -61,3 +61,10 @@ def _start_local(engine: EngineSection) -> None:
         logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
     )
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus < engine.gpus_per_actor:
+        ray.shutdown()
+        raise ClusterError(
+            f"engine.gpus_per_actor is {engine.gpus_per_actor:g} and this machine has {gpus:g} GPUs, so no actor would "
+            "ever start. Set it to 0 to run on the CPU, or engine.address to a cluster with GPUs"
+        )

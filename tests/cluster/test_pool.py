@@ -5,11 +5,13 @@ import signal
 import time
 from itertools import pairwise
 from pathlib import Path
+from threading import Timer
 from typing import Any, NamedTuple
 
 import pytest
 import ray
 
+from lrag_ray.engine import pool as pool_module
 from lrag_ray.engine.pool import ActorPool, AttemptFailure, WorkItem
 from lrag_ray.errors import ClusterError
 
@@ -70,6 +72,9 @@ class Diary:
 
     def progress_of(self, item: WorkItem[Job]) -> int:
         return len(list(item.payload.folder.glob(f"{item.key}.part-*")))
+
+    def unplaced(self, seconds: float) -> None:
+        self.lost.append(f"unplaced {seconds}")
 
     def tick(self) -> None:
         return
@@ -188,3 +193,14 @@ class Stillborn:
 def test_workers_that_never_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"died before they were ready.*RuntimeError: no CUDA on this node"):
         sleeper_pool(Diary(), 1, Stillborn).run(items(Job("job", tmp_path)))
+
+
+def test_workers_without_room_are_waited_for_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_UNPLACED_S", 1.0)
+    diary = Diary()
+    holder = ray.remote(Sleeper).options(num_cpus=4).remote()
+    ray.get(holder.ready.remote())
+    Timer(3, ray.kill, [holder]).start()
+    sleeper_pool(diary, 1).run(items(Job("job", tmp_path)))
+    assert set(diary.results) == {"job"}
+    assert diary.lost == ["unplaced 1.0"]

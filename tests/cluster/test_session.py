@@ -27,6 +27,15 @@ with ray_session(EngineSection(cpus_per_actor=3)):
     assert ray.is_initialized(), "a session inside another one must leave it alone"
 assert not ray.is_initialized()
 
+try:
+    with ray_session(EngineSection(gpus_per_actor=64)):
+        pass
+except ClusterError as error:
+    assert "gpus_per_actor is 64" in str(error), error
+else:
+    raise AssertionError("no machine has 64 GPUs")
+assert not ray.is_initialized()
+
 os.environ["RAY_ADDRESS"] = "not an address"
 try:
     with ray_session(EngineSection()):
