@@ -40,8 +40,8 @@ lint: $(VENV)/.test ## ruff
 types: $(VENV)/.test ## mypy, strict
 	$(BIN)/mypy
 
-unit: $(VENV)/.test ## pytest
-	$(BIN)/pytest
+unit: $(VENV)/.test ## pytest, a file at a time on each of two workers
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 clean: ## remove the environment and caches (never runs/)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

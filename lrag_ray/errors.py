@@ -2,7 +2,8 @@
 
 ::
 
-    LragError
+    LragError                 exit code 1
+    ├── VideoError            a video file that cannot be read or written (lrag_ray.video.mp4)
     ├── UsageError            exit code 2: the user asked for something that cannot be
     │   ├── ConfigError       a key or value of the run configuration
     │   ├── PromptError       a prompt file
