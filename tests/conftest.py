@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 # Before torch is imported, here and in every process that a test starts: on few cores, threads cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Clusters of the tests answer to this session alone, and Ray writes no token into the home folder.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
