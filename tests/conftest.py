@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, here and in every process that a test starts: on few cores, threads cost more than they bring.
+# Before torch is imported, here and in processes that tests start: on few cores threads cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Clusters of the tests answer to this session alone, and Ray writes no token into the home folder.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
