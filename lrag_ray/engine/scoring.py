@@ -58,9 +58,7 @@ def score_pending(run_dir: RunDirectory, config: RunConfig, progress: Progress |
     targets = pending_targets(run_dir, PREVIEW)
     if not targets:
         return ScoringOutcome(0, {})
-    # A shown address has no credentials; a relative one means another folder in a worker.
-    uri = run_dir.uri if run_dir.storage.is_local else config.run.uri
-    items = [asdict(target) | {"uri": uri} for target in targets]
+    items = [asdict(target) | {"uri": run_dir.storage.address} for target in targets]
     reasons = {target.score_path(PREVIEW): _WORKER_DIED for target in targets}
     for done, row in enumerate(_fan_out(items, _score_in_worker, config.scoring.cpus_per_worker), start=1):
         reasons[row["score_path"]] = row["reason"]
