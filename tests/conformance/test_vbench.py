@@ -20,10 +20,12 @@ DIMENSION = "motion_smoothness"
 @pytest.fixture
 def one_dimension(golden: Path, tmp_path: Path) -> Path:
     """The motion scores of one video, official frames and frames cut in memory."""
+    place = tmp_path / "vbench"
+    place.mkdir()
     for folder, pattern in (("clips", "slowpan_*.mp4"), ("videos", "slowpan.mp4")):
-        (tmp_path / folder).mkdir()
+        (place / folder).mkdir()
         for file in (golden / "vbench" / folder).glob(pattern):
-            shutil.copy(file, tmp_path / folder)
+            shutil.copy(file, place / folder)
     for name in ("golden", "golden_inmemory"):
         content = json.loads((golden / "vbench" / f"{name}.json").read_text(encoding="utf-8"))
         content["clips"] = {clip: about for clip, about in content["clips"].items() if about["video"] == "slowpan"}
@@ -32,8 +34,8 @@ def one_dimension(golden: Path, tmp_path: Path) -> Path:
         own["global"] = sum(clip["score"] for clip in own["per_clip"].values()) / len(own["per_clip"])
         own["per_video_mean_of_clips_DERIVED"] = {"slowpan": own["global"]}
         content["dimensions"] = {DIMENSION: own}
-        _write(tmp_path / f"{name}.json", content)
-    return tmp_path
+        _write(place / f"{name}.json", content)
+    return place
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
