@@ -211,9 +211,16 @@ def start_driver(folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(
+    condition: Callable[[], bool], timeout_s: float = 120, driver: subprocess.Popen[bytes] | None = None
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
+        if driver is not None and (driver.poll() is not None or time.monotonic() > deadline):
+            driver.kill()
+            pytest.fail(
+                f"the driver came to nothing (exit code {driver.returncode}): {driver.communicate()[1].decode()}"
+            )
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 
@@ -221,7 +228,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
 def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(quiet: RunDirectory, tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path))
     driver = start_driver(tmp_path)
-    wait_until(lambda: len(directory.commits()) >= 1)
+    wait_until(lambda: len(directory.commits()) >= 1, driver=driver)
     driver.send_signal(signal.SIGINT)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 130
@@ -230,7 +237,7 @@ def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(quiet
     assert 1 <= done < 12
 
     driver = start_driver(tmp_path)
-    wait_until(lambda: len(directory.commits()) > done)
+    wait_until(lambda: len(directory.commits()) > done, driver=driver)
     driver.kill()
     driver.communicate()
     assert len(directory.commits()) < 12
