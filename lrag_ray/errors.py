@@ -8,7 +8,7 @@
     │   ├── ConfigError       a key or value of the run configuration
     │   ├── PromptError       a prompt file
     │   └── IdentityError     a run directory that belongs to other settings
-    └── RunEnvironmentError      exit code 3: the world is not as it must be
+    └── RunEnvironmentError   exit code 3: the world is not as it must be
         ├── WeightsError      a missing, corrupt or misfitting checkpoint
         ├── StorageError      an address that cannot be read or written
         └── ClusterError      Ray cannot be reached or has no room

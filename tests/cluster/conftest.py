@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 
@@ -13,8 +12,6 @@ import ray
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's sockets lie below its folder and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="lr") as folder:
