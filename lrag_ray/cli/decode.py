@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from lrag_ray.cli.options import AsJson, Config, Overrides
+from lrag_ray.cli.options import AsJson, Overrides
 from lrag_ray.cli.output import console, print_json, tells_errors
 
 
@@ -17,30 +18,41 @@ def register(app: typer.Typer) -> None:
 
 @tells_errors
 def decode(
-    config: Config,
+    run_uri: Annotated[str, typer.Argument(metavar="RUN", help="Address of the run directory (run.uri).")],
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="CONFIG", help="Use this file instead of the run's last configuration."),
+    ] = None,
     overrides: Overrides = None,
     other_vae: Annotated[
         bool, typer.Option("--other-vae", help="Allow another VAE than the one the run was started with.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decode what the run at run.uri has committed, without generating anything.
+    """Decode what a run has committed, without generating anything.
 
     Gives a run without videos (video.enabled: false) its videos, or makes others: another quality, another frame rate,
     another precision of the VAE. They lie under RUN/decoded; scoring and report take them where the run has none of
-    its own. The same command again continues. CONFIG is the run's own file: it says where the VAE lies.
+    its own. The same command again continues. Where the VAE lies is taken from the configuration that the run was last
+    started with; --set changes it for this command.
 
     \b
     Examples:
-      lrag-ray decode configs/table2.yaml
-      lrag-ray decode configs/table2.yaml --set video.crf=28 --set engine.actors=4
+      lrag-ray decode runs/table2
+      lrag-ray decode runs/table2 --set video.crf=28 --set engine.actors=4
+      lrag-ray decode s3://bucket/table2 --set backbones.longlive.vae.path=/models/Wan2.1_VAE.pth
     """
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_decoded
     from lrag_ray.config.load import load_config
     from lrag_ray.engine.decode import decode as decode_run
+    from lrag_ray.engine.stored_config import stored_config
 
-    loaded = load_config(config, overrides or [])
+    overrides = overrides or []
+    if config is None:
+        loaded = stored_config(run_uri, overrides)
+    else:
+        loaded = load_config(config, [*overrides, f"run.uri={json.dumps(run_uri)}"])
     with shown_progress() as progress:
         outcome = decode_run(loaded, other_vae=other_vae, progress=progress)
     if as_json:

@@ -31,7 +31,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: names for each problem the file and line (or the override), the key path, and the nearest valid
             name or what was expected.
     """
-    document = read_document(path)
+    return complete(read_document(path), overrides)
+
+
+def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
+    """What `load_config` does after reading; changes `document`."""
     refused = [*_apply(document, overrides)]
     problems = [*_name_methods(document), *_merge_presets(document)]
     if document.data.get("preset") == "as_released":

@@ -19,6 +19,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,6
 def _literal_address(value: str) -> str:
     if not value.strip():
         raise ValueError("is empty")
+    if re.search(r"://[^/@\s]*@", value):
+        raise ValueError(
+            "holds credentials before an @. They would end up in logs and records: take them out and give them "
+            "through the environment (s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
+        )
     if value.startswith("~") or re.search(r"\$[A-Za-z_{]", value):
         raise ValueError(
             f"'{value}' holds ~ or a variable, which configuration files do not expand: write the path out, or give it "
@@ -28,7 +33,7 @@ def _literal_address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_literal_address)]
-"""A path or address, taken as it is written; a relative path means the working directory."""
+"""A path or address without credentials, taken as it is written; a relative path means the working directory."""
 
 
 class Section(BaseModel):
@@ -51,16 +56,6 @@ class RunSection(Section):
     """Address of the run directory: a folder or any fsspec address (s3://bucket/run), without credentials."""
     seed: int = 0
     """Run seed of the keyed noise."""
-
-    @field_validator("uri")
-    @classmethod
-    def _without_credentials(cls, value: str) -> str:
-        if re.search(r"://[^/@\s]*@", value):
-            raise ValueError(
-                "holds credentials before an @. They would end up in logs and records: take them out and give them "
-                "through the environment (s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
-            )
-        return value
 
 
 class PromptsSection(Section):

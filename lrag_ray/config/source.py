@@ -54,6 +54,11 @@ def read_document(path: str | Path) -> Document:
         raise ConfigError(f"{name}: cannot read the configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    return parse_document(name, text)
+
+
+def parse_document(name: str, text: str) -> Document:
+    """Parse the YAML `text` that messages call `name`; ConfigError if it is not YAML, or not a mapping."""
     document = Document(name, {})
     loader = _Loader(text)
     try:

@@ -31,6 +31,7 @@ from lrag_ray.engine.rollouts import run_rollouts
 from lrag_ray.engine.run_identity import build_identity
 from lrag_ray.engine.scoring import pending_targets, score_pending
 from lrag_ray.engine.session import ray_session
+from lrag_ray.engine.stored_config import store_config
 from lrag_ray.engine.text import encode_prompts
 from lrag_ray.engine.work import OpenWork, open_work
 from lrag_ray.report import build_report
@@ -132,6 +133,7 @@ class _Job:
         self._run.ensure(identity)
         inventory = self._run.inventory()
         self._run.refuse_foreign_commits(identity, inventory)
+        store_config(self._run, self._config)
         work = open_work(identity, inventory)
         for state in work.invalid:
             kept = self._run.set_aside(state)

@@ -25,7 +25,7 @@ SURFACE = {
     "plan": ["CONFIG", "--set", "--json"],
     "status": ["RUN", "--json"],
     "verify": ["[DIR]", "--run", "--json"],
-    "decode": ["CONFIG", "--set", "--other-vae", "--json"],
+    "decode": ["RUN", "--config", "--set", "--other-vae", "--json"],
     "inspect": ["ROLLOUT", "--png", "--json"],
     "doctor": ["[CONFIG]", "--set", "--json"],
     "weights list": ["CONFIG", "--set", "--json"],

@@ -101,6 +101,15 @@ def test_the_same_command_makes_what_is_missing_and_nothing_else(latents: Path) 
     assert idle.events == []
 
 
+def test_a_run_that_was_moved_is_decoded_by_its_address_alone(latents: Path) -> None:
+    shown = CliRunner().invoke(app, ["decode", str(latents), "--set", "video.enabled=true", "--json"])
+    told = json.loads(shown.stdout)
+    assert (shown.exit_code, told["videos_made"], told["uri"]) == (0, 4, str(latents))
+    (latents / "config.json").unlink()
+    shown = CliRunner().invoke(app, ["decode", str(latents)])
+    assert shown.exit_code == 2 and "config.json is missing; give the run's configuration with --config" in shown.stderr
+
+
 def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents: Path) -> None:
     commits = RunDirectory(str(latents)).commits()
     corrupt = next(c for c in commits if c.latent_frames == 12 and c.rollout.prompt_id == PROMPTS[1].prompt_id)
@@ -133,7 +142,7 @@ def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Pat
     assert not (latents / "decoded").exists()
 
     (tmp_path / "run.yaml").write_text(half.model_dump_json())
-    command = ["decode", str(tmp_path / "run.yaml"), "--other-vae", "--set", "video.crf=40"]
+    command = ["decode", str(latents), "--config", str(tmp_path / "run.yaml"), "--other-vae", "--set", "video.crf=40"]
     shown = CliRunner().invoke(app, [*command, "--json"])
     told = json.loads(shown.stdout)
     assert (shown.exit_code, told["videos_made"], told["failed"]) == (0, 4, [])
