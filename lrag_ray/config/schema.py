@@ -6,7 +6,7 @@ A loaded `RunConfig` is complete: presets are merged in, so nothing else needs t
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -56,6 +56,35 @@ class RunSection(Section):
     """Address of the run directory: a folder or any fsspec address (s3://bucket/run), without credentials."""
     seed: int = 0
     """Run seed of the keyed noise."""
+
+
+class StorageSection(Section):
+    """How the store of `run.uri` is reached, and for how long trouble is borne. Free to change between starts.
+
+    Credentials never stand here: they come from the environment of every node (AWS_* variables, ~/.aws, roles).
+    """
+
+    endpoint_url: str | None = None
+    """s3: address of the service (https://host:port); None takes AWS_ENDPOINT_URL, else Amazon's."""
+    region: str | None = None
+    """s3: region of the bucket; None takes AWS_DEFAULT_REGION."""
+    profile: str | None = None
+    """s3: profile in ~/.aws of every node; None takes AWS_PROFILE."""
+    attempts: int = Field(default=8, ge=1)
+    """Tries of one operation before its rollout fails, or the run where the driver needs it."""
+    retry_for_s: float = Field(default=120, ge=0)
+    """No new try begins so many seconds after the first one."""
+    connect_timeout_s: float = Field(default=10, gt=0)
+    """s3: longest wait for a connection."""
+    read_timeout_s: float = Field(default=60, gt=0)
+    """s3: longest silence within an answer."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _http_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", value):
+            raise ValueError("must be http://host:port or https://host:port, without credentials")
+        return value
 
 
 class PromptsSection(Section):
@@ -239,13 +268,57 @@ class VideoSection(Section):
     with one video frame instead of four, with a visible seam. None decodes without seams."""
 
 
-class ScoringSection(Section):
-    """Which scores are computed after (and while) videos are made."""
+# Spelt out because lrag_ray.scoring.vbench_long.rows, where they are at home, comes with torch; a test compares.
+Dimension = Literal[
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+]
 
-    suite: Literal["preview", "none"] = "preview"
-    """preview: training-free measures, not VBench. none: no scoring."""
+
+class ScoringSection(Section):
+    """Which scores are computed after (and while) videos are made. Free to change between starts of the same run."""
+
+    suite: Literal["preview", "vbench_long", "none"] = "preview"
+    """preview: training-free measures, not VBench. vbench_long: the six dimensions of VBench-Long. none: no scoring."""
+    mode: Literal["direct", "compat"] = "direct"
+    """vbench_long: direct cuts clips from the decoded frames, compat re-encodes them as the official splitter does.
+    Each has its own folder and tables; only compat stands beside published numbers."""
+    dimensions: list[Dimension] = Field(default=list(get_args(Dimension)), min_length=1)
+    """vbench_long: which dimensions; those added later are scored in addition."""
+    weights: Address | None = None
+    """vbench_long: folder with the networks' official files, laid out as VBench's own cache; None looks into the caches
+    of VBench and torch. ``random`` draws untrained weights, for tests: the numbers then mean nothing."""
+    precision: Literal["official", "float32"] = "official"
+    """vbench_long: official computes as the official code does on that device, float32 everywhere in float32."""
+    early_stop: bool = True
+    """vbench_long: end dynamic_degree of a clip once its decision is certain; the score is the same."""
+    batch_frames: int = Field(default=32, ge=1)
+    """vbench_long: frames per batch of the vision transformers and MUSIQ; results do not depend on it."""
+    batch_pairs: int = Field(default=4, ge=1)
+    """vbench_long: frame pairs per batch of RAFT and AMT-S; results do not depend on it."""
+    controls: list[Literal["frozen"]] = []
+    """vbench_long: frozen also scores the first frame of each prompt's first method, held for the whole video. It shows
+    how far a dimension rewards stillness; it stands beside the ranks and is never ranked."""
+    workers: int | None = Field(default=None, ge=1)
+    """Scoring workers; None takes as many as fit the cluster when a wave begins."""
     cpus_per_worker: float = Field(default=1, gt=0)
-    """CPUs that each scoring worker reserves."""
+    """CPUs that each scoring worker reserves; also its torch threads, rounded down."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs, or the share of one, that each worker of vbench_long reserves; 0 scores on the CPU."""
+    during_generation: bool = True
+    """Score what is committed while rollouts go on, on CPUs and GPUs that no rollout holds; what is left is scored at
+    the end."""
+
+    @field_validator("dimensions", "controls")
+    @classmethod
+    def _once_each(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"{value} holds a duplicate")
+        return value
 
 
 class RunConfig(Section):
@@ -258,6 +331,8 @@ class RunConfig(Section):
     cold decode chunks of 60 latent frames."""
     run: RunSection
     """Address and seed."""
+    storage: StorageSection = StorageSection()
+    """How the address is reached."""
     prompts: PromptsSection
     """Prompts."""
     durations_s: list[float] = Field(min_length=1)

@@ -33,7 +33,9 @@ methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.firs
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
 engine engine.address engine.actors engine.cpus_per_actor engine.gpus_per_actor engine.threads_per_actor
 engine.max_attempts engine.checkpoint_every_blocks video video.enabled video.crf video.fps video.cold_chunk
-scoring scoring.suite scoring.cpus_per_worker
+scoring scoring.suite scoring.mode scoring.dimensions scoring.weights scoring.precision scoring.early_stop
+scoring.batch_frames scoring.batch_pairs scoring.controls scoring.workers scoring.cpus_per_worker
+scoring.gpus_per_worker scoring.during_generation
 """
 
 
@@ -174,7 +176,7 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "engine: {actors: 2}",
             "scoring: {suite: previw}",
-            "run.yaml:10: scoring.suite: expected 'preview' or 'none', got text 'previw'; did you mean 'preview'?",
+            "run.yaml:10: scoring.suite: expected 'preview', 'vbench_long' or 'none', got text 'previw'; did you mean 'preview'?",
         ),
         (
             "{descriptor: avg_pool}",
