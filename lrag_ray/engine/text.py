@@ -55,7 +55,7 @@ def encode_prompts(
         num_cpus=engine.cpus_per_actor, num_gpus=engine.gpus_per_actor, max_retries=_RETRIES_AFTER_DEATH
     )
     try:
-        ray.get(task.remote(storage.address, backbone, text_digest, missing, engine))
+        ray.get(task.remote(storage, backbone, text_digest, missing, engine))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LragError):
             raise error.cause from error
@@ -63,11 +63,10 @@ def encode_prompts(
 
 
 def encode_and_store(
-    address: str, backbone: BackboneConfig, text_digest: str, prompts: Sequence[str], engine: EngineSection
+    storage: Storage, backbone: BackboneConfig, text_digest: str, prompts: Sequence[str], engine: EngineSection
 ) -> None:
     """Encode `prompts` and store their features."""
     torch.set_num_threads(engine.threads_per_actor)
-    storage = Storage(address)
     encoder = load_text(backbone, device_for(engine.gpus_per_actor))
     for prompt in prompts:
         (rows,) = encoder.encode([prompt])

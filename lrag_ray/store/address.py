@@ -9,16 +9,31 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
-from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, write_atomic
+from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
+from lrag_ray.store.faults import error_code, mend_of
+from lrag_ray.store.retry import GivenUpError, with_retries
+
+T = TypeVar("T")
+
+PROBE_PREFIX = "probe-"
+"""Files at the top of a run that start so are probes of the address; a program that died may have left one."""
+
+_READERS = 32
+"""Files read side by side."""
+_SHARE = 256
+"""Local files read by one thread in a row: a single one takes less time than handing it over."""
+_REQUEST_ATTEMPTS = 3
 
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SECRET_PARAMETER = re.compile(
@@ -39,27 +54,44 @@ class Probe(NamedTuple):
     """A second create of the same name is refused, so commits are safe against concurrent writers."""
 
 
+class FileDetails(NamedTuple):
+    """What a listing tells about a file."""
+
+    size_bytes: int
+    modified_s: float | None
+    """Last written, in seconds since 1970 by the store's clock; None where the store does not tell."""
+
+
 class Storage:
     """Files below one address.
 
-    Raises StorageError for an address whose scheme is unknown or whose client is not installed. Cheap to make; an
-    actor opens its own from the address (clients do not survive a fork).
+    Every operation is tried again for a while where the trouble may pass (`options`), and all of them are safe to
+    repeat. Raises StorageError for an address whose scheme is unknown or whose client is not installed, and for what
+    no further try can help. Cheap to make, and may be sent to another process, which then opens its own client
+    (clients do not survive a fork).
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, options: StorageSection = StorageSection()) -> None:  # noqa: B008 - frozen
         try:
-            self.fs, root = fsspec.url_to_fs(_absolute(uri), **_client_options(uri))
+            self.fs, root = fsspec.url_to_fs(_absolute(uri), **_client_options(uri, options))
         except (ValueError, ImportError) as error:
             raise StorageError(
                 f"run.uri {redact(uri)!r} cannot be opened: {redact(str(error))}. Use a folder, s3://bucket/path, or "
                 "another fsspec scheme whose package is installed"
             ) from None
+        if _is_s3(uri):
+            # s3fs would repeat what is repeated here and, below it, by botocore.
+            self.fs.retries = 1
         self.root = str(root).rstrip("/")
+        self.options = options
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.uri = redact(self.root if self.is_local else uri.rstrip("/"))
         """The address as it may be shown."""
         self.address = self.root if self.is_local else uri.rstrip("/")
-        """The address that another process opens; it may hold credentials, so it is never shown."""
+        """The address that another process opens with `options`; it may hold credentials, so it is never shown."""
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str, StorageSection]]:
+        return Storage, (self.address, self.options)
 
     def full(self, path: str) -> str:
         """Address of `path` for the fsspec client; refuses a path that leaves the run."""
@@ -70,75 +102,90 @@ class Storage:
 
     def read_bytes(self, path: str) -> bytes:
         """Content of a file; FileNotFoundError if there is none."""
-        with self._explained("read", path):
-            return bytes(self.fs.cat_file(self.full(path)))
-
-    def read_many(self, paths: list[str]) -> dict[str, bytes]:
-        """Contents of files by path; a file that vanished meanwhile is left out."""
+        full = self.full(path)
         if self.is_local:
-            found = {}
-            for path in paths:
-                try:
-                    found[path] = self.read_bytes(path)
-                except FileNotFoundError:
-                    continue
-            return found
-        with self._explained("read", ""):
-            by_address = {self.fs._strip_protocol(self.full(path)): path for path in paths}
-            contents: dict[str, Any] = self.fs.cat(list(by_address), on_error="return") if by_address else {}
-        for value in contents.values():
-            if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
-                raise StorageError(f"{self.uri} cannot be read: {redact(str(value))}") from None
-        return {by_address[address]: value for address, value in contents.items() if isinstance(value, bytes)}
+            return self._do("read", path, lambda: Path(full).read_bytes())
+        # One request for the whole file: no part of a run is so large that pieces of it would be quicker.
+        single = {"max_concurrency": 1} if _is_s3(self.address) else {}
+        return self._do("read", path, lambda: bytes(self.fs.cat_file(full, **single)))
+
+    def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Contents of files by path, read side by side; a file that vanished meanwhile is left out."""
+        shares = [paths[first : first + _SHARE] for first in range(0, len(paths), _SHARE)]
+        if len(shares) < 2 and self.is_local:
+            return self._read_share(paths)
+        if not self.is_local:
+            shares = [[path] for path in paths]
+        found: dict[str, bytes] = {}
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as readers:
+            for share in readers.map(self._read_share, shares):
+                found.update(share)
+        return found
+
+    def _read_share(self, paths: Sequence[str]) -> dict[str, bytes]:
+        found = {}
+        for path in paths:
+            try:
+                found[path] = self.read_bytes(path)
+            except FileNotFoundError:
+                continue
+        return found
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a small file that must not exist yet; False if it does."""
-        with self._explained("write", path):
-            return create_once(self.fs, self.full(path), data)
+        """Write a small file that must not exist yet; False if it does, with other content.
+
+        A file that holds exactly `data` counts as created here: the answer to a write that went through may have been
+        lost, and what is created once names its writer.
+        """
+        return self._do("write", path, lambda: create_once(self.fs, self.full(path), data))
 
     def write(self, path: str, data: bytes) -> None:
         """Write or replace a file, atomically for readers."""
-        with self._explained("write", path):
-            write_atomic(self.fs, self.full(path), data)
+        self._do("write", path, lambda: write_atomic(self.fs, self.full(path), data))
 
     def put_file(self, source: Path, path: str) -> None:
         """Upload the local file `source`, atomically for readers."""
-        with self._explained("write", path):
-            put_atomic(self.fs, source, self.full(path))
+        self._do("write", path, lambda: put_atomic(self.fs, source, self.full(path)))
 
     def get_file(self, path: str, target: Path) -> None:
         """Download a file to `target`; FileNotFoundError if there is none."""
-        with self._explained("read", path):
-            self.fs.get_file(self.full(path), str(target))
+        self._do("read", path, lambda: self.fs.get_file(self.full(path), str(target)))
 
     def move(self, source: str, target: str) -> None:
         """Rename a file (copy and delete on object stores)."""
-        with self._explained("write", target):
-            self.fs.mv(self.full(source), self.full(target))
+        old, new = self.full(source), self.full(target)
+        if self.is_local:
+            self._do("write", target, lambda: rename(Path(old), Path(new)))
+        else:
+            self._do("write", target, lambda: self.fs.cp_file(old, new))
+            self.remove(source)
 
     def remove(self, path: str) -> None:
-        """Delete a file."""
-        with self._explained("write", path):
-            self.fs.rm_file(self.full(path))
+        """Delete a file; one that is not there is fine."""
+        self._do("delete", path, lambda: remove_file(self.fs, self.full(path)))
 
     def list_files(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes by path of all files below `prefix`, by one recursive listing, without unfinished writes."""
-        top = self.full(prefix)
-        with self._explained("list", prefix):
-            if self.is_local:
-                found = dict(_walk(top))
-            else:
-                found = {path: info["size"] for path, info in self.fs.find(top, detail=True).items()}
-        cut = len(self.root) + 1
         return {
-            path[cut:]: size
-            for path, size in found.items()
-            if not path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX) and path.startswith(self.root)
+            path: found.size_bytes
+            for path, found in self.list_details(prefix).items()
+            if not path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
         }
+
+    def list_details(self, prefix: str = "") -> dict[str, FileDetails]:
+        """All files below `prefix`, unfinished writes included."""
+        top = self.full(prefix)
+        if self.is_local:
+            found = self._do("list", prefix, lambda: dict(_walk(top)))
+        else:
+            listed = self._do("list", prefix, lambda: self.fs.find(top, detail=True))
+            found = {path: FileDetails(info["size"], _modified(info)) for path, info in listed.items()}
+        cut = len(self.root) + 1
+        return {path[cut:]: details for path, details in found.items() if path.startswith(self.root)}
 
     def probe(self) -> Probe:
         """Write, create twice, read back and remove a small file; StorageError if the address cannot be written."""
-        path = f"probe-{secrets.token_hex(8)}"
+        path = f"{PROBE_PREFIX}{secrets.token_hex(8)}"
         self.write(path, b"probe")
         try:
             if self.read_bytes(path) != b"probe":
@@ -147,26 +194,33 @@ class Storage:
         finally:
             self.remove(path)
 
-    @contextmanager
-    def _explained(self, action: str, path: str) -> Iterator[None]:
-        """Turn what the client raises into a StorageError that names the address and the mend."""
+    def _do(self, action: str, path: str, operation: Callable[[], T]) -> T:
+        """Result of an operation that is safe to repeat; its last trouble becomes a StorageError with the mend.
+
+        Only reading and listing find that nothing is there: FileNotFoundError then passes as it is.
+        """
         try:
-            yield
-        except (FileNotFoundError, StorageError) as error:
-            if action != "write" or isinstance(error, StorageError):
+            return with_retries(operation, self.options)
+        except StorageError:
+            raise
+        except FileNotFoundError as error:
+            if action in ("read", "list") and error_code(error) != "NoSuchBucket":
                 raise
-            raise StorageError(self._complaint(action, path, error)) from None
+            raise StorageError(self._complaint(action, path, error)) from error
+        except GivenUpError as error:
+            raise StorageError(self._complaint(action, path, error.last, f" ({error})")) from error.last
         except Exception as error:
             raise StorageError(self._complaint(action, path, error)) from error
 
-    def _complaint(self, action: str, path: str, error: Exception) -> str:
+    def _complaint(self, action: str, path: str, error: Exception, tries: str = "") -> str:
         place = f"{self.uri}/{path}" if path else self.uri
         reason = redact(str(error)) or type(error).__name__
-        if self.is_local:
-            mend = "Check the path, its permissions and the free space, or set run.uri to another folder"
-        else:
-            mend = "Check the address, the credentials and the endpoint (s3: AWS_* variables), or set another run.uri"
-        return f"cannot {action} {place}: {type(error).__name__}: {reason}. {mend}"
+        mend = mend_of(error, local=self.is_local)
+        return f"cannot {action} {place}: {error_code(error) or type(error).__name__}: {reason}{tries}. {mend}"
+
+
+def _is_s3(uri: str) -> bool:
+    return uri.startswith(("s3://", "s3a://"))
 
 
 def _absolute(uri: str) -> str:
@@ -175,22 +229,51 @@ def _absolute(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(uri))  # noqa: PTH100, PTH111 - the folder need not exist
 
 
-def _client_options(uri: str) -> dict[str, Any]:
-    # Listings change under us: other workers commit, and a stale listing would redo what is done.
-    return {"use_listings_cache": False} if uri.startswith(("s3://", "s3a://")) else {}
+def _client_options(uri: str, options: StorageSection) -> dict[str, Any]:
+    if not _is_s3(uri):
+        return {}
+    named = {"endpoint_url": options.endpoint_url, "profile": options.profile}
+    return {
+        # Listings change under us: other workers commit, and a stale listing would redo what is done.
+        "use_listings_cache": False,
+        "client_kwargs": {"region_name": options.region} if options.region else {},
+        "config_kwargs": {
+            "connect_timeout": options.connect_timeout_s,
+            "read_timeout": options.read_timeout_s,
+            # Per request, below our own per operation: a long listing is hundreds of requests.
+            "retries": {"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS if options.attempts > 1 else 1},
+            "max_pool_connections": _READERS,
+        },
+        **{key: value for key, value in named.items() if value},
+    }
 
 
-def _walk(folder: str) -> Iterator[tuple[str, int]]:
-    """Files below `folder` with their sizes; entries that vanish meanwhile are left out."""
-    try:
-        entries = list(os.scandir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
-        else:
-            try:
-                yield entry.path, entry.stat().st_size
-            except FileNotFoundError:
-                continue
+def _walk(folder: str) -> Iterator[tuple[str, FileDetails]]:
+    """Files below `folder`; entries that vanish meanwhile are left out."""
+    folders = [folder]
+    while folders:
+        try:
+            entries = os.scandir(folders.pop())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        with entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                    continue
+                try:
+                    found = entry.stat()
+                except FileNotFoundError:
+                    continue
+                yield entry.path, FileDetails(found.st_size, found.st_mtime)
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    """When an object was last written, from whatever the client calls it."""
+    for key in ("LastModified", "mtime", "updated", "last_modified"):
+        value = info.get(key)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None

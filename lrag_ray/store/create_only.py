@@ -10,35 +10,46 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+
+from lrag_ray.store.faults import already_exists
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that start so are unfinished writes and never listed."""
 
 
 def create_once(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
-    """Write `data` to `path` unless it exists; True if this call created it.
+    """Write `data` to `path` unless another file is there; True if `path` now holds what this call was to create.
 
     Atomic on local and POSIX file systems and on stores that honour If-None-Match (`Storage.probe` tells). Readers
-    see the whole file or none.
+    see the whole file or none. A file with the very same bytes counts as this call's own: over a network (S3, but also
+    a link on NFS) the first try may have succeeded and only its answer been lost.
     """
-    if isinstance(fs, LocalFileSystem):
-        temporary = _write_temporary(Path(path), data)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        return True
     try:
-        fs.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
+        if isinstance(fs, LocalFileSystem):
+            temporary = _write_temporary(Path(path), data)
+            try:
+                os.link(temporary, path)
+            finally:
+                temporary.unlink()
+        else:
+            fs.pipe_file(path, data, mode="create")
+    except Exception as error:
+        if not already_exists(error):
+            raise
+        return _holds(fs, path, data)
     return True
+
+
+def _holds(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
+    try:
+        return bool(fs.cat_file(path) == data)
+    except FileNotFoundError:
+        return False
 
 
 def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:
@@ -63,6 +74,21 @@ def put_atomic(fs: AbstractFileSystem, source: Path, path: str) -> None:
             temporary.unlink(missing_ok=True)
     else:
         fs.put_file(str(source), path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a local file; fine if an earlier try of the same has done it."""
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        if not target.exists():
+            raise
+
+
+def remove_file(fs: AbstractFileSystem, path: str) -> None:
+    """Delete a file; one that is not there is fine, because an earlier try may have deleted it."""
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def _temporary_name(target: Path) -> Path:

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
+from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import IdentityError, StorageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import FORMAT_VERSION, RunIdentity, differences, grown
@@ -85,8 +86,8 @@ class Inventory:
 class RunDirectory:
     """One run at one address. Raises StorageError for an address that cannot be opened."""
 
-    def __init__(self, uri: str) -> None:
-        self.storage = Storage(uri)
+    def __init__(self, uri: str, options: StorageSection = StorageSection()) -> None:  # noqa: B008 - frozen
+        self.storage = Storage(uri, options)
 
     @property
     def uri(self) -> str:
@@ -127,13 +128,22 @@ class RunDirectory:
             if self.storage.create(RUN_FILE, _json(wanted)):
                 return wanted
             stored = self.require()
-        changes = differences(stored, wanted)
-        if changes:
-            raise IdentityError(_refusal(f"{self.uri} holds a run with other settings", changes))
+        self._refuse_changes(stored, wanted)
         union = grown(stored, wanted)
         if union != stored:
             self.storage.write(RUN_FILE, _json(union))
         return union
+
+    def refuse_another_run(self, wanted: RunIdentity) -> None:
+        """IdentityError if the address holds a run that cannot grow to `wanted`; only reads."""
+        stored = self.read()
+        if stored is not None:
+            self._refuse_changes(stored, wanted)
+
+    def _refuse_changes(self, stored: RunIdentity, wanted: RunIdentity) -> None:
+        changes = differences(stored, wanted)
+        if changes:
+            raise IdentityError(_refusal(f"{self.uri} holds a run with other settings", changes))
 
     def inventory(self, rollout: RolloutId | None = None) -> Inventory:
         """List the run (or one rollout) once and read its commits."""

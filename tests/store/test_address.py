@@ -64,8 +64,12 @@ def test_an_address_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 
 def test_a_missing_bucket_is_named(s3_bucket: str) -> None:
-    with pytest.raises(StorageError, match=r"s3://no-such-bucket/run.*credentials"):
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/run.*NoSuchBucket.*create it"):
         Storage("s3://no-such-bucket/run").probe()
+    with pytest.raises(StorageError, match="NoSuchBucket"):
+        Storage("s3://no-such-bucket/run").read_bytes("run.json")
+    with pytest.raises(StorageError, match="NoSuchBucket"):
+        Storage("s3://no-such-bucket/run").list_files()
 
 
 def test_an_unknown_scheme_is_refused_without_its_credentials() -> None:
