@@ -11,6 +11,7 @@
     └── RunEnvironmentError   exit code 3: the world is not as it must be
         ├── WeightsError      a missing, corrupt or misfitting checkpoint
         ├── StorageError      an address that cannot be read or written
+        ├── LeaseError        another driver works on the run
         └── ClusterError      Ray cannot be reached or has no room
 
 A message names the bad value, the place it came from and the edit or command that mends it. Programming
@@ -58,6 +59,10 @@ class WeightsError(RunEnvironmentError):
 
 class StorageError(RunEnvironmentError):
     """A storage address cannot be read or written."""
+
+
+class LeaseError(RunEnvironmentError):
+    """Another driver works on the run, or has taken it over."""
 
 
 class ClusterError(RunEnvironmentError):

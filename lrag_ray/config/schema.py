@@ -252,6 +252,9 @@ class EngineSection(Section):
     """Counted attempts before a rollout is quarantined."""
     checkpoint_every_blocks: int = Field(default=8, ge=1)
     """Blocks per latent part."""
+    lease_ttl_s: float = Field(default=120, ge=1, le=3600)
+    """A driver that showed no sign of life on storage for so long is taken for dead: it stops itself, and the next one
+    takes the run over. It shows twelve of them in that time."""
 
 
 class VideoSection(Section):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from lrag_ray.config.plan import make_plan
 from lrag_ray.config.prompts import Prompt, load_prompts
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.lease import keep_lease
 from lrag_ray.engine.paths import with_absolute_paths
 from lrag_ray.engine.progress import (
     Event,
@@ -36,6 +37,7 @@ from lrag_ray.engine.text import encode_prompts
 from lrag_ray.engine.work import OpenWork, open_work
 from lrag_ray.report import build_report
 from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 
@@ -66,12 +68,15 @@ def run(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, progress:
 
     `prompts` are those of the configuration unless they were loaded before. Raises, before any actor starts:
     PromptError, ConfigError and WeightsError for what the configuration names; StorageError for an address that
-    cannot be written; IdentityError for an address that holds another run; ClusterError. Ctrl-C ends the actors and
-    gives exit code 130; nothing that was committed or stored is lost.
+    cannot be written; IdentityError for an address that holds another run; LeaseError while another driver works on
+    the run, and later if another one takes it over; ClusterError. Ctrl-C ends the actors and gives exit code 130;
+    nothing that was committed or stored is lost.
     """
     job = _Job(config, load_prompts(config.prompts) if prompts is None else prompts, progress)
     try:
-        job.do()
+        with keep_lease(job.storage, "run", ttl_s=config.engine.lease_ttl_s, progress=progress):
+            job.prepare()
+            job.do()
     except KeyboardInterrupt:
         progress(Notice("interrupted; the same command continues the run", warning=True))
         return job.outcome(INTERRUPTED)
@@ -88,8 +93,47 @@ class _Job:
         self._commits_made = 0
         self._videos_scored = 0
         self.failed: list[RolloutId] = []
-        self._run = RunDirectory(config.run.uri)
-        self._work = self._prepare(prompts)
+        self._run = RunDirectory(config.run.uri, config.storage)
+        self._work = OpenWork([], [], 0, 0)
+        for note in make_plan(self._config, prompts).notes:
+            self._progress(Notice(note))
+        self._identity = build_identity(self._config, prompts)
+        # Before anything is written: it may be the run of somebody else, who is not to find our lease in it.
+        self._run.refuse_another_run(self._identity)
+
+    @property
+    def storage(self) -> Storage:
+        """Where the run lives."""
+        return self._run.storage
+
+    def prepare(self) -> None:
+        """Check and grow the run directory, and find out what is open."""
+        identity = self._identity
+        probe = self._run.storage.probe()
+        if not probe.create_only:
+            self._progress(
+                Notice(
+                    f"{self._run.uri} does not honour create-only writes: let one driver work at a time", warning=True
+                )
+            )
+        self._run.ensure(identity)
+        inventory = self._run.inventory()
+        self._run.refuse_foreign_commits(identity, inventory)
+        store_config(self._run, self._config)
+        self._work = work = open_work(identity, inventory)
+        for state in work.invalid:
+            kept = self._run.set_aside(state)
+            text = f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again"
+            self._progress(Notice(text, warning=True))
+        self._progress(
+            RunPlanned(
+                uri=self._run.uri,
+                commits_total=work.commits_total,
+                commits_done=work.commits_total - work.commits_open,
+                rollouts_to_do=len(work.items),
+                blocks_to_do=work.blocks,
+            )
+        )
 
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
@@ -117,38 +161,6 @@ class _Job:
             failed=tuple(self.failed),
             seconds=time.monotonic() - self._began,
         )
-
-    def _prepare(self, prompts: Sequence[Prompt]) -> OpenWork:
-        """Check and grow the run directory, and find out what is open."""
-        for note in make_plan(self._config, prompts).notes:
-            self._progress(Notice(note))
-        identity = build_identity(self._config, prompts)
-        probe = self._run.storage.probe()
-        if not probe.create_only:
-            self._progress(
-                Notice(
-                    f"{self._run.uri} does not honour create-only writes: let one driver work at a time", warning=True
-                )
-            )
-        self._run.ensure(identity)
-        inventory = self._run.inventory()
-        self._run.refuse_foreign_commits(identity, inventory)
-        store_config(self._run, self._config)
-        work = open_work(identity, inventory)
-        for state in work.invalid:
-            kept = self._run.set_aside(state)
-            text = f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again"
-            self._progress(Notice(text, warning=True))
-        self._progress(
-            RunPlanned(
-                uri=self._run.uri,
-                commits_total=work.commits_total,
-                commits_done=work.commits_total - work.commits_open,
-                rollouts_to_do=len(work.items),
-                blocks_to_do=work.blocks,
-            )
-        )
-        return work
 
     def _encode_prompts(self) -> None:
         """Store the text features of every distinct open prompt, once per text encoder."""

@@ -1,0 +1,174 @@
+"""Who holds the lease, on a local folder and on an object store; drivers here are records, some of real processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lrag_ray.errors import LeaseError
+from lrag_ray.store.address import Storage
+from lrag_ray.store.lease import FOLDER, Lease, LeaseRecord, holder, new_record, take_lease
+from lrag_ray.store.process import ProcessIdentity, this_process
+
+TTL_S = 1.2
+
+
+@pytest.fixture
+def storage(run_uri: str) -> Storage:
+    return Storage(run_uri)
+
+
+class Told:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def elsewhere(**changes: object) -> LeaseRecord:
+    """A driver on another machine: nothing here can tell whether it lives."""
+    process = ProcessIdentity(host="node3", pid=4711, space="another boot", started="1")
+    record = new_record("run", TTL_S)
+    return record.model_copy(update={"id": record.id + "x", "user": "ada", "process": process, **changes})
+
+
+def take(storage: Storage, record: LeaseRecord | None = None, told: Told | None = None) -> Lease:
+    return take_lease(storage, record or new_record("run", TTL_S), told or Told())
+
+
+def test_nobody_holds_a_new_run_and_a_lease_given_back_is_taken_at_once(storage: Storage) -> None:
+    assert holder(storage) is None
+    first = take(storage, elsewhere())
+    found = holder(storage)
+    assert found is not None and found.record == first.record and not found.is_free
+    assert str(found) == f"ada on node3 (lrag-ray run, process 4711) since {first.record.started_at}"
+    first.release()
+    found = holder(storage)
+    assert found is not None and found.is_free
+
+    told = Told()
+    second = take(storage, told=told)
+    assert (first.epoch, second.epoch, told.texts) == (1, 2, [])
+    assert sorted(storage.list_files(FOLDER)) == ["lease/00000002.beat", "lease/00000002.json"]
+
+
+@pytest.fixture
+def beating(storage: Storage) -> Iterator[Lease]:
+    """A driver elsewhere that shows its signs of life."""
+    lease, stop = take(storage, elsewhere()), threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(TTL_S / 12):
+            lease.renew()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    yield lease
+    stop.set()
+    thread.join()
+
+
+def test_a_driver_that_lives_is_left_its_lease_and_named(storage: Storage, beating: Lease) -> None:
+    told = Told()
+    with pytest.raises(LeaseError, match=r"worked on by ada on node3 \(lrag-ray run, process 4711\) since"):
+        take(storage, told=told)
+    assert len(told.texts) == 1 and "Waiting for a sign of life" in told.texts[0]
+    found = holder(storage)
+    assert found is not None and found.epoch == beating.epoch
+
+
+def test_a_driver_without_a_sign_of_life_is_replaced_after_its_ttl_and_finds_out(storage: Storage) -> None:
+    silent = take(storage, elsewhere())
+    told = Told()
+    began = time.monotonic()
+    successor = take(storage, new_record("run", 60), told)
+    assert time.monotonic() - began >= TTL_S
+    assert successor.epoch == silent.epoch + 1
+    assert "ada on node3" in told.texts[-1] and told.texts[-1].endswith("this driver takes over")
+    with pytest.raises(LeaseError, match="was taken over by"):
+        silent.renew()
+    assert sorted(storage.list_files(FOLDER)) == ["lease/00000002.beat", "lease/00000002.json"]
+    successor.renew()
+
+
+def test_a_process_of_this_machine_that_has_ended_is_replaced_at_once(storage: Storage) -> None:
+    program = "from lrag_ray.store.process import this_process; print(this_process().model_dump_json()); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        identity = ProcessIdentity.model_validate_json(process.stdout.readline())
+        take(storage, elsewhere(process=identity, ttl_s=600))
+        found = holder(storage)
+        assert found is not None and not found.is_free
+        process.kill()
+        process.wait()
+        assert take(storage).epoch == 2
+    assert identity.is_gone
+    # The number may be given to another process.
+    me = this_process()
+    assert not me.is_gone and me.model_copy(update={"started": "1"}).is_gone
+    assert not me.model_copy(update={"space": "another boot", "pid": 2**22 + 1}).is_gone
+
+
+def test_of_many_drivers_at_the_same_moment_one_gets_the_lease(storage: Storage) -> None:
+    take(storage).release()
+    began = threading.Barrier(6)
+    got: list[Lease] = []
+    refused: list[str] = []
+
+    def contend() -> None:
+        began.wait()
+        try:
+            lease = take(storage, elsewhere(ttl_s=30))
+        except LeaseError as error:
+            refused.append(str(error))
+            return
+        got.append(lease)
+        deadline = time.monotonic() + 60
+        while len(refused) < 5 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            lease.renew()
+
+    threads = [threading.Thread(target=contend) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 5)
+    assert {path.split(".")[0] for path in storage.list_files(FOLDER)} == {f"lease/{got[0].epoch:08d}"}
+
+
+def test_a_slow_contender_below_the_highest_epoch_gets_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw epoch 1; until it creates epoch 2, that one has come and gone."""
+    take(storage, elsewhere()).release()
+    create = storage.create
+    overtaken = False
+
+    def late_create(path: str, data: bytes) -> bool:
+        nonlocal overtaken
+        if not overtaken:
+            overtaken = True
+            take(Storage(storage.address)).release()
+            take(Storage(storage.address)).release()
+            assert path not in storage.list_files(FOLDER)
+        return create(path, data)
+
+    monkeypatch.setattr(storage, "create", late_create)
+    assert take(storage).epoch == 4
+    assert sorted(storage.list_files(FOLDER)) == ["lease/00000004.beat", "lease/00000004.json"]
+
+
+def test_a_record_that_cannot_be_read_does_not_lock_the_run_for_ever(storage: Storage) -> None:
+    storage.write("lease/00000009.json", b"not json")
+    told = Told()
+    assert take(storage, told=told).epoch == 10
+    assert "a driver whose record cannot be read" in told.texts[0]
