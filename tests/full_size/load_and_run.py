@@ -58,13 +58,13 @@ class Peak:
 def main(path: str, widths: str, blocks: str, lora: str | None = None) -> None:
     config = WanConfig(**json.loads(widths))
     before = memory_bytes()
-    read_before = _read_calls()
+    read_before, disk_before = _io_bytes("rchar"), _io_bytes("read_bytes")
     began = time.perf_counter()
     with Peak() as loading:
         merged = Lora(lora) if lora is not None else None
         model = load_transformer(path, config, use_ema=True, dtype=torch.bfloat16, lora=merged)
     loaded, loaded_s = memory_bytes(), time.perf_counter() - began
-    read_bytes = _read_calls() - read_before
+    read_bytes = _io_bytes("rchar") - read_before
     noise = KeyedNoise(0, ["p"], [0], (3, *LATENT))
     embeds = torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0))
     began = time.perf_counter()
@@ -78,6 +78,7 @@ def main(path: str, widths: str, blocks: str, lora: str | None = None) -> None:
                 "load_anon_bytes": loaded["anon"] - before["anon"],
                 "load_peak_anon_bytes": loading.anon - before["anon"],
                 "load_read_call_bytes": read_bytes,
+                "disk_read_bytes": _io_bytes("read_bytes") - disk_before,
                 "run_s": round(time.perf_counter() - began, 2),
                 "run_peak_anon_bytes": running.anon - before["anon"],
                 "file_bytes": memory_bytes()["file"] - before["file"],
@@ -89,9 +90,9 @@ def main(path: str, widths: str, blocks: str, lora: str | None = None) -> None:
     )
 
 
-def _read_calls() -> int:
-    """Bytes that read() calls brought into this process; mapped files do not count."""
-    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+def _io_bytes(counter: str) -> int:
+    """``rchar``: what read() calls brought into this process; ``read_bytes``: what came from the disk, mapped too."""
+    return int(Path("/proc/self/io").read_text().split(f"{counter}:")[1].split()[0])
 
 
 if __name__ == "__main__":

@@ -74,14 +74,26 @@ def written(folder: Path, widths: dict[str, int], rank: int) -> Files:
     return files
 
 
+def forget(file: Path) -> None:
+    """Put the file out of the page cache, so that reading it means reading the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measured(files: Files, path: Path, blocks: int, lora: Path | None = None) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.full_size.load_and_run", str(path), json.dumps(files.widths), str(blocks)]
     command += [str(lora)] if lora is not None else []
+    for file in (path, lora):
+        if file is not None:
+            forget(file)
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print("\n", path.name, "with LoRA" if lora else "", result)
     assert result["finite"] and result["shape"] == [1, 3 * blocks, 16, 8, 8]
+    on_disk = path.stat().st_size + (lora.stat().st_size if lora else 0)
+    assert result["disk_read_bytes"] < on_disk + SLACK_BYTES / 2, "each byte comes from the disk once"
     assert result["load_read_call_bytes"] < files.weight_bytes / 10, "mapped, not read into buffers"
     return result
 

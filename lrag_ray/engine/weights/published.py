@@ -62,7 +62,8 @@ _TOKENIZER = "google/umt5-xxl"
 
 
 def _rag(name: str) -> Published:
-    return Published(name, _RAG, (HubFile(f"checkpoints/{name}"),))
+    # The README of the code says Apache-2.0 and does not speak of the weights, some of which are other groups' work.
+    return Published(name, _RAG, (HubFile(f"checkpoints/{name}"),), licence="Apache-2.0 (code); see the model card")
 
 
 def _wan(name: str, *files: HubFile, is_folder: bool = False) -> Published:
