@@ -24,7 +24,7 @@ class GivenUpError(Exception):
     """Every try failed with a transient error."""
 
     def __init__(self, last: Exception, tries: int, seconds: float) -> None:
-        super().__init__(f"{tries} tries in {seconds:.0f} s")
+        super().__init__(f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.0f} s")
         self.last = last
 
 

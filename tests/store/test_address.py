@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pickle
 import threading
 from pathlib import Path
 
 import pytest
 
+from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.address import Storage, redact
 
@@ -100,3 +102,17 @@ def test_redaction_removes_secrets(text: str) -> None:
 def test_redaction_keeps_ordinary_text() -> None:
     text = "/data/runs/demo: 3 tokens per frame, s3://bucket/run"
     assert redact(text) == text
+
+
+def test_a_storage_that_is_sent_to_another_process_keeps_its_options(run_uri: str) -> None:
+    storage = Storage(run_uri, StorageSection(attempts=2, read_timeout_s=7))
+    storage.write("a.txt", b"here")
+    sent: Storage = pickle.loads(pickle.dumps(storage))
+    assert (sent.options, sent.address, sent.read_bytes("a.txt")) == (storage.options, storage.address, b"here")
+
+
+@pytest.mark.parametrize("endpoint", ["https://me:hunter2@host:9000", "host:9000", "https://host/?token=hunter2"])
+def test_an_endpoint_holds_no_credentials(endpoint: str) -> None:
+    with pytest.raises(ValueError, match="without credentials") as caught:
+        StorageSection(endpoint_url=endpoint)
+    assert "hunter2" not in str(caught.value)

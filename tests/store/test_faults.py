@@ -1,0 +1,135 @@
+"""Storage before a store that fails: a real S3 server behind a proxy that cuts, stalls and refuses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.config.schema import StorageSection
+from lrag_ray.errors import StorageError
+from lrag_ray.store import retry
+from lrag_ray.store.address import Storage
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.status import run_status
+from tests.store.fault_proxy import TRANSIENT, Fault, FaultProxy, scripted, seeded
+from tests.store.make import make_identity, rollout_id, store_commit
+
+
+@pytest.fixture
+def proxy(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]).running() as running:
+        yield running
+
+
+def options(proxy: FaultProxy, **changes: float) -> StorageSection:
+    return StorageSection.model_validate({"endpoint_url": proxy.endpoint, "read_timeout_s": 0.5, **changes})
+
+
+@pytest.fixture
+def storage(proxy: FaultProxy, s3_bucket: str, tmp_path: Path) -> Storage:
+    """With `attempts` 2, which leaves each request three tries of botocore's in each of two of ours."""
+    return Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=2))
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_passing_trouble_is_not_noticed(proxy: FaultProxy, storage: Storage, tmp_path: Path, fault: Fault) -> None:
+    for method, operation in (
+        ("PUT", lambda: storage.write("a.txt", b"written")),
+        ("PUT", lambda: storage.create("commit.json", b"mine")),
+        ("GET", lambda: storage.list_files()),
+        ("GET", lambda: storage.read_bytes("a.txt")),
+        ("GET", lambda: storage.get_file("a.txt", tmp_path / "a.txt")),
+        ("PUT", lambda: storage.move("a.txt", "b.txt")),
+        ("DELETE", lambda: storage.remove("commit.json")),
+    ):
+        proxy.choose = scripted([fault], method=method)
+        before = proxy.injected[fault]
+        operation()
+        assert proxy.injected[fault] == before + 1
+    assert (tmp_path / "a.txt").read_bytes() == b"written"
+    assert storage.list_files() == {"b.txt": 7}
+
+
+@pytest.mark.parametrize("fault", ["InternalError", "SlowDown", "RequestTimeout", "silence"])
+def test_with_one_try_the_same_trouble_is_an_error(
+    proxy: FaultProxy, s3_bucket: str, tmp_path: Path, fault: Fault
+) -> None:
+    once = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=1))
+    proxy.choose = scripted([fault])
+    with pytest.raises(StorageError, match=r"1 try in .* the same command continues"):
+        once.write("c.txt", b"x")
+
+
+def test_a_create_whose_answer_was_lost_is_known_as_our_own(proxy: FaultProxy, storage: Storage) -> None:
+    proxy.choose = scripted(["reset after"], method="PUT")
+    assert storage.create("commit.json", b"attempt one")
+    assert proxy.injected["reset after"] == 1 and proxy.requests["PUT"] == 2
+    assert not storage.create("commit.json", b"attempt two")
+    proxy.choose = scripted(["reset after", "reset after"], method="PUT")
+    assert not storage.create("commit.json", b"attempt three")
+    assert storage.read_bytes("commit.json") == b"attempt one"
+
+
+def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
+    proxy: FaultProxy, s3_bucket: str, tmp_path: Path
+) -> None:
+    down = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=3))
+    proxy.choose = scripted(["SlowDown"] * 100)
+    with pytest.raises(StorageError, match=r"cannot write s3://.*a\.txt.*3 tries in .*storage\.endpoint_url"):
+        down.write("a.txt", b"x")
+    assert proxy.requests["PUT"] == 3 * 3
+    nobody = Storage("s3://runs/x", StorageSection(endpoint_url="http://127.0.0.1:9", attempts=2, retry_for_s=5))
+    with pytest.raises(StorageError, match=r"EndpointConnectionError.*storage\.endpoint_url"):
+        nobody.read_bytes("run.json")
+    hurried = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, retry_for_s=0))
+    with pytest.raises(StorageError, match="1 try in"):
+        hurried.write("a.txt", b"x")
+
+
+@pytest.mark.parametrize(
+    ("fault", "mend"),
+    [
+        ("AccessDenied", "s3:PutObject|allow them to list, get, put"),
+        ("NoSuchBucket", "no such bucket: create it"),
+        ("ExpiredToken", "expired: renew them"),
+        ("InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
+        ("RequestTimeTooSkewed", "clock of .* UTC.* differs"),
+    ],
+)
+def test_lasting_trouble_is_told_at_once_with_its_mend(
+    proxy: FaultProxy, storage: Storage, fault: Fault, mend: str
+) -> None:
+    proxy.choose = scripted([fault] * 100)
+    with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
+        storage.write("a.txt", b"x")
+    with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
+        storage.read_bytes("run.json")
+    with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
+        storage.list_files()
+    assert proxy.requests["PUT"] == 1
+
+
+def test_credentials_that_are_not_there_are_asked_for(
+    proxy: FaultProxy, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = StorageSection(endpoint_url=proxy.endpoint, profile="nobody-has-this")
+    with pytest.raises(StorageError, match=r"storage\.profile"):
+        Storage(f"{s3_bucket}/x", absent).read_bytes("run.json")
+
+
+def test_a_run_is_written_and_read_through_a_store_where_one_request_in_five_fails(
+    proxy: FaultProxy, s3_bucket: str, tmp_path: Path
+) -> None:
+    quick: tuple[Fault, ...] = tuple(fault for fault in TRANSIENT if fault != "silence")
+    run = RunDirectory(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=6))
+    proxy.choose = seeded(0.2, seed=5, faults=quick)
+    identity = run.ensure(make_identity())
+    made = [store_commit(run, identity, rollout_id(prompt), 12) for prompt in ("00000-aa", "00001-bb")]
+    assert run.commits() == made
+    assert run_status(run).done
+    assert proxy.injected.total() >= 5
