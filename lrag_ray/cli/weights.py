@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from lrag_ray.cli.output import console, print_json, printable, quantity, tells_errors
-from lrag_ray.errors import LragError, RunEnvironmentError
+from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
 
 if TYPE_CHECKING:
     from lrag_ray.engine.weights.needs import Need
+    from lrag_ray.scoring.vbench_long import WeightFiles
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),
 ]
+OptionalConfig = Annotated[
+    str | None, typer.Argument(metavar="[CONFIG]", help="YAML file that describes the run; or give --suite.")
+]
+Suite = Annotated[
+    Literal["vbench_long"] | None,
+    typer.Option("--suite", help="Also the networks of this scoring suite; without CONFIG those alone."),
+]
+FolderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--folder",
+        metavar="DIR",
+        help="Folder of the suite's networks [default: scoring.weights of CONFIG, else VBench's own cache].",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; errors as JSON on stderr.")]
+
+_KIND = 26
+"""Columns for the kind of a file."""
 
 weights = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="The weights of a run: what it needs, where that is published, getting, checking and converting it.\n\n"
-    "\b\nExample:\n  lrag-ray weights list configs/table2.yaml",
+    "\b\nExamples:\n  lrag-ray weights list configs/table2.yaml\n  lrag-ray weights list --suite vbench_long",
 )
 
 
@@ -36,18 +55,28 @@ def register(app: typer.Typer) -> None:
 
 @weights.command("list")
 @tells_errors
-def list_needs(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show every file that a configuration needs, whether it is there, and where it is published.
+def list_needs(
+    config: OptionalConfig = None,
+    suite: Suite = None,
+    folder: FolderOption = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every file that a configuration or a scoring suite needs, whether it is there, and where it is published.
 
     \b
-    Example:
+    Examples:
       lrag-ray weights list configs/table2.yaml
+      lrag-ray weights list --suite vbench_long --folder weights/vbench
     """
     from lrag_ray.engine.weights.local import sizes_at
+    from lrag_ray.engine.weights.networks import place_of, size_of
     from lrag_ray.engine.weights.published import UNKNOWN
+    from lrag_ray.scoring.vbench_long import OFFICIAL
 
     rows: list[dict[str, Any]] = []
-    for need in _needs(config, overrides):
+    needs, networks = _selected(config, overrides, suite, folder)
+    for need in needs:
         published = need.published
         rows.append(
             {
@@ -60,6 +89,20 @@ def list_needs(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
                 "licence": published.licence if published else UNKNOWN,
             }
         )
+    if networks is not None:
+        for name, official in OFFICIAL.items():
+            path = place_of(networks, name)
+            rows.append(
+                {
+                    "kind": name,
+                    "address": str(path),
+                    "keys": ["scoring.weights"],
+                    "present_bytes": size_of(path) if path.exists() else None,
+                    "source": f"{official.url}#{official.member}" if official.member else official.url,
+                    "published_bytes": official.size_bytes,
+                    "licence": official.licence,
+                }
+            )
     if as_json:
         print_json({"needs": rows})
         return
@@ -68,7 +111,8 @@ def list_needs(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
         source = f"{row['source']} ({size}, licence {row['licence']})" if row["source"] else "not published so named"
         here = quantity(row["present_bytes"], "B") if row["present_bytes"] else "missing"
         console().print(
-            f"{row['kind']:<18} {here:<10} {printable(row['address'])}\n{'':<29} from {source}", soft_wrap=True
+            f"{row['kind']:<{_KIND}} {here:<10} {printable(row['address'])}\n{'':<{_KIND + 11}} from {source}",
+            soft_wrap=True,
         )
     if not rows:
         console().print("nothing: every backbone of this configuration has random weights")
@@ -77,62 +121,92 @@ def list_needs(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
 @weights.command()
 @tells_errors
 def pull(
-    config: Config,
+    config: OptionalConfig = None,
+    suite: Suite = None,
+    folder: FolderOption = None,
     overrides: Overrides = None,
     again: Annotated[bool, typer.Option("--again", help="Replace what is there already.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fetch what is missing to the configured paths or bucket addresses; goes on where it was cut off.
 
-    Digests are recorded beside each file. HF_ENDPOINT names a mirror, HF_TOKEN a token.
+    Digests are recorded beside each file. HF_ENDPOINT names a mirror of the Hub, HF_TOKEN a token.
 
     \b
     Examples:
       lrag-ray weights pull configs/table2.yaml
       lrag-ray weights pull configs/table2.yaml --set backbones.longlive.vae.path=s3://bucket/Wan2.1_VAE.pth
+      lrag-ray weights pull --suite vbench_long --folder weights/vbench
     """
+    from lrag_ray.engine.weights.networks import pull_source, sources
     from lrag_ray.engine.weights.pull import pull as pull_need
 
     rows: list[dict[str, Any]] = []
-    for need in _needs(config, overrides):
-        row: dict[str, Any] = {"kind": need.kind, "address": need.address, "error": None}
-        try:
-            result = pull_need(need, again=again, tell=lambda line: console(stderr=True).print(line, soft_wrap=True))
-            row |= {"pulled": result.pulled, "size_bytes": result.size_bytes}
-            state = f"{'pulled' if result.pulled else 'there'}, {quantity(result.size_bytes, 'B')}"
-        except LragError as error:
-            row["error"] = state = str(error)
-        rows.append(row)
+
+    def tell(line: str) -> None:
+        console(stderr=True).print(line, soft_wrap=True)
+
+    def add(kind: str, address: str, pulled: bool, size_bytes: int, error: str | None = None) -> None:
+        rows.append({"kind": kind, "address": address, "error": error})
+        if error is None:
+            rows[-1] |= {"pulled": pulled, "size_bytes": size_bytes}
         if not as_json:
-            _say(f"{need.kind:<18} {need.address}: {state}")
+            state = f"{'pulled' if pulled else 'there'}, {quantity(size_bytes, 'B')}"
+            _say(f"{kind:<{_KIND}} {address}: {error or state}")
+
+    needs, networks = _selected(config, overrides, suite, folder)
+    for need in needs:
+        try:
+            result = pull_need(need, again=again, tell=tell)
+            add(need.kind, need.address, result.pulled, result.size_bytes)
+        except LragError as error:
+            add(need.kind, need.address, False, 0, str(error))
+    if networks is not None:
+        for source in sources():
+            try:
+                for network in pull_source(source, networks, again=again, tell=tell):
+                    add(network.name, str(network.path), network.pulled, network.size_bytes)
+            except LragError as error:
+                add(" ".join(source.names), source.url, False, 0, str(error))
     _finish({"pulled": rows}, as_json, failed=any(row["error"] for row in rows))
 
 
 @weights.command()
 @tells_errors
 def verify(
-    config: Config,
+    config: OptionalConfig = None,
+    suite: Suite = None,
+    folder: FolderOption = None,
     overrides: Overrides = None,
     digests: Annotated[bool, typer.Option(help="Read every byte and compare digests.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check what is there: sizes, digests recorded when it was pulled, and names and shapes on the meta device.
+    """Check what is there: sizes, digests recorded when it was pulled, and that it fits or, for a suite, loads.
 
     \b
     Examples:
       lrag-ray weights verify configs/table2.yaml
       lrag-ray weights verify configs/table2.yaml --no-digests
+      lrag-ray weights verify --suite vbench_long --folder weights/vbench
     """
+    from lrag_ray.engine.weights.networks import verify_networks
     from lrag_ray.engine.weights.verify import verify as verify_need
 
-    verdicts = []
-    for need in _needs(config, overrides):
-        verdict = verify_need(need, digests=digests)
-        verdicts.append(verdict)
+    rows: list[dict[str, Any]] = []
+
+    def add(kind: str, address: str, ok: bool, detail: str) -> None:
+        rows.append({"kind": kind, "address": address, "ok": ok, "detail": detail})
         if not as_json:
-            _say(f"{'ok' if verdict.ok else 'fail':<5} {need.kind:<18} {need.address}: {verdict.detail}")
-    rows = [{"kind": v.need.kind, "address": v.need.address, "ok": v.ok, "detail": v.detail} for v in verdicts]
-    _finish({"verified": rows}, as_json, failed=not all(verdict.ok for verdict in verdicts))
+            _say(f"{'ok' if ok else 'fail':<5} {kind:<{_KIND}} {address}: {detail}")
+
+    needs, networks = _selected(config, overrides, suite, folder)
+    for need in needs:
+        verdict = verify_need(need, digests=digests)
+        add(need.kind, need.address, verdict.ok, verdict.detail)
+    if networks is not None:
+        for network in verify_networks(networks, digests=digests):
+            add(network.name, str(network.path), network.ok, network.detail)
+    _finish({"verified": rows}, as_json, failed=not all(row["ok"] for row in rows))
 
 
 @weights.command()
@@ -153,7 +227,7 @@ def convert(
     """
     from lrag_ray.engine.weights.convert import convert as convert_need
 
-    found = [convert_need(need, Path(to)) for need in _needs(config, overrides)]
+    found = [convert_need(need, Path(to)) for need in _selected(config, overrides, None, None).needs]
     done = [conversion for conversion in found if conversion is not None]
     if as_json:
         print_json({"converted": [conversion._asdict() | {"target": str(conversion.target)} for conversion in done]})
@@ -165,11 +239,32 @@ def convert(
             _say(f"    --set {key}={shown}")
 
 
-def _needs(config: str, overrides: list[str] | None) -> list[Need]:
-    from lrag_ray.config.load import load_config
-    from lrag_ray.engine.weights.needs import needs_of
+class _Selection(NamedTuple):
+    """What a command is about."""
 
-    return needs_of(load_config(config, overrides or []))
+    needs: list[Need]
+    networks: WeightFiles | None
+    """Where the networks of the scoring suite are; None where they are not asked for."""
+
+
+def _selected(config: str | None, overrides: list[str] | None, suite: str | None, folder: str | None) -> _Selection:
+    from lrag_ray.config.load import load_config
+    from lrag_ray.engine.weights.local import is_remote
+    from lrag_ray.engine.weights.needs import needs_of
+    from lrag_ray.scoring.vbench_long import WeightFiles
+
+    if config is None and suite is None:
+        raise UsageError("neither CONFIG nor --suite is given. Mend: name a configuration, or --suite vbench_long")
+    loaded = load_config(config, overrides or []) if config is not None else None
+    needs = needs_of(loaded) if loaded is not None else []
+    if suite is None and (loaded is None or loaded.scoring.suite != "vbench_long"):
+        return _Selection(needs, None)
+    named = folder or (loaded.scoring.weights if loaded is not None else None)
+    if named == "random":
+        return _Selection(needs, None)
+    if named is not None and is_remote(named):
+        raise UsageError(f"{named} is no folder of this machine. Mend: give --folder a path that all nodes see")
+    return _Selection(needs, WeightFiles(Path(named) if named is not None else None))
 
 
 def _say(line: str) -> None:

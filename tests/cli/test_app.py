@@ -28,9 +28,9 @@ SURFACE = {
     "decode": ["RUN", "--config", "--set", "--other-vae", "--json"],
     "inspect": ["ROLLOUT", "--png", "--json"],
     "doctor": ["[CONFIG]", "--set", "--json"],
-    "weights list": ["CONFIG", "--set", "--json"],
-    "weights pull": ["CONFIG", "--set", "--again", "--json"],
-    "weights verify": ["CONFIG", "--set", "--digests", "--json"],
+    "weights list": ["[CONFIG]", "--suite", "--folder", "--set", "--json"],
+    "weights pull": ["[CONFIG]", "--suite", "--folder", "--set", "--again", "--json"],
+    "weights verify": ["[CONFIG]", "--suite", "--folder", "--set", "--digests", "--json"],
     "weights convert": ["CONFIG", "--to", "--set", "--json"],
 }
 

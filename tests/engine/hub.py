@@ -1,4 +1,4 @@
-"""A Hub of one's own: an HTTP server that speaks the routes which huggingface_hub uses to fetch a file."""
+"""A Hub of one's own: an HTTP server that speaks the routes which huggingface_hub uses, and serves plain files too."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Files by ``repository/path``; connections can be cut in the middle of a file."""
+    """Files by ``repository/path``, or by their plain path; connections can be cut in the middle of a file."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
+        self.moved: dict[str, str] = {}
+        """Plain paths that are answered with another place."""
         self.cut_after: dict[str, int] = {}
         """Bytes after which the next download of a file is cut off, once."""
         self.stall_after: dict[str, int] = {}
@@ -45,8 +47,15 @@ class Hub:
 
             def _answer(self, body: bool) -> None:
                 hub.tokens.append(self.headers.get("Authorization"))
-                repository, _, rest = self.path.lstrip("/").partition("/resolve/")
-                name = f"{repository}/{rest.partition('/')[2]}"
+                plain = self.path.lstrip("/")
+                if plain in hub.moved:
+                    self.send_response(302)
+                    self.send_header("Location", f"{hub.endpoint}/{hub.moved[plain]}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                repository, _, rest = plain.partition("/resolve/")
+                name = f"{repository}/{rest.partition('/')[2]}" if rest else plain
                 content = hub.files.get(name)
                 if content is None:
                     self.send_response(404)
@@ -65,6 +74,11 @@ class Hub:
                         return
                     if wanted is not None:
                         start, status = int(wanted.removeprefix("bytes=").rstrip("-")), 206
+                        if start >= len(content):
+                            self.send_response(416)
+                            self.send_header("Content-Length", "0")
+                            self.end_headers()
+                            return
                 self.send_response(status)
                 self.send_header("X-Repo-Commit", COMMIT)
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')

@@ -9,10 +9,11 @@
 
 from lrag_ray.scoring.vbench_long.aggregate import Aggregate, ClipScore, Unscored, aggregate
 from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks, Precision
+from lrag_ray.scoring.vbench_long.official import NETWORKS, OFFICIAL, NetworkName
 from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Mode, RowKey, ScoreRow
 from lrag_ray.scoring.vbench_long.score import ClipScorer, VideoSource, score_video
-from lrag_ray.scoring.vbench_long.weights import NETWORKS, OFFICIAL, NetworkName, WeightFiles, Weights, WeightSource
+from lrag_ray.scoring.vbench_long.weights import WeightFiles, Weights, WeightSource
 
 __all__ = [
     "DIMENSIONS",

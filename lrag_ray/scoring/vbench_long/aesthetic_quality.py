@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lrag_ray.scoring.vbench_long.dimension import Measured
 from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
-from lrag_ray.scoring.vbench_long.weights import NetworkName
 
 NETWORKS: tuple[NetworkName, ...] = ("clip_vitl14", "laion_linear")
 

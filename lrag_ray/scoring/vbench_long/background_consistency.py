@@ -7,8 +7,8 @@ from torch import Tensor
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.dimension import Measured, mean_of
 from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import SIDE, ClipFrames, resize
-from lrag_ray.scoring.vbench_long.weights import NetworkName
 
 NETWORKS: tuple[NetworkName, ...] = ("clip_vitb32",)
 SLOW_NETWORKS: tuple[NetworkName, ...] = (

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lrag_ray.scoring.vbench_long.dimension import Measured, mean_of
 from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, resize
-from lrag_ray.scoring.vbench_long.weights import NetworkName
 
 NETWORKS: tuple[NetworkName, ...] = ("musiq_spaq",)
 LONGER_SIDE = 512

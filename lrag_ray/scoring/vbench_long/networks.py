@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.errors import RunEnvironmentError, WeightsError
+from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import CLIP, IMAGENET, normalise
 from lrag_ray.scoring.vbench_long.raft import FlowEstimator
 from lrag_ray.scoring.vbench_long.vit import VisionTransformer, VitConfig, clip_name
-from lrag_ray.scoring.vbench_long.weights import NetworkName, Weights, WeightSource
+from lrag_ray.scoring.vbench_long.weights import Weights, WeightSource
 from lrag_ray.wan.state_dict import load_strict, misfits, state_dict_digest
 
 Precision = Literal["float32", "official"]
@@ -49,6 +50,21 @@ DREAMSIM_DINO = VitConfig(patch=16, grid=14, readout="block")
 DREAMSIM_CLIP = VitConfig(patch=16, grid=14, eps=1e-5, pre_norm=True, quick_gelu=True, projection=512)
 DREAMSIM_OPEN_CLIP = VitConfig(patch=16, grid=14, eps=1e-5, pre_norm=True, projection=512)
 _LORA_RANK = 16
+
+_USERS: Mapping[NetworkName, str] = {
+    "dino_vitb16": "dino",
+    "dinov2_vitb14": "dinov2",
+    "clip_vitb32": "clip_b32",
+    "clip_vitl14": "clip_l14",
+    "laion_linear": "aesthetic_head",
+    "raft_things": "raft",
+    "amt_s": "amt",
+    "musiq_spaq": "musiq",
+    "dreamsim_clip_vitb16": "dreamsim",
+    "dreamsim_open_clip_vitb16": "dreamsim",
+    "dreamsim_ensemble_lora": "dreamsim",
+}
+"""Property of `Networks` by the weights that it is built from."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,10 @@ class Networks:
         self._weights = weights
         self.digests: dict[NetworkName, str] = {}
         """SHA-256 of the tensors of each network that was built."""
+
+    def build(self, name: NetworkName) -> None:
+        """Build the network that uses the weights `name` now, not when a clip first needs it."""
+        getattr(self, _USERS[name])
 
     @property
     def device_kind(self) -> str:
@@ -192,11 +212,11 @@ class Networks:
         expected = {
             theirs: ours[key].squeeze() if "embedding" in theirs else ours[key] for theirs, key in official.items()
         }
-        tensors = self._read(name, expected).tensors
-        renamed = {official.get(theirs, theirs): tensor for theirs, tensor in tensors.items()}
+        weights = self._read(name, expected)
+        renamed = {official.get(theirs, theirs): tensor for theirs, tensor in weights.tensors.items()}
         for key in renamed.keys() & {"cls_token", "pos_embed"}:
             renamed[key] = renamed[key][(None,) * (3 - renamed[key].ndim)]
-        _load(model, renamed, name)
+        load_strict(model, renamed, weights.source, _AGAIN)
         return self._ready(model)
 
     def _built(self, name: NetworkName, make: Callable[[], nn.Module]) -> nn.Module:
@@ -209,7 +229,8 @@ class Networks:
         return model.eval().requires_grad_(False).to(self.device)
 
     def _fill(self, model: nn.Module, name: NetworkName) -> None:
-        _load(model, self._read(name, model.state_dict()).tensors, name)
+        weights = self._read(name, model.state_dict())
+        load_strict(model, weights.tensors, weights.source, _AGAIN)
 
     def _read(self, name: NetworkName, expected: Mapping[str, Tensor]) -> Weights:
         weights = self._weights.read(name, expected)
@@ -229,7 +250,9 @@ class Networks:
         }
         weights = self._read("dreamsim_ensemble_lora", expected)
         if wrong := misfits(weights.tensors, expected):
-            raise WeightsError("DreamSim's ensemble_lora does not fit:\n  " + "\n  ".join(wrong) + f"\nMend: {_AGAIN}")
+            raise WeightsError(
+                f"{weights.source} does not fit DreamSim:\n  " + "\n  ".join(wrong) + f"\nMend: {_AGAIN}"
+            )
         for tower, model in enumerate(towers):
             for block, layer in enumerate(model.blocks):
                 qkv: Any = layer.get_submodule("attn.qkv")
@@ -238,11 +261,7 @@ class Networks:
                 qkv.weight = nn.Parameter(qkv.weight + weights.lora_scale * (b @ a))
 
 
-_AGAIN = "fetch the official file again"
-
-
-def _load(model: nn.Module, tensors: Mapping[str, Tensor], name: NetworkName) -> None:
-    load_strict(model, tensors, f"the weight file of {name}", _AGAIN)
+_AGAIN = "give the published file (lrag-ray weights pull --suite vbench_long --again)"
 
 
 def _public(module: str, name: str) -> Callable[..., nn.Module]:

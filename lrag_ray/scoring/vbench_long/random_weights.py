@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long.weights import NetworkName, Weights
+from lrag_ray.scoring.vbench_long.official import NetworkName
+from lrag_ray.scoring.vbench_long.weights import Weights
 
 _EMBEDDINGS = {
     "pos_embed",
@@ -46,7 +47,7 @@ class RandomWeights:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             drawn = pool.map(lambda item: _draw(name, *item), expected.items())
             tensors = dict(zip(expected, drawn, strict=True))
-        return Weights(tensors, _LORA_SCALE if name == "dreamsim_ensemble_lora" else 1.0)
+        return Weights(tensors, f"the recipe for {name}", _LORA_SCALE if name == "dreamsim_ensemble_lora" else 1.0)
 
 
 def _draw(network: NetworkName, name: str, like: Tensor) -> Tensor:

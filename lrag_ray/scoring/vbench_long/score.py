@@ -24,10 +24,10 @@ from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError, mean_of
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
 from lrag_ray.scoring.vbench_long.reencode import reencode
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Kind, Mode, RowKey, ScoreRow
-from lrag_ray.scoring.vbench_long.weights import NetworkName
 from lrag_ray.video.mp4 import VideoError
 
 _MEASURES: Mapping[Dimension, Callable[[ClipFrames, Networks], Measured]] = {

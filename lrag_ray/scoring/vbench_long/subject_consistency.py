@@ -8,6 +8,7 @@ from torch import Tensor
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.dimension import Measured, mean_of
 from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import (
     DINOV2_RESIZE,
     IMAGENET,
@@ -17,7 +18,6 @@ from lrag_ray.scoring.vbench_long.preprocess import (
     normalise,
     resize_shorter,
 )
-from lrag_ray.scoring.vbench_long.weights import NetworkName
 
 NETWORKS: tuple[NetworkName, ...] = ("dino_vitb16",)
 SLOW_NETWORKS: tuple[NetworkName, ...] = ("dinov2_vitb14",)

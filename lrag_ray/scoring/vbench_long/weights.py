@@ -1,112 +1,26 @@
-"""The official weight files of every network: what they are called, where they are looked for, how they are read.
+"""The official weight files of every network: where they are looked for and how they are read.
 
-Nothing is downloaded here. A folder is laid out as VBench's own cache, so that an existing ``~/.cache/vbench`` serves
-as it is; without a folder the caches of VBench, torch.hub, CLIP and DreamSim are searched as well.
+Nothing is downloaded here. Without a folder the caches of VBench, torch.hub, CLIP and DreamSim are searched.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import typing
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lrag_ray.errors import WeightsError
+from lrag_ray.scoring.vbench_long.official import NETWORKS, OFFICIAL, NetworkName
 from lrag_ray.wan.state_dict import read_checkpoint
-
-NetworkName = Literal[
-    "dino_vitb16",
-    "dinov2_vitb14",
-    "clip_vitb32",
-    "clip_vitl14",
-    "laion_linear",
-    "raft_things",
-    "amt_s",
-    "musiq_spaq",
-    "dreamsim_clip_vitb16",
-    "dreamsim_open_clip_vitb16",
-    "dreamsim_ensemble_lora",
-]
-NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)
-
-
-class OfficialFile(NamedTuple):
-    """A published weight file."""
-
-    path: str
-    """Place in a weights folder."""
-    url: str
-    """Where it is published; an archive where `member` is set."""
-    member: str = ""
-    """Path inside the archive."""
-    elsewhere: str = ""
-    """Place below ``~/.cache`` where another tool leaves it."""
-
-
-_DREAMSIM = (
-    "https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints/dreamsim_ensemble_checkpoint.zip"
-)
-_OPENAI = "https://openaipublic.azureedge.net/clip/models"
-
-OFFICIAL: Mapping[NetworkName, OfficialFile] = {
-    "dino_vitb16": OfficialFile(
-        "dino_model/dino_vitbase16_pretrain.pth",
-        "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-        elsewhere="torch/hub/checkpoints/dino_vitbase16_pretrain.pth",
-    ),
-    "dinov2_vitb14": OfficialFile(
-        "dinov2_model/dinov2_vitb14_pretrain.pth",
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-        elsewhere="torch/hub/checkpoints/dinov2_vitb14_pretrain.pth",
-    ),
-    "clip_vitb32": OfficialFile(
-        "clip_model/ViT-B-32.pt",
-        f"{_OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-        elsewhere="clip/ViT-B-32.pt",
-    ),
-    "clip_vitl14": OfficialFile(
-        "clip_model/ViT-L-14.pt",
-        f"{_OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-        elsewhere="clip/ViT-L-14.pt",
-    ),
-    "laion_linear": OfficialFile(
-        "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
-        "https://github.com/LAION-AI/aesthetic-predictor/blob/main/sa_0_4_vit_l_14_linear.pth?raw=true",
-    ),
-    "raft_things": OfficialFile(
-        "raft_model/models/raft-things.pth",
-        "https://dl.dropboxusercontent.com/s/4j4z58wuv8o0mfz/models.zip",
-        member="models/raft-things.pth",
-    ),
-    "amt_s": OfficialFile("amt_model/amt-s.pth", "https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth"),
-    "musiq_spaq": OfficialFile(
-        "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
-        "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
-    ),
-    "dreamsim_clip_vitb16": OfficialFile(
-        "dreamsim_model/clip_vitb16_pretrain.pth.tar",
-        _DREAMSIM,
-        member="clip_vitb16_pretrain.pth.tar",
-        elsewhere="clip_vitb16_pretrain.pth.tar",
-    ),
-    "dreamsim_open_clip_vitb16": OfficialFile(
-        "dreamsim_model/open_clip_vitb16_pretrain.pth.tar",
-        _DREAMSIM,
-        member="open_clip_vitb16_pretrain.pth.tar",
-        elsewhere="open_clip_vitb16_pretrain.pth.tar",
-    ),
-    "dreamsim_ensemble_lora": OfficialFile(
-        "dreamsim_model/ensemble_lora", _DREAMSIM, member="ensemble_lora/", elsewhere="ensemble_lora"
-    ),
-}
-"""One file (for the LoRA a folder with ``adapter_model.*`` and ``adapter_config.json``) per network."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +28,8 @@ class Weights:
     """The tensors of one network under their official names."""
 
     tensors: Mapping[str, Tensor]
+    source: str
+    """Where they come from, for messages."""
     lora_scale: float = 1.0
     """alpha / rank, for a LoRA."""
 
@@ -141,6 +57,11 @@ class WeightFiles:
         vbench = Path(os.environ.get("VBENCH_CACHE_DIR") or cache / "vbench")
         return [vbench / official.path, *([cache / official.elsewhere] if official.elsewhere else [])]
 
+    @property
+    def pull_command(self) -> str:
+        """What brings the files to their first places."""
+        return f"lrag-ray weights pull --suite vbench_long{f' --folder {self.folder}' if self.folder else ''}"
+
     def find(self, name: NetworkName) -> Path:
         """The file of a network.
 
@@ -155,8 +76,8 @@ class WeightFiles:
         tried = " and ".join(str(place) for place in places)
         inside = f" (in the archive: {official.member})" if official.member else ""
         raise WeightsError(
-            f"no weights for {name}: nothing at {tried}. Mend: lrag-ray weights pull --suite vbench_long, "
-            f"or put {official.url}{inside} there"
+            f"no weights for {name}: nothing at {tried}. Mend: {self.pull_command}, or without network put "
+            f"{official.url}{inside} there"
         )
 
     def missing(self) -> Iterator[NetworkName]:
@@ -166,19 +87,42 @@ class WeightFiles:
                 yield name
 
     def read(self, name: NetworkName, expected: Mapping[str, Tensor]) -> Weights:
-        """Tensors of the official file, unwrapped and without prefixes; CLIP's text tower is left out."""
+        """Tensors of the official file, unwrapped and without prefixes; CLIP's text tower is left out.
+
+        Raises:
+            WeightsError: the file is missing, damaged, or holds more than tensors.
+        """
         path = self.find(name)
-        if name == "dreamsim_ensemble_lora":
-            return _read_lora(path)
-        tensors = _unwrap(_read_torchscript(path) if _is_torchscript(path) else read_checkpoint(path))
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+        source = f"{path} (weights of {name})"
+        try:
+            if name == "dreamsim_ensemble_lora":
+                return _read_lora(path, source)
+            content = _unwrap(_read_torchscript(path) if _is_torchscript(path) else _read_checkpoint(path))
+        except WeightsError as error:
+            raise WeightsError(f"weights of {name}: {error}, with {self.pull_command} --again") from error
+        content = {key.removeprefix("module."): value for key, value in content.items()}
         if name in ("clip_vitb32", "clip_vitl14"):
-            tensors = {key: value for key, value in tensors.items() if key in expected}
-        return Weights({key: _as_float32(value) for key, value in tensors.items()})
+            content = {key: value for key, value in content.items() if key in expected}
+        return Weights(_as_float32(content, source), source)
 
 
-def _as_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    # AMT's file was pickled with typing's name of OrderedDict, which torch does not count among its plain containers.
+    with torch.serialization.safe_globals([typing.OrderedDict]):
+        try:
+            return read_checkpoint(path)
+        except (IndexError, TypeError, AttributeError) as error:
+            # torch's unpickler stumbles so over bytes that are no pickle.
+            raise WeightsError(f"{path} is no torch file ({error}). Mend: fetch it again") from error
+
+
+def _as_float32(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    if other := [key for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise WeightsError(
+            f"{source} holds {', '.join(other[:4])} where tensors are expected, so it is another file. "
+            "Mend: give the published file"
+        )
+    return {key: value.float() if value.is_floating_point() else value for key, value in content.items()}
 
 
 def _unwrap(content: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +155,7 @@ def _read_torchscript(path: Path) -> dict[str, Any]:
     return dict(module.state_dict())
 
 
-def _read_lora(folder: Path) -> Weights:
+def _read_lora(folder: Path, source: str) -> Weights:
     config_path = folder / "adapter_config.json"
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -222,4 +166,4 @@ def _read_lora(folder: Path) -> Weights:
         ) from error
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     path = next((file for file in files if file.is_file()), files[0])
-    return Weights({key: _as_float32(value) for key, value in read_checkpoint(path).items()}, scale)
+    return Weights(_as_float32(_read_checkpoint(path), source), source, scale)

@@ -70,7 +70,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / OFFICIAL["laion_linear"].path
     path.parent.mkdir(parents=True)
     torch.save({"weight": torch.zeros(1, 512), "bias": torch.zeros(1)}, path)  # type: ignore[no-untyped-call]
-    with pytest.raises(WeightsError, match=r"laion_linear does not fit(.|\n)*\[1, 512\], expected \[1, 768\]"):
+    with pytest.raises(WeightsError, match=r"weights of laion_linear\) does not fit(.|\n)*\[1, 512\], expected \[1, 768\]"):
         _ = Networks(WeightFiles(tmp_path)).aesthetic_head
 
 
