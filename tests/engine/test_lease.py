@@ -1,0 +1,148 @@
+"""The keeper of the lease: stops a driver that was replaced or cannot reach its storage, and gives the lease back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.engine.lease import keep_lease
+from lrag_ray.engine.progress import Event, silent
+from lrag_ray.errors import LeaseError
+from lrag_ray.store.address import Storage
+from lrag_ray.store.lease import holder, new_record
+
+TTL_S = 2.0
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path))
+
+
+def take_over(storage: Storage) -> None:
+    """What another driver does that believes this one dead."""
+    found = holder(storage)
+    assert found is not None
+    record = new_record("run", TTL_S).model_copy(update={"user": "ada"})
+    assert storage.create(f"lease/{found.epoch + 1:08d}.json", record.model_dump_json().encode())
+
+
+def test_the_lease_is_renewed_and_given_back_however_the_block_ends(storage: Storage) -> None:
+    with keep_lease(storage, "run", ttl_s=TTL_S, progress=silent):
+        before = holder(storage)
+        assert before is not None and before.sign is not None and not before.is_free
+        with pytest.raises(LeaseError, match="being worked on"), keep_lease(storage, "gc", ttl_s=9, progress=silent):
+            pytest.fail("two drivers at once")
+        after = holder(storage)
+        assert after is not None and after.sign is not None and after.sign.count > before.sign.count
+    with pytest.raises(KeyboardInterrupt), keep_lease(storage, "run", ttl_s=TTL_S, progress=silent):
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="a bug"), keep_lease(storage, "run", ttl_s=TTL_S, progress=silent):
+        raise ValueError("a bug")
+    found = holder(storage)
+    assert found is not None and found.epoch == 3 and found.is_free
+
+
+def test_a_driver_that_was_replaced_is_stopped_with_the_name_of_the_other(storage: Storage) -> None:
+    before = signal.getsignal(signal.SIGURG)
+    began = time.monotonic()
+    with (
+        pytest.raises(LeaseError, match=r"was taken over by ada on .* so this driver .* stops"),
+        keep_lease(storage, "run", ttl_s=TTL_S, progress=silent),
+    ):
+        take_over(storage)
+        time.sleep(60)
+    assert time.monotonic() - began < 30
+    assert signal.getsignal(signal.SIGURG) == before
+    found = holder(storage)
+    assert found is not None and found.epoch == 2 and not found.is_free, "the other's lease was touched"
+
+
+def test_a_driver_in_another_thread_is_stopped_as_well(storage: Storage) -> None:
+    errors: list[BaseException] = []
+
+    def drive() -> None:
+        try:
+            with keep_lease(storage, "run", ttl_s=TTL_S, progress=silent):
+                take_over(storage)
+                for _ in range(600):
+                    time.sleep(0.1)
+        except LeaseError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    thread.join(timeout=30)
+    assert len(errors) == 1 and "was taken over by ada" in str(errors[0])
+
+
+def test_a_lease_that_cannot_be_renewed_stops_the_driver_after_its_ttl(storage: Storage, tmp_path: Path) -> None:
+    with (
+        pytest.raises(LeaseError, match=r"could not be renewed for 2 s.*cannot (write|list)"),
+        keep_lease(storage, "run", ttl_s=TTL_S, progress=silent),
+    ):
+        (tmp_path / "lease").rename(tmp_path / "away")
+        (tmp_path / "lease").write_text("a file where the folder was")
+        began = time.monotonic()
+        try:
+            time.sleep(60)
+        finally:
+            waited = time.monotonic() - began
+    assert TTL_S / 2 < waited < 30
+
+
+def test_a_short_trouble_of_the_storage_is_borne(storage: Storage, tmp_path: Path) -> None:
+    with keep_lease(storage, "run", ttl_s=4, progress=silent):
+        (tmp_path / "lease").rename(tmp_path / "away")
+        (tmp_path / "lease").write_text("a file where the folder was")
+        time.sleep(1)
+        (tmp_path / "lease").unlink()
+        (tmp_path / "away").rename(tmp_path / "lease")
+        time.sleep(4.2)
+    found = holder(storage)
+    assert found is not None and found.is_free
+
+
+def test_a_lease_that_cannot_be_given_back_is_told_and_masks_nothing(storage: Storage, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with (
+        pytest.raises(ValueError, match="the reason"),
+        keep_lease(storage, "run", ttl_s=600, progress=events.append),
+    ):
+        (tmp_path / "lease").rename(tmp_path / "away")
+        (tmp_path / "lease").write_text("a file where the folder was")
+        raise ValueError("the reason")
+    assert "could not be given back" in str(events[-1])
+
+
+STUBBORN = """
+import sys, time
+from lrag_ray.engine import lease
+from lrag_ray.engine.progress import silent
+from lrag_ray.store.address import Storage
+lease.STOP_WITHIN_S = 1.0
+with lease.keep_lease(Storage(sys.argv[1]), "run", ttl_s=2, progress=silent):
+    print("held", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+"""
+
+
+def test_a_driver_that_does_not_stop_is_ended_the_hard_way(storage: Storage) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STUBBORN, storage.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as driver:
+        assert driver.stdout is not None and driver.stdout.readline() == b"held\n"
+        take_over(storage)
+        _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 3
+    assert b"error: " in errors and b"was taken over by ada" in errors
