@@ -23,6 +23,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             _resolve(section, key)
     for method in data["methods"].values():
         _resolve(method, "encoder")
+    # ``random`` is no path but a recipe.
+    if data["scoring"]["weights"] != "random":
+        _resolve(data["scoring"], "weights")
     return RunConfig.model_validate(data)
 
 

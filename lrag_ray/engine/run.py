@@ -16,6 +16,7 @@ from lrag_ray.config.prompts import Prompt, load_prompts
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.lease import keep_lease
 from lrag_ray.engine.paths import with_absolute_paths
+from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.engine.progress import (
     Event,
     Notice,
@@ -30,13 +31,12 @@ from lrag_ray.engine.progress import (
 )
 from lrag_ray.engine.rollouts import run_rollouts
 from lrag_ray.engine.run_identity import build_identity
-from lrag_ray.engine.scoring import pending_targets, score_pending
+from lrag_ray.engine.scoring import check_scoring, open_scores, score_pending
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.stored_config import store_config
 from lrag_ray.engine.text import encode_prompts
 from lrag_ray.engine.work import OpenWork, open_work
 from lrag_ray.report import build_report
-from lrag_ray.scoring.preview import PREVIEW
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
@@ -100,6 +100,7 @@ class _Job:
         self._identity = build_identity(self._config, prompts)
         # Before anything is written: it may be the run of somebody else, who is not to find our lease in it.
         self._run.refuse_another_run(self._identity)
+        check_scoring(self._run, self._config)
 
     @property
     def storage(self) -> Storage:
@@ -141,6 +142,7 @@ class _Job:
             if self._work.items or self._scores_open():
                 with self._stage("connect", 1):
                     cluster.enter_context(ray_session(self._config.engine))
+                    probe_nodes(self._run, self._config, self._progress)
             if self._work.items:
                 self._encode_prompts()
                 with self._stage("rollouts", len(self._work.items)):
@@ -200,6 +202,4 @@ class _Job:
         self._show(event)
 
     def _scores_open(self) -> int:
-        if self._config.scoring.suite == "none":
-            return 0
-        return len(pending_targets(self._run, PREVIEW))
+        return open_scores(self._run, self._config)

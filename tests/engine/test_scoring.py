@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.scoring import _fan_out, pending_targets, score_pending, score_target, score_video
+from lrag_ray.engine.scoring import score_pending
+from lrag_ray.engine.scoring.fan_out import ATTEMPTS, FanOut, GoOn, Item, Refused, Result, Stopped, Work, Workers
+from lrag_ray.engine.scoring.preview import pending_targets, score_target, score_video
 from lrag_ray.scoring.preview import MEASURES, PREVIEW, measures
 from lrag_ray.scoring.table import ScoreRow, from_parquet
 from lrag_ray.store.records import RolloutId
@@ -88,33 +91,60 @@ def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
     assert score_pending(run, config_for(run)).scored == 1
     store_rollout(run, identity, rag, [6, 12])
     assert score_pending(run, config_for(run)).scored == 2
-    assert pending_targets(run, PREVIEW) == []
+    assert pending_targets(run) == []
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_broken_video_is_one_failed_row(run: RunDirectory) -> None:
-    broken = pending_targets(run, PREVIEW)[0]
+    broken = pending_targets(run)[0]
     content = run.storage.read_bytes(broken.video_path)
     # Same size, so that the commit still counts; other bytes.
     run.storage.write(broken.video_path, content[:100] + bytes(len(content) - 100))
     outcome = score_pending(run, config_for(run))
     assert outcome.scored == 7
-    assert list(outcome.failures) == [broken.video_path]
+    assert list(outcome.failures) == [f"{broken.rollout_path} at {broken.latent_frames} latent frames"]
     row = stored_rows(run)[broken.prompt_id, broken.method, broken.latent_frames]
     assert row.values == {} and row.reason is not None
     assert row.reason == f"{broken.video_path} does not have the checksum of its commit"
     assert score_pending(run, config_for(run)).scored == 0, "a broken video stays broken; it is not tried for ever"
 
 
-@pytest.mark.usefixtures("cluster")
-def test_an_item_that_kills_its_workers_stops_nothing() -> None:
-    def work(item: dict[str, Any]) -> dict[str, str]:
-        if item["poison"]:
+def do(payload: str, go_on: GoOn) -> None:
+    match payload:
+        case "kill":
             os._exit(1)
-        return {"name": item["name"]}
+        case "refuse":
+            raise Refused("not today")
+        case "bug":
+            raise KeyError("token=hunter2")
+        case "wait":
+            while go_on():
+                time.sleep(0.05)
+            raise Stopped
 
-    items = [{"name": name, "poison": name == "b"} for name in "abc"]
-    assert sorted(row["name"] for row in _fan_out(items, work, 1)) == ["a", "c"]
+
+def make() -> Work:
+    return do
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("keep", [True, False], ids=["actors", "tasks"])
+def test_an_item_that_kills_its_workers_or_raises_stops_nothing(keep: bool) -> None:
+    payloads = ["kill", "fine", "refuse", "bug", "good"]
+    found = {r.key: r for r in FanOut([Item(p, p) for p in payloads], make, Workers(2, 1), keep=keep)}
+    assert set(found) == set(payloads)
+    assert found["fine"] == Result("fine", "scored", "") and found["good"].state == "scored"
+    assert found["refuse"] == Result("refuse", "failed", "not today")
+    assert found["kill"].state == "failed" and f"died {ATTEMPTS} times" in found["kill"].reason
+    assert found["bug"].reason.startswith("KeyError: 'token=***' (test_scoring.py:")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_wave_stops_when_it_is_told_to() -> None:
+    fan_out = FanOut([Item(str(i), "wait") for i in range(4)], make, Workers(1, 1), keep=True)
+    told = threading.Timer(2, fan_out.stop)
+    told.start()
+    assert [result.state for result in fan_out] == ["stopped"] * 4
 
 
 def test_without_work_ray_is_not_needed(tmp_path: Path) -> None:
@@ -143,9 +173,9 @@ def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None
 def test_a_bucket_is_scored_like_a_folder(run: RunDirectory) -> None:
     bucket = make_run(f"memory://{Path(run.uri).parent.name}", ["a red fox", "a river"])
     try:
-        ours = [score_video(bucket.storage, target).values for target in pending_targets(bucket, PREVIEW)[:2]]
-        assert ours == [score_video(run.storage, target).values for target in pending_targets(run, PREVIEW)[:2]]
-        gone = pending_targets(bucket, PREVIEW)[0]
+        ours = [score_video(bucket.storage, target).values for target in pending_targets(bucket)[:2]]
+        assert ours == [score_video(run.storage, target).values for target in pending_targets(run)[:2]]
+        gone = pending_targets(bucket)[0]
         bucket.storage.remove(gone.video_path)
         assert score_video(bucket.storage, gone).reason == f"{gone.video_path} is missing"
     finally:
@@ -153,7 +183,7 @@ def test_a_bucket_is_scored_like_a_folder(run: RunDirectory) -> None:
 
 
 def test_a_video_that_is_shorter_than_its_commit_says_is_not_scored(run: RunDirectory) -> None:
-    target = replace(pending_targets(run, PREVIEW)[0], video_frames=99)
+    target = replace(pending_targets(run)[0], video_frames=99)
     row = score_video(run.storage, target)
     assert row.values == {}
     assert row.reason == f"{target.video_path} has 21 frames, its commit speaks of 99"
