@@ -15,7 +15,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
-def _unshare() -> tuple[str, ...] | None:
+def unshare_command() -> tuple[str, ...] | None:
+    """How to start a program that may mount without anybody noticing; None where this user may not."""
     for command in (("unshare", "--mount"), ("unshare", "--user", "--map-root-user", "--mount")):
         try:
             mounted = subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
@@ -28,7 +29,7 @@ def _unshare() -> tuple[str, ...] | None:
 
 def run_on_small_disk(program: str, folder: Path, size: str) -> str:
     """Standard output of a Python program that finds `folder` (its first argument) on an empty disk of `size`."""
-    unshare = _unshare()
+    unshare = unshare_command()
     if unshare is None:
         pytest.skip("this user may not mount a small file system in a namespace of its own (unshare --mount)")
     folder.mkdir(exist_ok=True)
