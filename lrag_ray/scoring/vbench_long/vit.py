@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] to [B, N, C]."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self._attend(q, k, v)
+
+    def first(self, x: Tensor) -> Tensor:
+        """[B, N, C] to the first token [B, 1, C] of what `forward` gives."""
+        width = x.shape[2]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, :1], weight[:width], bias[:width]).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, weight[width:], bias[width:]).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self._attend(q, k, v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
@@ -104,7 +115,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] to [B, N, C]."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
+        return self._mix(x + self.ls1(self.attn(self.norm1(x))))
+
+    def first(self, x: Tensor) -> Tensor:
+        """[B, N, C] to the first token [B, 1, C] of what `forward` gives, at a fifth of the work."""
+        return self._mix(x[:, :1] + self.ls1(self.attn.first(self.norm1(x))))
+
+    def _mix(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
 
@@ -142,11 +159,20 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] to features [B, width or projection], not L2-normalised."""
+        last: Any = self.blocks[-1]
+        return self.read_out(last.first(self.blocks[:-1](self.embed(images))))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens [B, 1 + patches, width], the CLS token first, as they enter the blocks."""
         patches = self.patch_embed(images)
         tokens = patches.flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        tokens = self.pos_drop(tokens + self._positions(*patches.shape[2:]))
-        cls: Tensor = self.blocks(tokens)[:, 0]
+        positioned: Tensor = self.pos_drop(tokens + self._positions(*patches.shape[2:]))
+        return positioned
+
+    def read_out(self, tokens: Tensor) -> Tensor:
+        """Features [B, width or projection] of the first of the tokens [B, N, width] behind the last block."""
+        cls: Tensor = tokens[:, 0]
         if self.config.readout == "block":
             return cls
         cls = self.norm(cls)
