@@ -138,10 +138,9 @@ def print_outcome(console: Console, uri: str, outcome: RunOutcome) -> None:
     from lrag_ray.report.build import SUMMARY
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import terminal_tables
-    from lrag_ray.scoring.preview import PREVIEW
     from lrag_ray.store.run_dir import RunDirectory
 
-    for ranks in terminal_tables(collect(RunDirectory(uri), PREVIEW)):
+    for ranks in terminal_tables(collect([RunDirectory(uri)])):
         console.print(ranks)
         console.print()
     console.print(

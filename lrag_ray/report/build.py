@@ -1,4 +1,4 @@
-"""From a run directory to its summary."""
+"""From run directories to their summary."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from lrag_ray.errors import UsageError
 from lrag_ray.report.collect import ReportData, collect
+from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet
+from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import render_page
-from lrag_ray.report.tables import ranks_csv, scores_parquet, terminal_tables
-from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.report.strips import make_strips
+from lrag_ray.report.tables import terminal_tables
 from lrag_ray.scoring.ranks import RankBlock
+from lrag_ray.scoring.vbench_long.rows import Mode
+from lrag_ray.store.address import Storage
 from lrag_ray.store.run_dir import RunDirectory
 
 SUMMARY = "summary"
-"""Folder of the report, relative to the run."""
+"""Folder of the report of one run, relative to the run."""
+PAGE = "report.html"
+STRIPS = 3
+"""Prompts per backbone that get timestamp strips unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +31,10 @@ class Report:
     """What was written, and the ranks."""
 
     data: ReportData
-    ranks_path: str
-    """Rank table as CSV; paths are relative to the run."""
-    scores_path: str
-    """Values of every video as parquet."""
-    page_path: str
-    """The page; opens in a browser from the run's folder or bucket."""
+    folder: str
+    """Where it lies."""
+    files: Sequence[str]
+    """What was written there, the page first; strips are in a folder of their own beside them."""
 
     @property
     def blocks(self) -> Sequence[RankBlock]:
@@ -36,24 +42,51 @@ class Report:
         return self.data.blocks
 
     def terminal_tables(self) -> list[Table]:
-        """The rank tables for a Rich console."""
+        """The rank tables and differences for a Rich console."""
         return list(terminal_tables(self.data))
 
 
-def build_report(run_dir: RunDirectory) -> Report:
+def build_report(run_dir: RunDirectory, *, strips: int = STRIPS) -> Report:
     """Write the summary of a run from what its storage holds; the same storage gives the same files.
 
     Raises:
         StorageError: there is no run, or it cannot be written.
     """
-    data = collect(run_dir, PREVIEW)
-    report = Report(
-        data=data,
-        ranks_path=f"{SUMMARY}/ranks.csv",
-        scores_path=f"{SUMMARY}/scores.parquet",
-        page_path=f"{SUMMARY}/report.html",
-    )
-    run_dir.storage.write(report.ranks_path, ranks_csv(data).encode())
-    run_dir.storage.write(report.scores_path, scores_parquet(data))
-    run_dir.storage.write(report.page_path, render_page(data).encode())
-    return report
+    return write_report(collect([run_dir]), strips=strips)
+
+
+def report(
+    run_dirs: Sequence[RunDirectory],
+    *,
+    to: str | None = None,
+    suite: str | None = None,
+    mode: Mode | None = None,
+    strips: int = STRIPS,
+) -> Report:
+    """Write the report of one run or of several as one, into the folder or address `to` (one run: its own summary).
+
+    Raises:
+        StorageError: an address holds no run or cannot be written.
+        UsageError: several runs and no `to`, runs that cannot stand in one table, or a mode of a suite without modes.
+    """
+    if to is None and len(run_dirs) != 1:
+        raise UsageError("the report of several runs needs a place: give --to FOLDER")
+    return write_report(collect(run_dirs, suite, mode), to=to, strips=strips)
+
+
+def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIPS) -> Report:
+    """Write everything that `data` shows; see `report`."""
+    folder = Storage(to if to is not None else f"{data.sources[0].run_dir.storage.address}/{SUMMARY}")
+    sheets = make_strips(data, folder, strips)
+    contents = {
+        PAGE: render_page(data, folder, sheets).encode(),
+        "ranks.csv": ranks_csv(data).encode(),
+        "differences.csv": differences_csv(data).encode(),
+        "table.tex": latex_table(data).encode(),
+        "scores.parquet": scores_parquet(data),
+    }
+    if data.drift:
+        contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
+    for name, content in contents.items():
+        folder.write(name, content)
+    return Report(data, folder.uri, list(contents))

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from pyarrow import ArrowException
-
-from lrag_ray.context.trace import TraceRow
-from lrag_ray.scoring.ranks import RankBlock, VideoScore, average_ranks
-from lrag_ray.scoring.table import ScoreRow, Suite, from_parquet
+from lrag_ray.errors import UsageError
+from lrag_ray.report.differences import BlockStatistics, block_statistics
+from lrag_ray.report.merge import merged_identity
+from lrag_ray.report.scores import Scores, add_preview_scores, choose_suite
+from lrag_ray.report.vbench_scores import add_vbench_scores
+from lrag_ray.scoring.drift import DriftPoint, drift
+from lrag_ray.scoring.ranks import RankBlock, average_ranks
+from lrag_ray.scoring.table import Suite
+from lrag_ray.scoring.vbench_long.rows import Mode
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.parts import read_trace
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import RunStatus, run_status
@@ -20,26 +24,69 @@ from lrag_ray.store.videos import CommittedVideo, committed_videos
 
 
 @dataclass(frozen=True)
-class ReportData:
-    """A run, its scores and its ranks."""
+class Source:
+    """One of the runs."""
 
-    uri: str
-    identity: RunIdentity
+    run_dir: RunDirectory
     status: RunStatus
+
+
+@dataclass(frozen=True)
+class ShownRollout:
+    """A rollout that has videos."""
+
+    run_dir: RunDirectory
+    """Where they lie."""
+    videos: Sequence[CommittedVideo]
+    """Shortest duration first."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """One run, or several as one: scores, ranks and what stands beside them."""
+
+    sources: Sequence[Source]
+    """The runs, in the order in which they were given."""
+    identity: RunIdentity
+    """Their union."""
+    methods: Mapping[str, Sequence[str]]
+    """Methods that are compared, by backbone."""
     suite: Suite
-    scores: Sequence[ScoreRow]
-    """In prompt-major order."""
+    other_suites: Sequence[str]
+    """Suites and modes that have scores too, and are not shown."""
+    scores: Scores
     blocks: Sequence[RankBlock]
     """One per backbone and duration."""
-    videos: Mapping[RolloutId, Sequence[CommittedVideo]]
-    """By rollout, shortest duration first."""
-    traces: Mapping[RolloutId, Sequence[TraceRow]]
-    """Trace of the longest committed duration."""
+    statistics: Sequence[BlockStatistics]
+    """One per block."""
+    rollouts: Mapping[RolloutId, ShownRollout]
+    """In prompt-major order."""
+
+    @property
+    def uris(self) -> list[str]:
+        """Addresses of the runs, as they may be shown."""
+        return [source.run_dir.uri for source in self.sources]
+
+    @cached_property
+    def drift(self) -> Sequence[DriftPoint]:
+        """Curves over the time of the video, where the suite has clips."""
+        return drift(self.scores.clips, self.blocks)
 
     def duration_s(self, backbone: str, latent_frames: int) -> float:
         """The duration as the configuration names it."""
         horizons = self.identity.backbones[backbone].horizons
         return next(horizon.duration_s for horizon in horizons if horizon.latent_frames == latent_frames)
+
+    def frozen_means(self, block: RankBlock) -> dict[str, float]:
+        """The control beside a block, over those of its units that have it; empty where none has."""
+        found = self.scores.frozen.get(block.backbone, {})
+        weights = {unit: weight for unit, weight in block.weights.items() if unit in found}
+        total = sum(weights.values())
+        return {
+            measure.name: sum(weight * found[unit][measure.name] for unit, weight in weights.items()) / total
+            for measure in self.suite.measures
+            if weights and all(measure.name in found[unit] for unit in weights)
+        }
 
     @property
     def labels(self) -> list[str]:
@@ -55,68 +102,63 @@ class ReportData:
     @property
     def device_kinds(self) -> Mapping[str, int]:
         """Number of rollouts per kind of device."""
-        return Counter(videos[-1].commit.device_kind for videos in self.videos.values())
-
-    @property
-    def scoring_failures(self) -> Sequence[ScoreRow]:
-        """Videos that could not be scored."""
-        return [row for row in self.scores if row.reason is not None]
+        return Counter(rollout.videos[-1].commit.device_kind for rollout in self.rollouts.values())
 
 
-def collect(run_dir: RunDirectory, suite: Suite) -> ReportData:
-    """Read a run. Raises StorageError where there is none."""
-    identity = run_dir.require()
-    videos: dict[RolloutId, list[CommittedVideo]] = {}
-    for video in committed_videos(run_dir):
-        videos.setdefault(video.rollout, []).append(video)
-    scores = _scores(run_dir, suite, videos)
-    ranked = [
-        VideoScore(t.backbone, t.method, t.latent_frames, t.prompt_id, t.sample, row.values)
-        for row in scores
-        if row.reason is None
-        for t in (row.target,)
+def collect(run_dirs: Sequence[RunDirectory], suite: str | None = None, mode: Mode | None = None) -> ReportData:
+    """Read one run, or several as one; without `suite` and `mode` the scores that compare best are shown.
+
+    Where two runs hold the same rollout, the first one's counts.
+
+    Raises:
+        StorageError: an address holds no run.
+        UsageError: no run, one run twice, runs that cannot stand in one table, or a mode of a suite that has none.
+    """
+    twice = [uri for uri, times in Counter(run_dir.uri for run_dir in run_dirs).items() if times > 1]
+    if twice or not run_dirs:
+        raise UsageError(f"{twice[0]} was given twice: name every run once" if twice else "no run was given")
+    merged = merged_identity(run_dirs)
+    choice, others = choose_suite(run_dirs, suite, mode)
+    scores = Scores()
+    rollouts: dict[RolloutId, ShownRollout] = {}
+    for run_dir in run_dirs:
+        videos: dict[RolloutId, list[CommittedVideo]] = {}
+        for video in committed_videos(run_dir):
+            if video.rollout not in rollouts:
+                videos.setdefault(video.rollout, []).append(video)
+        rollouts |= {rollout: ShownRollout(run_dir, group) for rollout, group in videos.items()}
+        if choice.mode is None:
+            add_preview_scores(scores, run_dir, videos)
+        else:
+            add_vbench_scores(scores, run_dir.storage, run_dir.require(), videos, choice.mode)
+    shown = choice.suite(scores)
+    blocks = [
+        block
+        for backbone, methods in merged.methods.items()
+        for block in average_ranks(
+            (video for video in scores.videos if video.backbone == backbone), methods, shown.measures, shown.pooling
+        )
     ]
+    methods_by_name = merged.identity.methods
     return ReportData(
-        uri=run_dir.uri,
-        identity=identity,
-        status=run_status(run_dir),
-        suite=suite,
+        sources=[Source(run_dir, run_status(run_dir)) for run_dir in run_dirs],
+        identity=merged.identity,
+        methods=merged.methods,
+        suite=shown,
+        other_suites=others,
         scores=scores,
-        blocks=average_ranks(ranked, list(identity.methods), suite.measures),
-        videos=videos,
-        traces=_traces(run_dir, videos),
+        blocks=blocks,
+        statistics=[block_statistics(block, scores.videos, methods_by_name, shown.measures) for block in blocks],
+        rollouts=_prompt_major(rollouts, merged.identity),
     )
 
 
-def _scores(
-    run_dir: RunDirectory, suite: Suite, videos: Mapping[RolloutId, Sequence[CommittedVideo]]
-) -> list[ScoreRow]:
-    """Rows of the videos that count now, in their order; rows of videos that were since replaced are left out."""
-    order = {
-        (video.rollout.path, video.latent_frames, video.video.sha256): i
-        for i, video in enumerate(video for group in videos.values() for video in group)
-    }
-    found = {}
-    for data in run_dir.storage.read_many(list(run_dir.storage.list_files(suite.folder))).values():
-        try:
-            rows = from_parquet(data, suite)
-        except ArrowException:
-            # A file that is no score is missing from the table, where the counts show it.
-            continue
-        for row in rows:
-            position = order.get((row.target.rollout_path, row.target.latent_frames, row.target.video_sha256))
-            if position is not None:
-                found[position] = row
-    return [row for _, row in sorted(found.items())]
-
-
-def _traces(
-    run_dir: RunDirectory, videos: Mapping[RolloutId, Sequence[CommittedVideo]]
-) -> dict[RolloutId, list[TraceRow]]:
-    paths = {rollout: [part.path for part in group[-1].commit.trace_parts] for rollout, group in videos.items()}
-    contents = run_dir.storage.read_many([path for group in paths.values() for path in group])
-    return {
-        rollout: [row for path in group for row in read_trace(contents[path])]
-        for rollout, group in paths.items()
-        if all(path in contents for path in group)
-    }
+def _prompt_major(rollouts: Mapping[RolloutId, ShownRollout], identity: RunIdentity) -> dict[RolloutId, ShownRollout]:
+    ordered = (
+        RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+        for prompt_id in identity.prompts
+        for sample in range(identity.samples)
+        for backbone in identity.backbones
+        for method in identity.methods
+    )
+    return {rollout: rollouts[rollout] for rollout in ordered if rollout in rollouts}

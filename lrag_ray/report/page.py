@@ -1,7 +1,8 @@
-"""The report as one static HTML page: no external asset, links relative to the run, every text escaped.
+"""The report as one static HTML page: no external asset, links relative to the page, every text escaped.
 
-The page lies at RUN/summary/report.html and plays from a folder and from a bucket alike. Its script only adds comfort
-(duration choice, synchronous play and seek); without it every video still has its own controls.
+The page lies in the report's folder (RUN/summary for one run) and plays from a folder and from a bucket alike. Its
+script only adds comfort (duration choice, search, synchronous play and seek); without it every video still has its own
+controls.
 """
 
 from __future__ import annotations
@@ -9,51 +10,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.resources import files
-from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lrag_ray.report import tables
 from lrag_ray.report.collect import ReportData
-from lrag_ray.report.trace_svg import TraceFigure, trace_figure
-from lrag_ray.store.records import RolloutId
-from lrag_ray.store.videos import CommittedVideo
+from lrag_ray.report.drift_svg import drift_figures
+from lrag_ray.report.players import rows
+from lrag_ray.report.strips import StripSheet
+from lrag_ray.scoring.bootstrap import LEVEL
+from lrag_ray.scoring.ranks import RankBlock
+from lrag_ray.store.address import Storage
 
 
-@dataclass(frozen=True)
-class Player:
-    """One rollout's videos in a prompt's row."""
-
-    method: str
-    sources: Mapping[str, str]
-    """Relative address by latent frames."""
-    seconds: Mapping[str, float]
-    """Where playing stops, by latent frames: a file may be longer than its duration."""
-    figure: TraceFigure | None
-    device_kind: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """The videos of one prompt, sample and backbone side by side."""
-
-    anchor: str
-    prompt: str
-    prompt_index: int
-    sample: int
-    backbone: str
-    durations: Mapping[str, str]
-    """Label by latent frames."""
-    players: Sequence[Player | None]
-    """One per method of the run; None where there is no video."""
-
-
-def render_page(data: ReportData) -> str:
-    """HTML of the whole report."""
+def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet]) -> str:
+    """HTML of the whole report for a page that lies in `folder`."""
     style, script = _asset("report.css"), _asset("report.js")
     environment = Environment(
         loader=PackageLoader("lrag_ray.report", "."),
@@ -62,22 +36,50 @@ def render_page(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": tables.number, "rank_number": tables.rank_number, "arrow": tables.arrow}
+    suite = data.suite
+    environment.filters["number"] = lambda value: tables.number(value, suite)
+    environment.filters["signed"] = lambda value: tables.signed(value, suite)
+    environment.filters["interval"] = lambda value: tables.interval(value, suite)
+    environment.filters["rank_number"] = tables.rank_number
+    environment.filters["arrow"] = tables.arrow
+    environment.filters["favours"] = tables.favours
+    environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     return environment.get_template("report.html.j2").render(
         data=data,
+        suite=suite,
+        warnings=tables.warnings(data),
+        level=f"{LEVEL:.0%}",
         blocks=[
-            (block, tables.places(block, data.suite.measures), tables.comparison_note(block)) for block in data.blocks
+            {
+                "block": block,
+                "heading": tables.heading(data, block),
+                "marks": tables.places(block, suite.measures),
+                "note": tables.comparison_note(block),
+                "frozen": data.frozen_means(block),
+                "statistics": statistics,
+                "video_means_differ": video_means_differ(block),
+            }
+            for block, statistics in zip(data.blocks, data.statistics, strict=True)
         ],
         average=tables.AVERAGE,
-        rows=_rows(data),
+        noise_floor=lambda statistics, measure: tables.noise_floor(statistics, measure, suite),
+        drift=drift_figures(data),
+        strips=strips,
+        rows=rows(data, folder),
         samples=data.identity.samples,
         durations=_duration_choices(data),
+        failures=[failure for source in data.sources for failure in source.status.failures],
+        problems=[problem for source in data.sources for problem in source.status.problems],
         # Only our own files are marked safe; the policy lets nothing else run, whatever a prompt or a name holds.
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        pretty=lambda value: json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False),
     )
+
+
+def video_means_differ(block: RankBlock) -> bool:
+    """Whether the mean of per-video means says anything that the ranked mean does not."""
+    return any(abs(row.means[name] - row.video_means[name]) > 1e-9 for row in block.rows for name in row.means)
 
 
 def _asset(name: str) -> str:
@@ -86,49 +88,5 @@ def _asset(name: str) -> str:
 
 def _duration_choices(data: ReportData) -> dict[int, str]:
     """Labels of all durations that have a video, shortest first."""
-    seconds = {video.latent_frames: video.duration_s for group in data.videos.values() for video in group}
+    seconds = {video.latent_frames: video.duration_s for shown in data.rollouts.values() for video in shown.videos}
     return {frames: f"{seconds[frames]:g} s" for frames in sorted(seconds)}
-
-
-def _rows(data: ReportData) -> list[Row]:
-    rows = []
-    for prompt_id, prompt in data.identity.prompts.items():
-        for sample in range(data.identity.samples):
-            for backbone in data.identity.backbones:
-                rollouts = [
-                    RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-                    for method in data.identity.methods
-                ]
-                shown = {rollout: data.videos[rollout] for rollout in rollouts if rollout in data.videos}
-                if not shown:
-                    continue
-                durations = {v.latent_frames: f"{v.duration_s:g} s" for group in shown.values() for v in group}
-                rows.append(
-                    Row(
-                        anchor=f"{backbone}-{prompt_id}-{sample}",
-                        prompt=prompt.text,
-                        prompt_index=prompt.index,
-                        sample=sample,
-                        backbone=backbone,
-                        durations={str(frames): durations[frames] for frames in sorted(durations)},
-                        players=[_player(data, rollout) if rollout in shown else None for rollout in rollouts],
-                    )
-                )
-    return rows
-
-
-def _player(data: ReportData, rollout: RolloutId) -> Player:
-    videos = data.videos[rollout]
-    trace = data.traces.get(rollout)
-    return Player(
-        method=rollout.method,
-        sources={str(video.latent_frames): _address(video) for video in videos},
-        seconds={str(video.latent_frames): video.frames / video.fps for video in videos},
-        figure=trace_figure(trace) if trace else None,
-        device_kind=videos[-1].commit.device_kind,
-    )
-
-
-def _address(video: CommittedVideo) -> str:
-    """Address of a video relative to ``summary/``."""
-    return f"../{quote(video.video.path)}"

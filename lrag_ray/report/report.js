@@ -1,5 +1,5 @@
 "use strict";
-// Comfort only: choice of duration, and play, pause and seek of all videos of a prompt together.
+// Comfort only: choice of duration, search in prompts, and play, pause and seek of all videos of a prompt together.
 (() => {
   const AHEAD_S = 0.12; // Videos of a row further apart than this are pulled together.
   const rows = [...document.querySelectorAll(".row")].map(setUpRow);
@@ -12,6 +12,19 @@
   }
   const chosen = choices.find((choice) => choice.checked);
   rows.forEach((row) => row.choose(chosen ? chosen.value : ""));
+
+  const search = document.querySelector(".search");
+  const found = document.querySelector(".found");
+  if (search) search.addEventListener("input", () => {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let count = 0;
+    for (const row of rows) {
+      const shows = words.every((word) => row.text.includes(word));
+      row.show(shows);
+      count += shows;
+    }
+    found.textContent = words.length ? `${count} of ${rows.length}` : "";
+  });
 
   // Pages hold hundreds of videos: fetch the first frame of those that come near the window only.
   const near = new IntersectionObserver((entries) => {
@@ -119,6 +132,11 @@
       time.textContent = `${seconds.toFixed(1)} of ${length.toFixed(1)} s`;
     }
 
-    return { choose };
+    const text = element.querySelector(".head").textContent.toLowerCase();
+    const setShown = (shows) => {
+      if (!shows) stop();
+      element.hidden = !shows;
+    };
+    return { choose, text, show: setShown };
   }
 })();

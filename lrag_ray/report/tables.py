@@ -1,10 +1,9 @@
-"""Rank tables for machines (CSV, parquet) and for the terminal."""
+"""Rank tables and differences as people read them, and how they look on the terminal."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 
@@ -12,9 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lrag_ray.report.collect import ReportData
+from lrag_ray.report.differences import BlockStatistics, Contrast
+from lrag_ray.scoring.bootstrap import LEVEL, Interval
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock
-from lrag_ray.scoring.table import to_parquet
+from lrag_ray.scoring.table import Suite
+from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
 
 AVERAGE = "average_rank"
 """Key of the average rank beside the measures' names."""
@@ -26,36 +28,6 @@ class Place(IntEnum):
     BEST = 1
     SECOND = 2
     OTHER = 3
-
-
-def ranks_csv(data: ReportData) -> str:
-    """All blocks as one CSV: unrounded means, places and the average rank, one line per method."""
-    names = [measure.name for measure in data.suite.measures]
-    fixed = ["suite", "backbone", "backbone_label", "duration_s", "latent_frames", "prompts", "videos_per_method"]
-    fixed += ["prompts_left_out", "method", AVERAGE]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [*fixed, *names, *(f"rank_{name}" for name in names)], lineterminator="\n")
-    writer.writeheader()
-    for block in data.blocks:
-        shared = {
-            "suite": data.suite.name,
-            "backbone": block.backbone,
-            "backbone_label": data.identity.backbones[block.backbone].label,
-            "duration_s": data.duration_s(block.backbone, block.latent_frames),
-            "latent_frames": block.latent_frames,
-            "prompts": block.prompts,
-            "videos_per_method": block.videos,
-            "prompts_left_out": block.prompts_left_out,
-        }
-        for row in block.rows:
-            ranks = {f"rank_{name}": rank for name, rank in row.ranks.items()}
-            writer.writerow(shared | {"method": row.method, AVERAGE: row.average_rank} | dict(row.means) | ranks)
-    return out.getvalue()
-
-
-def scores_parquet(data: ReportData) -> bytes:
-    """All videos' values as one parquet file."""
-    return to_parquet(data.scores, data.suite)
 
 
 def places(block: RankBlock, measures: Sequence[Measure]) -> Mapping[tuple[str, str], Place]:
@@ -84,9 +56,30 @@ def arrow(measure: Measure) -> str:
     return "↑" if measure.higher_is_better else "↓"
 
 
-def number(value: float | None) -> str:
-    """A mean as people read it: four significant digits."""
-    return "–" if value is None else f"{value:#.4g}"
+def number(value: float | None, suite: Suite) -> str:
+    """A mean as people read it: like the paper where the suite is the paper's, else four significant digits."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f}" if suite.percent else f"{value:#.4g}"
+
+
+def signed(value: float | None, suite: Suite) -> str:
+    """A difference, with its sign."""
+    if value is None:
+        return "–"
+    return f"{100 * value:+.2f}" if suite.percent else f"{value:+#.3g}"
+
+
+def interval(found: Interval, suite: Suite) -> str:
+    """Both ends of an interval, or a dash where there is none."""
+    return "–" if found.lower is None else f"{signed(found.lower, suite)} to {signed(found.upper, suite)}"
+
+
+def favours(found: Interval, measure: Measure) -> str:
+    """Whom a difference speaks for: ``better``, ``worse``, or ``unclear`` where its interval holds zero."""
+    if not found.excludes_zero:
+        return "unclear"
+    return "better" if (found.mean > 0) == measure.higher_is_better else "worse"
 
 
 def rank_number(value: float | None) -> str:
@@ -108,27 +101,97 @@ def comparison_note(block: RankBlock) -> str:
     return f"{note}."
 
 
-def terminal_tables(data: ReportData) -> Iterable[Table]:
-    """One Rich table per block: methods in columns, because terminals are narrow and methods few."""
-    for block in data.blocks:
-        label = data.identity.backbones[block.backbone].label
-        duration_s = data.duration_s(block.backbone, block.latent_frames)
-        table = Table(
-            title=Text(f"{block.backbone}{f' ({label})' if label else ''}, {duration_s:g} s"),
-            caption=Text(f"{data.suite.name} suite, not VBench. {comparison_note(block)}"),
+def heading(data: ReportData, block: RankBlock) -> str:
+    """Backbone with its label, and the duration."""
+    label = data.identity.backbones[block.backbone].label
+    shown = f"{block.backbone} ({label})" if label else block.backbone
+    return f"{shown}, {data.duration_s(block.backbone, block.latent_frames):g} s"
+
+
+def warnings(data: ReportData) -> list[str]:
+    """What must be known before any number is read, the worst first."""
+    found = []
+    if data.scores.untrained:
+        found.append("These scores come from networks with random weights: the numbers mean nothing.")
+    if data.suite.percent and len(data.suite.measures) < len(DIMENSIONS):
+        found.append(
+            f"Only {len(data.suite.measures)} of the {len(DIMENSIONS)} dimensions are scored: the average rank is "
+            "not the paper's."
         )
-        table.add_column("measure")
-        for row in block.rows:
-            table.add_column(Text(row.method), justify="right")
-        marks = places(block, data.suite.measures)
-        for measure in data.suite.measures:
-            name = measure.name
-            cells = [_marked(number(row.means.get(name)), marks.get((row.method, name))) for row in block.rows]
-            table.add_row(f"{measure.title} {arrow(measure)}", *cells)
-        table.add_section()
-        ranks = [_marked(rank_number(row.average_rank), marks.get((row.method, AVERAGE))) for row in block.rows]
-        table.add_row("Average rank ↓", *ranks)
-        yield table
+    names = Counter(network.partition(":")[0] for network in data.scores.networks)
+    if mixed := sorted(name for name, digests in names.items() if digests > 1):
+        found.append(f"Scores come from different weights of {', '.join(mixed)}: they do not compare.")
+    precisions = {how.split(", ")[1] for how in data.scores.computed} if data.suite.percent else set()
+    if len(precisions) > 1:
+        found.append(f"Scores were computed in different ways ({', '.join(sorted(precisions))}).")
+    return found
+
+
+def terminal_tables(data: ReportData) -> Iterable[Table]:
+    """Per block the ranks, then the differences: methods in columns, because terminals are narrow and methods few."""
+    for block, statistics in zip(data.blocks, data.statistics, strict=True):
+        yield _rank_table(data, block)
+        if statistics.contrasts:
+            yield _difference_table(data, block, statistics)
+
+
+def _rank_table(data: ReportData, block: RankBlock) -> Table:
+    warned = " ".join(warnings(data))
+    caption = f"{warned} {data.suite.title}. {comparison_note(block)}"
+    frozen = data.frozen_means(block)
+    if frozen:
+        caption += " frozen: the first frame held, a control that is not ranked."
+    table = Table(title=Text(heading(data, block)), caption=Text(caption.strip()))
+    table.add_column("measure")
+    for row in block.rows:
+        table.add_column(Text(row.method), justify="right")
+    if frozen:
+        table.add_column(Text("frozen", style="italic"), justify="right")
+    marks = places(block, data.suite.measures)
+    for measure in data.suite.measures:
+        name = measure.name
+        cells = [_marked(number(row.means.get(name), data.suite), marks.get((row.method, name))) for row in block.rows]
+        control = [Text(number(frozen[name], data.suite), style="italic")] if frozen else []
+        table.add_row(f"{measure.title} {arrow(measure)}", *cells, *control)
+    table.add_section()
+    ranks = [_marked(rank_number(row.average_rank), marks.get((row.method, AVERAGE))) for row in block.rows]
+    table.add_row("Average rank ↓", *ranks)
+    return table
+
+
+def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStatistics) -> Table:
+    table = Table(
+        title=Text(f"{heading(data, block)}: differences"),
+        caption=Text(
+            f"{data.suite.title}. Paired over {_count(block.prompts, 'prompt')}, {LEVEL:.0%} bootstrap interval (BCa) "
+            "below. * the interval leaves out zero."
+        ),
+    )
+    table.add_column("measure")
+    for contrast in statistics.contrasts:
+        table.add_column(Text(f"{contrast.method} − {contrast.reference}"), justify="right")
+    if statistics.noise:
+        table.add_column("noise", justify="right")
+    for measure in data.suite.measures:
+        cells = [_difference_cell(contrast, measure, data.suite) for contrast in statistics.contrasts]
+        noise = [noise_floor(statistics, measure, data.suite)] if statistics.noise else []
+        table.add_row(f"{measure.title} {arrow(measure)}", *cells, *noise)
+    return table
+
+
+def noise_floor(statistics: BlockStatistics, measure: Measure, suite: Suite) -> str:
+    """Standard deviation between the samples of a prompt: the least and the greatest of the methods."""
+    values = [value for (_, name), value in statistics.noise.items() if name == measure.name]
+    if not values:
+        return "–"
+    low, high = number(min(values), suite), number(max(values), suite)
+    return low if low == high else f"{low} to {high}"
+
+
+def _difference_cell(contrast: Contrast, measure: Measure, suite: Suite) -> Text:
+    found = contrast.intervals[measure.name]
+    star = "*" if found.excludes_zero else " "
+    return Text(f"{signed(found.mean, suite)}{star}\n{interval(found, suite)} ")
 
 
 def _marked(text: str, place: Place | None) -> Text:

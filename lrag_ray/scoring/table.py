@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,17 @@ class Suite:
     name: str
     version: int
     measures: Sequence[Measure]
+    mode: str = ""
+    """How its values were computed, where there are several ways; values of two modes never share a table."""
+    percent: bool = False
+    """Values are shown times 100 with two decimals; files hold them as they are."""
+    pooling: Literal["prompts", "clips"] = "prompts"
+    """What the table's mean is over, see `lrag_ray.scoring.ranks`."""
+
+    @property
+    def title(self) -> str:
+        """What every table of its values says."""
+        return f"VBench-Long, {self.mode} mode" if self.mode else f"{self.name} suite, not VBench"
 
     @property
     def folder(self) -> str:

@@ -7,7 +7,7 @@ their tags: an untagged or wrongly converted file shifts the colours that scores
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -164,8 +164,32 @@ def iterate_frames(path: str | Path) -> Iterator[Frames]:
     Raises:
         VideoError: no readable video, or one that is damaged or cut short.
     """
+    for frame in _decoded(path):
+        yield _rgb(frame)
+
+
+def frames_at(path: str | Path, indices: Iterable[int]) -> Iterator[Frames]:
+    """Frames [H, W, 3] at `indices`, in ascending order; reading ends with the last of them.
+
+    Most of the time of reading is the conversion to RGB, which the other frames are spared.
+
+    Raises:
+        VideoError: no readable video, one that is damaged, or one without these frames.
+    """
+    wanted = sorted(set(indices))
+    found = 0
+    for index, frame in enumerate(_decoded(path)):
+        if found < len(wanted) and index == wanted[found]:
+            yield _rgb(frame)
+            found += 1
+        if found == len(wanted):
+            return
+    raise VideoError(f"{path} has no frame {wanted[found]}")
+
+
+def _decoded(path: str | Path) -> Iterator[Any]:
+    """Frames of the first video stream as the decoder gives them."""
     import av
-    from av.video.reformatter import ColorRange, Interpolation
 
     count = 0
     with _Opened(path) as container:
@@ -173,18 +197,24 @@ def iterate_frames(path: str | Path) -> Iterator[Frames]:
         stream.thread_type = "AUTO"
         try:
             for frame in container.decode(stream):
-                picture = frame.reformat(
-                    format="rgb24",
-                    dst_color_range=ColorRange.JPEG,
-                    interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
-                )
-                rgb: Any = picture.to_ndarray()
-                yield rgb
+                yield frame
                 count += 1
         except av.error.FFmpegError as error:
             raise VideoError(f"{path} is damaged after {count} frames: {error}") from error
     if count == 0:
         raise VideoError(f"{path} holds no video frame")
+
+
+def _rgb(frame: Any) -> Frames:
+    from av.video.reformatter import ColorRange, Interpolation
+
+    picture = frame.reformat(
+        format="rgb24",
+        dst_color_range=ColorRange.JPEG,
+        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+    )
+    rgb: Frames = picture.to_ndarray()
+    return rgb
 
 
 def read_video(path: str | Path) -> Frames:

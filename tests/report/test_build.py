@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from lrag_ray.engine.scoring import pending_targets, score_video
+from lrag_ray.engine.scoring.preview import pending_targets, score_video
 from lrag_ray.errors import StorageError
 from lrag_ray.report import Report, build_report
 from lrag_ray.report.tables import Place, comparison_note, places
@@ -27,6 +27,7 @@ from lrag_ray.store.run_dir import RunDirectory
 from tests.report.make_run import HORIZONS, make_identity, make_run, store_rollout
 
 NASTY = 'a fox <script>alert(1)</script> & "quotes" \'--> {{ 7*7 }}'
+PAGE = "summary/report.html"
 PROMPTS = [NASTY, "a river at dawn " * 30]
 
 
@@ -59,12 +60,13 @@ class Page(HTMLParser):
         elif "style" not in self.open:
             self.text += data
 
-    def values(self, attribute: str) -> list[str]:
-        return [value for _, attrs in self.attributes if (value := attrs.get(attribute)) is not None]
+    def values(self, attribute: str, tag: str = "") -> list[str]:
+        found = (attrs.get(attribute) for name, attrs in self.attributes if tag in ("", name))
+        return [value for value in found if value is not None]
 
 
 def score_all(run: RunDirectory) -> None:
-    for target in pending_targets(run, PREVIEW):
+    for target in pending_targets(run):
         run.storage.create(target.score_path(PREVIEW), to_parquet([score_video(run.storage, target)], PREVIEW))
 
 
@@ -82,7 +84,7 @@ def report(run: RunDirectory) -> Report:
 
 @pytest.fixture(scope="module")
 def page(run: RunDirectory, report: Report) -> Page:
-    return Page(run.storage.read_bytes(report.page_path).decode())
+    return Page(run.storage.read_bytes(PAGE).decode())
 
 
 def test_the_csv_holds_every_block_and_method_unrounded(run: RunDirectory, report: Report) -> None:
@@ -107,7 +109,7 @@ def test_the_parquet_holds_every_video(run: RunDirectory) -> None:
 
 
 def test_the_same_storage_gives_the_same_files(run: RunDirectory, report: Report) -> None:
-    paths = [report.page_path, report.ranks_path, report.scores_path]
+    paths = [f"summary/{name}" for name in report.files]
     before = [run.storage.read_bytes(path) for path in paths]
     build_report(run)
     assert [run.storage.read_bytes(path) for path in paths] == before
@@ -124,7 +126,7 @@ def test_the_page_says_what_it_is(page: Page) -> None:
 
 
 def test_a_prompt_is_only_text(page: Page, run: RunDirectory, report: Report) -> None:
-    html = run.storage.read_bytes(report.page_path).decode()
+    html = run.storage.read_bytes(PAGE).decode()
     assert NASTY in page.text
     assert "<script>alert" not in html
     assert "49" not in page.text.split("quotes")[1][:20]
@@ -140,12 +142,14 @@ def test_nothing_but_the_pages_own_script_may_run(page: Page) -> None:
 
 
 def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RunDirectory, report: Report) -> None:
-    summary = Path(run.storage.full(report.page_path)).parent
-    sources = page.values("src")
+    summary = Path(run.storage.full(PAGE)).parent
+    sources = page.values("src", "video")
     assert len(sources) == 4
-    for source in sources:
-        assert source.startswith("../rollouts/")
-        assert (summary / unquote(source)).is_file()
+    assert all(source.startswith("../rollouts/") for source in sources)
+    images = page.values("src", "img")
+    assert len(images) == 4, "two prompts, two methods"
+    assert all(image.startswith("strips/") for image in images)
+    assert all((summary / unquote(source)).is_file() for source in [*sources, *images])
     anchors = set(page.values("href"))
     assert all(anchor.startswith("#") and anchor[1:] in page.values("id") for anchor in anchors)
 
@@ -154,7 +158,7 @@ def test_every_player_knows_all_durations_and_has_a_map(page: Page) -> None:
     videos = [attrs for tag, attrs in page.attributes if tag == "video"]
     for video in videos:
         assert json.loads(video["data-sources"] or "").keys() == {"6", "12"}
-    assert len([tag for tag, _ in page.attributes if tag == "svg"]) == 4
+    assert [attrs.get("class") for tag, attrs in page.attributes if tag == "svg"] == ["map"] * 4
     assert "similarity 0.85 to 0.90" in page.text
 
 
@@ -171,7 +175,7 @@ def test_the_terminal_shows_the_same_ranks(report: Report) -> None:
 
 def test_failures_are_listed(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ["a red fox"])
-    target = pending_targets(run, PREVIEW)[0]
+    target = pending_targets(run)[0]
     broken = ScoreRow(target, {}, "it is <truncated>", "", now_utc())
     run.storage.create(target.score_path(PREVIEW), to_parquet([broken], PREVIEW))
     score_all(run)
@@ -192,7 +196,7 @@ def test_failures_are_listed(tmp_path: Path) -> None:
         )
     )
     report = build_report(run)
-    page = Page(run.storage.read_bytes(report.page_path).decode())
+    page = Page(run.storage.read_bytes(PAGE).decode())
     assert "RuntimeError: <poison>" in page.text and poisoned.path in page.text
     assert "it is <truncated>" in page.text
     first, second = report.blocks
@@ -205,16 +209,17 @@ def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
     run.ensure(make_identity(["a red fox"], ["base"]))
     report = build_report(run)
     assert report.blocks == []
-    assert "No scores yet." in Page(run.storage.read_bytes(report.page_path).decode()).text
+    assert "No scores yet." in Page(run.storage.read_bytes(PAGE).decode()).text
 
 
 def test_a_missing_video_leaves_its_place_empty(tmp_path: Path) -> None:
     run = RunDirectory(str(tmp_path / "run"))
     identity = run.ensure(make_identity(["a red fox"], ["base", "rag"]))
     store_rollout(run, identity, RolloutId(backbone="tiny", method="rag", prompt_id=next(iter(identity.prompts))), [6])
-    page = Page(run.storage.read_bytes(build_report(run).page_path).decode())
+    build_report(run)
+    page = Page(run.storage.read_bytes(PAGE).decode())
     assert "no video yet" in page.text
-    assert len(page.values("src")) == 1
+    assert len(page.values("src", "video")) == 1
 
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""The report for machines: CSV and parquet, values unrounded and as stored."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lrag_ray.report.collect import ReportData
+from lrag_ray.report.tables import AVERAGE
+from lrag_ray.scoring.ranks import RankBlock
+from lrag_ray.scoring.table import to_parquet
+
+FROZEN = "control:frozen"
+"""Name of the held first frame in the column of methods; no method can be called so."""
+
+
+def ranks_csv(data: ReportData) -> str:
+    """All blocks: unrounded means, places and the average rank, one line per method, and the control without places."""
+    names = [measure.name for measure in data.suite.measures]
+    lines = []
+    for block in data.blocks:
+        shared = _block_columns(data, block) | {
+            "prompts": block.prompts,
+            "videos_per_method": block.videos,
+            "prompts_left_out": block.prompts_left_out,
+        }
+        for row in block.rows:
+            ranks = {f"rank_{name}": rank for name, rank in row.ranks.items()}
+            video_means = {f"video_mean_{name}": mean for name, mean in row.video_means.items()}
+            lines.append(
+                shared | {"method": row.method, AVERAGE: row.average_rank} | dict(row.means) | ranks | video_means
+            )
+        if frozen := data.frozen_means(block):
+            lines.append(shared | {"method": FROZEN} | frozen)
+    columns = [*_BLOCK_COLUMNS, "prompts", "videos_per_method", "prompts_left_out", "method", AVERAGE, *names]
+    columns += [f"rank_{name}" for name in names] + [f"video_mean_{name}" for name in names]
+    return _csv(columns, lines)
+
+
+def differences_csv(data: ReportData) -> str:
+    """All contrasts: difference, ends of its interval, and the noise between samples of the method."""
+    lines = [
+        _block_columns(data, block)
+        | {
+            "prompts": block.prompts,
+            "method": contrast.method,
+            "reference": contrast.reference,
+            "measure": name,
+            "difference": found.mean,
+            "lower": found.lower,
+            "upper": found.upper,
+            "sample_deviation": statistics.noise.get((contrast.method, name)),
+        }
+        for block, statistics in zip(data.blocks, data.statistics, strict=True)
+        for contrast in statistics.contrasts
+        for name, found in contrast.intervals.items()
+    ]
+    columns = ["prompts", "method", "reference", "measure", "difference", "lower", "upper", "sample_deviation"]
+    return _csv([*_BLOCK_COLUMNS, *columns], lines)
+
+
+def drift_table(data: ReportData) -> pa.Table:
+    """All drift curves: one row per cell, dimension and clip."""
+    blocks = {(block.backbone, block.latent_frames): _block_columns(data, block) for block in data.blocks}
+    rows = [
+        blocks[point.backbone, point.latent_frames]
+        | {
+            "method": point.method,
+            "measure": point.measure,
+            "clip": point.clip,
+            "start_s": point.start_s,
+            "prompts": point.prompts,
+            "in_clip": point.in_clip.mean,
+            "in_clip_lower": point.in_clip.lower,
+            "in_clip_upper": point.in_clip.upper,
+            "final": point.final,
+        }
+        for point in data.drift
+    ]
+    return pa.Table.from_pylist(rows, schema=_DRIFT_SCHEMA)
+
+
+def drift_csv(data: ReportData) -> str:
+    """`drift_table` as CSV."""
+    return _csv(_DRIFT_SCHEMA.names, drift_table(data).to_pylist())
+
+
+def drift_parquet(data: ReportData) -> bytes:
+    """`drift_table` as parquet."""
+    return _parquet(drift_table(data))
+
+
+def scores_parquet(data: ReportData) -> bytes:
+    """Everything behind the tables: one row per video, or per clip where the suite has clips."""
+    if not data.suite.percent:
+        return to_parquet(data.scores.preview_rows, data.suite)
+    tables = []
+    for clips in data.scores.clips:
+        count, video = len(clips.first_frames), clips.video
+        constant = {
+            "suite": data.suite.name,
+            "mode": data.suite.mode,
+            "backbone": video.backbone,
+            "method": video.method,
+            "latent_frames": video.latent_frames,
+            "prompt_id": video.prompt_id,
+            "sample": video.sample,
+            "frame_count": clips.frame_count,
+        }
+        columns: dict[str, Any] = {name: [value] * count for name, value in constant.items()}
+        columns |= {"first_frame": clips.first_frames, "start_s": np.asarray(clips.first_frames) / clips.fps}
+        for measure in data.suite.measures:
+            columns[measure.name] = clips.final.get(measure.name)
+            columns[f"in_clip_{measure.name}"] = clips.in_clip.get(measure.name)
+        absent = pa.nulls(count, pa.float64())
+        tables.append(pa.table({name: absent if column is None else column for name, column in columns.items()}))
+    return _parquet(pa.concat_tables(tables) if tables else pa.table({}))
+
+
+_BLOCK_COLUMNS = ["suite", "mode", "backbone", "backbone_label", "duration_s", "latent_frames"]
+
+_DRIFT_SCHEMA = pa.schema(
+    {
+        "suite": pa.string(),
+        "mode": pa.string(),
+        "backbone": pa.string(),
+        "backbone_label": pa.string(),
+        "duration_s": pa.float64(),
+        "latent_frames": pa.int32(),
+        "method": pa.string(),
+        "measure": pa.string(),
+        "clip": pa.int32(),
+        "start_s": pa.float64(),
+        "prompts": pa.int32(),
+        "in_clip": pa.float64(),
+        "in_clip_lower": pa.float64(),
+        "in_clip_upper": pa.float64(),
+        "final": pa.float64(),
+    }
+)
+
+
+def _block_columns(data: ReportData, block: RankBlock) -> dict[str, Any]:
+    return {
+        "suite": data.suite.name,
+        "mode": data.suite.mode,
+        "backbone": block.backbone,
+        "backbone_label": data.identity.backbones[block.backbone].label,
+        "duration_s": data.duration_s(block.backbone, block.latent_frames),
+        "latent_frames": block.latent_frames,
+    }
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()

@@ -1,0 +1,104 @@
+"""The videos of the page: rows of players side by side, with addresses relative to the page."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from lrag_ray.context.trace import TraceRow
+from lrag_ray.report.collect import ReportData, ShownRollout
+from lrag_ray.report.trace_svg import TraceFigure, trace_figure
+from lrag_ray.store.address import Storage
+from lrag_ray.store.parts import read_trace
+from lrag_ray.store.records import RolloutId
+
+
+@dataclass(frozen=True)
+class Player:
+    """One rollout's videos in a prompt's row."""
+
+    method: str
+    sources: Mapping[str, str]
+    """Relative address by latent frames."""
+    seconds: Mapping[str, float]
+    """Where playing stops, by latent frames: a file may be longer than its duration."""
+    missing: str
+    """Why nothing can be played here, or ''."""
+    figure: TraceFigure | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The videos of one prompt, sample and backbone side by side."""
+
+    anchor: str
+    prompt: str
+    prompt_index: int
+    sample: int
+    backbone: str
+    players: Sequence[Player]
+    """One per method that is compared."""
+
+
+def relative_address(page_folder: Storage, storage: Storage, path: str) -> str | None:
+    """URL of `path` in `storage` from a page in `page_folder`; None where the two have no common root."""
+    target, start = storage.full(path), page_folder.root
+    if page_folder.is_local != storage.is_local:
+        return None
+    if not storage.is_local:
+        same_service = type(page_folder.fs) is type(storage.fs)
+        if not same_service or target.split("/")[0] != start.split("/")[0]:
+            return None
+    return quote(posixpath.relpath(target, start))
+
+
+def rows(data: ReportData, page_folder: Storage) -> Iterator[Row]:
+    """Rows in prompt-major order; traces are read row by row, so that only one row's are in memory."""
+    for prompt_id, prompt in data.identity.prompts.items():
+        for sample in range(data.identity.samples):
+            for backbone, methods in data.methods.items():
+                shown = {
+                    method: data.rollouts.get(
+                        RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+                    )
+                    for method in methods
+                }
+                if any(shown.values()):
+                    yield Row(
+                        anchor=f"{backbone}-{prompt_id}-{sample}",
+                        prompt=prompt.text,
+                        prompt_index=prompt.index,
+                        sample=sample,
+                        backbone=backbone,
+                        players=[_player(method, rollout, page_folder) for method, rollout in shown.items()],
+                    )
+
+
+def _player(method: str, shown: ShownRollout | None, page_folder: Storage) -> Player:
+    if shown is None:
+        return Player(method, {}, {}, "no video yet", None)
+    storage = shown.run_dir.storage
+    trace = _trace(shown)
+    figure = trace_figure(trace) if trace else None
+    addresses = {
+        str(video.latent_frames): relative_address(page_folder, storage, video.video.path) for video in shown.videos
+    }
+    sources = {frames: address for frames, address in addresses.items() if address is not None}
+    return Player(
+        method=method,
+        sources=sources,
+        seconds={str(video.latent_frames): video.frames / video.fps for video in shown.videos},
+        missing="" if sources else f"at {storage.uri}/{shown.videos[-1].video.path}, out of this page's reach",
+        figure=figure,
+    )
+
+
+def _trace(shown: ShownRollout) -> list[TraceRow]:
+    """Trace up to the longest committed duration; empty where a part is missing."""
+    paths = [part.path for part in shown.videos[-1].commit.trace_parts]
+    contents = shown.run_dir.storage.read_many(paths)
+    if not all(path in contents for path in paths):
+        return []
+    return [row for path in paths for row in read_trace(contents[path])]

@@ -1,0 +1,149 @@
+"""Timestamp strips: frames at chosen seconds in columns, methods in rows; for the page and for paper.
+
+Each strip is one small WebP image of one video, named by the video's digest, made once and used again by every later
+report. Videos are read one at a time and frame by frame, through storage.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lrag_ray.report.collect import ReportData, ShownRollout
+from lrag_ray.store.address import Storage
+from lrag_ray.store.videos import CommittedVideo
+from lrag_ray.video.mp4 import VideoError, frames_at
+
+FOLDER = "strips"
+COLUMNS = 7
+_WIDTH = 288
+"""Pixels of one frame in a strip."""
+_QUALITY = 82
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of a sheet."""
+
+    method: str
+    path: str | None
+    """Of the image, relative to the report's folder; None where there is none."""
+    reason: str
+    """Why there is none."""
+
+
+@dataclass(frozen=True)
+class StripSheet:
+    """The strips of one prompt, sample and backbone."""
+
+    backbone: str
+    prompt_index: int
+    prompt: str
+    sample: int
+    seconds: Sequence[str]
+    """Labels of the columns."""
+    rows: Sequence[Strip]
+    """One per method that is compared."""
+
+
+def make_strips(data: ReportData, folder: Storage, prompts: int) -> list[StripSheet]:
+    """Sheets of the first `prompts` prompts of each backbone, at its longest duration; prompts with more videos first.
+
+    Images that `folder` has already are not made again. A video that cannot be read has its reason in its row.
+    """
+    if prompts < 1:
+        return []
+    present = set(folder.list_files(FOLDER))
+    return [
+        _sheet(data, folder, present, backbone, chosen)
+        for backbone in data.identity.backbones
+        for chosen in _chosen(data, backbone)[:prompts]
+    ]
+
+
+def _chosen(data: ReportData, backbone: str) -> list[Mapping[str, tuple[ShownRollout, CommittedVideo]]]:
+    """Videos of the longest duration by method, one mapping per prompt, those with most methods first."""
+    longest = max(
+        (shown.videos[-1].latent_frames for id_, shown in data.rollouts.items() if id_.backbone == backbone), default=0
+    )
+    by_unit: dict[tuple[str, int], dict[str, tuple[ShownRollout, CommittedVideo]]] = {}
+    for rollout, shown in data.rollouts.items():
+        video = next((video for video in shown.videos if video.latent_frames == longest), None)
+        if rollout.backbone == backbone and video is not None:
+            by_unit.setdefault((rollout.prompt_id, rollout.sample), {})[rollout.method] = (shown, video)
+    one_per_prompt: dict[str, dict[str, tuple[ShownRollout, CommittedVideo]]] = {}
+    for (prompt_id, _), methods in sorted(by_unit.items(), key=lambda item: item[0][1]):
+        one_per_prompt.setdefault(prompt_id, methods)
+    order = list(data.identity.prompts)
+    ids = sorted(one_per_prompt, key=lambda prompt_id: (-len(one_per_prompt[prompt_id]), order.index(prompt_id)))
+    return [one_per_prompt[prompt_id] for prompt_id in ids]
+
+
+def _sheet(
+    data: ReportData,
+    folder: Storage,
+    present: set[str],
+    backbone: str,
+    chosen: Mapping[str, tuple[ShownRollout, CommittedVideo]],
+) -> StripSheet:
+    _, video = next(iter(chosen.values()))
+    prompt = data.identity.prompts[video.rollout.prompt_id]
+    return StripSheet(
+        backbone=backbone,
+        prompt_index=prompt.index,
+        prompt=prompt.text,
+        sample=video.rollout.sample,
+        seconds=[f"{index / video.fps:.3g} s" for index in _indices(video)],
+        rows=[
+            _strip(folder, present, *chosen[method]) if method in chosen else Strip(method, None, "no video yet")
+            for method in data.methods[backbone]
+        ],
+    )
+
+
+def _indices(video: CommittedVideo) -> list[int]:
+    """First to last frame in equal steps."""
+    return [round(i * (video.frames - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
+
+
+def _strip(folder: Storage, present: set[str], shown: ShownRollout, video: CommittedVideo) -> Strip:
+    method = video.rollout.method
+    path = f"{FOLDER}/{video.video.sha256[:32]}-{video.frames}-{COLUMNS}x{_WIDTH}.webp"
+    if path not in present:
+        try:
+            folder.write(path, _image(shown.run_dir.storage, video))
+        except VideoError as error:
+            # The place on this machine means nothing to who reads the page.
+            return Strip(method, None, str(error).replace(f"{shown.run_dir.storage.root}/", ""))
+    return Strip(method, path, "")
+
+
+def _image(storage: Storage, video: CommittedVideo) -> bytes:
+    """The frames side by side as WebP."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory(prefix="lrag-strip-") as scratch:
+        local = Path(storage.full(video.video.path)) if storage.is_local else Path(scratch) / "video.mp4"
+        if not storage.is_local:
+            try:
+                storage.get_file(video.video.path, local)
+            except FileNotFoundError:
+                raise VideoError(f"{video.video.path} is missing") from None
+        try:
+            pictures = []
+            for frame in frames_at(local, _indices(video)):
+                height = max(1, round(frame.shape[0] * _WIDTH / frame.shape[1]))
+                pictures.append(np.asarray(Image.fromarray(frame).resize((_WIDTH, height), Image.Resampling.LANCZOS)))
+        except VideoError as error:
+            raise VideoError(str(error).replace(str(local), video.video.path)) from None
+    # A video of fewer frames than columns repeats some.
+    distinct = sorted(set(_indices(video)))
+    content = io.BytesIO()
+    side_by_side = np.concatenate([pictures[distinct.index(index)] for index in _indices(video)], axis=1)
+    Image.fromarray(side_by_side).save(content, "WEBP", quality=_QUALITY)
+    return content.getvalue()

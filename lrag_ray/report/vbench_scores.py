@@ -1,0 +1,170 @@
+"""A run's VBench-Long scores, read back from its row files: per video and duration, and the frozen control.
+
+Rollouts are read one after the other and only clip scores are kept, so that a long run fits into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+from pyarrow import ArrowException
+
+from lrag_ray.report.scores import Scores
+from lrag_ray.scoring.drift import VideoClips
+from lrag_ray.scoring.ranks import Unit, VideoScore
+from lrag_ray.scoring.vbench_long.aggregate import Aggregate, ClipScore, aggregate
+from lrag_ray.scoring.vbench_long.clips import clip_length
+from lrag_ray.scoring.vbench_long.parquet import (
+    folder,
+    frozen_folder,
+    frozen_identity,
+    is_untrained,
+    rollout_folder,
+    rows_from_parquet,
+    video_identity,
+)
+from lrag_ray.scoring.vbench_long.rows import Mode, ScoreRow
+from lrag_ray.store.address import Storage
+from lrag_ray.store.identity import RunIdentity
+from lrag_ray.store.records import RolloutId
+from lrag_ray.store.videos import CommittedVideo
+
+_FULL_SCALE = {"imaging_quality": 100.0}
+"""Largest value of the rows of a dimension, where it is not 1."""
+_FILES_AT_ONCE = 256
+
+
+def add_vbench_scores(
+    scores: Scores,
+    storage: Storage,
+    identity: RunIdentity,
+    videos: Mapping[RolloutId, Sequence[CommittedVideo]],
+    mode: Mode,
+) -> None:
+    """Add all scores of a mode to `scores`, from 0 to 1. Files that are no scores are as good as missing."""
+    files: dict[str, list[str]] = {}
+    for path in sorted(storage.list_files(folder(mode))):
+        files.setdefault(path.rpartition("/")[0], []).append(path)
+    wanted = {rollout_folder(mode, rollout.path): rollout for rollout in videos}
+    seen = set()
+    for place, rows in _rows_by_folder(storage, files, list(wanted), mode):
+        _add_rollout(scores, videos[wanted[place]], rows)
+        seen.add(place)
+    scores.pending += sum(len(videos[rollout]) for place, rollout in wanted.items() if place not in seen)
+    controls = {
+        frozen_folder(mode, backbone, prompt_id, sample): (backbone, (prompt_id, sample))
+        for backbone in identity.backbones
+        for prompt_id in identity.prompts
+        for sample in range(identity.samples)
+    }
+    for place, rows in _rows_by_folder(storage, files, list(controls), mode):
+        _add_frozen(scores, *controls[place], rows)
+
+
+def _rows_by_folder(
+    storage: Storage, files: Mapping[str, Sequence[str]], folders: Sequence[str], mode: Mode
+) -> Iterator[tuple[str, list[ScoreRow]]]:
+    """Rows of each of `folders` that has any, in their order."""
+    present = [place for place in folders if place in files]
+    for start in range(0, len(present), _FILES_AT_ONCE):
+        chunk = present[start : start + _FILES_AT_ONCE]
+        contents = storage.read_many([path for place in chunk for path in files[place]])
+        for place in chunk:
+            rows: list[ScoreRow] = []
+            for path in files[place]:
+                try:
+                    found = rows_from_parquet(contents.pop(path, b""))
+                except ArrowException:
+                    continue
+                rows += [row for row in found if _is_sound(row, mode)]
+            yield place, rows
+
+
+def _is_sound(row: ScoreRow, mode: Mode) -> bool:
+    """Whether the row says what its place says it does: files may come from strangers."""
+    return row.mode == mode and row.fps > 0 and (row.score is not None or bool(row.reason))
+
+
+def _add_rollout(scores: Scores, videos: Sequence[CommittedVideo], rows: Sequence[ScoreRow]) -> None:
+    """Take every duration from the first video whose rows are complete for it, the committed file before others."""
+    by_video: dict[str, list[ScoreRow]] = {}
+    for row in rows:
+        # A row that names another rollout's video has no business here.
+        if row.video.startswith(video_identity(videos[0].rollout.path, "")):
+            by_video.setdefault(row.video, []).append(row)
+    used = set()
+    for committed in videos:
+        own = video_identity(committed.rollout.path, committed.video.sha256)
+        candidates = sorted(by_video, key=lambda video: video != own)
+        for video in candidates:
+            found = aggregate(by_video[video], {video: committed.frames})
+            if found.clips and not found.unscored:
+                clips = _video_clips(committed, found, by_video[video][0].fps)
+                scores.clips.append(clips)
+                scores.videos.append(clips.video)
+                used.add(video)
+                break
+        else:
+            reason = next((row.reason for video in candidates[:1] for row in by_video[video] if row.reason), "")
+            if reason:
+                scores.failures[committed.video.path] = reason
+            else:
+                scores.pending += 1
+    for video in used:
+        _note_origin(scores, by_video[video])
+
+
+def _video_clips(committed: CommittedVideo, found: Aggregate, fps: int) -> VideoClips:
+    by_dimension: dict[str, list[ClipScore]] = {}
+    for clip in found.clips:
+        by_dimension.setdefault(clip.dimension, []).append(clip)
+    final = {name: _scaled(name, [clip.score for clip in clips]) for name, clips in by_dimension.items()}
+    in_clip = {
+        name: _scaled(name, [clip.parts.in_clip if clip.parts else clip.score for clip in clips])
+        for name, clips in by_dimension.items()
+    }
+    spans = [clip.span for clip in next(iter(by_dimension.values()))]
+    rollout = committed.rollout
+    return VideoClips(
+        video=VideoScore(
+            backbone=rollout.backbone,
+            method=rollout.method,
+            latent_frames=committed.latent_frames,
+            prompt_id=rollout.prompt_id,
+            sample=rollout.sample,
+            values={name: fmean(values) for name, values in final.items()},
+            clips=len(spans),
+        ),
+        first_frames=[span.first_frame for span in spans],
+        frame_count=spans[0].frame_count,
+        fps=fps,
+        in_clip=in_clip,
+        final=final,
+    )
+
+
+def _add_frozen(scores: Scores, backbone: str, unit: Unit, rows: Sequence[ScoreRow]) -> None:
+    video = frozen_identity(backbone, *unit)
+    own = [row for row in rows if row.video == video]
+    if not own:
+        return
+    # All clips of a held frame score alike: two stand for a video of any length.
+    found = aggregate(own, {video: 2 * clip_length(own[0].fps)})
+    if found.clips and not found.unscored:
+        values = {name: value / _FULL_SCALE.get(name, 1.0) for name, value in found.per_video[video].items()}
+        scores.frozen.setdefault(backbone, {})[unit] = values
+        _note_origin(scores, own)
+
+
+def _note_origin(scores: Scores, rows: Sequence[ScoreRow]) -> None:
+    for row in rows:
+        scores.computed[f"{row.device}, {row.precision} precision, torch {row.torch}"] += 1
+        scores.networks.update(row.networks.split())
+        scores.untrained |= is_untrained(row)
+
+
+def _scaled(name: str, values: Sequence[float]) -> NDArray[np.float64]:
+    return np.array(values, dtype=np.float64) / _FULL_SCALE.get(name, 1.0)
