@@ -30,11 +30,13 @@ from lrag_ray.engine.progress import (
     RolloutAdvanced,
     RolloutFinished,
     RolloutStarted,
+    RolloutYielded,
     RunPlanned,
     Stage,
     StageAdvanced,
     StageBegan,
     StageEnded,
+    VideosScored,
     WorkerLost,
 )
 from lrag_ray.store.records import RolloutId
@@ -69,6 +71,8 @@ class RunView:
     rollouts_done: int = 0
     blocks_total: int = 0
     failed_attempts: int = 0
+    videos_scored: int = 0
+    """Beside the rollouts."""
     stage: Stage | None = None
     stage_done: int = 0
     stage_total: int = 0
@@ -105,11 +109,16 @@ class RunView:
                 self._blocks_finished += event.blocks_generated + event.blocks_resumed
                 self.rollouts_done += 1
                 self._land(event.rollout)
+            case RolloutYielded():
+                self.flights.pop(event.worker, None)
+                return f"{event.worker} gave {event.rollout.path} back: {event.reason}; it goes on elsewhere"
             case AttemptFailed(failure):
                 self.failed_attempts += 1
                 self._land(failure.rollout)
                 then = "given up" if failure.quarantined else "will be tried again"
                 return f"warning: {failure.rollout.path}: {failure.reason} ({then}; {failure.path})"
+            case VideosScored():
+                self.videos_scored += event.videos
             case WorkerLost():
                 self.flights.pop(event.worker, None)
                 return f"warning: {event.worker} was lost and is replaced: {event.reason}"
@@ -150,6 +159,8 @@ class RunView:
             parts.append(f"{rate:.3g} blocks/s")
         if (eta := self.eta_s) is not None:
             parts.append(f"about {duration(eta)} left")
+        if self.videos_scored:
+            parts.append(f"{count(self.videos_scored)} videos scored")
         if self.failed_attempts:
             parts.append(f"{count(self.failed_attempts)} failed attempts")
         return ", ".join(parts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lrag_ray.store.records import FailureRecord, RolloutId
 
@@ -101,10 +102,26 @@ class RolloutFinished:
 
 
 @dataclass(frozen=True)
+class RolloutYielded:
+    """A worker had to leave: what it did of the rollout is stored, and another worker goes on from there."""
+
+    rollout: RolloutId
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class AttemptFailed:
     """An attempt failed; `failure` is what was stored."""
 
     failure: FailureRecord
+
+
+@dataclass(frozen=True)
+class VideosScored:
+    """A wave beside the rollouts has scored so many videos."""
+
+    videos: int
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,9 @@ Event = (
     | RolloutStarted
     | RolloutAdvanced
     | RolloutFinished
+    | RolloutYielded
     | AttemptFailed
+    | VideosScored
     | WorkerLost
 )
 
@@ -162,8 +181,13 @@ class ProgressBoard:
 
 
 def start_board(name: str) -> Any:
-    """Handle of the run's board: an actor that takes no CPU and dies with the driver."""
-    return ray.remote(ProgressBoard).options(name=name, num_cpus=0, max_restarts=0).remote()
+    """Handle of the run's board: an actor that takes no CPU, lives on the driver's own node and dies with the driver.
+
+    On another node it could be lost while the run goes on.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"name": name, "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+    return ray.remote(ProgressBoard).options(**options).remote()
 
 
 class BoardTeller:

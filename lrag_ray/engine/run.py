@@ -27,6 +27,7 @@ from lrag_ray.engine.progress import (
     StageAdvanced,
     StageBegan,
     StageEnded,
+    VideosScored,
     silent,
 )
 from lrag_ray.engine.rollouts import run_rollouts
@@ -35,6 +36,7 @@ from lrag_ray.engine.scoring import check_scoring, open_scores, score_pending
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.stored_config import store_config
 from lrag_ray.engine.text import encode_prompts
+from lrag_ray.engine.waves import scoring_waves
 from lrag_ray.engine.work import OpenWork, open_work
 from lrag_ray.report import build_report
 from lrag_ray.store.address import Storage
@@ -145,8 +147,11 @@ class _Job:
                     probe_nodes(self._run, self._config, self._progress)
             if self._work.items:
                 self._encode_prompts()
-                with self._stage("rollouts", len(self._work.items)):
-                    self.failed = run_rollouts(self._config, self._run, self._work.items, self._progress)
+                with (
+                    self._stage("rollouts", len(self._work.items)),
+                    scoring_waves(self._run, self._config, self._progress) as relay,
+                ):
+                    self.failed = run_rollouts(self._config, self._run, self._work.items, relay)
             if open_scores := self._scores_open():
                 self._score(open_scores)
         with self._stage("report", 1):
@@ -185,7 +190,7 @@ class _Job:
             outcome = score_pending(
                 self._run, self._config, lambda done, of: self._progress(StageAdvanced("scoring", done, of))
             )
-        self._videos_scored = outcome.scored
+        self._videos_scored += outcome.scored
         for path, reason in outcome.failures.items():
             self._progress(Notice(f"{path} could not be scored: {reason}", warning=True))
 
@@ -199,6 +204,8 @@ class _Job:
     def _progress(self, event: Event) -> None:
         if isinstance(event, RolloutFinished):
             self._commits_made += len(event.horizons)
+        if isinstance(event, VideosScored):
+            self._videos_scored += event.videos
         self._show(event)
 
     def _scores_open(self) -> int:

@@ -6,7 +6,7 @@ more at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -41,6 +41,8 @@ class Wave:
     """At most so many."""
     began: Callable[[FanOut], None]
     """Told what to stop."""
+    without: Container[str] = ()
+    """Items, by key, that it leaves to the last wave."""
 
 
 def check_scoring(run_dir: RunDirectory, config: RunConfig) -> None:
@@ -66,7 +68,7 @@ def score_pending(
     """
     items = _pending(run_dir, config, settled=wave is not None)
     if wave is not None:
-        items = items[: wave.videos]
+        items = [item for item in items if item.key not in wave.without][: wave.videos]
     if not items:
         return ScoringOutcome(0, {})
     workers = worker_count(config.scoring, len(items), wave.workers if wave else None)

@@ -1,0 +1,108 @@
+"""Scoring beside the rollouts: on free CPUs only, told in the driver's thread, and never a reason for a run to end."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrag_ray.engine import waves
+from lrag_ray.engine.progress import (
+    Event,
+    Notice,
+    RolloutFinished,
+    RolloutStarted,
+    StageAdvanced,
+    StageBegan,
+    StageEnded,
+    VideosScored,
+    WorkerLost,
+)
+from lrag_ray.engine.run import run
+from lrag_ray.engine.scoring import open_scores
+from lrag_ray.errors import StorageError
+from lrag_ray.store.records import RolloutId
+from lrag_ray.store.run_dir import RunDirectory
+from tests.engine.make import make_config, make_prompts
+
+PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
+
+
+class Recorder:
+    """Keeps the events and the threads that brought them."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.threads: set[threading.Thread] = set()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self.threads.add(threading.current_thread())
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waves, "FIRST_AFTER_S", 0.1)
+    monkeypatch.setattr(waves, "EVERY_S", 0.1)
+
+
+def scored_config(folder: Path, actors: int) -> Any:
+    engine = {"actors": actors, "checkpoint_every_blocks": 2}
+    return make_config(folder, engine=engine, scoring={"suite": "preview"})
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster", "often")
+def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path: Path) -> None:
+    config, progress = scored_config(tmp_path, actors=1), Recorder()
+    outcome = run(config, PROMPTS, progress=progress)
+    assert (outcome.exit_code, outcome.videos_scored) == (0, 12)
+    assert open_scores(RunDirectory(str(tmp_path)), config) == 0
+    early = sum(event.videos for event in progress.of(VideosScored))
+    assert 0 < early <= 12
+    kinds = [e.stage if isinstance(e, StageEnded) else type(e) for e in progress.events]
+    assert VideosScored not in kinds[kinds.index("rollouts") :]
+    left = [event.total for event in progress.of(StageBegan) if event.stage == "scoring"]
+    assert sum(left) == 12 - early
+    assert progress.threads == {threading.current_thread()}
+    assert len(RunDirectory(str(tmp_path)).storage.list_files("scores")) == 12
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster", "often")
+def test_trouble_of_a_wave_is_told_and_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise StorageError("the bucket is away")
+
+    monkeypatch.setattr(waves, "score_pending", unreachable)
+    progress = Recorder()
+    outcome = run(scored_config(tmp_path, actors=1), PROMPTS[:1], progress=progress)
+    assert (outcome.exit_code, outcome.videos_scored) == (0, 4)
+    told = [event.text for event in progress.of(Notice) if "bucket" in event.text]
+    assert told == ["videos cannot be scored yet: the bucket is away"]
+
+
+def rollout(method: str) -> RolloutId:
+    return RolloutId(backbone="tiny", method=method, prompt_id="00000-ab")
+
+
+def test_room_is_kept_for_actors_that_were_lost_or_are_between_two_rollouts() -> None:
+    watch = waves.RolloutWatch()
+    assert (watch.absent, watch.began_s) == (0, None)
+    for worker, method in (("worker-0", "base"), ("worker-1", "rag")):
+        watch.take(RolloutStarted(rollout(method), "a", worker))
+    assert watch.absent == 0 and watch.began_s is not None
+    watch.take(WorkerLost("worker-0", "gone"))
+    assert watch.absent == 1
+    watch.take(RolloutStarted(rollout("base"), "b", "worker-2"))
+    assert watch.absent == 0
+    watch.take(RolloutFinished(rollout("rag"), (6,), 2, 0, 1.0))
+    watch.take(StageAdvanced("rollouts", 1, 3))
+    assert watch.absent == 1
+    watch.take(StageAdvanced("rollouts", 2, 3))
+    assert watch.absent == 0, "the last rollout needs one actor"
