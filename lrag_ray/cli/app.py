@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli import decode, doctor, inspect, weights
+from lrag_ray.cli import decode, doctor, gc, inspect, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, print_json, tells_errors
 
@@ -143,6 +143,7 @@ def verify(
 decode.register(app)
 inspect.register(app)
 doctor.register(app)
+gc.register(app)
 weights.register(app)
 
 

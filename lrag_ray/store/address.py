@@ -79,7 +79,8 @@ class Storage:
                 f"run.uri {redact(uri)!r} cannot be opened: {redact(str(error))}. Use a folder, s3://bucket/path, or "
                 "another fsspec scheme whose package is installed"
             ) from None
-        if _is_s3(uri):
+        self.is_s3 = _is_s3(uri)
+        if self.is_s3:
             # s3fs would repeat what is repeated here and, below it, by botocore.
             self.fs.retries = 1
         self.root = str(root).rstrip("/")
@@ -106,7 +107,7 @@ class Storage:
         if self.is_local:
             return self._do("read", path, lambda: Path(full).read_bytes())
         # One request for the whole file: no part of a run is so large that pieces of it would be quicker.
-        single = {"max_concurrency": 1} if _is_s3(self.address) else {}
+        single = {"max_concurrency": 1} if self.is_s3 else {}
         return self._do("read", path, lambda: bytes(self.fs.cat_file(full, **single)))
 
     def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
@@ -164,6 +165,12 @@ class Storage:
         """Delete a file; one that is not there is fine."""
         self._do("delete", path, lambda: remove_file(self.fs, self.full(path)))
 
+    def remove_many(self, paths: Sequence[str]) -> None:
+        """Delete files, side by side."""
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="remove") as removers:
+            for _ in removers.map(self.remove, paths):
+                pass
+
     def list_files(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes by path of all files below `prefix`, by one recursive listing, without unfinished writes."""
         return {
@@ -182,6 +189,11 @@ class Storage:
             found = {path: FileDetails(info["size"], _modified(info)) for path, info in listed.items()}
         cut = len(self.root) + 1
         return {path[cut:]: details for path, details in found.items() if path.startswith(self.root)}
+
+    def call_s3(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Answer of the S3 API to `method`, for what file systems do not have; only where `is_s3`."""
+        answer: dict[str, Any] = self._do(method.replace("_", " "), "", lambda: self.fs.call_s3(method, **parameters))
+        return answer
 
     def probe(self) -> Probe:
         """Write, create twice, read back and remove a small file; StorageError if the address cannot be written."""

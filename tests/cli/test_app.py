@@ -27,6 +27,7 @@ SURFACE = {
     "verify": ["[DIR]", "--run", "--json"],
     "decode": ["RUN", "--config", "--set", "--other-vae", "--json"],
     "inspect": ["ROLLOUT", "--png", "--json"],
+    "gc": ["RUN", "--remove", "--older-than", "--unfinished", "--json"],
     "doctor": ["[CONFIG]", "--set", "--json"],
     "weights list": ["[CONFIG]", "--suite", "--folder", "--set", "--json"],
     "weights pull": ["[CONFIG]", "--suite", "--folder", "--set", "--again", "--json"],

@@ -1,0 +1,90 @@
+"""``lrag-ray gc``: what a run's storage holds that nothing needs any more."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lrag_ray.cli.options import AsJson
+from lrag_ray.cli.output import console, count, print_json, printable, quantity, tells_errors
+from lrag_ray.cli.tables import table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lrag_ray.engine.gc import GcOutcome
+    from lrag_ray.engine.progress import Event
+
+_PATHS_SHOWN = 20
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command()(gc)
+
+
+@tells_errors
+def gc(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN", help="Address of the run directory (run.uri).")],
+    remove: Annotated[bool, typer.Option("--remove", help="Delete what is found; without it nothing changes.")] = False,
+    older_than_h: Annotated[
+        float, typer.Option("--older-than", metavar="HOURS", min=0, help="Leave alone what was written later.")
+    ] = 1.0,
+    unfinished: Annotated[
+        bool,
+        typer.Option("--unfinished", help="Also parts of rollouts that are not finished: they would begin anew."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what died attempts, interrupted writes and probes left in a run, or delete it.
+
+    Never touches what a commit names, nor the parts from which unfinished rollouts continue. Deletes only while no
+    driver works on the run.
+
+    \b
+    Examples:
+      lrag-ray gc runs/table2
+      lrag-ray gc runs/table2 --remove --older-than 24
+    """
+    from lrag_ray.engine.gc import collect_garbage
+    from lrag_ray.store.run_dir import RunDirectory
+
+    outcome = collect_garbage(
+        RunDirectory(run_uri),
+        remove=remove,
+        older_than_s=older_than_h * 3600,
+        unfinished=unfinished,
+        progress=_tell,
+    )
+    if as_json:
+        print_json(outcome)
+    else:
+        _print(console(), outcome)
+
+
+def _tell(event: Event) -> None:
+    if text := getattr(event, "text", ""):
+        print(printable(text), file=sys.stderr)
+
+
+def _print(out: Console, outcome: GcOutcome) -> None:
+    if outcome.leftovers:
+        shown = table(f"Leftovers of {outcome.uri}", "kind", "files", "size")
+        for kind, (files, size) in outcome.by_kind().items():
+            shown.add_row(kind, count(files), quantity(size, "B"))
+        out.print(shown)
+        for leftover in outcome.leftovers[:_PATHS_SHOWN]:
+            out.print(f"  {printable(leftover.path)}")
+        if len(outcome.leftovers) > _PATHS_SHOWN:
+            out.print(f"  … and {count(len(outcome.leftovers) - _PATHS_SHOWN)} more (--json lists all)")
+    total = f"{count(len(outcome.leftovers))} files, {quantity(outcome.size_bytes, 'B')}"
+    if not outcome.leftovers:
+        out.print("nothing to remove")
+    elif outcome.removed:
+        out.print(f"removed: {total}")
+    else:
+        out.print(f"found: {total}. Nothing was changed; --remove deletes them")
+    if outcome.too_young:
+        out.print(f"kept: {count(outcome.too_young)} that were written lately (--older-than)")

@@ -1,0 +1,178 @@
+"""Leftovers of a run: files that died attempts, probes and interrupted writes left, and that nothing needs any more.
+
+What counts is never a leftover: whatever a commit or a record of a decoded video names, readable or not as a whole,
+and the part records beside named parts, from which a run that grows continues. Parts of rollouts that are not finished
+are their checkpoints and stay unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from lrag_ray.errors import StorageError
+from lrag_ray.store.address import PROBE_PREFIX, FileDetails
+from lrag_ray.store.create_only import TEMPORARY_PREFIX
+from lrag_ray.store.decoded import FOLDER as DECODED
+from lrag_ray.store.decoded import read_decoded
+from lrag_ray.store.identity import RunIdentity
+from lrag_ray.store.records import Record, RolloutId
+from lrag_ray.store.run_dir import Inventory, RunDirectory
+from lrag_ray.store.uploads import abort_upload, unfinished_uploads
+
+Kind = Literal[
+    "unfinished write", "unfinished upload", "probe", "set aside", "unnamed part", "unnamed video", "unfinished rollout"
+]
+"""unnamed: an attempt wrote it and no commit names it. set aside: a record that did not count. unfinished rollout: its
+next start would continue from this part."""
+
+_ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
+_DECODED_FILE = re.compile(rf"^(?P<rollout>{DECODED}/[^/]+/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/[^/]+$")
+_SET_ASIDE = re.compile(rf"^(rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json\.invalid-[0-9a-f]+$")
+_PART = re.compile(r"^(?P<stem>part-\d+-\d+)\.(json|safetensors|trace\.parquet)$")
+
+
+class Leftover(Record):
+    """A file, or an upload that was never completed."""
+
+    path: str
+    """Below the run."""
+    kind: Kind
+    size_bytes: int
+    upload_id: str | None = None
+    """For an unfinished upload."""
+
+
+class Leftovers(NamedTuple):
+    """What was found."""
+
+    found: list[Leftover]
+    too_young: int
+    """Leftovers that were written so lately that somebody may still be at work on them."""
+    notes: list[str]
+    """What could not be looked at."""
+
+
+def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) -> Leftovers:
+    """Leftovers that were last written more than `older_than_s` ago; with `unfinished` parts of open rollouts too.
+
+    StorageError where there is no run.
+    """
+    identity = run.require()
+    files = run.storage.list_details()
+    inventory = run.inventory()
+    candidates = [
+        *_top_level(files),
+        *_of_attempts(files, inventory, identity, unfinished=unfinished),
+        *_of_decoding(files, run),
+    ]
+    latest = time.time() - older_than_s
+    old = [one for one in candidates if (written := files[one.path].modified_s) is not None and written < latest]
+    too_young, notes = len(candidates) - len(old), []
+    try:
+        for upload in unfinished_uploads(run.storage):
+            if upload.begun_s < latest:
+                old.append(
+                    Leftover(
+                        path=upload.path,
+                        kind="unfinished upload",
+                        size_bytes=upload.size_bytes,
+                        upload_id=upload.upload_id,
+                    )
+                )
+            else:
+                too_young += 1
+    except StorageError as error:
+        notes.append(f"unfinished uploads were not looked for: {error}")
+    return Leftovers(sorted(old, key=lambda one: one.path), too_young, notes)
+
+
+def remove_leftovers(run: RunDirectory, leftovers: Iterable[Leftover]) -> None:
+    """Delete them; records first, so that nothing ever names a file that is gone."""
+    files = []
+    for leftover in leftovers:
+        if leftover.upload_id is not None:
+            abort_upload(run.storage, leftover.path, leftover.upload_id)
+        else:
+            files.append(leftover.path)
+    run.storage.remove_many([path for path in files if path.endswith(".json")])
+    run.storage.remove_many([path for path in files if not path.endswith(".json")])
+
+
+def _top_level(files: Mapping[str, FileDetails]) -> Iterator[Leftover]:
+    for path, details in files.items():
+        if path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
+            yield Leftover(path=path, kind="unfinished write", size_bytes=details.size_bytes)
+        elif path.startswith(PROBE_PREFIX) and "/" not in path:
+            yield Leftover(path=path, kind="probe", size_bytes=details.size_bytes)
+        elif _SET_ASIDE.match(path):
+            yield Leftover(path=path, kind="set aside", size_bytes=details.size_bytes)
+
+
+def _of_attempts(
+    files: Mapping[str, FileDetails], inventory: Inventory, identity: RunIdentity, *, unfinished: bool
+) -> Iterator[Leftover]:
+    named = set(_named_by_commits(inventory))
+    rollouts = list(_rollouts(identity))
+    known = {rollout.path for rollout in rollouts}
+    finished = {rollout.path for rollout in rollouts if _finished(inventory, rollout, identity)}
+    unreadable = {
+        folder for folder, states in inventory.commits.items() if any(s.commit is None for s in states.values())
+    }
+    for path, details in files.items():
+        match = _ATTEMPT_FILE.match(path)
+        # A folder of nobody's, or with a commit that names nobody knows what: hands off.
+        if match is None or match["rollout"] not in known or match["rollout"] in unreadable:
+            continue
+        if path in named or match["name"].startswith(TEMPORARY_PREFIX):
+            continue
+        part = _PART.match(match["name"])
+        kind: Kind = "unnamed video" if part is None else "unnamed part"
+        if part is not None:
+            stem = path[: -len(match["name"])] + part["stem"]
+            if f"{stem}.safetensors" in named:
+                continue
+            # A part without its record does not exist for anybody.
+            if match["rollout"] not in finished and f"{stem}.json" in files:
+                if not unfinished:
+                    continue
+                kind = "unfinished rollout"
+        yield Leftover(path=path, kind=kind, size_bytes=details.size_bytes)
+
+
+def _of_decoding(files: Mapping[str, FileDetails], run: RunDirectory) -> Iterator[Leftover]:
+    decoded = read_decoded(run)
+    named = {record.video.path for record in decoded.records.values()}
+    doubtful = {path.rsplit("/", 1)[0] for path in decoded.problems}
+    for path, details in files.items():
+        match = _DECODED_FILE.match(path)
+        if match is None or path in named or match["rollout"] in doubtful:
+            continue
+        if not path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
+            yield Leftover(path=path, kind="unnamed video", size_bytes=details.size_bytes)
+
+
+def _named_by_commits(inventory: Inventory) -> Iterator[str]:
+    for states in inventory.commits.values():
+        for state in states.values():
+            if state.commit is not None:
+                commit = state.commit
+                named = [*commit.latent_parts, *commit.trace_parts, *([commit.video] if commit.video else [])]
+                yield from (file.path for file in named)
+
+
+def _rollouts(identity: RunIdentity) -> Iterator[RolloutId]:
+    for backbone in identity.backbones:
+        for method in identity.methods:
+            for prompt_id in identity.prompts:
+                for sample in range(identity.samples):
+                    yield RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+
+
+def _finished(inventory: Inventory, rollout: RolloutId, identity: RunIdentity) -> bool:
+    """Whether every horizon of the run has a commit of its own that counts."""
+    commits = inventory.valid_commits(rollout)
+    horizons = [horizon.latent_frames for horizon in identity.backbones[rollout.backbone].horizons]
+    return all(h in commits and commits[h].rollout_key == identity.rollout_key(rollout, h) for h in horizons)
