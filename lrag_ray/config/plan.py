@@ -190,6 +190,13 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
     )
 
 
+def history_bytes(backbone: BackboneConfig, method: Method, total_frames: int) -> int:
+    """Host memory of the history of one rollout of `total_frames` latent frames at its end."""
+    latent = backbone.latent
+    frames = method.policy.history_frames(method.settings, backbone.sampler.frames_per_block, total_frames)
+    return frames * backbone.transformer.kv_bytes_per_frame(latent.height, latent.width, _BYTES[backbone.dtype])
+
+
 def _backbone_plan(name: str, backbone: BackboneConfig) -> BackbonePlan:
     sizes, latent = backbone.transformer, backbone.latent
     return BackbonePlan(
@@ -256,8 +263,7 @@ def _method_plan(
         video_frames=shown,
         latent_bytes=generated * latent.channels * latent.height * latent.width * value_bytes,
         video_bytes=round(shown * pixels * VIDEO_BITS_PER_PIXEL / 8),
-        history_bytes=policy.history_frames(settings, n, longest)
-        * sizes.kv_bytes_per_frame(latent.height, latent.width, value_bytes),
+        history_bytes=history_bytes(backbone, method, longest),
         gpu_bytes=memory.total,
     )
 

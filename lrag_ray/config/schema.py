@@ -8,7 +8,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 
@@ -235,13 +244,42 @@ class MethodConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class ActorRange(Section):
+    """As many actors as the cluster has room for, within bounds."""
+
+    min: int
+    """Actors that are asked for always; those without room are the demand that makes a cluster scale up."""
+    max: int
+    """Most actors."""
+
+
+def _actors(value: Any) -> Any:
+    if isinstance(value, bool) or not (isinstance(value, int | dict | ActorRange) or value == "per_gpu"):
+        raise ValueError(f"expected a whole number, per_gpu or {{min: a, max: b}}, got {_named(value)}")
+    if isinstance(value, dict):
+        if set(value) != {"min", "max"} or not all(type(bound) is int for bound in value.values()):
+            raise ValueError("expected {min: a, max: b} with two whole numbers")
+        if not 1 <= value["min"] <= value["max"]:
+            raise ValueError(f"min {value['min']} must be at least 1 and at most max {value['max']}")
+    elif isinstance(value, int) and value < 1:
+        raise ValueError(f"must be at least 1, got {value}")
+    return value
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"text {value!r}" if isinstance(value, str) else repr(value)
+
+
 class EngineSection(Section):
     """How the work is spread. Free to change between starts of the same run."""
 
     address: str | None = None
     """Ray address; None uses a running cluster if there is one (RAY_ADDRESS), else starts a local one."""
-    actors: int = Field(default=1, ge=1)
-    """Rollout actors."""
+    actors: Annotated[ActorRange | int | Literal["per_gpu"], BeforeValidator(_actors)] = 1
+    """Rollout actors: a number that is asked for always; per_gpu, as many as the GPUs of the cluster have room for; or
+    {min: a, max: b}, at least a and up to b as nodes have room. The last two follow nodes that join and leave."""
     cpus_per_actor: float = Field(default=1, gt=0)
     """CPUs that Ray reserves per actor."""
     gpus_per_actor: float = Field(default=0, ge=0)
@@ -252,9 +290,42 @@ class EngineSection(Section):
     """Counted attempts before a rollout is quarantined."""
     checkpoint_every_blocks: int = Field(default=8, ge=1)
     """Blocks per latent part."""
+    stall_timeout_s: float | None = Field(default=1800, gt=0)
+    """An actor that finishes no block (and takes no other step, such as loading) for so long is replaced; null: never.
+    """
     lease_ttl_s: float = Field(default=120, ge=1, le=3600)
     """A driver that showed no sign of life on storage for so long is taken for dead: it stops itself, and the next one
     takes the run over. It shows twelve of them in that time."""
+
+    @property
+    def least_actors(self) -> int:
+        """Actors that are asked for whether or not there is room."""
+        if isinstance(self.actors, ActorRange):
+            return self.actors.min
+        return 1 if self.actors == "per_gpu" else self.actors
+
+    @property
+    def most_actors(self) -> int | None:
+        """Most actors at a time, or None where only the cluster's room limits them."""
+        if isinstance(self.actors, ActorRange):
+            return self.actors.max
+        return None if self.actors == "per_gpu" else self.actors
+
+    @model_validator(mode="after")
+    def _gpus_fit(self) -> EngineSection:
+        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise ValueError(f"gpus_per_actor {self.gpus_per_actor:g}: a share above 1 must be a whole number of GPUs")
+        if self.actors == "per_gpu" and self.gpus_per_actor == 0:
+            raise ValueError("actors: per_gpu needs gpus_per_actor above 0; on CPUs use a number or {min: a, max: b}")
+        return self
+
+
+class ResumeSection(Section):
+    """What a rollout that was begun before is continued from. Free to change between starts of the same run."""
+
+    on: Literal["same_device_kind", "any"] = "same_device_kind"
+    """Parts to continue from: those that the same kind of device made (then the rollout equals an undisturbed one, bit
+    for bit), or those of any (another GPU rounds differently)."""
 
 
 class VideoSection(Section):
@@ -348,6 +419,8 @@ class RunConfig(Section):
     """Method settings by name."""
     engine: EngineSection = EngineSection()
     """Actors and attempts."""
+    resume: ResumeSection = ResumeSection()
+    """Continuing of rollouts."""
     video: VideoSection = VideoSection()
     """Video files."""
     scoring: ScoringSection = ScoringSection()

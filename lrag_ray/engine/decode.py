@@ -15,14 +15,15 @@ from typing import Any
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.actor import no_room, spawn_actor
+from lrag_ray.engine.actor import no_room, pool_shape, spawn_actor
 from lrag_ray.engine.backbone import pixels_identity
 from lrag_ray.engine.decode_work import DecodeActor, DecodeResult, DecodeSpec, DecodeTask
 from lrag_ray.engine.paths import with_absolute_paths
-from lrag_ray.engine.pool import ActorPool, AttemptFailure, WorkItem
+from lrag_ray.engine.pool import ActorPool, AttemptFailure
 from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, StageBegan, StageEnded, WorkerLost, silent
 from lrag_ray.engine.run import INTERRUPTED
 from lrag_ray.engine.session import ray_session
+from lrag_ray.engine.waiting import WorkItem
 from lrag_ray.errors import ConfigError, IdentityError
 from lrag_ray.store.decoded import (
     decode_settings,
@@ -113,11 +114,13 @@ class _Job:
             began = time.monotonic()
             self._show(StageBegan("decode", len(items)))
             spec = ray.put(DecodeSpec(self._run.storage.address, self._config))
+            size, shape = pool_shape(engine)
             pool: ActorPool[DecodeTask, DecodeResult] = ActorPool(
-                spawn=lambda name: spawn_actor(DecodeActor, spec, name, engine),
+                spawn=lambda name, memory: spawn_actor(DecodeActor, spec, name, engine, memory=memory),
                 submit=lambda actor, task, attempt: actor.work.remote(task, attempt),
                 listener=self,
-                size=engine.actors,
+                size=size,
+                shape=shape,
                 max_attempts=engine.max_attempts,
             )
             pool.run(items)
@@ -186,6 +189,12 @@ class _Job:
             missing = (c.latent_frames for c in commits if c.latent_frames not in result.horizons)
             self._fail(commits[0].rollout.path, missing, result.problem)
         self._settle()
+
+    def yielded(self, item: WorkItem[DecodeTask], worker: str, reason: str) -> None:
+        """A decode never yields: it is short."""
+
+    def too_large(self, item: WorkItem[DecodeTask], largest_node: float) -> None:
+        """A decode reserves no memory."""
 
     def failed(self, item: WorkItem[DecodeTask], attempt: str, failure: AttemptFailure) -> None:
         """Tell why an attempt failed; after the last one its rollout has failed."""

@@ -16,6 +16,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.actor import make_reproducible
 from lrag_ray.engine.backbone import device_for, load_vae, pixels_identity
 from lrag_ray.engine.horizon_videos import HorizonVideos, put_video, value_bytes
+from lrag_ray.engine.sizing import this_node
 from lrag_ray.errors import WeightsError
 from lrag_ray.store.decoded import decode_settings, decoded_folder, record_path
 from lrag_ray.store.parts import BrokenPartError, read_latents
@@ -68,8 +69,9 @@ class DecodeActor:
         self._backbone = ""
         self._vae: WanVae | None = None
 
-    def ready(self) -> None:
-        """Return when the actor can work."""
+    def ready(self) -> str:
+        """Return the id of the actor's node when the actor can work."""
+        return this_node()
 
     def work(self, task: DecodeTask, attempt: str) -> DecodeResult:
         """Make the video of every commit of the task.
@@ -91,7 +93,7 @@ class DecodeActor:
                     latents = read_latents(self._run.storage, part)
                     digest.update(value_bytes(latents))
                     for piece in latents.split(_FRAMES_AT_A_TIME):
-                        videos.add(piece.to(self._device))
+                        videos.add(piece)
                     end += part.frames
                     if commit := commits.get(end):
                         if digest.hexdigest() != commit.latents_digest:

@@ -194,8 +194,9 @@ def _disk(folder: Path, plan: Plan | None) -> Row:
 def _threads(config: RunConfig) -> Row:
     cores = len(os.sched_getaffinity(0))
     engine = config.engine
-    found = f"{engine.actors} actors of {engine.threads_per_actor} torch threads, {cores} cores here"
-    if engine.gpus_per_actor == 0 and not engine.address and engine.actors * engine.threads_per_actor > cores:
+    actors = engine.most_actors or engine.least_actors
+    found = f"{actors} actors of {engine.threads_per_actor} torch threads, {cores} cores here"
+    if engine.gpus_per_actor == 0 and not engine.address and actors * engine.threads_per_actor > cores:
         return Row("threads", "warn", found, "fewer engine.actors, or fewer engine.threads_per_actor")
     return Row("threads", "ok", found)
 
@@ -212,8 +213,9 @@ def _host_memory(config: RunConfig, plan: Plan) -> Row:
             found,
             "shorter durations, or nodes with more memory",
         )
-    if history * config.engine.actors > 0.8 * total:
-        return Row("host memory", "warn", found, f"{config.engine.actors} actors do not fit on one such machine")
+    actors = config.engine.most_actors or config.engine.least_actors
+    if history * actors > 0.8 * total:
+        return Row("host memory", "warn", found, f"{actors} such rollouts do not fit on one such machine")
     return Row("host memory", "ok", found)
 
 

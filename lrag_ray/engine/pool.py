@@ -1,4 +1,4 @@
-"""An explicit pool of Ray actors: one item in flight each, deaths survived, poison put aside.
+"""An explicit pool of Ray actors: one item in flight each, deaths survived, poison put aside, nodes followed.
 
 Ray is asked to restart and retry nothing (`max_restarts=0`, `max_task_retries=0`): this loop replaces actors and counts
 attempts, because only it can tell a rollout that raises (which counts) from a worker that was taken away (which counts
@@ -13,58 +13,30 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayTaskError
 
+from lrag_ray.engine.failures import WORKER_LOST, FailureKind, WorkerStalledError, explain, first_line
+from lrag_ray.engine.sizing import NodeRoom, PoolSize, WorkerShape, draining_nodes, usable_nodes, wanted_workers
+from lrag_ray.engine.stalls import StallWatch
+from lrag_ray.engine.waiting import Payload, Turn, WaitingItems, WorkItem, Yielded
 from lrag_ray.errors import ClusterError
-from lrag_ray.store.address import redact
 from lrag_ray.store.run_dir import new_attempt_id
-
-WORKER_LOST = (ActorDiedError, ActorUnavailableError, NodeDiedError, WorkerCrashedError, ObjectLostError)
-"""The worker or its node went away, or the answer was lost with it. Ray has no common base for these."""
 
 BARREN_DEATHS = 3
 """A death counts as an attempt from this many on that in a row brought nothing forward."""
 
 _POLL_S = 0.25
+_LOOK_EVERY_S = 1.0
+"""How often nodes, sizes and stalls are looked at."""
 _START_FAILURES = 3
+_LONGEST_PAUSE_S = 60.0
 _UNPLACED_S = 30.0
-_REASON_CHARACTERS = 500
-_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
-Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 ResultIn = TypeVar("ResultIn", contravariant=True)
-FailureKind = Literal["exception", "death", "out_of_memory"]
-
-
-@dataclass(frozen=True)
-class WorkItem(Generic[Payload]):
-    """A piece of work."""
-
-    key: str
-    """Unique name."""
-    order: int
-    """Items are begun in this order, but see `AFFINITY_SPAN`."""
-    group: str
-    """What a worker must hold for it (the backbone); changing it is expensive."""
-    payload: Payload
-    progress: int = 0
-    """How far it is already, in the unit of `PoolListener.progress_of`."""
-
-
-AFFINITY_SPAN = 4
-"""A worker prefers items of the group it holds up to so many orders ahead of the earliest item that waits."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +60,9 @@ class PoolListener(Protocol[Payload, ResultIn]):
     def finished(self, item: WorkItem[Payload], result: ResultIn) -> None:
         """An item is done."""
 
+    def yielded(self, item: WorkItem[Payload], worker: str, reason: str) -> None:
+        """A worker gave an item back; it goes on elsewhere."""
+
     def failed(self, item: WorkItem[Payload], attempt: str, failure: AttemptFailure) -> None:
         """An attempt failed; the item is tried again unless `failure.quarantined`."""
 
@@ -97,27 +72,26 @@ class PoolListener(Protocol[Payload, ResultIn]):
     def unplaced(self, seconds: float) -> None:
         """For so long no worker could start; told once."""
 
-    def progress_of(self, item: WorkItem[Payload]) -> int:
-        """How far the item is on storage, in any unit that grows."""
+    def too_large(self, item: WorkItem[Payload], largest_node: float) -> None:
+        """The item needs more memory than any node has (bytes); it waits for one that has. Told once per amount."""
+
+    def progress_of(self, item: WorkItem[Payload]) -> int | None:
+        """How far the item is on storage, in any unit that grows; None where that cannot be found out."""
 
     def tick(self) -> None:
         """Called a few times a second."""
 
 
 @dataclass
-class _Worker:
+class _Worker(Generic[Payload]):
     name: str
     actor: Any
+    memory: int
+    """Bytes that it has reserved."""
     ready: bool = False
+    node: str | None = None
     group: str | None = None
-
-
-@dataclass
-class _Flight(Generic[Payload]):
-    worker: _Worker
-    item: WorkItem[Payload] | None
-    """None while the worker starts."""
-    attempt: str = ""
+    item: WorkItem[Payload] | None = None
 
 
 @dataclass
@@ -129,182 +103,252 @@ class _Record:
 
 @dataclass
 class ActorPool(Generic[Payload, Result]):
-    """Runs items on up to `size` actors until each is finished or quarantined.
+    """Runs items on as many actors as `size` and the nodes allow until each is finished or quarantined.
 
-    An actor has a method ``ready()``, which returns when it can work, and is given items by `submit`.
+    An actor has a method ``ready()``, which returns the id of its node when it can work, and is given items by
+    `submit`. One that finds nothing left to take is ended at once, so that its place serves others.
     """
 
-    spawn: Callable[[str], Any]
-    """Makes an actor handle for a worker of that name; max_restarts and max_task_retries must be 0."""
+    spawn: Callable[[str, int], Any]
+    """Makes an actor handle for a worker of that name that reserves so many bytes of memory (0: none); max_restarts
+    and max_task_retries must be 0."""
     submit: Callable[[Any, Payload, str], Any]
-    """Sends a payload and the attempt's id to an actor; returns the object reference of the result."""
+    """Sends a payload and the attempt's id to an actor; returns the reference of the result (or of a `Yielded`)."""
     listener: PoolListener[Payload, Result]
-    size: int
+    size: PoolSize
+    shape: WorkerShape
     max_attempts: int
-    _workers: list[_Worker] = field(default_factory=list, init=False)
-    _flights: dict[Any, _Flight[Payload]] = field(default_factory=dict, init=False)
+    stalls: StallWatch | None = None
+    _workers: dict[str, _Worker[Payload]] = field(default_factory=dict, init=False)
+    _flights: dict[Any, tuple[_Worker[Payload], str]] = field(default_factory=dict, init=False)
+    """Worker and attempt by what is waited for: an item, or, while the worker is not ready, its start."""
     _records: dict[str, _Record] = field(default_factory=dict, init=False)
+    _quarantined: list[WorkItem[Payload]] = field(default_factory=list, init=False)
+    _nodes: list[NodeRoom] = field(default_factory=list, init=False)
+    _draining: set[str] = field(default_factory=set, init=False)
+    _told_too_large: set[int] = field(default_factory=set, init=False)
     _spawned: int = field(default=0, init=False)
     _failed_starts: int = field(default=0, init=False)
+    _spawn_after: float = field(default=0.0, init=False)
+    _look_after: float = field(default=0.0, init=False)
+    _tick_after: float = field(default=0.0, init=False)
 
     def run(self, items: Sequence[WorkItem[Payload]]) -> list[WorkItem[Payload]]:
         """Work through `items`; returns those that were quarantined.
 
-        Raises ClusterError when three workers in a row die before they are ready. The actors are gone afterwards,
+        Raises ClusterError when three workers in a row fail to start and none works. The actors are gone afterwards,
         whatever happens.
         """
-        self._waiting = sorted(items, key=lambda item: item.order)
+        self._waiting = WaitingItems(items)
         self._records = {item.key: _Record(progress=item.progress) for item in items}
-        quarantined: list[WorkItem[Payload]] = []
         self._tell_unplaced_at = time.monotonic() + _UNPLACED_S
         try:
-            while self._waiting or any(flight.item is not None for flight in self._flights.values()):
-                self._spawn_missing()
+            while self._waiting or any(worker.item is not None for worker in self._workers.values()):
+                self._look_around()
                 self._assign()
-                done, _ = ray.wait(list(self._flights), num_returns=1, timeout=_POLL_S)
-                for ref in done:
-                    item = self._settle(ref)
-                    if item is not None:
-                        quarantined.append(item)
-                self._watch_placement()
-                self.listener.tick()
+                self._settle_all()
+                self._tick()
         finally:
-            for worker in self._workers:
+            for worker in self._workers.values():
                 ray.kill(worker.actor)
             self._workers.clear()
             self._flights.clear()
-        return quarantined
+        return self._quarantined
 
-    def _spawn_missing(self) -> None:
-        busy = sum(flight.item is not None for flight in self._flights.values())
-        while len(self._workers) < min(self.size, busy + len(self._waiting)):
-            name = f"worker-{self._spawned}"
-            self._spawned += 1
-            worker = _Worker(name, self.spawn(name))
-            self._workers.append(worker)
-            self._flights[worker.actor.ready.remote()] = _Flight(worker, None)
+    def _settle_all(self) -> None:
+        if not self._flights:
+            time.sleep(_POLL_S)
+            return
+        done, rest = ray.wait(list(self._flights), num_returns=1, timeout=_POLL_S)
+        if done and rest:
+            # Whatever else is done: one round serves many workers.
+            done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        for ref in done:
+            # A worker that was ended meanwhile is no longer waited for.
+            if ref in self._flights:
+                self._settle(ref)
 
-    def _watch_placement(self) -> None:
+    def _tick(self) -> None:
         now = time.monotonic()
-        if any(worker.ready for worker in self._workers):
+        if now >= self._tick_after:
+            self._tick_after = now + _POLL_S
+            self.listener.tick()
+
+    def _look_around(self) -> None:
+        """Follow nodes, sizes and stalls."""
+        now = time.monotonic()
+        if now < self._look_after:
+            return
+        self._look_after = now + _LOOK_EVERY_S
+        self._draining = draining_nodes()
+        self._nodes = usable_nodes(self._draining)
+        self._tell_what_has_no_room(now)
+        for name in self.stalls.stalled() if self.stalls else ():
+            worker = self._workers[name]
+            text = f"no new block for {self.stalls.timeout_s:g} s (engine.stall_timeout_s)" if self.stalls else ""
+            self._worker_failed(worker, self._end(worker), WorkerStalledError(text))
+        self._resize()
+
+    def _tell_what_has_no_room(self, now: float) -> None:
+        if any(worker.ready for worker in self._workers.values()):
             self._tell_unplaced_at = now + _UNPLACED_S
         elif now >= self._tell_unplaced_at:
             self._tell_unplaced_at = math.inf
             self.listener.unplaced(_UNPLACED_S)
+        largest = max((node.memory for node in self._nodes if self.shape.slots(node)), default=math.inf)
+        for need in self._waiting.needs():
+            if need > largest and need not in self._told_too_large:
+                self._told_too_large.add(need)
+                self.listener.too_large(self._waiting.example(need), largest)
+
+    def _resize(self) -> None:
+        """Spawn the workers that are missing; end those that never found a place and are not wanted any more."""
+        needs = self._waiting.needs()
+        busy = [worker for worker in self._workers.values() if worker.item is not None]
+        staying = [worker for worker in self._workers.values() if worker.node not in self._draining]
+        held = sorted({*needs, *(worker.memory for worker in busy)}, reverse=True)
+        wanted = wanted_workers(self.size, self.shape, self._nodes, held)
+
+        placed = sorted((worker for worker in staying if worker.ready), key=lambda worker: -worker.memory)
+        starting = [worker for worker in staying if not worker.ready]
+        kept: list[_Worker[Payload]] = []
+        missing = []
+        for memory in wanted:
+            exact = next((worker for worker in starting if worker.memory == memory), None)
+            if placed and placed[0].memory >= memory:
+                placed.pop(0)
+            elif exact is not None:
+                starting.remove(exact)
+                kept.append(exact)
+            else:
+                missing.append(memory)
+        for worker in [*starting, *kept[len(self._waiting) :]]:
+            self._end(worker)
+        if time.monotonic() < self._spawn_after:
+            return
+        staying = [worker for worker in staying if worker.name in self._workers]
+        without_item = sum(worker.item is None for worker in staying)
+        room = min(len(wanted) - len(staying), len(self._waiting) - without_item)
+        for memory in missing[: max(room, 0)]:
+            # What is only held by busy workers need not be asked for again.
+            fitting = [need for need in needs if need <= memory]
+            if fitting:
+                self._spawn(fitting[0])
+
+    def _spawn(self, memory: int) -> None:
+        name = f"worker-{self._spawned}"
+        self._spawned += 1
+        worker: _Worker[Payload] = _Worker(name, self.spawn(name, memory), memory)
+        self._workers[name] = worker
+        self._flights[worker.actor.ready.remote()] = (worker, "")
 
     def _assign(self) -> None:
-        flying = {id(flight.worker) for flight in self._flights.values()}
-        for worker in self._workers:
-            if self._waiting and worker.ready and id(worker) not in flying:
-                item = self._next_for(worker)
-                worker.group = item.group
-                attempt = new_attempt_id()
-                self._flights[self.submit(worker.actor, item.payload, attempt)] = _Flight(worker, item, attempt)
-                self.listener.started(item, attempt, worker.name)
+        idle = [worker for worker in self._workers.values() if worker.ready and worker.item is None]
+        smallest = min((worker.memory for worker in self._workers.values()), default=0)
+        holders = Counter(worker.group for worker in self._workers.values() if worker.group is not None)
+        for worker in idle:
+            item = None
+            if worker.node not in self._draining:
+                item = self._waiting.take(worker.memory, worker.group, holders, spare_small=worker.memory > smallest)
+            if item is None:
+                self._end(worker)
+                continue
+            holders.subtract([worker.group] if worker.group is not None else [])
+            worker.item, worker.group = item, item.group
+            holders[item.group] += 1
+            attempt = new_attempt_id()
+            self._flights[self.submit(worker.actor, item.payload, attempt)] = (worker, attempt)
+            if self.stalls is not None:
+                self.stalls.begin(worker.name, worker.actor)
+            self.listener.started(item, attempt, worker.name)
 
-    def _next_for(self, worker: _Worker) -> WorkItem[Payload]:
-        """The earliest item, or one slightly later of the group that the worker holds (or that fewest others hold)."""
-        last = self._waiting[0].order + AFFINITY_SPAN
-        first_of_group: dict[str, int] = {}
-        for position, item in enumerate(self._waiting):
-            if item.order > last:
-                break
-            first_of_group.setdefault(item.group, position)
-        if worker.group in first_of_group:
-            return self._waiting.pop(first_of_group[worker.group])
-        holders = Counter(other.group for other in self._workers if other is not worker)
-        group = min(first_of_group, key=lambda name: (holders[name], first_of_group[name]))
-        return self._waiting.pop(first_of_group[group])
-
-    def _settle(self, ref: Any) -> WorkItem[Payload] | None:
-        """Take in what a finished reference says; returns the item if it is now quarantined."""
-        flight = self._flights.pop(ref)
+    def _settle(self, ref: Any) -> None:
+        """Take in what a finished reference says."""
+        worker, attempt = self._flights.pop(ref)
+        if self.stalls is not None:
+            self.stalls.end(worker.name)
         try:
             result = ray.get(ref)
         except RayTaskError as error:
-            if flight.item is None:
-                self._lose(flight.worker, error)
-                self._start_failed(error)
-                return None
-            return self._failed(flight.item, flight.attempt, _kind_of(error), error)
-        except (*WORKER_LOST, OutOfMemoryError) as error:
-            self._lose(flight.worker, error)
-            if flight.item is None:
-                self._start_failed(error)
-                return None
-            kind: FailureKind = "out_of_memory" if _is_out_of_memory(error) else "death"
-            return self._failed(flight.item, flight.attempt, kind, error)
-        if flight.item is None:
-            flight.worker.ready = True
+            if worker.item is None:
+                self._end(worker)
+                self._worker_failed(worker, attempt, error)
+            else:
+                failed, worker.item = worker.item, None
+                self._attempt_failed(failed, attempt, error)
+            return
+        except WORKER_LOST as error:
+            # An unavailable actor may come back and go on; it is replaced, so it must not.
+            self._end(worker)
+            self._worker_failed(worker, attempt, error)
+            return
+        item, worker.item = worker.item, None
+        if item is None:
+            worker.ready, worker.node = True, result
             self._failed_starts = 0
+        elif isinstance(result, Yielded):
+            self._end(worker)
+            self._look_after = 0.0
+            self._put_back(item, "first")
+            self.listener.yielded(item, worker.name, result.reason)
         else:
-            self.listener.finished(flight.item, result)
-        return None
+            self.listener.finished(item, result)
 
-    def _lose(self, worker: _Worker, error: Exception) -> None:
-        # An unavailable actor may come back and go on; it is replaced, so it must not.
+    def _end(self, worker: _Worker[Payload]) -> str:
+        """Kill a worker and forget it; returns the attempt that it was at, if any."""
         ray.kill(worker.actor)
-        self._workers.remove(worker)
-        self.listener.worker_lost(worker.name, _first_line(error))
+        del self._workers[worker.name]
+        if self.stalls is not None:
+            self.stalls.end(worker.name)
+        for ref, (other, attempt) in list(self._flights.items()):
+            if other is worker:
+                del self._flights[ref]
+                return attempt
+        return ""
 
-    def _start_failed(self, error: Exception) -> None:
+    def _worker_failed(self, worker: _Worker[Payload], attempt: str, error: Exception) -> None:
+        self._look_after = 0.0
+        self.listener.worker_lost(worker.name, first_line(error))
+        if worker.item is not None:
+            self._attempt_failed(worker.item, attempt, error)
+            return
         self._failed_starts += 1
-        if self._failed_starts >= _START_FAILURES:
+        if self._failed_starts >= _START_FAILURES and not any(other.ready for other in self._workers.values()):
             raise ClusterError(
-                f"{_START_FAILURES} workers in a row died before they were ready; the last: {_first_line(error)}. "
+                f"{_START_FAILURES} workers in a row died before they were ready; the last: {first_line(error)}. "
                 "Check that the nodes have the same environment as this one and room for engine.cpus_per_actor and "
                 "engine.gpus_per_actor"
             ) from error
-        time.sleep(_POLL_S)
+        self._spawn_after = time.monotonic() + min(_POLL_S * 2**self._failed_starts, _LONGEST_PAUSE_S)
 
-    def _failed(
-        self,
-        item: WorkItem[Payload],
-        attempt: str,
-        kind: FailureKind,
-        error: Exception,
-    ) -> WorkItem[Payload] | None:
+    def _attempt_failed(self, item: WorkItem[Payload], attempt: str, error: Exception) -> None:
         record = self._records[item.key]
-        progress = self.listener.progress_of(item)
         raised = isinstance(error, RayTaskError)
-        record.barren_deaths = 0 if raised or progress > record.progress else record.barren_deaths + 1
-        record.progress = max(progress, record.progress)
+        progress = self.listener.progress_of(item)
+        if raised or (progress is not None and progress > record.progress):
+            record.barren_deaths = 0
+        elif progress is not None:
+            record.barren_deaths += 1
+        record.progress = max(progress or 0, record.progress)
         counted = raised or record.barren_deaths >= BARREN_DEATHS
         record.counted += counted
         quarantined = record.counted >= self.max_attempts
+        trouble = explain(error)
         failure = AttemptFailure(
-            kind=kind,
+            kind=trouble.kind,
             counted=counted,
             counted_attempts=record.counted,
             quarantined=quarantined,
-            reason=_first_line(error),
-            traceback=redact(str(error)),
+            reason=trouble.reason,
+            traceback=trouble.traceback,
         )
-        self.listener.failed(item, attempt, failure)
         if quarantined:
-            return item
-        if raised:
-            # What raised once may raise again: let the others go first.
-            self._waiting.append(item)
-            self._waiting.sort(key=lambda other: (self._records[other.key].counted > 0, other.order))
+            self._quarantined.append(item)
         else:
-            self._waiting.insert(0, item)
-        return None
+            self._put_back(item, "last" if raised else "first")
+        self.listener.failed(item, attempt, failure)
 
-
-def _kind_of(error: RayTaskError) -> FailureKind:
-    return "out_of_memory" if type(error.cause).__name__ in _OUT_OF_MEMORY else "exception"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The memory monitor kills the worker of an actor: what arrives is an ActorDiedError that says so in its text.
-    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    """One line that says what happened, without the remote traceback that Ray puts into its messages."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    lines = str(cause).strip().splitlines() or [""]
-    # An actor whose constructor raised: Ray puts the constructor's traceback into the text, its error last.
-    line = lines[-1] if isinstance(cause, ActorDiedError) and "creation task" in lines[0] else lines[0]
-    return redact(f"{type(cause).__name__}: {line}"[:_REASON_CHARACTERS])
+    def _put_back(self, item: WorkItem[Payload], turn: Turn) -> None:
+        self._waiting.put(item, turn)
+        # Its worker may have been the last: look for room at once.
+        self._look_after = 0.0

@@ -6,12 +6,10 @@ count. Horizons that are committed already are neither decoded nor committed aga
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +18,25 @@ import torch
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.engine.backbone import load_generator, load_retrieval_encoder, load_vae, weights_identity
-from lrag_ray.engine.horizon_videos import HorizonVideos, put_video, value_bytes
+from lrag_ray.engine.behind import Behind
+from lrag_ray.engine.block_writer import BlockWriter, Stopwatch
+from lrag_ray.engine.horizon_videos import HorizonVideos
 from lrag_ray.engine.progress import Step, WorkerState
-from lrag_ray.engine.run_identity import versions
 from lrag_ray.engine.text import embedding_path, read_embedding
+from lrag_ray.engine.waiting import Yielded
 from lrag_ray.errors import WeightsError
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.store.identity import canonical_digest
-from lrag_ray.store.parts import FinishedBlock, PartChain, StoredPart, read_chain, write_part
-from lrag_ray.store.records import Commit, PartRecord, RolloutId, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.parts import FinishedBlock, PartChain, read_chain
+from lrag_ray.store.records import PartRecord, RolloutId
+from lrag_ray.store.run_dir import Inventory, RunDirectory
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
+
+BLOCKS_BEHIND = 2
+"""Blocks that may wait to be decoded and stored, or be at it, while the next one is generated."""
 
 
 @dataclass(frozen=True)
@@ -63,72 +66,29 @@ class RolloutResult:
     """What a person should know: broken parts that were cut off, a commit of another attempt that differs."""
 
 
-class Stopwatch:
-    """Seconds per kind of work."""
-
-    def __init__(self) -> None:
-        self.timings_s: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, kind: str) -> Iterator[None]:
-        """Add the time of the block to `kind`."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings_s[kind] = self.timings_s.get(kind, 0.0) + time.perf_counter() - began
-
-
-class PartLedger:
-    """The parts that cover a rollout from frame 0 on: stored ones that are used again, and ones written here.
-
-    A part ends after `every` blocks and at each horizon in `horizons`.
-    """
-
-    def __init__(
-        self, write: Callable[[Sequence[FinishedBlock]], PartRecord], every: int, horizons: Sequence[int]
-    ) -> None:
-        self.parts: list[PartRecord] = []
-        self._write = write
-        self._every = every
-        self._horizons = set(horizons)
-        self._reused: dict[int, PartRecord] = {}
-        self._pending: list[FinishedBlock] = []
-
-    def reuse(self, part: StoredPart) -> None:
-        """Take a stored part as it is, unless a horizon cuts it: then its blocks are written again in other parts."""
-        if not any(part.record.first_frame < horizon < part.record.end_frame for horizon in self._horizons):
-            self._reused.update((block.block, part.record) for block in part.blocks)
-
-    def add(self, block: FinishedBlock) -> None:
-        """The next block, whether it was stored before or not."""
-        end = (block.block + 1) * block.latents.shape[0]
-        if record := self._reused.get(block.block):
-            if end == record.end_frame:
-                self.parts.append(record)
-            return
-        self._pending.append(block)
-        if len(self._pending) == self._every or end in self._horizons or block.block + 1 in self._reused:
-            self.parts.append(self._write(self._pending))
-            self._pending = []
-
-
 class RolloutWorker:
     """Does rollouts one after the other and keeps the backbone that it loaded last."""
 
     def __init__(
-        self, run: RunDirectory, config: RunConfig, device: torch.device, tell: Callable[[WorkerState], None]
+        self,
+        run: RunDirectory,
+        config: RunConfig,
+        device: torch.device,
+        tell: Callable[[WorkerState], None],
+        must_leave: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`tell` hears every step; `must_leave` is asked between blocks whether to store what there is and yield."""
         self._run = run
         self._config = config
         self._device = device
         self._tell = tell
+        self._must_leave = must_leave
         self._backbone_name = ""
         self._transformer: CausalWanTransformer | None = None
         self._vae: WanVae | None = None
 
-    def work(self, task: RolloutTask, attempt: str) -> RolloutResult:
-        """Bring every missing horizon of a rollout to a commit."""
+    def work(self, task: RolloutTask, attempt: str) -> RolloutResult | Yielded:
+        """Bring every missing horizon of a rollout to a commit, or yield."""
         return _Attempt(self, task, attempt).run()
 
     def hold(self, name: str) -> BackboneConfig:
@@ -156,19 +116,22 @@ class RolloutWorker:
         return self._vae
 
 
+class _Leaving(Exception):  # noqa: N818 - a signal, no error
+    """The worker must go."""
+
+
 class _Attempt:
     def __init__(self, worker: RolloutWorker, task: RolloutTask, attempt: str) -> None:
         self._worker = worker
         self._run, self._config, self._device = worker._run, worker._config, worker._device
         self._task = task
         self._id = attempt
-        self._folder = f"{task.rollout.path}/attempt-{attempt}"
         self._device_kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         self._watch = Stopwatch()
         self._notes: list[str] = []
-        self._digest = hashlib.sha256()
+        self._blocks_done = 0
 
-    def run(self) -> RolloutResult:
+    def run(self) -> RolloutResult | Yielded:
         began = time.perf_counter()
         task = self._task
         self._backbone = self._worker.hold(task.rollout.backbone)
@@ -183,12 +146,12 @@ class _Attempt:
         self._blocks_total = horizons[-1] // self._n
         self._tell(0, "loading")
         with self._watch.measure("store"):
-            records, broken = self._run.part_records(inventory, task.rollout)
-            chain = read_chain(self._run.storage, records, rollout_key=task.rollout_key, frames_per_block=self._n)
-        self._notes += [f"{line}: cut back to frame {chain.end_frame}" for line in [*broken, *chain.broken]]
+            chain = self._chain(inventory, horizons[-1])
         stored = [block for part in chain.parts for block in part.blocks][: self._blocks_total]
         with tempfile.TemporaryDirectory(prefix="lrag-") as scratch:
-            self._commit_all(horizons, chain, stored, Path(scratch))
+            whole = self._commit_all(horizons, chain, stored, Path(scratch))
+        if not whole:
+            return Yielded(f"its node is about to be taken away; {self._blocks_done} blocks are stored")
         return RolloutResult(
             committed=tuple(horizons),
             blocks_generated=self._blocks_total - len(stored),
@@ -197,48 +160,96 @@ class _Attempt:
             notes=tuple(self._notes),
         )
 
+    def _chain(self, inventory: Inventory, end_frame: int) -> PartChain:
+        """What to continue from."""
+        records, broken = self._run.part_records(inventory, self._task.rollout)
+        records = [record for record in records if record.rollout_key == self._task.rollout_key]
+        own = [record for record in records if record.device_kind == self._device_kind]
+        if self._config.resume.on == "any":
+            own = records
+        chain = self._read_chain(own)
+        foreign = [record for record in records if record not in own]
+        if chain.end_frame < end_frame and max((record.end_frame for record in foreign), default=0) > chain.end_frame:
+            whole = self._read_chain(records)
+            if whole.end_frame >= end_frame:
+                # Nothing is left to generate, so no rollout is continued on another kind of device.
+                chain = whole
+            else:
+                kinds = ", ".join(sorted({record.device_kind for record in foreign}))
+                self._notes.append(
+                    f"{self._task.rollout.path}: parts made on {kinds} are left unused, this is {self._device_kind} "
+                    "(resume.on: any continues from them)"
+                )
+        self._notes += [f"{line}: cut back to frame {chain.end_frame}" for line in [*broken, *chain.broken]]
+        return chain
+
+    def _read_chain(self, records: Sequence[PartRecord]) -> PartChain:
+        key, storage = self._task.rollout_key, self._run.storage
+        return read_chain(storage, records, rollout_key=key, frames_per_block=self._n)
+
     def _commit_all(
         self, horizons: Sequence[int], chain: PartChain, stored: Sequence[FinishedBlock], scratch: Path
-    ) -> None:
-        ledger = PartLedger(self._write_part, self._config.engine.checkpoint_every_blocks, horizons)
-        for part in chain.parts:
-            ledger.reuse(part)
+    ) -> bool:
+        """Make blocks, and let the writer follow behind; False if the worker must leave before the end."""
         videos = self._open_videos(scratch, horizons)
+        writer = BlockWriter(
+            self._run,
+            self._task.rollout,
+            self._task.rollout_key,
+            self._id,
+            self._device_kind,
+            horizons=horizons,
+            part_blocks=self._config.engine.checkpoint_every_blocks,
+            fps=self._config.video.fps,
+            videos=videos,
+        )
+        writer.reuse(chain.parts)
         try:
-            for block in self._blocks(stored):
-                self._digest.update(value_bytes(block.latents))
-                with self._watch.measure("store"):
-                    ledger.add(block)
-                if videos is not None:
-                    with self._watch.measure("decode"):
-                        videos.add(block.latents.to(self._device))
-                end = (block.block + 1) * self._n
-                if end in horizons:
-                    self._commit(end, ledger.parts, videos)
+            with Behind(BLOCKS_BEHIND) as behind:
+                try:
+                    for block in self._blocks(stored):
+                        behind.do(writer.take, block, dict(self._watch.timings_s))
+                        self._blocks_done = block.block + 1
+                    whole = True
+                except _Leaving:
+                    behind.do(writer.flush)
+                    whole = False
+                behind.finish()
         finally:
             if videos is not None:
                 videos.abort()
+        self._notes += writer.notes
+        return whole
 
     def _blocks(self, stored: Sequence[FinishedBlock]) -> Iterator[FinishedBlock]:
         """Stored blocks, then generated ones; caches are rebuilt from the stored ones only if more are needed."""
         for block in stored:
+            self._stay()
             self._tell(block.block, "storing")
             yield block
         left = self._blocks_total - len(stored)
         if not left:
             return
+        self._stay()
         with self._watch.measure("load"):
             rollout = self._start()
-        if stored:
-            self._tell(len(stored), "replaying")
+        for block in stored:
+            self._stay()
+            self._tell(block.block, "replaying")
             with self._watch.measure("replay"):
-                rollout.replay(torch.cat([block.latents for block in stored])[None], [[b.state] for b in stored])
+                rollout.replay(block.latents[None], [[block.state]])
         self._tell(len(stored), "generating")
         for result in rollout.blocks(left):
             self._watch.timings_s.update(rollout.timings_s)
             state = {name: value.cpu() for name, value in result.state[0].items()}
             yield FinishedBlock(result.block, result.latents[0].cpu(), result.trace[0], state)
             self._tell(result.block + 1, "generating")
+            if result.block + 1 < self._blocks_total:
+                self._stay()
+
+    def _stay(self) -> None:
+        if self._worker._must_leave():
+            raise _Leaving
 
     def _start(self) -> Rollout:
         task, config = self._task, self._backbone
@@ -269,49 +280,6 @@ class _Attempt:
         with self._watch.measure("load"):
             vae = self._worker.vae()
         return HorizonVideos(scratch, vae, horizons, video)
-
-    def _write_part(self, blocks: Sequence[FinishedBlock]) -> PartRecord:
-        return write_part(
-            self._run.storage,
-            self._folder,
-            blocks,
-            rollout_key=self._task.rollout_key,
-            device_kind=self._device_kind,
-        )
-
-    def _commit(self, horizon: int, parts: Sequence[PartRecord], videos: HorizonVideos | None) -> None:
-        video, video_frames = None, 0
-        with self._watch.measure("store"):
-            if videos is not None:
-                writer = videos.finish(horizon)
-                video, video_frames = put_video(self._run.storage, writer.path, self._folder), writer.frames
-        record = Commit(
-            rollout=self._task.rollout,
-            rollout_key=self._task.rollout_key,
-            latent_frames=horizon,
-            attempt=self._id,
-            latent_parts=[part.latents for part in parts],
-            trace_parts=[part.trace for part in parts],
-            video=video,
-            video_frames=video_frames,
-            fps=self._config.video.fps,
-            latents_digest=self._digest.hexdigest(),
-            device_kind=self._device_kind,
-            versions=versions(),
-            timings_s={kind: round(seconds, 4) for kind, seconds in sorted(self._watch.timings_s.items())},
-            created_at=now_utc(),
-        )
-        if not self._run.commit(record):
-            self._compare_with_winner(record)
-
-    def _compare_with_winner(self, record: Commit) -> None:
-        """Another attempt committed first and stands; say so if it found other latents."""
-        winner = self._run.inventory(record.rollout).valid_commits(record.rollout).get(record.latent_frames)
-        if winner is not None and winner.latents_digest != record.latents_digest:
-            self._notes.append(
-                f"{record.rollout.path}: attempt {winner.attempt} ({winner.device_kind}) committed other latents for "
-                f"{record.latent_frames} frames than attempt {record.attempt} ({record.device_kind}) made"
-            )
 
     def _tell(self, blocks: int, step: Step) -> None:
         self._worker._tell(WorkerState(self._task.rollout, blocks, self._blocks_total, step))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import ray
 
+from lrag_ray.config.methods import resolve_method
+from lrag_ray.config.plan import history_bytes
 from lrag_ray.config.schema import EngineSection, RunConfig
-from lrag_ray.engine.actor import ActorSpec, RolloutActor, no_room, spawn_actor
-from lrag_ray.engine.pool import ActorPool, AttemptFailure, WorkItem
+from lrag_ray.engine.actor import ActorSpec, RolloutActor, no_room, pool_shape, spawn_actor
+from lrag_ray.engine.pool import ActorPool, AttemptFailure
 from lrag_ray.engine.progress import (
     AttemptFailed,
     BoardReader,
@@ -18,13 +23,22 @@ from lrag_ray.engine.progress import (
     RolloutAdvanced,
     RolloutFinished,
     RolloutStarted,
+    RolloutYielded,
     StageAdvanced,
     WorkerLost,
     start_board,
 )
 from lrag_ray.engine.rollout_work import RolloutResult, RolloutTask
+from lrag_ray.engine.stalls import StallWatch
+from lrag_ray.engine.waiting import WorkItem
+from lrag_ray.engine.work import stored_pieces
+from lrag_ray.errors import StorageError
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
+
+UNWRITTEN_FOR_S = 600.0
+"""So long a driver goes on while the reasons of failures cannot be written to storage."""
+_WRITE_AGAIN_S = 15.0
 
 
 def run_rollouts(
@@ -32,25 +46,47 @@ def run_rollouts(
 ) -> list[RolloutId]:
     """Bring `items` to their commits; returns the rollouts that were given up.
 
-    Needs Ray. Raises ClusterError where no worker can be started.
+    Needs Ray. Raises ClusterError where no worker can be started, and StorageError where failures could not be written
+    down for ten minutes.
     """
     board = start_board(f"lrag-progress-{secrets.token_hex(4)}")
+    engine = config.engine
     # One copy in the object store instead of one in every creation task.
-    spec = ray.put(ActorSpec(run.storage.address, config, board))
-    listener = _Listener(run, config.engine, BoardReader(board), len(items), progress)
+    spec = ray.put(ActorSpec(run.storage.address, config, run.require().created_at, board))
+    listener = _Listener(run, engine, BoardReader(board), len(items), progress)
+    size, shape = pool_shape(engine)
+    timeout_s = engine.stall_timeout_s
     pool: ActorPool[RolloutTask, RolloutResult] = ActorPool(
-        spawn=lambda name: spawn_actor(RolloutActor, spec, name, config.engine),
+        spawn=lambda name, memory: spawn_actor(RolloutActor, spec, name, engine, memory=memory, watched=True),
         submit=lambda actor, task, attempt: actor.work.remote(task, attempt),
         listener=listener,
-        size=config.engine.actors,
-        max_attempts=config.engine.max_attempts,
+        size=size,
+        shape=shape,
+        max_attempts=engine.max_attempts,
+        stalls=StallWatch(timeout_s, lambda actor: actor.steps.remote()) if timeout_s else None,
     )
     try:
-        given_up = pool.run(items)
+        given_up = pool.run(_with_memory(config, items))
+        listener.write_failures(force=True)
     finally:
         ray.kill(board)
     # Horizons of a method that is not nested are items of their own.
     return list({item.payload.rollout.path: item.payload.rollout for item in given_up}.values())
+
+
+def _with_memory(config: RunConfig, items: Sequence[WorkItem[RolloutTask]]) -> list[WorkItem[RolloutTask]]:
+    """Items with what their histories need of the host's memory."""
+    methods = {name: resolve_method(section) for name, section in config.methods.items()}
+
+    @cache
+    def need(backbone: str, method: str, frames: int) -> int:
+        return history_bytes(config.backbones[backbone], methods[method], frames)
+
+    tasks = ((item, item.payload) for item in items)
+    return [
+        replace(item, memory=need(task.rollout.backbone, task.rollout.method, task.horizons[-1]))
+        for item, task in tasks
+    ]
 
 
 class _Listener:
@@ -65,6 +101,9 @@ class _Listener:
         self._total = total
         self._progress = progress
         self._done = 0
+        self._unwritten: list[FailureRecord] = []
+        self._unwritten_since = 0.0
+        self._write_after = 0.0
 
     def started(self, item: WorkItem[RolloutTask], attempt: str, worker: str) -> None:
         self._progress(RolloutStarted(item.payload.rollout, attempt, worker))
@@ -83,6 +122,9 @@ class _Listener:
         )
         self._advance()
 
+    def yielded(self, item: WorkItem[RolloutTask], worker: str, reason: str) -> None:
+        self._progress(RolloutYielded(item.payload.rollout, worker, reason))
+
     def failed(self, item: WorkItem[RolloutTask], attempt: str, failure: AttemptFailure) -> None:
         record = FailureRecord(
             rollout=item.payload.rollout,
@@ -96,8 +138,9 @@ class _Listener:
             traceback=failure.traceback,
             created_at=now_utc(),
         )
-        self._run.record_failure(record)
         self._progress(AttemptFailed(record))
+        self._unwritten.append(record)
+        self.write_failures()
         if failure.quarantined:
             self._advance()
 
@@ -107,12 +150,44 @@ class _Listener:
     def unplaced(self, seconds: float) -> None:
         self._progress(Notice(no_room(self._engine, seconds), warning=True))
 
-    def progress_of(self, item: WorkItem[RolloutTask]) -> int:
+    def too_large(self, item: WorkItem[RolloutTask], largest_node: float) -> None:
         rollout = item.payload.rollout
-        inventory = self._run.inventory(rollout)
-        return inventory.frames_stored(rollout) + len(inventory.commits.get(rollout.path, {}))
+        text = (
+            f"{rollout.path}: the history of this rollout grows to {item.memory / 1e9:.1f} GB of host memory, and the "
+            f"largest node lets actors reserve {largest_node / 1e9:.1f} GB. It waits for a larger node. Mend: nodes "
+            "with more memory (or a larger --memory of `ray start`), shorter durations, or a method without a history"
+        )
+        self._progress(Notice(text, warning=True))
+
+    def progress_of(self, item: WorkItem[RolloutTask]) -> int | None:
+        rollout = item.payload.rollout
+        try:
+            return stored_pieces(self._run.inventory(rollout), rollout)
+        except StorageError as error:
+            self._progress(Notice(f"{rollout.path}: how far it is cannot be read: {error}", warning=True))
+            return None
+
+    def write_failures(self, *, force: bool = False) -> None:
+        """Write what is not written down yet; StorageError once that fails for `UNWRITTEN_FOR_S`, or under `force`."""
+        now = time.monotonic()
+        if not self._unwritten or (now < self._write_after and not force):
+            return
+        try:
+            while self._unwritten:
+                self._run.record_failure(self._unwritten[0])
+                del self._unwritten[0]
+        except StorageError as error:
+            self._unwritten_since = self._unwritten_since or now
+            if force or now - self._unwritten_since > UNWRITTEN_FOR_S:
+                raise
+            self._write_after = now + _WRITE_AGAIN_S
+            text = f"{len(self._unwritten)} failures are not written down yet: {error}"
+            self._progress(Notice(text, warning=True))
+        else:
+            self._unwritten_since = 0.0
 
     def tick(self) -> None:
+        self.write_failures()
         for worker, state in self._board.new_states().items():
             self._progress(RolloutAdvanced(state.rollout, worker, state.blocks, state.blocks_total, state.step))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrag_ray.engine.pool import WorkItem
 from lrag_ray.engine.rollout_work import RolloutTask
+from lrag_ray.engine.waiting import WorkItem
 from lrag_ray.store.identity import RunIdentity, canonical_digest
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import CommitState, Inventory
@@ -61,7 +61,11 @@ def open_work(identity: RunIdentity, inventory: Inventory) -> OpenWork:
                         weights_digest=canonical_digest(backbone.latents["weights"]),
                         horizons=group,
                     )
-                    items.append(
-                        WorkItem(f"{rollout.path}/{group[-1]}", order, name, task, progress=stored + len(states))
-                    )
+                    progress = stored_pieces(inventory, rollout)
+                    items.append(WorkItem(f"{rollout.path}/{group[-1]}", order, name, task, progress))
     return OpenWork(items, invalid, total, blocks)
+
+
+def stored_pieces(inventory: Inventory, rollout: RolloutId) -> int:
+    """Parts and commits of `rollout` on storage: grows with everything that an attempt brings forward."""
+    return len(inventory.part_records.get(rollout.path, ())) + len(inventory.commits.get(rollout.path, {}))

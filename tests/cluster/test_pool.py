@@ -12,7 +12,9 @@ import pytest
 import ray
 
 from lrag_ray.engine import pool as pool_module
-from lrag_ray.engine.pool import ActorPool, AttemptFailure, WorkItem
+from lrag_ray.engine.pool import ActorPool, AttemptFailure
+from lrag_ray.engine.sizing import PoolSize, WorkerShape
+from lrag_ray.engine.waiting import WorkItem
 from lrag_ray.errors import ClusterError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
@@ -31,8 +33,8 @@ class Job(NamedTuple):
 
 
 class Sleeper:
-    def ready(self) -> None:
-        return
+    def ready(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
     def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
         began = time.time()
@@ -67,6 +69,12 @@ class Diary:
     def failed(self, item: WorkItem[Job], attempt: str, failure: AttemptFailure) -> None:
         self.failures.append((item.key, failure))
 
+    def yielded(self, item: WorkItem[Job], worker: str, reason: str) -> None:
+        self.lost.append(f"{item.key} yielded: {reason}")
+
+    def too_large(self, item: WorkItem[Job], largest_node: float) -> None:
+        self.lost.append(f"{item.key} is too large")
+
     def worker_lost(self, worker: str, reason: str) -> None:
         self.lost.append(reason)
 
@@ -82,10 +90,11 @@ class Diary:
 
 def sleeper_pool(diary: Diary, size: int, actor: type[Any] = Sleeper) -> ActorPool[Job, tuple[int, float, float]]:
     return ActorPool(
-        spawn=lambda _: ray.remote(actor).options(num_cpus=1, max_restarts=0, max_task_retries=0).remote(),
+        spawn=lambda _, memory: ray.remote(actor).options(num_cpus=1, max_restarts=0, max_task_retries=0).remote(),
         submit=lambda handle, job, attempt: handle.work.remote(job, attempt),
         listener=diary,
-        size=size,
+        size=PoolSize(size, size),
+        shape=WorkerShape(1, 0),
         max_attempts=3,
     )
 

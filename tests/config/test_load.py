@@ -31,8 +31,10 @@ backbones.*.vae.path backbones.*.vae.dtype backbones.*.fail_on_prompt
 methods methods.* methods.*.method methods.*.admission methods.*.budget methods.*.choose methods.*.compression
 methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
-engine engine.address engine.actors engine.cpus_per_actor engine.gpus_per_actor engine.threads_per_actor
-engine.max_attempts engine.checkpoint_every_blocks video video.enabled video.crf video.fps video.cold_chunk
+engine engine.address engine.actors engine.actors.min engine.actors.max engine.cpus_per_actor engine.gpus_per_actor
+engine.threads_per_actor
+engine.max_attempts engine.checkpoint_every_blocks engine.stall_timeout_s resume resume.on
+video video.enabled video.crf video.fps video.cold_chunk
 scoring scoring.suite scoring.mode scoring.dimensions scoring.weights scoring.precision scoring.early_stop
 scoring.batch_frames scoring.batch_pairs scoring.controls scoring.workers scoring.cpus_per_worker
 scoring.gpus_per_worker scoring.during_generation
@@ -149,23 +151,44 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "engine: {actors: 2}",
             "engine: {actors: two}",
-            "run.yaml:10: engine.actors: expected a whole number, got text 'two'",
+            "run.yaml:10: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got text 'two'",
         ),
         (
             "engine: {actors: 2}",
             "engine: {actors: '2'}",
-            "run.yaml:10: engine.actors: expected a whole number, got text '2'",
+            "run.yaml:10: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got text '2'",
         ),
         (
             "engine: {actors: 2}",
             "engine: {actors: true}",
-            "run.yaml:10: engine.actors: expected a whole number, got true",
+            "run.yaml:10: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got true",
         ),
         ("engine: {actors: 2}", "engine: {actors: 0}", "run.yaml:10: engine.actors: must be at least 1, got 0"),
         (
             "engine: {actors: 2}",
             "engine: {cpus_per_actor: .inf}",
             "run.yaml:10: engine.cpus_per_actor: expected a finite number, got Infinity",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {actors: {min: 3, max: 2}}",
+            "run.yaml:10: engine.actors: min 3 must be at least 1 and at most max 2",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {actors: {min: 3}}",
+            "run.yaml:10: engine.actors: expected {min: a, max: b} with two whole numbers",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {actors: per_gpu}",
+            "run.yaml:10: engine: actors: per_gpu needs gpus_per_actor above 0; on CPUs use a number or "
+            "{min: a, max: b}",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {gpus_per_actor: 1.5}",
+            "run.yaml:10: engine: gpus_per_actor 1.5: a share above 1 must be a whole number of GPUs",
         ),
         ("engine: {actors: 2}", "engine:", "run.yaml:10: engine: expected a section (key: value), got null (nothing)"),
         (
@@ -324,7 +347,8 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path: Path) -> No
         "run.yaml:2: run.sead: unknown key; did you mean 'seed'?",
         "--set prompts.limt=3: prompts.limt: unknown key; did you mean 'limit'?",
         "run.yaml:6: backbones.tiny.dtyp: unknown key; did you mean 'dtype'?",
-        "--set engine.actors=none: engine.actors: expected a whole number, got text 'none'",
+        "--set engine.actors=none: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got text "
+        "'none'",
         "run.yaml:8: methods.b.method: unknown method 'rags'; did you mean 'rag'? Known: base, infinity_rope, "
         "deep_forcing, rag, or package.module:Policy",
         "run.yaml:9: methods.rag.topk: unknown key; did you mean 'top_k'?",

@@ -38,12 +38,14 @@ class Bench:
         tasks = [item.payload for item in open_work(identity, self.run.inventory()).items]
         for task in tasks:
             backbone = self.config.backbones[task.rollout.backbone]
-            encode_and_store(self.run.storage.address, backbone, task.text_digest, [task.prompt], self.config.engine)
+            encode_and_store(self.run.storage, backbone, task.text_digest, [task.prompt], self.config.engine)
         return tasks
 
     def work(self) -> RolloutResult:
         (task,) = self.tasks()
-        return self.worker.work(task, new_attempt_id())
+        result = self.worker.work(task, new_attempt_id())
+        assert isinstance(result, RolloutResult)
+        return result
 
     def commits(self) -> dict[int, Commit]:
         return {commit.latent_frames: commit for commit in self.run.commits()}
@@ -106,7 +108,7 @@ def test_an_attempt_that_dies_is_continued_from_its_parts_with_the_same_result(
 
 def die_after(patch: pytest.MonkeyPatch, parts: int) -> None:
     """Let the storage fail when more than `parts` parts are to be written."""
-    import lrag_ray.engine.rollout_work as module
+    import lrag_ray.engine.block_writer as module
 
     real, written = module.write_part, []
 

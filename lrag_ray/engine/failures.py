@@ -1,0 +1,91 @@
+"""What ended an attempt: Ray's exceptions named, out of memory recognised, each with what to change."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from lrag_ray.store.address import redact
+
+WORKER_LOST = (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    WorkerCrashedError,
+    ObjectLostError,
+    OutOfMemoryError,
+)
+"""The worker or its node went away, or the answer was lost with it. Ray has no common base for these."""
+
+FailureKind = Literal["exception", "death", "out_of_memory"]
+
+HOST_MEMORY_MEND = (
+    "the host memory of the node is full. Mend: fewer actors per node (a larger engine.cpus_per_actor or "
+    "engine.gpus_per_actor), nodes with more memory, or shorter durations, whose history is smaller"
+)
+GPU_MEMORY_MEND = (
+    "the memory of the GPU is full. Mend: engine.gpus_per_actor: 1, a smaller window or top_k of the method, dtype: "
+    "bfloat16, or video.enabled: false and `lrag-ray decode` afterwards"
+)
+
+_REASON_CHARACTERS = 500
+_GPU_SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_HOST_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
+
+
+class WorkerStalledError(Exception):
+    """A worker took no step for too long."""
+
+
+class Trouble(NamedTuple):
+    """An error in the terms of the pool."""
+
+    kind: FailureKind
+    reason: str
+    """One line, with the mend where there is one."""
+    traceback: str
+
+
+def explain(error: Exception) -> Trouble:
+    """Name what `ray.get` raised."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    mend = _memory_mend(cause)
+    kind: FailureKind = "exception" if isinstance(error, RayTaskError) else "death"
+    reason = first_line(error)
+    if mend is not None:
+        kind, reason = "out_of_memory", f"{reason} ({mend})"
+    return Trouble(kind, reason, redact(str(error)))
+
+
+def first_line(error: Exception) -> str:
+    """One line that says what happened, without the remote traceback that Ray puts into its messages."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    lines = str(cause).strip().splitlines() or [""]
+    line = lines[0]
+    if isinstance(cause, ActorDiedError) and len(lines) > 1:
+        # Of a constructor that raised, Ray gives the traceback, its error last; of a death, facts in indented lines
+        # before the cause.
+        line = lines[-1] if "creation task" in line else next((x for x in lines[1:] if not x.startswith("\t")), line)
+    return redact(f"{type(cause).__name__}: {line}"[:_REASON_CHARACTERS])
+
+
+def _memory_mend(error: BaseException) -> str | None:
+    text = str(error)
+    if isinstance(error, OutOfMemoryError | MemoryError) or any(sign in text for sign in _HOST_SIGNS):
+        return HOST_MEMORY_MEND
+    # Ray's memory monitor kills the worker of an actor: what arrives is an ActorDiedError that says so in its text.
+    if isinstance(error, ActorDiedError) and "running low on memory" in text:
+        return HOST_MEMORY_MEND
+    # By name: the driver needs no torch to read what a worker raised.
+    if type(error).__name__ == "OutOfMemoryError" or any(sign in text for sign in _GPU_SIGNS):
+        return GPU_MEMORY_MEND
+    return None
