@@ -1,40 +1,70 @@
 """Speed of VBench-Long scoring: clips per second and dimension, share of decoding, and the official loops beside it.
 
-The official loops decode the clip once more for every dimension and feed the networks as VBench does: one frame or
-pair at a time, except for CLIP. Both use the same networks in the same precision, so that the ratio is the flow's.
-Example::
+Both sides use the same networks in the same precision on the same clips, so that the ratio is the flow's. Example::
 
-    print(json.dumps(bench_scoring(["clip.mp4"], Networks(RandomWeights(), "cuda")).as_dict()))
+    print(json.dumps(bench_scoring(["video.mp4"], Networks(RandomWeights(), "cuda"), official=True).as_dict()))
 """
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from lrag_ray.scoring.vbench_long import (
-    DIMENSIONS,
-    BatchSizes,
-    ClipScorer,
-    Dimension,
-    Networks,
-    dynamic_degree,
-    imaging_quality,
-    preprocess,
-)
-from lrag_ray.scoring.vbench_long.clips import Clip, clip_length, cut
+from lrag_ray.bench import official_loops
+from lrag_ray.errors import UsageError
+from lrag_ray.scoring.vbench_long import DIMENSIONS, BatchSizes, ClipScorer, Dimension, Networks, RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.ahead import ahead
+from lrag_ray.scoring.vbench_long.clips import Clip, Span, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
-from lrag_ray.scoring.vbench_long.raft import ITERATIONS
+from lrag_ray.video.mp4 import Mp4Writer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds by the clock on the wall and of all CPUs of this process, which a shared machine lengthens less."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> Seconds:
+        """Readings of both clocks."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall - other.wall, self.cpu - other.cpu)
+
+
+@dataclass
+class Side:
+    """One of the two sides."""
+
+    seconds: dict[str, Seconds] = field(default_factory=dict)
+    """Per dimension, clip to clip included. The official code decodes every clip again in each."""
+    frames: Seconds = Seconds()
+    """Until frames are there. Ours: waiting for the decoder that works ahead. Official: splitting, that is decoding the
+    video and re-encoding every clip."""
+
+    def add(self, dimension: str, took: Seconds) -> None:
+        """Count what one score of a dimension took."""
+        self.seconds[dimension] = self.seconds.get(dimension, Seconds()) + took
+
+    @property
+    def total(self) -> Seconds:
+        """Of the whole side."""
+        return sum(self.seconds.values(), self.frames)
 
 
 @dataclass(frozen=True)
@@ -49,27 +79,41 @@ class ScoringBench:
     batch: BatchSizes
     early_stop: bool
     """Whether dynamic_degree ended once its decision was certain."""
+    videos: int
     clips: int
     frames_per_clip: int
     width: int
     height: int
-    decode_s: float
-    seconds: dict[str, float]
-    """Per dimension, for all clips, without decoding."""
     clips_per_s: dict[str, float]
-    total_s: float
+    """Per dimension, by the wall."""
     decode_share: float
-    """Of `total_s`."""
-    official_seconds: dict[str, float]
-    """Per dimension, decoding included; empty where the official loops were not run."""
+    """What one decode of all videos alone takes over our total, by the wall. It runs beside the networks."""
+    pairs_computed: int
+    """Pairs of frames whose flow dynamic_degree computed."""
+    ours: Side
+    official: Side | None
     speedup: float | None
-    """Official seconds over ours, all dimensions."""
+    """Official seconds over ours by the wall, all dimensions together."""
+    speedup_cpu: float | None
+    """The same in CPU seconds."""
     largest_difference: dict[str, float]
-    """Between our scores and those of the official loops."""
+    """Between our scores and those of the official loops, by dimension."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        sides = {name: _shown(side) for name, side in (("ours", self.ours), ("official", self.official))}
+        return {**asdict(self), **sides}
+
+
+def _shown(side: Side | None) -> dict[str, Any] | None:
+    return {**asdict(side), "total": asdict(side.total)} if side else None
+
+
+class _Video(NamedTuple):
+    path: str | Path
+    fps: int
+    clips: list[Clip]
+    decoding: Seconds
 
 
 def bench_scoring(
@@ -80,38 +124,22 @@ def bench_scoring(
     official: bool = False,
     early_stop: bool = True,
 ) -> ScoringBench:
-    """Time the in-clip scores of all clips of `videos` in mode direct, after one warm-up clip.
+    """Score `videos` in mode direct after a warm-up, and with `official` the same clips as the official code does.
 
-    With `official` the official loops run on the same clips too.
+    Raises:
+        UsageError: no video, or a dimension cannot score one of the clips.
+        VideoError: a video cannot be read.
     """
-    clips: list[tuple[Clip, int]] = []
-    start = time.perf_counter()
-    for path in videos:
-        fps = probe(path).fps
-        clips += [(clip, int(fps)) for clip in cut(decode(path), clip_length(fps))]
-    decode_s = time.perf_counter() - start
-
-    scores: dict[str, list[float]] = {name: [] for name in dimensions}
-    seconds: dict[str, float] = {}
-    for name in dimensions:
-        _ours(name, *clips[0], networks, early_stop)
-        start = _now(networks)
-        scores[name] = [_ours(name, clip, fps, networks, early_stop) for clip, fps in clips]
-        seconds[name] = _now(networks) - start
-
-    official_seconds: dict[str, float] = {}
-    difference: dict[str, float] = {}
-    if official:
-        per_decode = decode_s / len(clips)
-        for name in dimensions:
-            _theirs(name, *clips[0], networks)
-            start = _now(networks)
-            found = [_theirs(name, clip, fps, networks) for clip, fps in clips]
-            official_seconds[name] = _now(networks) - start + per_decode * len(clips)
-            difference[name] = max(abs(a - b) for a, b in zip(found, scores[name], strict=True))
-
-    total = decode_s + sum(seconds.values())
-    height, width = clips[0][0].frames[0].shape[:2]
+    if not videos:
+        raise UsageError("there is no video to score. Mend: --video FILE, or none at all for a made one")
+    read = [_read(path) for path in videos]
+    _warm_up(read[0], networks, dimensions)
+    ours, rows = _ours(read, networks, dimensions, early_stop)
+    theirs, difference = _official(read, networks, dimensions, rows) if official else (None, {})
+    decoding = sum((video.decoding for video in read), Seconds())
+    first = read[0].clips[0]
+    clips = sum(len(video.clips) for video in read)
+    height, width = first.frames[0].shape[:2]
     return ScoringBench(
         device=networks.device_kind,
         precision=networks.precision,
@@ -119,101 +147,115 @@ def bench_scoring(
         threads=torch.get_num_threads(),
         batch=networks.batch,
         early_stop=early_stop,
-        clips=len(clips),
-        frames_per_clip=clips[0][0].span.frame_count,
+        videos=len(read),
+        clips=clips,
+        frames_per_clip=first.span.frame_count,
         width=width,
         height=height,
-        decode_s=decode_s,
-        seconds=seconds,
-        clips_per_s={name: len(clips) / value for name, value in seconds.items()},
-        total_s=total,
-        decode_share=decode_s / total,
-        official_seconds=official_seconds,
-        speedup=sum(official_seconds.values()) / total if official else None,
+        clips_per_s={name: clips / seconds.wall for name, seconds in ours.seconds.items()},
+        decode_share=decoding.wall / ours.total.wall,
+        pairs_computed=sum(len(row.per_frame) for row in rows.values() if row.dimension == "dynamic_degree"),
+        ours=ours,
+        official=theirs,
+        speedup=theirs.total.wall / ours.total.wall if theirs else None,
+        speedup_cpu=theirs.total.cpu / ours.total.cpu if theirs else None,
         largest_difference=difference,
     )
 
 
-def _now(networks: Networks) -> float:
+def make_clip(path: Path, *, fps: int = 16, width: int = 832, height: int = 480) -> None:
+    """Write a moving texture of one clip, where there is no video at hand."""
+    side = 16
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 256, (height // side + 1, width // side + 2 * fps, 3), dtype=np.uint8)
+    texture = texture.repeat(side, axis=0).repeat(side, axis=1)
+    with Mp4Writer(path, fps=fps) as writer:
+        writer.write(np.stack([texture[:height, 3 * i : 3 * i + width] for i in range(2 * fps)]))
+
+
+def _read(path: str | Path) -> _Video:
+    rate = probe(path)
+    start = Seconds.now()
+    clips = list(cut(decode(path), clip_length(rate.fps)))
+    return _Video(path, int(rate.fps), clips, Seconds.now() - start)
+
+
+def _warm_up(video: _Video, networks: Networks, dimensions: Sequence[Dimension]) -> None:
+    """Build the networks; on a GPU also choose the kernels for frames of this size."""
+    clip, scorer = video.clips[0], ClipScorer("warm-up", networks, video.fps, early_stop=False)
+    few = clip.frames if networks.device.type == "cuda" else clip.frames[:4]
+    list(scorer.clip(Span(0, len(few)), few, dimensions))
+    list(scorer.clip_to_clip(2, clip.frames[:2], dimensions))
+
+
+def _ours(
+    videos: Sequence[_Video], networks: Networks, dimensions: Sequence[Dimension], early_stop: bool
+) -> tuple[Side, dict[RowKey, ScoreRow]]:
+    side, rows = Side(), {}
+    for video in videos:
+        scorer = ClipScorer(str(video.path), networks, video.fps, early_stop=early_stop)
+        firsts = []
+        for clip, waited in _timed(ahead(cut(decode(video.path), clip_length(video.fps))), networks):
+            side.frames += waited
+            firsts.append(clip.frames[0])
+            for row, took in _timed(scorer.clip(clip.span, clip.frames, dimensions), networks):
+                side.add(row.dimension, took)
+                rows[row.key] = row
+        if len(firsts) > 1:
+            for row, took in _timed(scorer.clip_to_clip(len(firsts), firsts, dimensions), networks):
+                side.add(row.dimension, took)
+                rows[row.key] = row
+    if unscored := [row for row in rows.values() if row.score is None]:
+        raise UsageError(
+            f"{unscored[0].video} has no {unscored[0].dimension}: {unscored[0].reason}. Mend: bench larger or longer "
+            "videos, or leave the dimension out"
+        )
+    return side, rows
+
+
+def _official(
+    videos: Sequence[_Video], networks: Networks, dimensions: Sequence[Dimension], rows: Mapping[RowKey, ScoreRow]
+) -> tuple[Side, dict[str, float]]:
+    side = Side()
+    difference: dict[str, float] = dict.fromkeys(dimensions, 0.0)
+
+    def score(name: Dimension, key: RowKey, run: Callable[[], float]) -> None:
+        _sync(networks)
+        start = Seconds.now()
+        found = run()
+        side.add(name, Seconds.now() - start)
+        ours = rows[key].score
+        assert ours is not None, "a clip without a score ends the bench before"
+        difference[name] = max(difference[name], abs(found - ours))
+
+    for video in videos:
+        start = Seconds.now()
+        files = official_loops.split(video.clips, video.fps)
+        # The splitter decodes the video itself, which `_read` has timed.
+        side.frames += Seconds.now() - start + video.decoding
+        firsts = [clip.frames[0] for clip in video.clips]
+        for name in dimensions:
+            for clip, file in zip(video.clips, files, strict=True):
+                key = RowKey(str(video.path), "clip", name, *clip.span)
+                score(name, key, partial(official_loops.score_clip, name, clip, file, video.fps, networks))
+            key = RowKey(str(video.path), "clip_to_clip", name, 0, len(firsts))
+            if key in rows:
+                score(name, key, partial(official_loops.score_first_frames, name, firsts, video.fps, networks))
+    return side, difference
+
+
+def _timed(items: Iterator[T], networks: Networks) -> Iterator[tuple[T, Seconds]]:
+    """Items, and what each took to come."""
+    while True:
+        start = Seconds.now()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        _sync(networks)
+        yield item, Seconds.now() - start
+
+
+def _sync(networks: Networks) -> None:
     if networks.device.type == "cuda":
         torch.cuda.synchronize(networks.device)
-    return time.perf_counter()
-
-
-def _ours(name: Dimension, clip: Clip, fps: int, networks: Networks, early_stop: bool) -> float:
-    scorer = ClipScorer("bench", networks, fps, early_stop=early_stop)
-    (row,) = scorer.clip(clip.span, clip.frames, [name])
-    if row.score is None:
-        raise ValueError(f"{name} has no score for this clip: {row.reason}")
-    return row.score
-
-
-def _theirs(name: Dimension, clip: Clip, fps: int, networks: Networks) -> float:
-    with networks.numerics(), warnings.catch_warnings():
-        # VBench's loops use calls that torch has deprecated.
-        warnings.simplefilter("ignore")
-        frames = preprocess.ClipFrames(clip.frames, fps, networks.device)
-        return _OFFICIAL_LOOPS[name](frames, networks)
-
-
-def _subject(frames: preprocess.ClipFrames, networks: Networks) -> float:
-    images = preprocess.resize_shorter(frames.uint8.float(), preprocess.SIDE, "bilinear", antialias=False) / 255
-    images = preprocess.normalise(images, preprocess.IMAGENET)
-    return _one_by_one([F.normalize(networks.dino(image[None]), dim=1) for image in images])
-
-
-def _background(frames: preprocess.ClipFrames, networks: Networks) -> float:
-    features = networks.clip_features(networks.clip_b32, frames.clip_input)
-    return _one_by_one(list(F.normalize(features, dim=1).split(1)))
-
-
-def _one_by_one(features: list[Tensor]) -> float:
-    values = []
-    for before, now in pairwise(features):
-        to_previous = max(0.0, F.cosine_similarity(before, now).item())
-        values.append((to_previous + max(0.0, F.cosine_similarity(features[0], now).item())) / 2)
-    return fmean(values)
-
-
-def _motion(frames: preprocess.ClipFrames, networks: Networks) -> float:
-    height, width = frames.uint8.shape[2:]
-    padded, (top, left) = preprocess.pad_to_multiple(frames.uint8[::2].float() / 255, 16)
-    halfway = padded.new_full((1, 1, 1, 1), 0.5)
-    errors = []
-    for index, (before, after) in enumerate(zip(padded[:-1].split(1), padded[1:].split(1), strict=True)):
-        image = networks.amt(before, after, halfway, scale_factor=1.0, eval=True)["imgt_pred"].cpu()
-        image = (image[0, :, top : top + height, left : left + width] * 255).clamp(0, 255).to(torch.uint8)
-        errors.append((image.int() - frames.uint8[2 * index + 1].cpu().int()).abs().double().mean().item())
-    return (255 - fmean(errors)) / 255
-
-
-def _dynamic(frames: preprocess.ClipFrames, networks: Networks) -> float:
-    used = frames.uint8[:: dynamic_degree.sampling_interval(frames.fps)].float()
-    padded, _ = preprocess.pad_to_multiple(used, 8)
-    over = 0
-    for before, after in zip(padded[:-1].split(1), padded[1:].split(1), strict=True):
-        _, flow = networks.raft.network(before, after, iters=ITERATIONS, test_mode=True)
-        fastest = flow.cpu().square().sum(1).sqrt().flatten().sort(descending=True).values
-        radius = fastest[: int(len(fastest) * dynamic_degree.FASTEST)].mean().item()
-        over += radius > dynamic_degree.threshold(*frames.uint8.shape[2:])
-    return float(over >= dynamic_degree.pairs_needed(len(used)))
-
-
-def _aesthetic(frames: preprocess.ClipFrames, networks: Networks) -> float:
-    features = networks.clip_features(networks.clip_l14, frames.clip_input)
-    return float((networks.aesthetic_head(F.normalize(features, dim=1)) / 10).mean())
-
-
-def _imaging(frames: preprocess.ClipFrames, networks: Networks) -> float:
-    images = imaging_quality.shrink(frames.uint8.float())
-    return fmean(float(networks.musiq(image[None])) for image in images)
-
-
-_OFFICIAL_LOOPS: Mapping[Dimension, Callable[[preprocess.ClipFrames, Networks], float]] = {
-    "subject_consistency": _subject,
-    "background_consistency": _background,
-    "motion_smoothness": _motion,
-    "dynamic_degree": _dynamic,
-    "aesthetic_quality": _aesthetic,
-    "imaging_quality": _imaging,
-}

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli import decode, doctor, gc, inspect, weights
+from lrag_ray.cli import bench, decode, doctor, gc, inspect, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, print_json, tells_errors
 
@@ -145,6 +145,7 @@ inspect.register(app)
 doctor.register(app)
 gc.register(app)
 weights.register(app)
+bench.register(app)
 
 
 def main() -> None:

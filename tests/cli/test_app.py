@@ -32,6 +32,17 @@ SURFACE = {
     "weights list": ["[CONFIG]", "--suite", "--folder", "--set", "--json"],
     "weights pull": ["[CONFIG]", "--suite", "--folder", "--set", "--again", "--json"],
     "weights verify": ["[CONFIG]", "--suite", "--folder", "--set", "--digests", "--json"],
+    "bench scoring": [
+        "--video",
+        "--weights",
+        "--dimensions",
+        "--official",
+        "--device",
+        "--batch-frames",
+        "--batch-pairs",
+        "--early-stop",
+    ],
+    "bench runner": ["--items", "--actors", "--seconds", "--address"],
     "weights convert": ["CONFIG", "--to", "--set", "--json"],
 }
 

@@ -62,7 +62,9 @@ class ClipFrames:
     """The frames of one clip on the device, with what several dimensions share."""
 
     def __init__(self, frames: Sequence[Frame], fps: int, device: torch.device) -> None:
-        stacked = torch.stack([torch.from_numpy(frame) for frame in frames]).to(device)
+        stacked = torch.stack([torch.from_numpy(frame) for frame in frames])
+        if device.type == "cuda":
+            stacked = stacked.pin_memory().to(device, non_blocking=True)
         self.uint8 = stacked.permute(0, 3, 1, 2).contiguous()
         """[T, 3, H, W]."""
         self.fps = fps

@@ -27,6 +27,18 @@ def reencode(frames: Sequence[Frame], fps: int) -> list[Frame]:
     Raises:
         VideoError: an odd width or height, which yuv420p cannot hold (the official splitter dies of it).
     """
+    decoded = list(decode(encode(frames, fps)))
+    if len(decoded) != len(frames):
+        raise VideoError(f"{len(frames)} frames went into the encoder, {len(decoded)} came back")
+    return decoded
+
+
+def encode(frames: Sequence[Frame], fps: int) -> io.BytesIO:
+    """The mp4 file of a clip, in memory.
+
+    Raises:
+        VideoError: as `reencode`.
+    """
     import av
 
     height, width = frames[0].shape[:2]
@@ -45,7 +57,4 @@ def reencode(frames: Sequence[Frame], fps: int) -> list[Frame]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
     buffer.seek(0)
-    decoded = list(decode(buffer))
-    if len(decoded) != len(frames):
-        raise VideoError(f"{len(frames)} frames went into the encoder, {len(decoded)} came back")
-    return decoded
+    return buffer

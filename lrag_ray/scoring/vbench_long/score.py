@@ -19,7 +19,8 @@ from lrag_ray.scoring.vbench_long import (
     motion_smoothness,
     subject_consistency,
 )
-from lrag_ray.scoring.vbench_long.clips import Frame, Span, clip_length, cut, spans
+from lrag_ray.scoring.vbench_long.ahead import ahead
+from lrag_ray.scoring.vbench_long.clips import Clip, Frame, Span, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError, mean_of
 from lrag_ray.scoring.vbench_long.frames import decode, probe
@@ -91,9 +92,7 @@ def score_video(
         length = clip_length(rate.fps)
         if length == 0:
             raise VideoError(f"{source.path} has {rate.fps:.3g} frames a second; clips need at least one")
-        for span, frames in cut(decode(source.path), length, source.durations):
-            if mode == "compat":
-                frames = reencode(frames, scorer.fps)
+        for span, frames in ahead(_clips(source, length, scorer.fps, mode)):
             first_frames[span] = frames[0]
             frame_count = max(frame_count, sum(span))
             yield from scorer.clip(span, frames, dimensions, done)
@@ -106,6 +105,11 @@ def score_video(
                 yield from scorer.clip_to_clip(duration, frames, dimensions, done)
     except VideoError as error:
         yield scorer.row("failure", "", Span(0, frame_count), None, str(error), ())
+
+
+def _clips(source: VideoSource, length: int, fps: int, mode: Mode) -> Iterator[Clip]:
+    for clip in cut(decode(source.path), length, source.durations):
+        yield clip if mode == "direct" else Clip(clip.span, reencode(clip.frames, fps))
 
 
 @dataclass

@@ -1,0 +1,106 @@
+"""``lrag-ray bench``: measured speed, one JSON object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from lrag_ray.cli.output import print_json, tells_errors
+from lrag_ray.errors import UsageError
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measured speed: each command prints one JSON object on stdout.\n\n"
+    "\b\nExamples:\n  lrag-ray bench scoring --weights random\n  lrag-ray bench runner",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.add_typer(bench, name="bench")
+
+
+@bench.command()
+@tells_errors
+def scoring(
+    videos: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--video", metavar="FILE", help="Video to score; may be repeated [default: a made clip, 832x480]."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="DIR",
+            help="Folder of the networks, or random for untrained ones [default: the caches of VBench and torch].",
+        ),
+    ] = None,
+    dimensions: Annotated[
+        str | None, typer.Option("--dimensions", metavar="NAME,…", help="Dimensions to score [default: all six].")
+    ] = None,
+    official: Annotated[
+        bool, typer.Option("--official", help="Also do what the official code does, with the same networks and clips.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda [default: the GPU, where there is one].")
+    ] = None,
+    frames: Annotated[int, typer.Option("--batch-frames", min=1, help="Frames per batch.")] = 32,
+    pairs: Annotated[int, typer.Option("--batch-pairs", min=1, help="Frame pairs per batch.")] = 4,
+    early_stop: Annotated[bool, typer.Option(help="End dynamic_degree of a clip once its decision is certain.")] = True,
+) -> None:
+    """Measure VBench-Long: clips per second and dimension, share of decoding; with --official the speed-up.
+
+    \b
+    Examples:
+      lrag-ray bench scoring --weights random --official
+      lrag-ray bench scoring --video out.mp4 --weights weights/vbench --dimensions dynamic_degree,imaging_quality
+    """
+    import torch
+
+    from lrag_ray.bench.scoring import bench_scoring, make_clip
+    from lrag_ray.scoring.vbench_long import DIMENSIONS, BatchSizes, Networks, RandomWeights, WeightFiles
+
+    wanted = [name for name in DIMENSIONS if dimensions is None or name in dimensions.split(",")]
+    if dimensions is not None and (unknown := set(dimensions.split(",")) - set(DIMENSIONS)):
+        raise UsageError(f"no dimension is called {', '.join(sorted(unknown))}. Mend: of {', '.join(DIMENSIONS)}")
+    source = RandomWeights() if weights == "random" else WeightFiles(Path(weights) if weights else None)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    networks = Networks(source, place, batch=BatchSizes(frames, pairs))
+    with TemporaryDirectory() as folder:
+        if not videos:
+            make_clip(Path(folder) / "made.mp4")
+        measured = bench_scoring(
+            videos or [Path(folder) / "made.mp4"],
+            networks,
+            dimensions=wanted,
+            official=official,
+            early_stop=early_stop,
+        )
+    print_json(measured.as_dict())
+
+
+@bench.command()
+@tells_errors
+def runner(
+    items: Annotated[int, typer.Option("--items", min=1, help="Rollouts to pretend.")] = 1000,
+    actors: Annotated[int, typer.Option("--actors", min=1, help="Actors to keep busy.")] = 8,
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="How long each rollout takes.")] = 0.25,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray address [default: RAY_ADDRESS, else a local cluster].")
+    ] = None,
+) -> None:
+    """Measure how busy the runner keeps its actors: rollouts are sleeps, the pool and Ray are real.
+
+    \b
+    Example:
+      lrag-ray bench runner --items 1000 --actors 8 --seconds 0.25
+    """
+    from lrag_ray.bench.runner import bench_runner
+
+    print_json(bench_runner(items=items, actors=actors, seconds=seconds, address=address).as_dict())
