@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli import bench, decode, doctor, gc, inspect, weights
+from lrag_ray.cli import bench, decode, doctor, gc, inspect, report, score, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, print_json, tells_errors
 
@@ -141,6 +141,8 @@ def verify(
 
 
 decode.register(app)
+score.register(app)
+report.register(app)
 inspect.register(app)
 doctor.register(app)
 gc.register(app)

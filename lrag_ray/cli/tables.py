@@ -137,10 +137,10 @@ def print_outcome(console: Console, uri: str, outcome: RunOutcome) -> None:
     from lrag_ray.engine.run import INTERRUPTED
     from lrag_ray.report.build import SUMMARY
     from lrag_ray.report.collect import collect
-    from lrag_ray.report.tables import terminal_tables
+    from lrag_ray.report.tables import rank_tables
     from lrag_ray.store.run_dir import RunDirectory
 
-    for ranks in terminal_tables(collect([RunDirectory(uri)])):
+    for ranks in rank_tables(collect([RunDirectory(uri)])):
         console.print(ranks)
         console.print()
     console.print(

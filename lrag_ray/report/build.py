@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from lrag_ray.errors import UsageError
 from lrag_ray.report.collect import ReportData, collect
 from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import render_page
 from lrag_ray.report.strips import make_strips
-from lrag_ray.report.tables import terminal_tables
+from lrag_ray.report.tables import terminal_tables, warnings
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.scoring.vbench_long.rows import Mode
 from lrag_ray.store.address import Storage
@@ -31,8 +30,8 @@ class Report:
     """What was written, and the ranks."""
 
     data: ReportData
-    folder: str
-    """Where it lies."""
+    folder: str | None
+    """Where it lies; None where nothing was written."""
     files: Sequence[str]
     """What was written there, the page first; strips are in a folder of their own beside them."""
 
@@ -40,6 +39,11 @@ class Report:
     def blocks(self) -> Sequence[RankBlock]:
         """Rank tables, one per backbone and duration."""
         return self.data.blocks
+
+    @property
+    def warnings(self) -> list[str]:
+        """What must be known before any number is read."""
+        return warnings(self.data)
 
     def terminal_tables(self) -> list[Table]:
         """The rank tables and differences for a Rich console."""
@@ -63,15 +67,16 @@ def report(
     mode: Mode | None = None,
     strips: int = STRIPS,
 ) -> Report:
-    """Write the report of one run or of several as one, into the folder or address `to` (one run: its own summary).
+    """Write the report of one run or of several as one, into the folder or address `to`.
+
+    Without `to`, one run's report goes to its own summary, and nothing is written for several.
 
     Raises:
         StorageError: an address holds no run or cannot be written.
-        UsageError: several runs and no `to`, runs that cannot stand in one table, or a mode of a suite without modes.
+        UsageError: runs that cannot stand in one table, or a mode of a suite without modes.
     """
-    if to is None and len(run_dirs) != 1:
-        raise UsageError("the report of several runs needs a place: give --to FOLDER")
-    return write_report(collect(run_dirs, suite, mode), to=to, strips=strips)
+    data = collect(run_dirs, suite, mode)
+    return Report(data, None, []) if to is None and len(run_dirs) > 1 else write_report(data, to=to, strips=strips)
 
 
 def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIPS) -> Report:

@@ -55,6 +55,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
                 "heading": tables.heading(data, block),
                 "marks": tables.places(block, suite.measures),
                 "note": tables.comparison_note(block),
+                "interval_note": tables.interval_note(block.prompts),
                 "frozen": data.frozen_means(block),
                 "statistics": statistics,
                 "video_means_differ": video_means_differ(block),

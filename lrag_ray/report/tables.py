@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.differences import BlockStatistics, Contrast
-from lrag_ray.scoring.bootstrap import LEVEL, Interval
+from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL, Interval
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.scoring.table import Suite
@@ -20,6 +20,10 @@ from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
 
 AVERAGE = "average_rank"
 """Key of the average rank beside the measures' names."""
+
+
+_ENOUGH_PROMPTS = 20
+"""From here on BCa intervals of a mean cover about what they say."""
 
 
 class Place(IntEnum):
@@ -67,12 +71,12 @@ def signed(value: float | None, suite: Suite) -> str:
     """A difference, with its sign."""
     if value is None:
         return "–"
-    return f"{100 * value:+.2f}" if suite.percent else f"{value:+#.3g}"
+    return f"{100 * value:+.2f}" if suite.percent else f"{value:+.2g}"
 
 
 def interval(found: Interval, suite: Suite) -> str:
-    """Both ends of an interval, or a dash where there is none."""
-    return "–" if found.lower is None else f"{signed(found.lower, suite)} to {signed(found.upper, suite)}"
+    """Both ends of an interval, or nothing where there is none."""
+    return "" if found.lower is None else f"[{signed(found.lower, suite)}, {signed(found.upper, suite)}]"
 
 
 def favours(found: Interval, measure: Measure) -> str:
@@ -127,12 +131,27 @@ def warnings(data: ReportData) -> list[str]:
     return found
 
 
+def rank_tables(data: ReportData) -> Iterable[Table]:
+    """One table per block: methods in columns, because terminals are narrow and methods few."""
+    return (_rank_table(data, block) for block in data.blocks)
+
+
 def terminal_tables(data: ReportData) -> Iterable[Table]:
-    """Per block the ranks, then the differences: methods in columns, because terminals are narrow and methods few."""
+    """Per block the ranks, then the differences."""
     for block, statistics in zip(data.blocks, data.statistics, strict=True):
         yield _rank_table(data, block)
         if statistics.contrasts:
             yield _difference_table(data, block, statistics)
+
+
+def interval_note(prompts: int) -> str:
+    """What the intervals beside differences are, or why there are none."""
+    if prompts < LEAST_PROMPTS:
+        return f"No intervals: {_count(prompts, 'prompt')}, and they need at least {LEAST_PROMPTS}."
+    note = (
+        f"In brackets the {LEVEL:.0%} interval: bootstrap over {_count(prompts, 'prompt')} with all their samples, BCa"
+    )
+    return f"{note}." if prompts >= _ENOUGH_PROMPTS else f"{note}; from so few somewhat too narrow."
 
 
 def _rank_table(data: ReportData, block: RankBlock) -> Table:
@@ -163,8 +182,9 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
     table = Table(
         title=Text(f"{heading(data, block)}: differences"),
         caption=Text(
-            f"{data.suite.title}. Paired over {_count(block.prompts, 'prompt')}, {LEVEL:.0%} bootstrap interval (BCa) "
-            "below. * the interval leaves out zero."
+            f"{data.suite.title}. Paired per prompt and sample. {interval_note(block.prompts)}"
+            + (" * it leaves out zero." if block.prompts >= LEAST_PROMPTS else "")
+            + (" noise: standard deviation between the samples of a prompt." if statistics.noise else "")
         ),
     )
     table.add_column("measure")
@@ -191,7 +211,7 @@ def noise_floor(statistics: BlockStatistics, measure: Measure, suite: Suite) -> 
 def _difference_cell(contrast: Contrast, measure: Measure, suite: Suite) -> Text:
     found = contrast.intervals[measure.name]
     star = "*" if found.excludes_zero else " "
-    return Text(f"{signed(found.mean, suite)}{star}\n{interval(found, suite)} ")
+    return Text(f"{signed(found.mean, suite)}{star}\n{interval(found, suite)}".rstrip("\n"))
 
 
 def _marked(text: str, place: Place | None) -> Text:

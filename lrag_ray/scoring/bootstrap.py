@@ -3,7 +3,8 @@
 Methods share prompts and noise, so a difference is taken per (prompt, sample) before anything is averaged. Prompts are
 the independent units: the bootstrap draws prompts with replacement, each with all its samples (a cluster bootstrap),
 and the differences of all measures see the same draws. Intervals are bias-corrected and accelerated (BCa; Efron 1987),
-the acceleration from the jackknife over prompts. From fewer than about 20 prompts they are too narrow.
+the acceleration from the jackknife over prompts. From fewer than about 20 prompts they are somewhat too narrow, and
+from fewer than `LEAST_PROMPTS` there are none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from lrag_ray.scoring.ranks import Unit
 Array = NDArray[np.float64]
 
 LEVEL = 0.95
+LEAST_PROMPTS = 6
+"""With fewer prompts differences all have one sign by chance more often than the level admits (2 / 2^5 > 5%)."""
 RESAMPLES = 4000
 _SEED = 20240917
 _COLUMNS_AT_ONCE = 256
@@ -30,7 +33,7 @@ _NORMAL = NormalDist()
 
 
 class Interval(NamedTuple):
-    """A weighted mean and its bootstrap interval, which is None where there are fewer than two prompts."""
+    """A weighted mean and its bootstrap interval, which is None with fewer than `LEAST_PROMPTS` prompts."""
 
     mean: float
     lower: float | None
@@ -62,7 +65,7 @@ def intervals(weights: Array, values: Array, *, resamples: int = RESAMPLES, leve
     """
     prompts = len(weights)
     means = _weighted_means(np.ones((1, prompts)), weights, values)[0]
-    if prompts < 2:
+    if prompts < LEAST_PROMPTS:
         return [Interval(float(mean), None, None) for mean in means]
     counts = _draws(prompts, resamples)
     acceleration = _acceleration(weights, values)

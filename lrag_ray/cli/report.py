@@ -1,0 +1,128 @@
+"""``lrag-ray report``: rank tables, differences, drift and the page of one run, or of several as one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lrag_ray.cli.options import AsJson
+from lrag_ray.cli.output import console, print_json, printable, tells_errors
+
+if TYPE_CHECKING:
+    from lrag_ray.report import Report
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("report")(report)
+
+
+@tells_errors
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Addresses of run directories (run.uri).")],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FOLDER", help="Where the page and its files go; one run: its own summary."),
+    ] = None,
+    suite: Annotated[
+        Literal["preview", "vbench_long"] | None,
+        typer.Option("--suite", help="Which scores; without it those that compare best."),
+    ] = None,
+    mode: Annotated[
+        Literal["compat", "direct"] | None,
+        typer.Option("--mode", help="Which scores of vbench_long: modes never share a table."),
+    ] = None,
+    strips: Annotated[
+        int | None, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone that get timestamp strips.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the rank tables as CSV and write nothing.")] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print them as a LaTeX table and write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank methods per backbone and duration, with paired differences, drift over time, strips and side-by-side videos.
+
+    Reads storage alone. Several runs are shown as one: they may hold different methods, backbones, durations and
+    prompts, but equal names must mean the same. Methods are compared over the prompts that all of them have.
+
+    \b
+    Examples:
+      lrag-ray report runs/demo
+      lrag-ray report runs/table2 --suite vbench_long --mode compat --latex > table2.tex
+      lrag-ray report runs/base runs/rag --to reports/both
+    """
+    from lrag_ray.report import collect
+    from lrag_ray.report import report as make_report
+    from lrag_ray.report.build import STRIPS
+    from lrag_ray.report.data_files import ranks_csv
+    from lrag_ray.report.latex import latex_table
+    from lrag_ray.store.run_dir import RunDirectory
+
+    if as_csv + as_latex + as_json > 1:
+        raise typer.BadParameter("give at most one of --csv, --latex and --json")
+    run_dirs = [RunDirectory(uri) for uri in runs]
+    if as_csv or as_latex:
+        data = collect(run_dirs, suite, mode)
+        print(ranks_csv(data) if as_csv else latex_table(data), end="")
+        return
+    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=STRIPS if strips is None else strips)
+    if as_json:
+        print_json(_plain(made))
+    else:
+        _print(made)
+
+
+def _print(made: Report) -> None:
+    out = console()
+    for warning in made.warnings:
+        out.print(f"Note: {printable(warning)}")
+    for table in made.terminal_tables():
+        out.print(table)
+        out.print()
+    if not made.blocks:
+        out.print(f"No scores yet ({made.data.suite.title}).")
+    if made.data.other_suites:
+        out.print(f"Not shown: scores of {'; '.join(made.data.other_suites)} (--suite, --mode).")
+    if made.folder is None:
+        out.print("No page was written: give --to FOLDER for the page of several runs.")
+    else:
+        out.print(f"page: {made.folder}/{made.files[0]}", soft_wrap=True)
+        out.print(f"data: {', '.join(made.files[1:])} beside it", soft_wrap=True)
+
+
+def _plain(made: Report) -> dict[str, Any]:
+    data = made.data
+    return {
+        "runs": data.uris,
+        "suite": data.suite.name,
+        "mode": data.suite.mode or None,
+        "warnings": made.warnings,
+        "not_shown": data.other_suites,
+        "folder": made.folder,
+        "files": made.files,
+        "blocks": [
+            {
+                "backbone": block.backbone,
+                "duration_s": data.duration_s(block.backbone, block.latent_frames),
+                "latent_frames": block.latent_frames,
+                "prompts": block.prompts,
+                "videos_per_method": block.videos,
+                "prompts_left_out": block.prompts_left_out,
+                "methods": block.rows,
+                "frozen": data.frozen_means(block),
+                "differences": [
+                    {
+                        "method": contrast.method,
+                        "reference": contrast.reference,
+                        "measures": {name: found._asdict() for name, found in contrast.intervals.items()},
+                    }
+                    for contrast in statistics.contrasts
+                ],
+                "noise": [
+                    {"method": method, "measure": measure, "sample_deviation": value}
+                    for (method, measure), value in statistics.noise.items()
+                ],
+            }
+            for block, statistics in zip(data.blocks, data.statistics, strict=True)
+        ],
+    }
