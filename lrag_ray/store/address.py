@@ -127,10 +127,20 @@ class Storage:
         found = {}
         for path in paths:
             try:
-                found[path] = self.read_bytes(path)
+                found[path] = self._read_quickly(path) if self.is_local else self.read_bytes(path)
             except FileNotFoundError:
                 continue
         return found
+
+    def _read_quickly(self, path: str) -> bytes:
+        """`read_bytes` of a local file; a hundred thousand commits are read when a run starts."""
+        try:
+            with open(self.full(path), "rb") as file:  # noqa: PTH123 - half the time of a Path
+                return file.read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return self.read_bytes(path)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file that must not exist yet; False if it does, with other content.
@@ -176,19 +186,20 @@ class Storage:
         return {
             path: found.size_bytes
             for path, found in self.list_details(prefix).items()
-            if not path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
+            if f"/{TEMPORARY_PREFIX}" not in f"/{path}"
         }
 
     def list_details(self, prefix: str = "") -> dict[str, FileDetails]:
         """All files below `prefix`, unfinished writes included."""
-        top = self.full(prefix)
+        top, cut = self.full(prefix), len(self.root) + 1
         if self.is_local:
-            found = self._do("list", prefix, lambda: dict(_walk(top)))
-        else:
-            listed = self._do("list", prefix, lambda: self.fs.find(top, detail=True))
-            found = {path: FileDetails(info["size"], _modified(info)) for path, info in listed.items()}
-        cut = len(self.root) + 1
-        return {path[cut:]: details for path, details in found.items() if path.startswith(self.root)}
+            return self._do("list", prefix, lambda: {path[cut:]: details for path, details in _walk(top)})
+        listed = self._do("list", prefix, lambda: self.fs.find(top, detail=True))
+        return {
+            path[cut:]: FileDetails(info["size"], _modified(info))
+            for path, info in listed.items()
+            if path.startswith(self.root)
+        }
 
     def call_s3(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Answer of the S3 API to `method`, for what file systems do not have; only where `is_s3`."""

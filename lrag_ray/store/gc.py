@@ -115,9 +115,8 @@ def _of_attempts(
     files: Mapping[str, FileDetails], inventory: Inventory, identity: RunIdentity, *, unfinished: bool
 ) -> Iterator[Leftover]:
     named = set(_named_by_commits(inventory))
-    rollouts = list(_rollouts(identity))
-    known = {rollout.path for rollout in rollouts}
-    finished = {rollout.path for rollout in rollouts if _finished(inventory, rollout, identity)}
+    known = {rollout.path for rollout in identity.rollouts()}
+    finished = {rollout.path for rollout in identity.rollouts() if _finished(inventory, rollout, identity)}
     unreadable = {
         folder for folder, states in inventory.commits.items() if any(s.commit is None for s in states.values())
     }
@@ -163,16 +162,10 @@ def _named_by_commits(inventory: Inventory) -> Iterator[str]:
                 yield from (file.path for file in named)
 
 
-def _rollouts(identity: RunIdentity) -> Iterator[RolloutId]:
-    for backbone in identity.backbones:
-        for method in identity.methods:
-            for prompt_id in identity.prompts:
-                for sample in range(identity.samples):
-                    yield RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-
-
 def _finished(inventory: Inventory, rollout: RolloutId, identity: RunIdentity) -> bool:
     """Whether every horizon of the run has a commit of its own that counts."""
+    if rollout.path not in inventory.commits:
+        return False
     commits = inventory.valid_commits(rollout)
-    horizons = [horizon.latent_frames for horizon in identity.backbones[rollout.backbone].horizons]
-    return all(h in commits and commits[h].rollout_key == identity.rollout_key(rollout, h) for h in horizons)
+    keys = identity.rollout_keys(rollout)
+    return all(horizon in commits and commits[horizon].rollout_key == key for horizon, key in keys.items())

@@ -92,6 +92,22 @@ class RunIdentity(Record):
             }
         )
 
+    def rollout_keys(self, rollout: RolloutId) -> dict[int, str]:
+        """Key of `rollout` by horizon of the run, in latent frames, ascending."""
+        horizons = sorted({horizon.latent_frames for horizon in self.backbones[rollout.backbone].horizons})
+        if self.methods[rollout.method].nested:
+            # One key for all of them; it costs a hash, and there are many rollouts.
+            return dict.fromkeys(horizons, self.rollout_key(rollout, horizons[-1]))
+        return {latent_frames: self.rollout_key(rollout, latent_frames) for latent_frames in horizons}
+
+    def rollouts(self) -> Iterator[RolloutId]:
+        """All rollouts of the run, prompt-major."""
+        for prompt_id in self.prompts:
+            for sample in range(self.samples):
+                for backbone in self.backbones:
+                    for method in self.methods:
+                        yield RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+
     def knows(self, rollout: RolloutId) -> bool:
         """Whether the rollout belongs to the run as it is written down."""
         return (

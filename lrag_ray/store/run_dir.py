@@ -19,9 +19,11 @@ renamed to ``commit-<latent_frames>.json.invalid-<random>``, where it stays for 
 
 from __future__ import annotations
 
+import gc
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -72,6 +74,15 @@ class Inventory:
             if frames >= latent_frames and commit.rollout_key == rollout_key:
                 return commit
         return None
+
+    def covered(self, rollout: RolloutId, rollout_keys: Mapping[int, str]) -> set[int]:
+        """Horizons, of those with a key in `rollout_keys`, that have a commit with this key or lie below one."""
+        commits = self.valid_commits(rollout)
+        return {
+            horizon
+            for horizon, key in rollout_keys.items()
+            if any(frames >= horizon and commit.rollout_key == key for frames, commit in commits.items())
+        }
 
     def problems(self) -> list[CommitState]:
         """Commits that do not count."""
@@ -151,11 +162,12 @@ class RunDirectory:
         commit_paths = {path: match for path in files if (match := _COMMIT.match(path))}
         contents = self.storage.read_many(list(commit_paths))
         commits: dict[str, dict[int, CommitState]] = {}
-        for path, data in contents.items():
-            match = commit_paths[path]
-            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
+        with _without_cycle_search():
+            for path, data in contents.items():
+                match = commit_paths[path]
+                commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
         parts: dict[str, list[str]] = {}
-        for path in sorted(files):
+        for path in sorted(path for path in files if "/part-" in path):
             if match_part := _PART.match(path):
                 parts.setdefault(match_part[1], []).append(path)
         return Inventory(files, commits, parts)
@@ -223,6 +235,18 @@ class RunDirectory:
 def new_attempt_id() -> str:
     """A name that no other attempt has; sorts by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def _without_cycle_search() -> Iterator[None]:
+    """Records hold no cycles; looking for some among a hundred thousand takes three times as long as reading them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _json(record: Commit | FailureRecord | RunIdentity) -> bytes:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime, timedelta
+from typing import Literal, get_args
 
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.records import FailureRecord, Record, RolloutId
+from lrag_ray.store.records import FailureRecord, Record
 from lrag_ray.store.run_dir import Inventory, RunDirectory
 
+State = Literal["done", "partial", "failed", "pending"]
+_STATES: tuple[State, ...] = get_args(State)
 _RATE_WINDOW = timedelta(hours=1)
 
 
@@ -53,8 +58,16 @@ def run_status(run_dir: RunDirectory) -> RunStatus:
     identity = run_dir.require()
     inventory = run_dir.inventory()
     given_up = {failure.rollout.path: failure for failure in run_dir.failures() if failure.quarantined}
+    counts, unfinished = _count(identity, inventory, given_up)
     cells = [
-        _cell(identity, inventory, given_up, backbone, method, horizon.duration_s, horizon.latent_frames)
+        CellStatus(
+            backbone=backbone,
+            method=method,
+            duration_s=horizon.duration_s,
+            latent_frames=horizon.latent_frames,
+            total=len(identity.prompts) * identity.samples,
+            **{state: counts[backbone, method, horizon.latent_frames, state] for state in _STATES},
+        )
         for backbone in identity.backbones
         for method in identity.methods
         for horizon in identity.backbones[backbone].horizons
@@ -66,58 +79,28 @@ def run_status(run_dir: RunDirectory) -> RunStatus:
         cells=cells,
         commits_per_hour=rate,
         eta_s=None if not rate else left / rate * 3600,
-        failures=[given_up[path] for path in sorted(given_up) if not _all_done(identity, inventory, given_up[path])],
+        failures=[given_up[path] for path in sorted(given_up) if path in unfinished],
         problems=[f"{state.path}: {state.problem}" for state in inventory.problems()],
     )
 
 
-def _cell(
-    identity: RunIdentity,
-    inventory: Inventory,
-    given_up: dict[str, FailureRecord],
-    backbone: str,
-    method: str,
-    duration_s: float,
-    latent_frames: int,
-) -> CellStatus:
-    counts = {"done": 0, "partial": 0, "failed": 0, "pending": 0}
-    for prompt_id in identity.prompts:
-        for sample in range(identity.samples):
-            rollout = RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-            counts[_state(identity, inventory, given_up, rollout, latent_frames)] += 1
-    return CellStatus(
-        backbone=backbone,
-        method=method,
-        duration_s=duration_s,
-        latent_frames=latent_frames,
-        total=sum(counts.values()),
-        **counts,
-    )
-
-
-def _state(
-    identity: RunIdentity,
-    inventory: Inventory,
-    given_up: dict[str, FailureRecord],
-    rollout: RolloutId,
-    latent_frames: int,
-) -> str:
-    # The key costs a hash: only rollouts that have something on storage need it.
-    if rollout.path in inventory.commits and inventory.covering(
-        rollout, latent_frames, identity.rollout_key(rollout, latent_frames)
-    ):
-        return "done"
-    if rollout.path in given_up:
-        return "failed"
-    return "partial" if inventory.frames_stored(rollout) else "pending"
-
-
-def _all_done(identity: RunIdentity, inventory: Inventory, failure: FailureRecord) -> bool:
-    rollout = failure.rollout
-    return identity.knows(rollout) and all(
-        inventory.covering(rollout, horizon.latent_frames, identity.rollout_key(rollout, horizon.latent_frames))
-        for horizon in identity.backbones[rollout.backbone].horizons
-    )
+def _count(
+    identity: RunIdentity, inventory: Inventory, given_up: Mapping[str, FailureRecord]
+) -> tuple[Counter[tuple[str, str, int, State]], set[str]]:
+    """Rollouts by (backbone, method, latent frames, state), and the paths of those that miss a horizon."""
+    counts: Counter[tuple[str, str, int, State]] = Counter()
+    unfinished = set()
+    for rollout in identity.rollouts():
+        path = rollout.path
+        horizons = {horizon.latent_frames for horizon in identity.backbones[rollout.backbone].horizons}
+        # The key costs a hash: only rollouts that have something on storage need it.
+        done = inventory.covered(rollout, identity.rollout_keys(rollout)) if path in inventory.commits else set()
+        state: State = "failed" if path in given_up else "partial" if path in inventory.part_records else "pending"
+        if len(done) < len(horizons):
+            unfinished.add(path)
+        for latent_frames in horizons:
+            counts[rollout.backbone, rollout.method, latent_frames, "done" if latent_frames in done else state] += 1
+    return counts, unfinished
 
 
 def _commits_per_hour(inventory: Inventory) -> float | None:

@@ -41,20 +41,14 @@ def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
     inventory = run_dir.inventory()
     decoded = DecodedVideos({}, {}) if identity.video.get("enabled", True) else read_decoded(run_dir)
     settings = {name: decoded.preferred_settings(identity, name) for name in identity.backbones}
-    for rollout in (
-        RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-        for prompt_id in identity.prompts
-        for sample in range(identity.samples)
-        for backbone in identity.backbones
-        for method in identity.methods
-    ):
+    for rollout in identity.rollouts():
         if rollout.path not in inventory.commits:
             continue
         seconds = {
             horizon.latent_frames: horizon.duration_s for horizon in identity.backbones[rollout.backbone].horizons
         }
-        for latent_frames, duration_s in sorted(seconds.items()):
-            commit = inventory.covering(rollout, latent_frames, identity.rollout_key(rollout, latent_frames))
+        for latent_frames, key in identity.rollout_keys(rollout).items():
+            commit = inventory.covering(rollout, latent_frames, key)
             if commit is None:
                 continue
             made = settings[rollout.backbone]
@@ -66,4 +60,4 @@ def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
                 video, whole_frames, fps = again.video, again.frames, again.fps
             whole = commit.latent_frames == latent_frames
             frames = whole_frames if whole else video_frames(latent_frames, made.get("cold_chunk"))
-            yield CommittedVideo(rollout, latent_frames, duration_s, video, frames, fps, commit)
+            yield CommittedVideo(rollout, latent_frames, seconds[latent_frames], video, frames, fps, commit)
