@@ -9,11 +9,11 @@ from lrag_ray.store.address import Storage
 from lrag_ray.video.mp4 import VideoError
 
 
-def local_copy(storage: Storage, path: str, sha256: str, scratch: Path) -> Path:
+def local_copy(storage: Storage, path: str, sha256: str | None, scratch: Path) -> Path:
     """`path` of `storage` as a file of this machine; in the folder `scratch` unless it is one already.
 
     Raises:
-        VideoError: it is missing, or has other bytes than `sha256` says.
+        VideoError: it is missing, or has other bytes than `sha256`, where given, says.
     """
     if storage.is_local:
         local = Path(storage.full(path))
@@ -25,7 +25,7 @@ def local_copy(storage: Storage, path: str, sha256: str, scratch: Path) -> Path:
             storage.get_file(path, local)
         except FileNotFoundError:
             raise VideoError(f"{path} is missing") from None
-    if sha256_of(local) != sha256:
+    if sha256 is not None and sha256_of(local) != sha256:
         raise VideoError(f"{path} does not have the checksum of its commit")
     return local
 

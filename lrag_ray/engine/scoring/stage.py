@@ -15,6 +15,7 @@ from lrag_ray.engine.scoring import preview, vbench
 from lrag_ray.engine.scoring.fan_out import FanOut, Item, Work, Workers, room_for
 from lrag_ray.engine.scoring.vbench_work import VbenchWork
 from lrag_ray.errors import ClusterError
+from lrag_ray.scoring.vbench_long.parquet import folder
 from lrag_ray.store.run_dir import RunDirectory
 
 Progress = Callable[[int, int], None]
@@ -49,7 +50,7 @@ def check_scoring(run_dir: RunDirectory, config: RunConfig) -> None:
     """WeightsError or ConfigError, before anything is computed, for what would keep the suite from scoring."""
     if config.scoring.suite == "vbench_long":
         vbench.check_weights(config.scoring)
-        vbench.refuse_mixture(run_dir, config.scoring)
+        vbench.refuse_mixture(run_dir.storage, folder(config.scoring.mode), config.scoring)
 
 
 def open_scores(run_dir: RunDirectory, config: RunConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from lrag_ray.scoring.vbench_long.parquet import (
 from lrag_ray.scoring.vbench_long.rows import Dimension, RowKey
 from lrag_ray.scoring.vbench_long.score import IN_CLIP_NETWORKS, SLOW_NETWORKS
 from lrag_ray.scoring.vbench_long.weights import WeightFiles
+from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.videos import CommittedVideo, committed_videos
@@ -46,14 +47,26 @@ class Goal:
     @property
     def last_file(self) -> str:
         """A name that is there exactly if the goal was reached."""
-        wanted = "\n".join([self.video, *map(str, self.durations), *sorted(self.dimensions)])
-        return f"rows-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.parquet"
+        return last_file(self.video, self.durations, self.dimensions)
 
     def task(self, durations: Sequence[int]) -> VbenchTask:
         """What a worker does for these durations of it."""
         return VbenchTask(
-            self.path, self.sha256, self.video, tuple(durations), self.folder, self.last_file, self.frozen
+            path=self.path,
+            name=self.path,
+            sha256=self.sha256,
+            video=self.video,
+            folder=self.folder,
+            last_file=self.last_file,
+            durations=tuple(durations),
+            frozen=self.frozen,
         )
+
+
+def last_file(video: str, durations: Iterable[float], dimensions: Iterable[Dimension]) -> str:
+    """Name of the row file that is there exactly if all that is wanted of a video was scored."""
+    wanted = "\n".join([video, *map(str, durations), *sorted(dimensions)])
+    return f"rows-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.parquet"
 
 
 def check_weights(scoring: ScoringSection) -> None:
@@ -75,17 +88,16 @@ def check_weights(scoring: ScoringSection) -> None:
         )
 
 
-def refuse_mixture(run_dir: RunDirectory, scoring: ScoringSection) -> None:
-    """ConfigError where trained and untrained networks would end up in one table."""
-    place = folder(scoring.mode)
+def refuse_mixture(storage: Storage, place: str, scoring: ScoringSection) -> None:
+    """ConfigError where trained and untrained networks would end up in one table, the rows below the folder `place`."""
     untrained = scoring.weights == RANDOM
-    for path in run_dir.storage.list_files(place):
-        rows = [row for rows in read_row_files(run_dir.storage, [path]).values() for row in rows if row.networks]
+    for path in storage.list_files(place):
+        rows = [row for rows in read_row_files(storage, [path]).values() for row in rows if row.networks]
         if rows:
             if is_untrained(rows[0]) != untrained:
                 found = "random" if not untrained else "trained"
                 raise ConfigError(
-                    f"scoring.weights: {run_dir.uri}/{place} holds scores of {found} weights, which do not belong in "
+                    f"scoring.weights: {storage.uri}/{place} holds scores of {found} weights, which do not belong in "
                     "one table with these. Delete that folder, or score with the weights that it was made with"
                 )
             return

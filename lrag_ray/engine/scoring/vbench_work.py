@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -17,6 +17,7 @@ from lrag_ray.config.schema import ScoringSection
 from lrag_ray.engine.backbone import device_for
 from lrag_ray.engine.scoring.fan_out import GoOn, Refused, Stopped
 from lrag_ray.engine.scoring.local_copy import local_copy
+from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.frozen import score_frozen
 from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
 from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rows_from_parquet, rows_to_parquet
@@ -25,6 +26,7 @@ from lrag_ray.scoring.vbench_long.rows import ScoreRow
 from lrag_ray.scoring.vbench_long.score import VideoSource, score_video
 from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.store.address import Storage
+from lrag_ray.video.mp4 import VideoError
 
 RANDOM = "random"
 """Value of `scoring.weights` for untrained networks."""
@@ -35,16 +37,21 @@ class VbenchTask:
     """A video to score, and where its rows go."""
 
     path: str
-    """In `VbenchWork.videos`, or on this machine where that is None."""
-    sha256: str
+    """In the storage of the videos, or on this machine where there is none."""
+    name: str
+    """What people call it."""
+    sha256: str | None
+    """Of the file as it was committed; None where that is not known."""
     video: str
     """Identity, see `ScoreRow.video`."""
-    durations: tuple[int, ...]
-    """Frame counts that are still open; empty for the whole video."""
     folder: str
     """Where the row files of the video lie."""
     last_file: str
     """Name of the row file that comes last and says that all that was wanted is there."""
+    durations: tuple[int, ...] = ()
+    """Frame counts that are still open; empty for the whole video."""
+    durations_s: tuple[float, ...] = ()
+    """Instead of `durations`, where the length is not known: seconds of prefixes that count beside the whole video."""
     frozen: bool = False
     """Score the first frame, held, instead of the video."""
 
@@ -84,17 +91,17 @@ class VbenchWork:
             if self._videos is not None:
                 # Damage on the way or in the store is not the video's: it is told, and tried again at the next start.
                 path = local_copy(self._videos, task.path, task.sha256, Path(scratch))
-            rows = (replace(row, reason=row.reason.replace(str(path), task.path)) for row in self._scored(task, path))
-            self._commit(task, rows, go_on)
+            rows = self._scored(task, path)
+            self._commit(task, (replace(row, reason=_told(row.reason, path, task.name)) for row in rows), go_on)
 
     def _scored(self, task: VbenchTask, path: Path) -> Iterator[ScoreRow]:
         done = {row.key for row in stored_rows(self._rows, task.folder)}
         scoring = self._scoring
-        score = (
-            partial(score_frozen, path, task.video)
-            if task.frozen
-            else partial(score_video, VideoSource(path, task.video, task.durations))
-        )
+        if task.frozen:
+            score = partial(score_frozen, path, task.video)
+        else:
+            durations = task.durations or _prefixes(path, task.durations_s)
+            score = partial(score_video, VideoSource(path, task.video, durations))
         return score(
             self._networks,
             dimensions=scoring.dimensions,
@@ -123,6 +130,28 @@ class VbenchWork:
 
     def _marked(self, row: ScoreRow) -> ScoreRow:
         return replace(row, networks=row.networks.replace(":", f":{UNTRAINED}")) if self._untrained else row
+
+
+def prefix_frames(duration_s: float, fps: int) -> int:
+    """Frames of a video, at its truncated rate, that belong to a shorter duration."""
+    return round(duration_s * fps)
+
+
+def _prefixes(path: Path, durations_s: Sequence[float]) -> tuple[int, ...]:
+    """Frame counts of the prefixes and of the whole video; empty without prefixes, or for what cannot be read."""
+    try:
+        if not durations_s or not (fps := int(probe(path).fps)):
+            return ()
+        frames = sum(1 for _ in decode(path))
+    except VideoError:
+        # Said again, and recorded, when the video is scored.
+        return ()
+    return tuple(sorted({frames, *(count for s in durations_s if 0 < (count := prefix_frames(s, fps)) < frames)}))
+
+
+def _told(reason: str, path: Path, name: str) -> str:
+    """A reason without the place on the worker's machine, in characters that a file can hold."""
+    return reason.replace(str(path), name).encode("utf-8", "backslashreplace").decode()
 
 
 def stored_rows(storage: Storage, folder: str) -> list[ScoreRow]:

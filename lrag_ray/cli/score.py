@@ -1,0 +1,167 @@
+"""``lrag-ray score``: scores of a run's videos, or of any others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from lrag_ray.cli.options import AsJson, Overrides
+from lrag_ray.cli.output import console, count, duration, print_json, printable, tells_errors
+
+if TYPE_CHECKING:
+    from lrag_ray.engine.score_run import RunScores
+    from lrag_ray.engine.score_videos import VideoScores
+
+_MOST_VIDEOS_SHOWN = 40
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command()(score)
+
+
+@tells_errors
+def score(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|VIDEOS", help="Address of a run; or a folder, file, glob or bucket of videos.")
+    ],
+    suite: Annotated[str | None, typer.Option("--suite", help="preview (runs only) or vbench_long.")] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="direct, or compat: clips re-encoded as the official code does.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="DIR", help="Folder of the networks' files.")
+    ] = None,
+    dimensions: Annotated[str | None, typer.Option("--dimensions", metavar="A,B", help="Only these.")] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option("--manifest", metavar="FILE", help="CSV or JSONL: path and what is known of each video."),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="ADDRESS", help="Where the rows of videos go; scores-<suite> if absent."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="CONFIG", help="Of a run: use this file instead of its last configuration."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score videos: those of a run, or any others, with VBench-Long or the preview suite.
+
+    A run is scored as its configuration says; options change that for this command. The rows lie in the run, and its
+    report is written again. Other videos are scored with vbench_long: all files of a folder that look like videos,
+    whatever they are called. A manifest says what belongs together, so that methods can be ranked: its columns are
+    path (relative to the folder), method, backbone, prompt, sample and duration_s, all but the first optional. The
+    same command again continues. Exit code 1 if a video could not be scored.
+
+    \b
+    Examples:
+      lrag-ray score runs/table2 --suite vbench_long --mode compat --set scoring.gpus_per_worker=1
+      lrag-ray score videos/ --weights weights/vbench --manifest videos/manifest.csv
+      lrag-ray score 'videos/**/*.mp4' --dimensions motion_smoothness,imaging_quality --to scores/mine
+    """
+    from lrag_ray.cli.progress import shown_progress
+    from lrag_ray.config.load import load_config
+    from lrag_ray.config.videos import videos_config
+    from lrag_ray.engine.score_run import is_run, score_run
+    from lrag_ray.engine.score_videos import score_videos
+    from lrag_ray.engine.stored_config import stored_config
+
+    given = {
+        "suite": suite,
+        "mode": mode,
+        "weights": weights,
+        "dimensions": [name.strip() for name in dimensions.split(",")] if dimensions is not None else None,
+    }
+    chosen = [f"scoring.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    chosen += overrides or []
+    if not is_run(target):
+        if config is not None:
+            raise typer.BadParameter(f"--config belongs to a run, and {target} is none")
+        videos = videos_config(chosen)
+        with shown_progress() as progress:
+            scores = score_videos(target, videos, manifest=manifest, to=to, progress=progress)
+        if as_json:
+            print_json(scores)
+        else:
+            print_video_scores(console(), scores)
+        raise typer.Exit(scores.exit_code)
+    if manifest is not None or to is not None:
+        raise typer.BadParameter(f"--manifest and --to are for other videos, and {target} is a run")
+    if config is None:
+        loaded = stored_config(target, chosen)
+    else:
+        loaded = load_config(config, [*chosen, f"run.uri={json.dumps(target)}"])
+    with shown_progress() as progress:
+        outcome = score_run(loaded, progress=progress)
+    if as_json:
+        print_json(outcome)
+    else:
+        print_run_scores(console(), outcome)
+    raise typer.Exit(outcome.exit_code)
+
+
+def print_run_scores(shown: Console, outcome: RunScores) -> None:
+    """Rank tables, what this start did, what failed, and where everything lies."""
+    from lrag_ray.report.collect import collect
+    from lrag_ray.report.tables import terminal_tables
+    from lrag_ray.store.run_dir import RunDirectory
+
+    if outcome.report_folder:
+        for ranks in terminal_tables(collect([RunDirectory(outcome.uri)], outcome.suite, outcome.mode)):
+            shown.print(ranks)
+            shown.print()
+    shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
+    _print_failed(shown, outcome.failed)
+    for name in outcome.report_files:
+        shown.print(f"{outcome.report_folder}/{name}", soft_wrap=True)
+
+
+def print_video_scores(shown: Console, outcome: VideoScores) -> None:
+    """A table per method where a manifest names several, else per video; both global means; what failed."""
+    from lrag_ray.cli.tables import table
+    from lrag_ray.scoring.vbench_long.measures import vbench_long
+
+    measures = vbench_long(outcome.mode, outcome.dimensions).measures
+    title = f"VBench-Long, {outcome.mode} mode"
+    if outcome.untrained:
+        title += ", RANDOM WEIGHTS: the numbers mean nothing"
+    columns = [measure.title for measure in measures]
+    names = [measure.name for measure in measures]
+
+    def values(scores: Mapping[str, float]) -> list[str]:
+        return [f"{100 * scores[name]:.2f}" if name in scores else "-" for name in names]
+
+    if len(outcome.groups) == 1 and len(outcome.videos) <= _MOST_VIDEOS_SHOWN:
+        made = table(f"{title}: mean over the clips of each video", "video", "clips", *columns)
+        for video in outcome.videos:
+            made.add_row(printable(video.path), count(video.clips), *values(video.scores))
+        shown.print(made)
+        shown.print()
+    heads = ("backbone", "duration", "method", "mean", "videos", "clips")
+    means = table(f"{title}: all videos", *heads, *columns, "avg. rank", text_columns=4)
+    for group in outcome.groups:
+        seconds = "" if group.duration_s is None else f"{group.duration_s:g} s"
+        rank = "-" if group.average_rank is None else f"{group.average_rank:.2f} ({group.prompts_ranked} prompts)"
+        labels = (printable(group.backbone), seconds, printable(group.method))
+        counts = (count(group.videos), count(group.clips))
+        means.add_row(*labels, "over clips (official)", *counts, *values(group.mean_over_clips), rank)
+        means.add_row(*labels, "of the videos' means", *counts, *values(group.mean_of_video_means), "")
+    shown.print(means)
+    shown.print()
+    shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
+    _print_failed(shown, outcome.failed)
+    shown.print(f"{outcome.to}/{outcome.csv}", soft_wrap=True)
+
+
+def _print_failed(shown: Console, failed: Mapping[str, str]) -> None:
+    if failed:
+        shown.print(f"Without a score, or without all of them ({len(failed)}):")
+        for video, reason in failed.items():
+            shown.print(f"  {printable(video)}: {printable(reason)}", soft_wrap=True)

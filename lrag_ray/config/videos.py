@@ -1,0 +1,49 @@
+"""The part of a configuration that scoring of any videos needs: no run, no prompts, no generators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from pydantic import ValidationError
+
+from lrag_ray.config.overrides import apply_override
+from lrag_ray.config.problems import raise_problems, translate
+from lrag_ray.config.schema import EngineSection, ScoringSection, Section, StorageSection
+from lrag_ray.config.source import Document
+
+
+class VideosConfig(Section):
+    """How videos outside a run are scored."""
+
+    scoring: ScoringSection = ScoringSection(suite="vbench_long")
+    """Suite, networks, workers."""
+    engine: EngineSection = EngineSection()
+    """Only the address of the cluster counts."""
+    storage: StorageSection = StorageSection()
+    """How the videos' store and that of the rows are reached."""
+
+
+def videos_config(overrides: Sequence[str]) -> VideosConfig:
+    """Defaults with ``a.b=value`` overrides.
+
+    Raises:
+        ConfigError: names each override that is wrong and what was expected.
+    """
+    document = Document("--set", {"scoring": {"suite": "vbench_long"}})
+    refused = [*_apply(document, overrides)]
+    try:
+        config = VideosConfig.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        raise_problems(document, translate(error, VideosConfig), refused)
+        raise
+    raise_problems(document, [], refused)
+    return config
+
+
+def _apply(document: Document, overrides: Sequence[str]) -> Iterator[str]:
+    for override in overrides:
+        try:
+            apply_override(document, override)
+        except ValueError as error:
+            yield f"--set {override}: {error}"
