@@ -1,0 +1,213 @@
+"""What `test_several_nodes` runs in a process of its own: a cluster whose nodes come, go and drain under the pool."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from lrag_ray.engine.pool import ActorPool
+from lrag_ray.engine.progress import AttemptFailed, Notice, RolloutAdvanced, RolloutFinished, RolloutYielded, WorkerLost
+from lrag_ray.engine.run import run
+from lrag_ray.engine.sizing import PoolSize, WorkerShape, draining_nodes
+from lrag_ray.engine.waiting import WorkItem
+from lrag_ray.store.run_dir import RunDirectory
+from tests.cluster.test_pool import Diary, Job, Sleeper
+from tests.cluster.test_run import NO_VIDEO, Recorder
+from tests.engine.make import digests, make_config, make_prompts
+
+MB = 1 << 20
+
+
+class Watched(Diary):
+    """A diary that looks at the pool's actors, and does something in the main thread after a number of results."""
+
+    def __init__(self, doings: dict[int, Callable[[], None]]) -> None:
+        super().__init__()
+        self.doings = doings
+        self.most_at_once: list[int] = []
+
+    def tick(self) -> None:
+        self.most_at_once.append(len({worker for worker, _ in self.order[-50:]}))
+        for count in [count for count in self.doings if len(self.results) >= count]:
+            self.doings.pop(count)()
+
+
+def pool(diary: Diary, size: PoolSize, shape: WorkerShape, reserved: Counter[int]) -> ActorPool[Job, Any]:
+    def spawn(name: str, memory: int) -> Any:
+        reserved[memory] += 1
+        options = {"num_cpus": shape.cpus, "num_gpus": shape.gpus, "memory": memory or None}
+        return ray.remote(Sleeper).options(**options, max_restarts=0, max_task_retries=0).remote()
+
+    return ActorPool(spawn, lambda actor, job, attempt: actor.work.remote(job, attempt), diary, size, shape, 3)
+
+
+def per_gpu_follows_nodes(cluster: Cluster, folder: Path) -> None:
+    """Shares of a quarter GPU on a node with one GPU; another joins, then the first is taken away."""
+    first = cluster.add_node(num_cpus=8, num_gpus=1)
+    second: list[Any] = []
+    diary = Watched(
+        {
+            8: lambda: second.append(cluster.add_node(num_cpus=8, num_gpus=1)),
+            40: lambda: cluster.remove_node(first, allow_graceful=False),
+        }
+    )
+    jobs = [Job(f"job{i:03d}", folder, seconds=0.3) for i in range(90)]
+    spawned: Counter[int] = Counter()
+    items = [WorkItem(job.name, i, "g", job) for i, job in enumerate(jobs)]
+    assert pool(diary, PoolSize(1, None), WorkerShape(0.5, 0.25), spawned).run(items) == []
+    assert len(diary.results) == 90
+    # Four on the first node, four more on the second; the four that were lost are not asked for again for long.
+    assert {len({worker for worker, key in diary.order if key < "job008"})} == {4}, diary.order
+    pids = {result[0] for result in diary.results.values()}
+    assert len(pids) == 8, pids
+    assert all(not failure.counted for _, failure in diary.failures)
+    assert 0 < len(diary.failures) <= 4
+    cluster.remove_node(second[0])
+
+
+def memory_is_shared(cluster: Cluster, folder: Path) -> None:
+    """Room for one worker with a history and two without; one rollout needs more than any node has, until one joins."""
+    small = cluster.add_node(num_cpus=3, memory=300 * MB)
+    large: list[Any] = []
+    diary = Watched({8: lambda: large.append(cluster.add_node(num_cpus=1, memory=2000 * MB))})
+    needs = [200 * MB, 0, 0, 200 * MB, 0, 0, 0, 0, 1000 * MB]
+    jobs = [Job(f"job{i}", folder, seconds=0.5) for i in range(len(needs))]
+    items = [
+        WorkItem(job.name, i, "g", job, memory=need) for i, (job, need) in enumerate(zip(jobs, needs, strict=True))
+    ]
+    spawned: Counter[int] = Counter()
+    assert pool(diary, PoolSize(3, 3), WorkerShape(1, 0), spawned).run(items) == []
+    assert len(diary.results) == len(needs) and diary.failures == []
+    assert spawned[200 * MB] == 1 and spawned[0] == 2, spawned
+    by_pid = {key: diary.results[key][0] for key in diary.results}
+    assert by_pid["job0"] == by_pid["job3"] != by_pid["job1"]
+    assert diary.lost.count("job8 is too large") == 1
+    for node in (small, *large):
+        cluster.remove_node(node)
+
+
+def drain(cluster: Cluster, node: str) -> None:
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int(time.time() * 1000) + 60_000
+    client = ray._raylet.GcsClient(address=cluster.gcs_address)
+    assert client.drain_node(node, reason, "a test", deadline_ms)[0]
+
+
+def busy_node() -> str:
+    """The node of the one actor, by the memory that it has reserved."""
+    has = {node["NodeID"]: node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]}
+    left = ray._private.state.available_resources_per_node()
+    (node,) = [node for node, memory in has.items() if left[node].get("memory", 0) < memory]
+    return node
+
+
+def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None:
+    """The node of the only actor is drained while it works; the rollout goes on elsewhere from the flushed part."""
+    nodes = [cluster.add_node(num_cpus=1, memory=500 * MB) for _ in range(2)]
+    prompts = make_prompts("a red fox in the snow")
+    rag = {"method": "tests.engine.disturbed:Remembering", "window": 9, "top_k": 2, "recent_exclude": 0}
+    slow = {**rag, "descriptor": "avg_pool", "block_s": 0.3}
+
+    def config(name: str, method: dict[str, Any]) -> Any:
+        engine = {"actors": 1, "checkpoint_every_blocks": 8}
+        return make_config(
+            folder / name,
+            methods={"m": method},
+            video=NO_VIDEO,
+            durations_s=[15],
+            engine=engine,
+            run={"uri": str(folder / name)},
+        )
+
+    drained: list[str] = []
+    recorder = Recorder()
+
+    def progress(event: Any) -> None:
+        recorder(event)
+        if isinstance(event, RolloutAdvanced) and event.blocks >= 2 and not drained:
+            drained.append(busy_node())
+            drain(cluster, drained[0])
+
+    assert run(config("drained", slow), prompts, progress=progress).exit_code == 0
+    # An idle draining node goes.
+    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
+    assert len(drained) == 1 and drained[0] not in staying
+    (yielded,), (finished,) = recorder.of(RolloutYielded), recorder.of(RolloutFinished)
+    assert recorder.of(AttemptFailed) == [] and recorder.of(WorkerLost) == []
+    directory = RunDirectory(str(folder / "drained"))
+    assert directory.failures() == []
+    (commit,) = directory.commits()
+    first = commit.latent_parts[0]
+    assert first.frames // 3 == finished.blocks_resumed, (yielded, finished)
+    assert f"{finished.blocks_resumed} blocks are stored" in yielded.reason
+    assert finished.blocks_resumed % 8 and finished.blocks_resumed + finished.blocks_generated == 20
+
+    assert run(config("quiet", {**slow, "block_s": 0.0}), prompts).exit_code == 0
+    assert digests([commit]) == digests(RunDirectory(str(folder / "quiet")).commits())
+    for node in nodes:
+        cluster.remove_node(node)
+
+
+def a_hanging_rollout_is_taken_from_its_actor(cluster: Cluster, folder: Path) -> None:
+    """A block that never ends, with a short engine.stall_timeout_s."""
+    node = cluster.add_node(num_cpus=1)
+    marker = folder / "hung"
+    method = {
+        "method": "tests.engine.disturbed:Disturbed",
+        "window": 9,
+        "at_block": 3,
+        "how": "hang",
+        "marker": str(marker),
+    }
+    engine = {"actors": 1, "checkpoint_every_blocks": 2, "stall_timeout_s": 15}
+    recorder = Recorder()
+    made = make_config(folder / "run", methods={"m": method}, video=NO_VIDEO, durations_s=[3], engine=engine)
+    assert run(made, make_prompts("a river"), progress=recorder).exit_code == 0
+    (failed,) = recorder.of(AttemptFailed)
+    assert (failed.failure.kind, failed.failure.counted) == ("death", False)
+    assert "no new block for 15 s (engine.stall_timeout_s)" in failed.failure.reason, failed
+    (finished,) = recorder.of(RolloutFinished)
+    assert (finished.blocks_resumed, finished.blocks_generated) == (2, 2)
+    assert not [notice for notice in recorder.of(Notice) if notice.warning]
+    cluster.remove_node(node)
+
+
+SCENES = [
+    per_gpu_follows_nodes,
+    memory_is_shared,
+    a_draining_node_hands_its_rollout_on,
+    a_hanging_rollout_is_taken_from_its_actor,
+]
+
+
+def main(names: list[str]) -> None:
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    # Ray's sockets lie below its folder and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as temporary:
+        head = {"num_cpus": 0, "memory": 0, "include_dashboard": False, "temp_dir": temporary}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            for scene in SCENES:
+                if scene.__name__ in names:
+                    folder = Path(temporary) / scene.__name__
+                    folder.mkdir()
+                    scene(cluster, folder)
+                    print("done", scene.__name__, flush=True)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [scene.__name__ for scene in SCENES])
