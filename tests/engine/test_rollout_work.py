@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +13,11 @@ import pytest
 import torch
 
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.horizon_videos import HorizonVideos
 from lrag_ray.engine.rollout_work import RolloutResult, RolloutTask, RolloutWorker
 from lrag_ray.engine.run_identity import build_identity
 from lrag_ray.engine.text import encode_and_store
+from lrag_ray.engine.waiting import Yielded
 from lrag_ray.engine.work import open_work
 from lrag_ray.errors import WeightsError
 from lrag_ray.store.records import Commit
@@ -119,6 +124,103 @@ def die_after(patch: pytest.MonkeyPatch, parts: int) -> None:
         return real(*args, **named)
 
     patch.setattr(module, "write_part", write_part)
+
+
+def test_a_worker_that_must_leave_stores_its_open_part_and_another_goes_on_from_there(
+    tmp_path: Path, quiet: Bench
+) -> None:
+    """Asked between blocks; with two blocks per part the third block lies in an open part."""
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    made: list[int] = []
+
+    def leave_after_three() -> bool:
+        made[:] = [state.blocks for state in run.told if state.step == "generating"]
+        return bool(made) and made[-1] == 3
+
+    leaver = RolloutWorker(run.run, run.config, torch.device("cpu"), run.told.append, leave_after_three)
+    yielded = leaver.work(task, new_attempt_id())
+    assert isinstance(yielded, Yielded) and "3 blocks are stored" in yielded.reason
+    assert list(run.commits()) == [6]
+    result = run.work()
+    assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 3, 1)
+    assert {f: c.latents_digest for f, c in run.commits().items()} == {
+        f: c.latents_digest for f, c in quiet.commits().items()
+    }
+    assert [part.first_frame for part in run.commits()[12].latent_parts] == [0, 6, 9]
+
+
+def test_a_worker_that_must_leave_at_once_does_nothing(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    leaver = RolloutWorker(run.run, run.config, torch.device("cpu"), run.told.append, lambda: True)
+    assert isinstance(leaver.work(task, new_attempt_id()), Yielded)
+    assert not [path for path in run.run.storage.list_files() if "attempt-" in path]
+
+
+def relabelled(run: Bench, device_kind: str) -> None:
+    """Let the parts of a run be those of another kind of device."""
+    for path in run.run.storage.list_files("rollouts"):
+        if "/part-" in path and path.endswith(".json"):
+            record = json.loads(run.run.storage.read_bytes(path))
+            run.run.storage.write(path, json.dumps({**record, "device_kind": device_kind}).encode())
+
+
+@pytest.mark.parametrize("resume_on", ["same_device_kind", "any"])
+def test_parts_of_another_kind_of_device_are_continued_only_where_that_is_wanted(
+    tmp_path: Path, resume_on: str
+) -> None:
+    run = bench(tmp_path, durations_s=[1.5])
+    run.work()
+    relabelled(run, "NVIDIA H100")
+    grown = bench(tmp_path, resume={"on": resume_on})
+    before = grown.run.storage.list_files("rollouts")
+    result = grown.work()
+    if resume_on == "any":
+        assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 2, 2)
+        assert result.notes == ()
+    else:
+        assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 0, 4)
+        (note,) = result.notes
+        assert "parts made on NVIDIA H100 are left unused, this is cpu (resume.on: any" in note
+    assert before.items() <= grown.run.storage.list_files("rollouts").items()
+    assert grown.tasks() == []
+
+
+def test_a_lost_commit_of_another_kind_of_device_is_made_again_from_its_parts(tmp_path: Path) -> None:
+    """Nothing is generated, so nothing is continued on another device."""
+    run = bench(tmp_path)
+    run.work()
+    relabelled(run, "NVIDIA H100")
+    lost = run.commits()[6]
+    run.run.storage.remove(f"{lost.rollout.path}/commit-6.json")
+    result = run.work()
+    assert (result.committed, result.blocks_generated, result.notes) == ((6,), 0, ())
+    assert run.commits()[6].latents_digest == lost.latents_digest
+
+
+def test_a_failure_behind_has_its_own_traceback_and_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding fails in its own thread while the next block is generated."""
+    run = bench(tmp_path)
+    frames: list[int] = []
+    real = HorizonVideos.add
+
+    def add(videos: HorizonVideos, latents: torch.Tensor) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        frames.append(len(latents))
+        if len(frames) == 2:
+            raise OSError("no codec")
+        real(videos, latents)
+
+    monkeypatch.setattr(HorizonVideos, "add", add)
+    with pytest.raises(OSError, match="no codec") as caught:
+        run.work()
+    assert "block_writer.py" in "".join(traceback.format_exception(caught.value))
+    assert run.commits() == {}
+    # The part was stored before its video was decoded.
+    assert [path for path in run.run.storage.list_files() if path.endswith("part-00000-00006.json")]
 
 
 def test_a_corrupt_part_is_cut_off_and_said(tmp_path: Path, quiet: Bench) -> None:
