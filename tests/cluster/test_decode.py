@@ -16,10 +16,9 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.decode import DecodeFailure, decode
 from lrag_ray.engine.progress import Notice
 from lrag_ray.engine.run import run
-from lrag_ray.engine.scoring import pending_targets
+from lrag_ray.engine.scoring.preview import pending_targets
 from lrag_ray.errors import ConfigError, IdentityError, StorageError
 from lrag_ray.report.build import build_report
-from lrag_ray.scoring.preview import PREVIEW
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
@@ -66,7 +65,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
     run(config_of(shown, video=LOSSLESS), PROMPTS)
     directory = RunDirectory(str(latents))
     commits = directory.storage.list_files("rollouts")
-    assert frames_of(latents) == {} and pending_targets(directory, PREVIEW) == []
+    assert frames_of(latents) == {} and pending_targets(directory) == []
 
     outcome = decode(config_of(latents, video=LOSSLESS))
 
@@ -76,7 +75,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
     assert {len(frames) for frames in found.values()} == {1 + 4 * 5, 1 + 4 * 11}
     assert directory.storage.list_files("rollouts") == commits
-    assert len(pending_targets(directory, PREVIEW)) == 4
+    assert len(pending_targets(directory)) == 4
     build_report(directory)
     assert f"../{outcome.folders[0]}/tiny/rag/" in (latents / "summary" / "report.html").read_text()
 
