@@ -19,7 +19,7 @@ from lrag_ray.store.decoded import FOLDER as DECODED
 from lrag_ray.store.decoded import read_decoded
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import Record, RolloutId
-from lrag_ray.store.run_dir import Inventory, RunDirectory
+from lrag_ray.store.run_dir import Inventory, RunDirectory, without_cycle_search
 from lrag_ray.store.uploads import abort_upload, unfinished_uploads
 
 Kind = Literal[
@@ -55,6 +55,7 @@ class Leftovers(NamedTuple):
     """What could not be looked at."""
 
 
+@without_cycle_search()
 def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) -> Leftovers:
     """Leftovers that were last written more than `older_than_s` ago; with `unfinished` parts of open rollouts too.
 

@@ -41,6 +41,18 @@ _PART = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/part-(\d+)-(\d+
 _MOST_DIFFERENCES_SHOWN = 10
 
 
+@contextmanager
+def without_cycle_search() -> Iterator[None]:
+    """Pause Python's search for cycles: records hold none, and among a hundred thousand it takes most of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 @dataclass(frozen=True)
 class CommitState:
     """One commit record as found."""
@@ -156,16 +168,16 @@ class RunDirectory:
         if changes:
             raise IdentityError(_refusal(f"{self.uri} holds a run with other settings", changes))
 
+    @without_cycle_search()
     def inventory(self, rollout: RolloutId | None = None) -> Inventory:
         """List the run (or one rollout) once and read its commits."""
         files = self.storage.list_files(rollout.path if rollout else "rollouts")
         commit_paths = {path: match for path in files if (match := _COMMIT.match(path))}
         contents = self.storage.read_many(list(commit_paths))
         commits: dict[str, dict[int, CommitState]] = {}
-        with _without_cycle_search():
-            for path, data in contents.items():
-                match = commit_paths[path]
-                commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
+        for path, data in contents.items():
+            match = commit_paths[path]
+            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
         parts: dict[str, list[str]] = {}
         for path in sorted(path for path in files if "/part-" in path):
             if match_part := _PART.match(path):
@@ -235,18 +247,6 @@ class RunDirectory:
 def new_attempt_id() -> str:
     """A name that no other attempt has; sorts by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
-
-
-@contextmanager
-def _without_cycle_search() -> Iterator[None]:
-    """Records hold no cycles; looking for some among a hundred thousand takes three times as long as reading them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _json(record: Commit | FailureRecord | RunIdentity) -> bytes:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import FailureRecord, Record
-from lrag_ray.store.run_dir import Inventory, RunDirectory
+from lrag_ray.store.run_dir import Inventory, RunDirectory, without_cycle_search
 
 State = Literal["done", "partial", "failed", "pending"]
 _STATES: tuple[State, ...] = get_args(State)
@@ -53,6 +53,7 @@ class RunStatus(Record):
         return all(cell.done == cell.total for cell in self.cells)
 
 
+@without_cycle_search()
 def run_status(run_dir: RunDirectory) -> RunStatus:
     """Status of the run at an address; StorageError where there is none."""
     identity = run_dir.require()
