@@ -1,0 +1,218 @@
+"""Ray clusters of several nodes on this machine: every node is a raylet with processes of its own, which can be killed.
+
+The head has no CPUs, so actors live on the other nodes, and its death is a test of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.cluster.drivers import Driver, actors_below
+
+_MARK = "LRAG_TEST_CLUSTER"
+
+_NOTICE_DEATHS_QUICKLY = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 3,
+}
+
+
+class Nodes:
+    """A head without CPUs, and nodes that come and go. To be used from the main thread."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._cluster: Cluster | None = None
+        self.start_head()
+
+    @property
+    def address(self) -> str:
+        """What ``engine.address`` is to be."""
+        assert self._cluster is not None
+        return str(self._cluster.address)
+
+    def actors(self) -> list[psutil.Process]:
+        """Rollout actors on all nodes."""
+        return [actor for node in self.alive for actor in actors_on(node)]
+
+    @property
+    def alive(self) -> list[Any]:
+        """Nodes besides the head."""
+        assert self._cluster is not None
+        return sorted(self._cluster.worker_nodes, key=raylet)
+
+    def start_head(self) -> None:
+        """A new head; after `kill_head` that is another cluster."""
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "temp_dir": self._folder,
+                "include_dashboard": False,
+                "_system_config": _NOTICE_DEATHS_QUICKLY,
+            },
+        )
+
+    def add(self, cpus: int = 1) -> Any:
+        """A node joins."""
+        assert self._cluster is not None
+        return self._cluster.add_node(num_cpus=cpus)
+
+    def kill(self, node: Any) -> None:
+        """SIGKILL to a node's raylet and what Ray started beside it; its actors notice and end."""
+        assert self._cluster is not None
+        actors, below = actors_on(node), psutil.Process(raylet(node)).children(recursive=True)
+        self._cluster.remove_node(node, allow_graceful=False)
+        _, left = psutil.wait_procs(actors, timeout=30)
+        assert not left, f"actors outlive their node: {left}"
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def kill_head(self) -> None:
+        """SIGKILL to the head with all that it knew; the other nodes go as well, as they do without a head."""
+        assert self._cluster is not None
+        self.kill(self._cluster.head_node)
+        for node in self.alive:
+            self.kill(node)
+
+    def shutdown(self) -> None:
+        """End all nodes."""
+        if self._cluster is not None:
+            self._cluster.shutdown()
+            self._cluster = None
+
+
+def raylet(node: Any) -> int:
+    """Process id of a node's raylet, the parent of its workers."""
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def actors_on(node: Any) -> list[psutil.Process]:
+    """Rollout actors on a node, at work or not."""
+    return actors_below(raylet(node))
+
+
+def stop_at_work(
+    started: Driver, actors: Callable[[], Iterable[psutil.Process]], ripe: Callable[[], bool]
+) -> psutil.Process:
+    """Stop (SIGSTOP) one of `actors` in the middle of a rollout, once `ripe`."""
+
+    def find() -> bool:
+        for actor in filter(is_at_work, actors()):
+            with suppress(psutil.NoSuchProcess):
+                actor.suspend()
+                # Looked at again: it may have ended its rollout just before.
+                if is_at_work(actor) and ripe():
+                    found.append(actor)
+                    return True
+                actor.resume()
+        return False
+
+    found: list[psutil.Process] = []
+    started.wait_until(find)
+    return found[0]
+
+
+def is_at_work(actor: psutil.Process) -> bool:
+    """Whether an actor is doing a rollout at this moment (Ray writes it into the process's title)."""
+    with suppress(psutil.NoSuchProcess):
+        return "RolloutActor.work" in " ".join(actor.cmdline())
+    return False
+
+
+@contextmanager
+def nodes() -> Iterator[Nodes]:
+    """A cluster without nodes yet; see `private_folder`."""
+    with private_folder() as folder:
+        cluster = Nodes(folder)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+@contextmanager
+def private_folder() -> Iterator[str]:
+    """A folder for a cluster; fails if a process that was started within the block is left at its end."""
+    # As a local `ray.init` does: clusters ask for the token of this session (see tests/conftest.py).
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    mark = secrets.token_hex(8)
+    os.environ[_MARK] = mark
+    try:
+        # Ray's sockets lie below its folder and their paths may have 107 characters.
+        with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as folder:
+            yield folder
+    finally:
+        del os.environ[_MARK]
+        left = _marked(mark)
+        deadline = time.monotonic() + 30
+        while left and time.monotonic() < deadline:
+            time.sleep(0.2)
+            left = _marked(mark)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    if left:
+        pytest.fail(f"processes are left: {left}")
+
+
+@contextmanager
+def ray_start(*arguments: str, prefix: Sequence[str] = (), **environment: str) -> Iterator[psutil.Process]:
+    """``ray start --block``: a node (or a head) as people start it; its raylet."""
+    command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    with subprocess.Popen(
+        [*command, *arguments], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (raylets := _children_named(process.pid, "raylet")):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    process.kill()
+                    pytest.fail(f"ray start came to nothing: {process.communicate()[0].decode()}")
+                time.sleep(0.1)
+            yield raylets[0]
+        finally:
+            started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            # What it started is ended here and not by itself, which may wait for a node that does not answer.
+            for child in [*started, process]:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def _children_named(pid: int, name: str) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [child for child in psutil.Process(pid).children(recursive=True) if child.name() == name]
+    return []
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """Processes that inherited the mark of a cluster."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

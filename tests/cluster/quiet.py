@@ -1,0 +1,100 @@
+"""The run that nothing disturbs, made in this process without Ray, and the comparison of another one with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lrag_ray.config.prompts import load_prompts
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.rollout_work import RolloutWorker
+from lrag_ray.engine.run_identity import build_identity
+from lrag_ray.engine.text import encode_and_store
+from lrag_ray.engine.work import open_work
+from lrag_ray.store.parts import read_latents, read_trace
+from lrag_ray.store.records import Commit
+from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
+from lrag_ray.video.mp4 import read_video
+from tests.engine import make
+from tests.engine.make import METHODS
+
+SUBJECTS = ["a red fox", "a river", "two dancers", "a lighthouse", "an old tram", "a kite", "a forge", "a whale"]
+DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink": 3}
+ALL_METHODS = {**METHODS, "deep_forcing": DEEP}
+
+
+def make_config(folder: Path, address: str | None = None, prompts: int = 4, **changes: Any) -> RunConfig:
+    """A run below `folder` with horizons of 24 and 48 latent frames, a part every 6 and no videos."""
+    folder.mkdir(exist_ok=True)
+    texts = [f"{SUBJECTS[i % len(SUBJECTS)]}, take {i}" for i in range(prompts)]
+    (folder / "prompts.txt").write_text("\n".join(texts), encoding="utf-8")
+    engine = {"address": address, "actors": 2, "checkpoint_every_blocks": 2, **changes.pop("engine", {})}
+    fields = {"durations_s": [6, 12], "methods": ALL_METHODS, "video": {"enabled": False}, **changes}
+    return make.make_config(folder / "run", prompts={"path": str(folder / "prompts.txt")}, engine=engine, **fields)
+
+
+def quiet_run(config: RunConfig) -> RunDirectory:
+    """Do every rollout of `config` in one go."""
+    run = RunDirectory(config.run.uri)
+    identity = run.ensure(build_identity(config, load_prompts(config.prompts)))
+    worker = RolloutWorker(run, config, torch.device("cpu"), lambda _: None)
+    for item in open_work(identity, run.inventory()).items:
+        task = item.payload
+        backbone = config.backbones[task.rollout.backbone]
+        encode_and_store(run.storage, backbone, task.text_digest, [task.prompt], config.engine)
+        worker.work(task, new_attempt_id())
+    return run
+
+
+def assert_equal(found: RunDirectory, expected: RunDirectory) -> None:
+    """One valid commit per horizon, no more, with the same latents, trace rows and decoded frames."""
+    ours, theirs = by_horizon(found), by_horizon(expected)
+    assert ours.keys() == theirs.keys()
+    for key, commit in ours.items():
+        other = theirs[key]
+        assert commit.latents_digest == other.latents_digest, key
+        assert torch.equal(_latents(found, commit), _latents(expected, other)), key
+        assert _rows(found, commit) == _rows(expected, other), key
+        assert (commit.video is None) == (other.video is None), key
+        if commit.video is not None:
+            assert np.array_equal(_frames(found, commit), _frames(expected, other)), key
+
+
+def by_horizon(run: RunDirectory) -> dict[tuple[str, int], Commit]:
+    """Commits that count, by rollout and horizon."""
+    commits = run.commits()
+    found = {(commit.rollout.path, commit.latent_frames): commit for commit in commits}
+    assert len(found) == len(commits)
+    return found
+
+
+def attempts(commit: Commit) -> set[str]:
+    """The attempts that a commit is made of."""
+    return {part.path.split("/attempt-")[1].split("/")[0] for part in commit.latent_parts}
+
+
+def open_parts(run: RunDirectory) -> list[str]:
+    """Records of parts beyond the last commit of their rollout: it is in the middle of something."""
+    inventory = run.inventory()
+    return [
+        path
+        for folder, paths in inventory.part_records.items()
+        for path in paths
+        if int(path.rsplit("-", 1)[1].removesuffix(".json")) > max(inventory.commits.get(folder, {0: None}))
+    ]
+
+
+def _latents(run: RunDirectory, commit: Commit) -> torch.Tensor:
+    return torch.cat([read_latents(run.storage, part) for part in commit.latent_parts])
+
+
+def _rows(run: RunDirectory, commit: Commit) -> list[Any]:
+    return [row for part in commit.trace_parts for row in read_trace(run.storage.read_bytes(part.path))]
+
+
+def _frames(run: RunDirectory, commit: Commit) -> np.ndarray[Any, Any]:
+    assert commit.video is not None
+    return np.asarray(read_video(run.storage.full(commit.video.path)))

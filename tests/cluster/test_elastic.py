@@ -1,0 +1,72 @@
+"""Nodes join and die while a run goes on: the speed changes, the results do not, and little is done twice.
+
+The actor that is at work is stopped (SIGSTOP) where a test needs time, so that nothing depends on how fast it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.store.run_dir import RunDirectory
+from tests.cluster.drivers import driver, write_config
+from tests.cluster.nodes import actors_on, nodes, stop_at_work
+from tests.cluster.quiet import assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
+
+pytestmark = pytest.mark.cluster
+
+
+def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_last_part(tmp_path: Path) -> None:
+    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2))
+    with nodes() as cluster:
+        first = cluster.add()
+        config = make_config(tmp_path / "elastic", cluster.address, prompts=2, engine={"actors": {"min": 1, "max": 3}})
+        run = RunDirectory(config.run.uri)
+        with driver(write_config(tmp_path / "config.yaml", config)) as started:
+            stop_at_work(started, cluster.actors, lambda: bool(open_parts(run)))
+            before = len(run.commits())
+            second = cluster.add()
+            started.wait_until(lambda: len(run.commits()) > before)
+            assert actors_on(second), "the results came from elsewhere"
+
+            # The actor there has been asleep in the middle of a rollout all the time.
+            cluster.kill(first)
+            assert started.wait() == 0, started.text
+    assert_equal(run, quiet)
+    continued = [commit for commit in by_horizon(run).values() if len(attempts(commit)) > 1]
+    assert continued, "the rollout of the dead node was begun again"
+    parts: Counter[str] = Counter()
+    for path in run.storage.list_files("rollouts"):
+        parts[re.sub(r"/attempt-[^/]+/", "/", path)] += path.endswith(".safetensors")
+    assert max(parts.values()) == 1, "a stored part was made again"
+
+
+def test_a_dead_head_takes_the_cluster_along_and_a_new_one_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray ends what cannot reach its head for so long; a minute by default.
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2))
+    with nodes() as cluster:
+        cluster.add()
+        config = make_config(tmp_path / "run", cluster.address, prompts=2)
+        run = RunDirectory(config.run.uri)
+        with driver(write_config(tmp_path / "config.yaml", config)) as started:
+            actor = stop_at_work(started, cluster.actors, lambda: bool(open_parts(run)))
+            stored = run.storage.list_files("rollouts")
+            cluster.kill_head()
+            assert started.wait() != 0
+            assert not actor.is_running()
+        assert stored.items() <= run.storage.list_files("rollouts").items()
+        assert len(run.commits()) < len(quiet.commits())
+
+        cluster.start_head()
+        cluster.add()
+        config = make_config(tmp_path / "run", cluster.address, prompts=2)
+        with driver(write_config(tmp_path / "config.yaml", config)) as again:
+            assert again.wait() == 0, again.text
+        assert "Waiting for a sign of life" not in again.text
+    assert_equal(run, quiet)
