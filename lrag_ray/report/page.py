@@ -19,7 +19,7 @@ from markupsafe import Markup
 from lrag_ray.report import tables
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.drift_svg import drift_figures
-from lrag_ray.report.players import rows
+from lrag_ray.report.players import MAPS, rows
 from lrag_ray.report.strips import StripSheet
 from lrag_ray.scoring.bootstrap import LEVEL
 from lrag_ray.scoring.ranks import RankBlock
@@ -67,6 +67,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
         drift=drift_figures(data),
         strips=strips,
         rows=rows(data, folder),
+        maps=MAPS,
         samples=data.identity.samples,
         durations=_duration_choices(data),
         failures=[failure for source in data.sources for failure in source.status.failures],

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from lrag_ray.context.trace import TraceRow
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.report.trace_svg import TraceFigure, trace_figure
 from lrag_ray.store.address import Storage
-from lrag_ray.store.parts import read_trace
+from lrag_ray.store.parts import TRACE_SCHEMA
 from lrag_ray.store.records import RolloutId
+
+MAPS = 12
+"""Prompts per backbone whose attention maps are drawn: they are what makes a page large and slow to write."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ def relative_address(page_folder: Storage, storage: Storage, path: str) -> str |
 
 def rows(data: ReportData, page_folder: Storage) -> Iterator[Row]:
     """Rows in prompt-major order; traces are read row by row, so that only one row's are in memory."""
+    with_maps = _with_maps(data)
     for prompt_id, prompt in data.identity.prompts.items():
         for sample in range(data.identity.samples):
             for backbone, methods in data.methods.items():
@@ -66,21 +75,28 @@ def rows(data: ReportData, page_folder: Storage) -> Iterator[Row]:
                     for method in methods
                 }
                 if any(shown.values()):
+                    maps = (backbone, prompt_id) in with_maps
                     yield Row(
                         anchor=f"{backbone}-{prompt_id}-{sample}",
                         prompt=prompt.text,
                         prompt_index=prompt.index,
                         sample=sample,
                         backbone=backbone,
-                        players=[_player(method, rollout, page_folder) for method, rollout in shown.items()],
+                        players=[_player(method, rollout, page_folder, maps) for method, rollout in shown.items()],
                     )
 
 
-def _player(method: str, shown: ShownRollout | None, page_folder: Storage) -> Player:
+def _with_maps(data: ReportData) -> set[tuple[str, str]]:
+    """The first `MAPS` prompts of each backbone that have videos."""
+    found = dict.fromkeys((rollout.backbone, rollout.prompt_id) for rollout in data.rollouts)
+    return {pair for backbone in data.methods for pair in [each for each in found if each[0] == backbone][:MAPS]}
+
+
+def _player(method: str, shown: ShownRollout | None, page_folder: Storage, maps: bool) -> Player:
     if shown is None:
         return Player(method, {}, {}, "no video yet", None)
     storage = shown.run_dir.storage
-    trace = _trace(shown)
+    trace = _trace(shown) if maps else []
     figure = trace_figure(trace) if trace else None
     addresses = {
         str(video.latent_frames): relative_address(page_folder, storage, video.video.path) for video in shown.videos
@@ -96,9 +112,27 @@ def _player(method: str, shown: ShownRollout | None, page_folder: Storage) -> Pl
 
 
 def _trace(shown: ShownRollout) -> list[TraceRow]:
-    """Trace up to the longest committed duration; empty where a part is missing."""
+    """Trace up to the longest committed duration, its layers averaged; empty where a part is missing.
+
+    A method that chooses per layer has millions of rows, and the map shows the mean over layers.
+    """
     paths = [part.path for part in shown.videos[-1].commit.trace_parts]
     contents = shown.run_dir.storage.read_many(paths)
-    if not all(path in contents for path in paths):
+    if not paths or not all(path in contents for path in paths):
         return []
-    return [row for path in paths for row in read_trace(contents[path])]
+    rows = pa.concat_tables([pq.read_table(io.BytesIO(contents[path]), schema=TRACE_SCHEMA) for path in paths])
+    layers = max(1, pc.count_distinct(rows["layer"]).as_py())
+    grouped = rows.group_by(["block", "kind", "frame"], use_threads=False)
+    summed = grouped.aggregate([("temporal_index", "min"), ("tokens", "sum"), ("similarity", "max")])
+    return [
+        TraceRow(
+            block=row["block"],
+            layer=ALL_LAYERS,
+            kind=row["kind"],
+            frame=row["frame"],
+            temporal_index=row["temporal_index_min"],
+            tokens=round(row["tokens_sum"] / layers),
+            similarity=row["similarity_max"],
+        )
+        for row in summed.to_pylist()
+    ]

@@ -11,18 +11,23 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.store.address import Storage
 from lrag_ray.store.videos import CommittedVideo
+from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import VideoError, frames_at
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FOLDER = "strips"
 COLUMNS = 7
 _WIDTH = 288
 """Pixels of one frame in a strip."""
+_GAP = 6
+"""Pixels between frames, which the page shines through."""
 _QUALITY = 82
 
 
@@ -107,8 +112,9 @@ def _sheet(
 
 
 def _indices(video: CommittedVideo) -> list[int]:
-    """First to last frame in equal steps."""
-    return [round(i * (video.frames - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
+    """Frames in equal steps of the duration as the configuration names it, the last one in place of its end."""
+    step_s = video.duration_s / (COLUMNS - 1)
+    return [min(round(i * step_s * video.fps), video.frames - 1) for i in range(COLUMNS)]
 
 
 def _strip(folder: Storage, present: set[str], shown: ShownRollout, video: CommittedVideo) -> Strip:
@@ -125,7 +131,7 @@ def _strip(folder: Storage, present: set[str], shown: ShownRollout, video: Commi
 
 def _image(storage: Storage, video: CommittedVideo) -> bytes:
     """The frames side by side as WebP."""
-    from PIL import Image
+    from PIL import Image as PilImage
 
     with tempfile.TemporaryDirectory(prefix="lrag-strip-") as scratch:
         local = Path(storage.full(video.video.path)) if storage.is_local else Path(scratch) / "video.mp4"
@@ -135,15 +141,24 @@ def _image(storage: Storage, video: CommittedVideo) -> bytes:
             except FileNotFoundError:
                 raise VideoError(f"{video.video.path} is missing") from None
         try:
-            pictures = []
-            for frame in frames_at(local, _indices(video)):
-                height = max(1, round(frame.shape[0] * _WIDTH / frame.shape[1]))
-                pictures.append(np.asarray(Image.fromarray(frame).resize((_WIDTH, height), Image.Resampling.LANCZOS)))
+            pictures = [_thumbnail(frame) for frame in frames_at(local, _indices(video))]
         except VideoError as error:
             raise VideoError(str(error).replace(str(local), video.video.path)) from None
     # A video of fewer frames than columns repeats some.
     distinct = sorted(set(_indices(video)))
+    chosen = [pictures[distinct.index(index)] for index in _indices(video)]
+    width, height = chosen[0].size
+    strip = PilImage.new("RGBA", (COLUMNS * width + (COLUMNS - 1) * _GAP, height))
+    for column, picture in enumerate(chosen):
+        strip.paste(picture, (column * (width + _GAP), 0))
     content = io.BytesIO()
-    side_by_side = np.concatenate([pictures[distinct.index(index)] for index in _indices(video)], axis=1)
-    Image.fromarray(side_by_side).save(content, "WEBP", quality=_QUALITY)
+    strip.save(content, "WEBP", quality=_QUALITY)
     return content.getvalue()
+
+
+def _thumbnail(frame: Frames) -> Image:
+    """A frame `_WIDTH` pixels wide."""
+    from PIL import Image as PilImage
+
+    height = max(1, round(frame.shape[0] * _WIDTH / frame.shape[1]))
+    return PilImage.fromarray(frame).resize((_WIDTH, height), PilImage.Resampling.LANCZOS)
