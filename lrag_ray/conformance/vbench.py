@@ -6,28 +6,38 @@ source videos in mode direct. Every network runs in float32, on a GPU where ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from lrag_ray.conformance import vbench_parts
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import Folder, Record
+from lrag_ray.conformance.vbench_frames import (
+    clips_of,
+    first_frames,
+    golden_clips,
+    is_in_memory,
+    missing_files,
+    networks,
+    recognises,
+    source_of,
+    videos_of,
+)
 from lrag_ray.scoring.vbench_long import (
     DIMENSIONS,
     ClipScorer,
     Dimension,
-    Networks,
-    RandomWeights,
+    RowKey,
     ScoreRow,
     VideoSource,
     aggregate,
+    dynamic_degree,
     score_video,
 )
-from lrag_ray.scoring.vbench_long.clips import Span
-from lrag_ray.scoring.vbench_long.frames import decode
 from lrag_ray.scoring.vbench_long.slow_fast import MAPPING
 
 UNIT = Bound(absolute=1e-5)
@@ -48,53 +58,42 @@ _PER_FRAME: Mapping[str, Bound] = {
 
 
 def cases(folder: Folder) -> list[GoldenCase]:
-    """One case per record and dimension."""
-    return [
+    """One case per record and dimension, and those of the parts."""
+    scores = [
         GoldenCase(f"{record.path.stem} {name}", partial(_check, folder, record, name))
         for record in folder.records
         if recognises(record)
         for name in DIMENSIONS
         if name in record.content["dimensions"]
     ]
-
-
-def recognises(record: Record) -> bool:
-    """Whether a JSON file holds scores of clips in our dimensions."""
-    return (
-        record.holds("clips", "dimensions")
-        and isinstance(record.content["dimensions"], dict)
-        and any("per_clip" in record.content["dimensions"].get(name, {}) for name in DIMENSIONS)
-    )
-
-
-@cache
-def _networks() -> Networks:
-    return Networks(RandomWeights(), "cuda" if torch.cuda.is_available() else "cpu", precision="float32")
+    return [*scores, *vbench_parts.cases(folder)]
 
 
 def _check(folder: Folder, record: Record, name: Dimension, sheet: Sheet) -> None:
-    golden = record.content["dimensions"][name]
-    rows = list(_rows(folder.path, record, name, sheet))
-    if not rows:
+    if missing := missing_files(record):
+        sheet.add("clips", "skip", missing)
         return
-    names = _clip_names(record.content["clips"], rows)
+    golden = record.content["dimensions"][name]
+    rows = [row for video in videos_of(record) for row in _rows(record, video, name)]
     for row in rows:
         if row.reason:
             sheet.add(f"{row.video} from frame {row.first_frame}", "fail", row.reason)
-    scored = {names[row.key]: row for row in rows if row.kind == "clip" and row.score is not None}
+    names = _clip_names(record, rows)
+    scored = {names[row.key]: row for row in rows if row.key in names and row.score is not None}
     bound = RATING if name == "imaging_quality" else UNIT
     official = golden["per_clip"]
     own = "inclip" if name in MAPPING else "score"
-    _compare(
-        sheet, "clips", {c: row.score for c, row in scored.items()}, {c: v[own] for c, v in official.items()}, bound
-    )
+    _compare(sheet, "clips", {c: row.score for c, row in scored.items()}, _of(official, own), bound)
     _check_per_frame(folder, record, name, scored, sheet)
+    if name == "dynamic_degree":
+        _check_decisions(record, scored, official, sheet)
     if name in MAPPING:
         slow = {row.video: row.score for row in rows if row.kind == "clip_to_clip"}
         if not slow and golden["clip2clip_per_video"]:
             sheet.add("clip to clip", "skip", "the first-frame videos are not there")
             return
         _compare(sheet, "clip to clip", slow, golden["clip2clip_per_video"], UNIT)
+        rows = _as_looked_up(rows, record, golden, sheet)
     result = aggregate(rows)
     if name in MAPPING:
         by_key = {(row.video, row.first_frame): clip for clip, row in scored.items()}
@@ -107,6 +106,40 @@ def _check(folder: Folder, record: Record, name: Dimension, sheet: Sheet) -> Non
     derived = golden.get("per_video_mean_of_clips_DERIVED", {})
     means = {video: scores[name] for video, scores in result.per_video.items()}
     _compare(sheet, "video means", means, derived, bound)
+
+
+def _as_looked_up(rows: list[ScoreRow], record: Record, golden: Mapping[str, Any], sheet: Sheet) -> list[ScoreRow]:
+    """Rows without the clip-to-clip scores that the official code loses: it looks them up by the name's first part.
+
+    It takes a lost score as 0, and fused scores are then the in-clip ones.
+    """
+    clips = record.content["clips"]
+    lost = {
+        clips[clip]["video"]
+        for clip, values in golden["per_clip"].items()
+        if not values["clip2clip"] and clips[clip]["video"] in golden["clip2clip_per_video"]
+    }
+    for video in sorted(lost):
+        sheet.add(f"{video} fused", "skip", "the official code lost its clip-to-clip score, which ours does not")
+    return [replace(row, score=0.0) if row.kind == "clip_to_clip" and row.video in lost else row for row in rows]
+
+
+def _check_decisions(record: Record, scored: Mapping[str, ScoreRow], official: Mapping[str, Any], sheet: Sheet) -> None:
+    """What dynamic_degree compares, clip by clip."""
+    for clip, row in scored.items():
+        golden = official[clip]
+        if "pairs_over" not in golden:
+            continue
+        width, height = record.content["clips"][clip]["size"]
+        limit = dynamic_degree.threshold(height, width)
+        used = len(range(0, row.frame_count, dynamic_degree.sampling_interval(row.fps)))
+        ours = {
+            "threshold": limit,
+            "count_needed": dynamic_degree.pairs_needed(used),
+            "pairs": len(row.per_frame),
+            "pairs_over": sum(radius > limit for radius in row.per_frame),
+        }
+        sheet.same(f"{clip} pairs", ours, {key: golden[key] for key in ours})
 
 
 def _of(official: Mapping[str, Any], part: str) -> dict[str, float]:
@@ -148,54 +181,27 @@ def _check_per_frame(
     sheet.close_all("per frame", pairs)
 
 
-def _rows(root: Path, record: Record, name: Dimension, sheet: Sheet) -> Iterator[ScoreRow]:
-    content = record.content
-    videos = sorted({str(clip["video"]) for clip in content["clips"].values()})
-    if "inmemory" in record.path.stem.replace("_", "") or "in memory" in content.get("note", ""):
-        for video in videos:
-            path = root / "videos" / f"{video}.mp4"
-            if not path.is_file():
-                sheet.add(video, "skip", f"{path.name} is not among the videos")
-                return
-            source = VideoSource(path, video)
-            yield from score_video(source, _networks(), dimensions=[name], early_stop=False)
+def _rows(record: Record, video: str, name: Dimension) -> Iterator[ScoreRow]:
+    if is_in_memory(record):
+        yield from score_video(
+            VideoSource(source_of(record, video), video), networks(), dimensions=[name], early_stop=False
+        )
         return
-    clips = _folder_of(root, [f"{clip}.mp4" for clip in content["clips"]])
-    if clips is None:
-        sheet.add("clips", "skip", "no folder holds the clips of this record")
-        return
-    kind = name.removesuffix("_consistency")
-    for video in videos:
-        own = sorted(clip for clip, about in content["clips"].items() if about["video"] == video)
-        yield from _official_frames(root, clips, kind, video, own, content["clips"], name)
-
-
-def _official_frames(
-    root: Path, clips: Path, kind: str, video: str, own: list[str], about: Mapping[str, Any], name: Dimension
-) -> Iterator[ScoreRow]:
-    """Rows of one video from its shipped clips; they count as laid end to end, the last one overlapping."""
-    scorer = ClipScorer(video, _networks(), fps=int(about[own[0]]["fps"]), early_stop=False)
+    scorer = ClipScorer(video, networks(), early_stop=False)
     length = 0
-    for clip in own:
-        frames = list(decode(clips / f"{clip}.mp4"))
-        yield from scorer.clip(Span(length, len(frames)), frames, [name])
-        length += len(frames)
-    firsts = root / f"firstframes_{kind}" / f"{video}.mp4"
-    if len(own) > 1 and firsts.is_file():
-        yield from scorer.clip_to_clip(length, list(decode(firsts)), [name])
+    for clip in golden_clips(record, video):
+        scorer.fps = clip.fps
+        yield from scorer.clip(clip.span, clip.frames, [name])
+        length = sum(clip.span)
+    firsts = first_frames(record, video, name.removesuffix("_consistency")) if name in MAPPING else None
+    if firsts and len(clips_of(record, video)) > 1:
+        yield from scorer.clip_to_clip(length, firsts, [name])
 
 
-def _folder_of(root: Path, names: list[str]) -> Path | None:
-    """The folder under `root` that holds all of the named files."""
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
-    return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
-
-
-def _clip_names(about: Mapping[str, Any], rows: Iterable[ScoreRow]) -> dict[Any, str]:
+def _clip_names(record: Record, rows: list[ScoreRow]) -> dict[RowKey, str]:
     """The golden name of each clip row: the n-th clip of its video in the order of names."""
-    names: dict[Any, str] = {}
-    for video in {row.video for row in rows}:
-        own = sorted(clip for clip, values in about.items() if values["video"] == video)
+    names: dict[RowKey, str] = {}
+    for video in videos_of(record):
         clips = sorted((row for row in rows if row.video == video and row.kind == "clip"), key=lambda r: r.first_frame)
-        names.update({row.key: clip for row, clip in zip(clips, own, strict=False)})
+        names.update({row.key: clip for row, clip in zip(clips, clips_of(record, video), strict=False)})
     return names

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.conformance import vbench
-from lrag_ray.conformance.case import CaseResult
+from lrag_ray.conformance import vbench, vbench_parts
+from lrag_ray.conformance.case import CaseResult, Sheet
 from lrag_ray.conformance.files import Folder
-from lrag_ray.conformance.verify import failed, verify_path
+from lrag_ray.conformance.verify import failed, run_case, verify_path
+from lrag_ray.scoring.vbench_long import aggregate
+from tests.scoring.vbench_long.test_aggregate import row
 
 DIMENSION = "motion_smoothness"
 
@@ -49,7 +51,9 @@ def _rows(folder: Path, case: str) -> dict[str, CaseResult]:
 def test_every_dimension_of_every_record_is_a_case(golden: Path) -> None:
     names = {case.name for case in vbench.cases(Folder(golden / "vbench"))}
     assert {f"{record} {DIMENSION}" for record in ("golden", "golden_inmemory")} <= names
-    assert len(names) == 18
+    parts = {"golden split", "golden_inmemory split", "features", "features_inmemory", "constants", "weights_check"}
+    assert parts <= names
+    assert len(names) == 18 + len(parts) + 1
 
 
 def test_below_the_given_folder_they_are_skipped_with_the_reason(one_dimension: Path) -> None:
@@ -78,3 +82,36 @@ def test_missing_clips_are_told(one_dimension: Path) -> None:
     assert _rows(one_dimension, "golden")["clips"].status == "skip"
     (one_dimension / "videos" / "slowpan.mp4").write_bytes(b"")
     assert failed(verify_path(one_dimension))
+
+
+def test_the_split_and_the_tables_pass_and_wrong_ones_fail(golden: Path, one_dimension: Path) -> None:
+    shutil.copy(golden / "vbench" / "constants.json", one_dimension)
+    folder = Folder(one_dimension)
+    cases = {case.name: case for case in vbench_parts.cases(folder)}
+    assert set(cases) == {"golden split", "golden_inmemory split", "constants"}
+    assert {row.status for case in cases.values() for row in run_case("", case)} == {"pass"}
+
+    record = folder.record(one_dimension / "golden.json")
+    constants = folder.record(one_dimension / "constants.json")
+    assert record is not None and constants is not None
+    record.content["clips"]["slowpan_001"]["frames"] = 15
+    constants.content["slow_fast"]["subject_consistency"]["w_inclip"] = 1.0
+    rows = [row for name in ("golden split", "constants") for row in run_case("", cases[name])]
+    assert [row.tensor for row in rows if row.status == "fail"] == ["slowpan clips", "subject_consistency weights"]
+
+
+def test_a_clip_to_clip_score_that_the_official_code_lost_is_told_and_not_a_failure(one_dimension: Path) -> None:
+    """Given a name with an underscore, the official fused scores are the in-clip ones."""
+    record = Folder(one_dimension).record(one_dimension / "golden.json")
+    assert record is not None
+    rows = [row("slowpan", "subject_consistency", score, 16 * index) for index, score in enumerate((0.5, 0.6, 0.7))]
+    rows.append(row("slowpan", "subject_consistency", 0.9, 0, 48, kind="clip_to_clip"))
+    official = {
+        "clip2clip_per_video": {"slowpan": 0.9},
+        "per_clip": {clip: {"clip2clip": 0} for clip in record.content["clips"]},
+    }
+    sheet = Sheet("", "")
+    looked_up = vbench._as_looked_up(rows, record, official, sheet)
+    assert [clip.score for clip in aggregate(looked_up).clips] == [0.5, 0.6, 0.7]
+    assert [(told.tensor, told.status) for told in sheet.rows] == [("slowpan fused", "skip")]
+    assert aggregate(rows).clips[0].score > 0.7

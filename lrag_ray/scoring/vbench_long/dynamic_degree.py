@@ -38,7 +38,7 @@ def radii(frames: ClipFrames, networks: Networks) -> Iterator[list[float]]:
     height, width = frames.uint8.shape[2:]
     used = frames.uint8[:: sampling_interval(frames.fps)]
     if len(used) < 2:
-        raise UnscorableError(f"needs two sampled frames, the clip of {len(frames)} frames gives {len(used)}")
+        return
     padded, _ = pad_to_multiple(used.float(), STRIDE)
     if min(padded.shape[2:]) < MIN_SIDE:
         raise UnscorableError(f"frames of {width}x{height} are too small for RAFT")
@@ -67,5 +67,6 @@ def score(frames: ClipFrames, networks: Networks, *, early_stop: bool = True) ->
         if early_stop and (over >= needed or over + left < needed):
             break
     over = sum(radius > limit for radius in seen)
-    # The official check runs after each pair, so that a clip which needs none is dynamic by its first pair.
-    return Measured(float(over >= needed), tuple(seen))
+    # The official check runs after each pair: a clip that needs none is dynamic by its first pair, one without a pair
+    # is not.
+    return Measured(float(bool(seen) and over >= needed), tuple(seen))
