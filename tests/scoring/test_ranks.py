@@ -11,22 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrag_ray.report.tables import number
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock, VideoScore, average_ranks, rank_means
+from lrag_ray.scoring.vbench_long.measures import vbench_long
 
 UP = Measure("up", "Up", "", 0, 1, higher_is_better=True)
 DOWN = Measure("down", "Down", "", 0, 1, higher_is_better=False)
-VBENCH = [
-    Measure(name, name, "", 0, 100, higher_is_better=True)
-    for name in (
-        "subject_consistency",
-        "background_consistency",
-        "motion_smoothness",
-        "dynamic_degree",
-        "aesthetic_quality",
-        "imaging_quality",
-    )
-]
+SUITE = vbench_long("compat")
 
 
 def score(method: str, prompt: str, up: float, down: float = 0.0, sample: int = 0, frames: int = 18) -> VideoScore:
@@ -46,15 +38,17 @@ def test_the_papers_table(golden: Path) -> None:
     with path.open() as file:
         for row in csv.DictReader(file):
             blocks[row["duration_s"], row["backbone"]].append(row)
+    names = [measure.name for measure in SUITE.measures]
     exact, apart = 0, []
     for rows in blocks.values():
         scores = [
-            VideoScore(row["backbone"], row["method"], 120, "all", 0, {m.name: float(row[m.name]) for m in VBENCH})
+            VideoScore(row["backbone"], row["method"], 120, "all", 0, {n: float(row[n]) / 100 for n in names}, clips=15)
             for row in rows
         ]
-        (block,) = average_ranks(scores, [row["method"] for row in rows], VBENCH)
+        (block,) = average_ranks(scores, [row["method"] for row in rows], SUITE.measures, SUITE.pooling)
         for row, ours in zip(rows, block.rows, strict=True):
             assert ours.average_rank is not None
+            assert all(number(ours.means[name], SUITE) == row[name] for name in names), "shown as the paper prints them"
             if f"{ours.average_rank:.2f}" == row["published_avg_rank"]:
                 exact += 1
             else:
@@ -99,6 +93,22 @@ def test_samples_are_averaged_within_their_prompt() -> None:
     block = ranked(scores)
     assert (block.prompts, block.videos) == (2, 3)
     assert block.rows[0].means["up"] == pytest.approx((0.2 + 1.0) / 2)
+
+
+def test_pooled_over_clips_a_video_weighs_as_many_as_it_has() -> None:
+    """The official global score is an unweighted mean over clips; the mean of per-video means stands beside it."""
+    values = {("p", 0): (0.2, 15), ("p", 1): (0.4, 15), ("q", 0): (1.0, 3)}
+    scores = [
+        VideoScore("tiny", method, 18, *unit, {"up": up, "down": 0.0}, clips)
+        for unit, (up, clips) in values.items()
+        for method in "ab"
+    ]
+    (block,) = average_ranks(scores, ["a", "b"], [UP, DOWN], "clips")
+    assert block.rows[0].means["up"] == pytest.approx((15 * 0.2 + 15 * 0.4 + 3 * 1.0) / 33)
+    assert block.rows[0].video_means["up"] == pytest.approx((0.2 + 0.4 + 1.0) / 3)
+    assert block.weights == {("p", 0): 15, ("p", 1): 15, ("q", 0): 3}
+    (by_prompts,) = average_ranks(scores, ["a", "b"], [UP, DOWN])
+    assert by_prompts.rows[0].means["up"] == pytest.approx((0.3 + 1.0) / 2)
 
 
 def test_a_method_without_scores_stops_the_ranking() -> None:
