@@ -32,7 +32,7 @@ from lrag_ray.engine.progress import (
 )
 from lrag_ray.engine.rollouts import run_rollouts
 from lrag_ray.engine.run_identity import build_identity
-from lrag_ray.engine.scoring import check_scoring, open_scores, score_pending
+from lrag_ray.engine.scoring.stage import check_scoring, open_scores, score_pending
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.stored_config import store_config
 from lrag_ray.engine.text import encode_prompts

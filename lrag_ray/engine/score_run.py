@@ -10,7 +10,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.paths import with_absolute_paths
 from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, StageBegan, StageEnded, silent
 from lrag_ray.engine.run import INTERRUPTED
-from lrag_ray.engine.scoring import ScoringOutcome, check_scoring, open_scores, score_pending
+from lrag_ray.engine.scoring.stage import ScoringOutcome, check_scoring, open_scores, score_pending
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import ConfigError
 from lrag_ray.report.build import report

@@ -33,9 +33,8 @@ from lrag_ray.engine.progress import (
     VideosScored,
     WorkerLost,
 )
-from lrag_ray.engine.scoring import Wave, score_pending
 from lrag_ray.engine.scoring.fan_out import FanOut, room_for
-from lrag_ray.engine.scoring.stage import each_worker
+from lrag_ray.engine.scoring.stage import Wave, each_worker, score_pending
 from lrag_ray.errors import LragError
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory

@@ -21,7 +21,7 @@ from lrag_ray.engine.progress import (
     WorkerLost,
 )
 from lrag_ray.engine.run import run
-from lrag_ray.engine.scoring import open_scores
+from lrag_ray.engine.scoring.stage import open_scores
 from lrag_ray.errors import StorageError
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory

@@ -14,9 +14,9 @@ import pytest
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.scoring import score_pending
 from lrag_ray.engine.scoring.fan_out import ATTEMPTS, FanOut, GoOn, Item, Refused, Result, Stopped, Work, Workers
 from lrag_ray.engine.scoring.preview import pending_targets, score_target, score_video
+from lrag_ray.engine.scoring.stage import score_pending
 from lrag_ray.scoring.preview import MEASURES, PREVIEW, measures
 from lrag_ray.scoring.table import ScoreRow, from_parquet
 from lrag_ray.store.records import RolloutId

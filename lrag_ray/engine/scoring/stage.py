@@ -49,8 +49,8 @@ class Wave:
 def check_scoring(run_dir: RunDirectory, config: RunConfig) -> None:
     """WeightsError or ConfigError, before anything is computed, for what would keep the suite from scoring."""
     if config.scoring.suite == "vbench_long":
-        vbench.check_weights(config.scoring)
         vbench.refuse_mixture(run_dir.storage, folder(config.scoring.mode), config.scoring)
+        vbench.check_weights(config.scoring)
 
 
 def open_scores(run_dir: RunDirectory, config: RunConfig) -> int:

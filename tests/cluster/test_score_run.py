@@ -1,0 +1,148 @@
+"""VBench-Long over a run on a real cluster: shared clips, growth, controls, and nothing scored twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lrag_ray.cli.app import app
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.run import run as run_all
+from lrag_ray.engine.scoring.stage import check_scoring, open_scores, score_pending
+from lrag_ray.engine.scoring.vbench import pending_items
+from lrag_ray.engine.scoring.vbench_work import stored_rows
+from lrag_ray.engine.stored_config import store_config
+from lrag_ray.errors import ConfigError, WeightsError
+from lrag_ray.scoring.vbench_long import aggregate
+from lrag_ray.scoring.vbench_long.parquet import folder, frozen_folder, frozen_identity, is_untrained, rollout_folder
+from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
+from lrag_ray.store.records import RolloutId
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.videos import committed_videos
+from tests.engine import make
+from tests.engine.test_scoring import config_for
+from tests.report.make_run import make_identity, make_run, store_rollout
+
+pytestmark = pytest.mark.cluster
+ROWS = folder("direct")
+SHORT, LONG = 21, 45
+"""Video frames of the two durations; a clip has 32."""
+
+
+def vbench_config(run: RunDirectory, **scoring: Any) -> RunConfig:
+    chosen = {"suite": "vbench_long", "weights": "random", "dimensions": ["motion_smoothness"], **scoring}
+    return RunConfig.model_validate({**config_for(run).model_dump(), "scoring": chosen})
+
+
+def keys_of(rows: list[ScoreRow]) -> set[RowKey]:
+    keys = Counter(row.key for row in rows)
+    assert set(keys.values()) <= {1}, "a clip was scored twice"
+    return set(keys)
+
+
+def rollout_of(run: RunDirectory, method: str) -> RolloutId:
+    return RolloutId(backbone="tiny", method=method, prompt_id=next(iter(run.require().prompts)))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_rollout_is_scored_from_one_file_for_all_its_durations(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a red fox"])
+    config = vbench_config(run, controls=["frozen"])
+    assert open_scores(run, config) == 3
+    seen: list[tuple[int, int]] = []
+    outcome = score_pending(run, config, lambda done, total: seen.append((done, total)))
+    assert (outcome.scored, outcome.failures, seen) == (3, {}, [(1, 3), (2, 3), (3, 3)])
+    rows = stored_rows(run.storage, rollout_folder("direct", rollout_of(run, "rag").path))
+    assert {key[3:] for key in keys_of(rows)} == {(0, SHORT), (0, 32), (13, 32)}
+    (video,) = {row.video for row in rows}
+    for duration, clips in ((SHORT, 1), (LONG, 2)):
+        found = aggregate(rows, {video: duration})
+        assert (len(found.clips), found.unscored) == (clips, [])
+    assert all(is_untrained(row) for row in rows)
+
+    control = stored_rows(run.storage, frozen_folder("direct", "tiny", rollout_of(run, "base").prompt_id, 0))
+    assert {(row.video, row.first_frame, row.frame_count) for row in control} == {
+        (frozen_identity("tiny", rollout_of(run, "base").prompt_id, 0), first, 32) for first in (0, 32)
+    }
+    assert len({row.score for row in control}) == 1
+
+    files = run.storage.list_files(ROWS)
+    assert (open_scores(run, config), score_pending(run, config).scored) == (0, 0)
+    assert run.storage.list_files(ROWS) == files
+
+    more = vbench_config(run, dimensions=["motion_smoothness", "imaging_quality"])
+    assert open_scores(run, more) == 2, "a dimension that is added is scored in addition"
+    with pytest.raises(ConfigError, match="holds scores of random weights"):
+        check_scoring(run, vbench_config(run, weights=str(tmp_path), dimensions=["motion_smoothness"]))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path / "run"))
+    identity = run.ensure(make_identity(["a red fox"], ["base"], horizons=[6]))
+    store_rollout(run, identity, rollout_of(run, "base"), [6])
+    config = vbench_config(run)
+    assert score_pending(run, config).scored == 1
+    (old,) = stored_rows(run.storage, ROWS)
+
+    identity = run.ensure(make_identity(["a red fox"], ["base"], horizons=[6, 12]))
+    assert pending_items(run, config, settled=True) == [], "waves wait for every duration"
+    store_rollout_again(run, identity, [6, 12])
+    (item,) = pending_items(run, config, settled=True)
+    assert item.payload.durations == (LONG,)
+    assert score_pending(run, config).scored == 1
+    rows = stored_rows(run.storage, ROWS)
+    assert {(row.video == old.video, row.first_frame, row.frame_count) for row in rows} == {
+        (True, 0, SHORT),
+        (False, 0, 32),
+        (False, 13, 32),
+    }
+    assert open_scores(run, config) == 0
+
+
+def store_rollout_again(run: RunDirectory, identity: Any, horizons: list[int]) -> None:
+    """The longer horizon of a rollout whose shorter one is committed."""
+    commit = f"{rollout_of(run, 'base').path}/commit-6.json"
+    kept = run.storage.read_bytes(commit)
+    run.storage.remove(commit)
+    store_rollout(run, identity, rollout_of(run, "base"), horizons)
+    run.storage.write(commit, kept)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_command_scores_a_run_and_tells_a_damaged_video(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a red fox", "a river"])
+    store_config(run, vbench_config(run, suite="none"))
+    damaged = list(committed_videos(run))[-1]
+    content = run.storage.read_bytes(damaged.video.path)
+    # Same size, so that the commit still counts; other bytes.
+    run.storage.write(damaged.video.path, content[:100] + bytes(len(content) - 100))
+    shown = command("score", run.uri, "--suite", "vbench_long", "--json")
+    told = json.loads(shown.stdout)
+    assert shown.exit_code == told["exit_code"] == 1
+    assert (told["suite"], told["mode"], told["videos_scored"]) == ("vbench_long", "direct", 3)
+    (reason,) = told["failed"].values()
+    assert "does not have the checksum of its commit" in reason
+    assert Path(told["report_folder"], "report.html").is_file()
+
+    run.storage.write(damaged.video.path, content)
+    shown = command("score", run.uri, "--suite", "vbench_long")
+    assert shown.exit_code == 0, shown.output
+    assert "This start scored 1 videos" in shown.stdout and "Motion smoothness" in shown.stdout
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def test_missing_weights_are_told_before_anything_starts(tmp_path: Path) -> None:
+    scoring = {"suite": "vbench_long", "weights": str(tmp_path / "empty"), "dimensions": ["motion_smoothness"]}
+    config = make.make_config(tmp_path / "run", scoring=scoring)
+    with pytest.raises(WeightsError, match=r"needs 1 networks that are not here:\n  amt_s: nothing at .*empty"):
+        run_all(config, make.make_prompts("a fox"))
+    assert not (tmp_path / "run").exists()

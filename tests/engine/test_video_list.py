@@ -1,0 +1,125 @@
+"""What is found where, and what a manifest may say. Files need not be videos for that."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.config.schema import StorageSection
+from lrag_ray.engine.video_list import Labels, ListedVideo, VideoList, list_videos
+from lrag_ray.errors import UsageError
+
+HERE = StorageSection()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a/clip.mp4", "b/clip.mp4", "ünï code.MOV", "notes.txt", ".hidden.mp4", "[odd].mkv", "frames.gif"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(name.encode())
+    return tmp_path
+
+
+def names(found: VideoList) -> list[str]:
+    return [video.name for video in found.videos]
+
+
+def test_a_folder_gives_what_looks_like_a_video_at_any_depth(folder: Path) -> None:
+    found = list_videos(str(folder), None, HERE)
+    assert set(names(found)) == {"[odd].mkv", "a/clip.mp4", "b/clip.mp4", "ünï code.MOV"}
+    assert len({video.stamp for video in found.videos}) == 4
+    assert found.storage is None and all(Path(video.path).is_absolute() for video in found.videos)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("a/clip.mp4", ["clip.mp4"]),
+        ("*/clip.mp4", ["a/clip.mp4", "b/clip.mp4"]),
+        ("**/*.mp4", ["a/clip.mp4", "b/clip.mp4"]),
+        ("*", ["[odd].mkv", "ünï code.MOV"]),
+        ("*.gif", ["frames.gif"]),
+        ("[odd].mkv", ["[odd].mkv"]),
+    ],
+)
+def test_files_and_globs(folder: Path, target: str, expected: list[str]) -> None:
+    assert names(list_videos(f"{folder}/{target}", None, HERE)) == expected
+
+
+def test_names_that_are_no_text_can_be_shown(folder: Path) -> None:
+    odd = os.fsencode(folder / "x") + b"\xff.mp4"
+    try:
+        Path(os.fsdecode(odd)).write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    found = [video for video in list_videos(str(folder), None, HERE).videos if video.name.startswith("x")]
+    assert [video.name for video in found] == ["x\\xff.mp4"]
+    assert os.fsencode(found[0].path) == odd
+
+
+def test_an_identity_is_the_relative_path_and_the_content(folder: Path) -> None:
+    def stamps() -> dict[str, str]:
+        return {video.name: video.stamp for video in list_videos(str(folder), None, HERE).videos}
+
+    before = stamps()
+    (folder / "a/clip.mp4").write_bytes(b"other")
+    after = stamps()
+    assert {name for name in before if before[name] != after[name]} == {"a/clip.mp4"}
+
+
+def test_nothing_found_is_told(folder: Path) -> None:
+    for target in ("nothing", "*.webm"):
+        with pytest.raises(UsageError, match="no videos at"):
+            list_videos(f"{folder}/{target}", None, HERE)
+
+
+def labelled(folder: Path, text: str, name: str = "m.csv") -> VideoList:
+    (folder / name).write_text(text, encoding="utf-8")
+    return list_videos(str(folder), str(folder / name), HERE)
+
+
+def test_a_manifest_chooses_orders_and_labels(folder: Path) -> None:
+    lines = ["path,method,prompt,sample,duration_s,seed", "b/clip.mp4,rag,a fox,1,30,7", "a/clip.mp4,,,,,"]
+    found = labelled(folder, "\n".join([*lines, "b/clip.mp4,rag,a fox,1,6.5,7"]))
+    assert names(found) == ["b/clip.mp4", "a/clip.mp4"]
+    assert found.videos[0].labels == Labels("rag", "", "a fox", 1)
+    assert found.videos[0].durations_s == (6.5, 30) and found.videos[1].durations_s == ()
+    assert ["not used: seed" in note for note in found.notes] == [True]
+    rows = [{"path": "./frames.gif", "sample": 2}, {"path": "ünï code.MOV"}]
+    as_lines = labelled(folder, "\n".join(json.dumps(row) for row in rows), "m.jsonl")
+    assert names(as_lines) == ["frames.gif", "ünï code.MOV"] and as_lines.videos[0].labels.sample == 2
+    assert labelled(folder, "path\ngone.mp4\n").videos == [ListedVideo("gone.mp4", "", "")]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("file,method\na,b\n", r"m\.csv: no column 'path'"),
+        ("path,sample\na/clip.mp4,two\n", r"m\.csv:2: .*sample is a whole number"),
+        ("path,duration_s\na/clip.mp4,-1\n", r"m\.csv:2: duration_s -1 must be above 0"),
+        ("path\n../secret.mp4\n", r"m\.csv:2: path '\.\./secret\.mp4' must be a path inside the folder"),
+        ("path\n/etc/secret.mp4\n", r"must be a path inside the folder"),
+        ("path,method\na/clip.mp4,x\na/clip.mp4,y\n", r"m\.csv:3: 'a/clip\.mp4' stands in the manifest twice"),
+        ("path\na,b\n", r"m\.csv:2: more values than the head line has columns"),
+    ],
+)
+def test_a_wrong_manifest_is_named_with_its_line(folder: Path, text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        labelled(folder, text)
+
+
+def test_a_bucket_is_listed_like_a_folder(s3_bucket: str, folder: Path) -> None:
+    import s3fs
+
+    store = s3fs.S3FileSystem(use_listings_cache=False)
+    for name in ("a/clip.mp4", "b/clip.mp4", "notes.txt"):
+        store.put_file(str(folder / name), f"{s3_bucket}/listed/{name}")
+    found = list_videos(f"{s3_bucket}/listed", None, HERE)
+    assert names(found) == ["a/clip.mp4", "b/clip.mp4"] and found.storage is not None
+    assert all(video.stamp.startswith("10-") for video in found.videos)
+    assert names(list_videos(f"{s3_bucket}/listed/b/*.mp4", None, HERE)) == ["clip.mp4"]
+    assert names(list_videos(f"{s3_bucket}/listed/a/clip.mp4", None, HERE)) == ["clip.mp4"]
