@@ -92,7 +92,7 @@ class _Job:
         self._made = 0
         self._settled = 0
         self.failures: list[DecodeFailure] = []
-        self._run = RunDirectory(config.run.uri)
+        self._run = RunDirectory(config.run.uri, config.storage)
         identity = self._run.require()
         self._settings = _settings(config, identity, other_vae)
         if left_out := identity.backbones.keys() - self._settings.keys():

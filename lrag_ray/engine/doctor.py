@@ -23,6 +23,7 @@ import torch
 from lrag_ray.config.plan import Plan, make_plan
 from lrag_ray.config.prompts import load_prompts, plan_prompts
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.scoring.vbench import check_weights
 from lrag_ray.engine.weights.local import is_remote
 from lrag_ray.engine.weights.needs import needs_of
 from lrag_ray.engine.weights.verify import verify
@@ -66,6 +67,7 @@ def examine(config: RunConfig | None = None) -> Iterator[Row]:
     with suppress(LragError):
         plan = make_plan(config, plan_prompts(config.prompts))
     yield from _weights(config)
+    yield from _scoring_networks(config)
     yield _storage(config)
     if not is_remote(config.run.uri):
         yield _disk(Path(Storage(config.run.uri).root), plan)
@@ -160,9 +162,22 @@ def _weights(config: RunConfig) -> Iterator[Row]:
         yield Row(need.kind.replace("_", " "), "ok" if verdict.ok else "fail", f"{need.address}: {verdict.detail}")
 
 
+def _scoring_networks(config: RunConfig) -> Iterator[Row]:
+    """Whether every network that the suite would load has its file."""
+    scoring = config.scoring
+    if scoring.suite != "vbench_long":
+        return
+    try:
+        check_weights(scoring)
+    except LragError as error:
+        yield Row("scoring networks", "fail", str(error))
+    else:
+        yield Row("scoring networks", "ok", f"all files of {', '.join(scoring.dimensions)}")
+
+
 def _storage(config: RunConfig) -> Row:
     try:
-        storage = Storage(config.run.uri)
+        storage = Storage(config.run.uri, config.storage)
         made = [] if not storage.is_local else [p for p in _and_parents(Path(storage.root)) if not p.exists()]
         probe = storage.probe()
         for folder in made:

@@ -81,7 +81,7 @@ def report(
 
 def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIPS) -> Report:
     """Write everything that `data` shows; see `report`."""
-    folder = Storage(to if to is not None else f"{data.sources[0].run_dir.storage.address}/{SUMMARY}")
+    folder = Storage(to) if to is not None else data.sources[0].run_dir.storage.below(SUMMARY)
     sheets = make_strips(data, folder, strips)
     contents = {
         PAGE: render_page(data, folder, sheets).encode(),

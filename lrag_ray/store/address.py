@@ -94,6 +94,11 @@ class Storage:
     def __reduce__(self) -> tuple[type[Storage], tuple[str, StorageSection]]:
         return Storage, (self.address, self.options)
 
+    def below(self, path: str) -> Storage:
+        """The folder `path` as a storage of its own, reached in the same way."""
+        self.full(path)
+        return Storage(f"{self.address}/{path}", self.options)
+
     def full(self, path: str) -> str:
         """Address of `path` for the fsspec client; refuses a path that leaves the run."""
         pieces = path.split("/")
