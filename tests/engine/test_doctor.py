@@ -57,6 +57,13 @@ def test_missing_weights_say_what_to_put_where(tmp_path: Path, prompts: dict[str
     assert "does not fit the model" in rows["transformer"].found
 
 
+def test_networks_of_the_scoring_suite_are_looked_for(tmp_path: Path, prompts: dict[str, Any]) -> None:
+    for weights, state in ((str(tmp_path), "fail"), ("random", "ok")):
+        scoring = {"suite": "vbench_long", "weights": weights, "dimensions": ["imaging_quality"]}
+        row = rows_of(make_config(tmp_path / "run", prompts=prompts, scoring=scoring))["scoring networks"]
+        assert row.state == state and ("musiq_spaq" in row.found) == (state == "fail")
+
+
 def test_storage_that_cannot_be_written_fails(tmp_path: Path, prompts: dict[str, Any]) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     rows = rows_of(make_config(tmp_path / "file" / "run", prompts=prompts))
