@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +15,8 @@ import ray
 
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.errors import ClusterError
+
+_CONNECT_TIMEOUT_S = 20.0
 
 
 @contextmanager
@@ -31,10 +35,11 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if address and address != "local":
+            _see_somebody(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local(engine)
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OverflowError, OSError, ray.exceptions.RayError) as error:
         where = (
             f"the Ray cluster at {address!r} cannot be reached" if address else "no local Ray cluster can be started"
         )
@@ -46,6 +51,12 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _see_somebody(address: str) -> None:
+    """OSError where nobody listens at ``host:port``: Ray itself would try for a quarter of an hour."""
+    if match := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address):
+        socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_TIMEOUT_S).close()
 
 
 def _start_local(engine: EngineSection) -> None:

@@ -36,14 +36,15 @@ else:
     raise AssertionError("no machine has 64 GPUs")
 assert not ray.is_initialized()
 
-os.environ["RAY_ADDRESS"] = "not an address"
-try:
-    with ray_session(EngineSection()):
-        pass
-except ClusterError as error:
-    assert "'not an address' cannot be reached" in str(error), error
-else:
-    raise AssertionError("no cluster is there")
+for address in ("not an address", "127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"):
+    os.environ["RAY_ADDRESS"] = address
+    try:
+        with ray_session(EngineSection()):
+            pass
+    except ClusterError as error:
+        assert f"{address!r} cannot be reached" in str(error), error
+    else:
+        raise AssertionError("no cluster is there")
 """
 
 
