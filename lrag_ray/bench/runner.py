@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lrag_ray.engine.places import Place, this_place
+
 if TYPE_CHECKING:
     # Imported by every actor of the benchmark: it needs none of this.
     from lrag_ray.engine.pool import AttemptFailure
@@ -33,11 +35,9 @@ class SleepingActor:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def ready(self) -> str:
+    def ready(self) -> Place:
         """The actor is ready at once."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
+        return this_place()
 
     def work(self, seconds: float, attempt: str) -> Span:
         """Be busy for so long."""
@@ -62,8 +62,6 @@ class RunnerSpeed:
     """Between the end of an item and the begin of the next on the same actor: percentiles in milliseconds."""
     starting_s: float
     """From the first actor's first item to the last actor's first item."""
-    planning_s: float
-    """To make the items and put them into the pool."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -85,7 +83,6 @@ def bench_runner(*, items: int, actors: int, seconds: float, address: str | None
 
     # Sleepers share the CPUs that there are.
     share = 0.001
-    began = time.perf_counter()
     work = [WorkItem(f"item-{number:06d}", number, "sleep", seconds) for number in range(items)]
     listener = _Spans()
     actor = ray.remote(num_cpus=share, max_restarts=0, max_task_retries=0)(SleepingActor)
@@ -97,13 +94,12 @@ def bench_runner(*, items: int, actors: int, seconds: float, address: str | None
         shape=WorkerShape(share, 0),
         max_attempts=3,
     )
-    planning_s = time.perf_counter() - began
     with ray_session(EngineSection(address=address)):
         pool.run(work)
-    return _speed(listener.spans, actors, seconds, planning_s)
+    return _speed(listener.spans, actors, seconds)
 
 
-def _speed(spans: list[Span], actors: int, seconds: float, planning_s: float) -> RunnerSpeed:
+def _speed(spans: list[Span], actors: int, seconds: float) -> RunnerSpeed:
     import numpy as np
 
     by_actor: dict[str, list[Span]] = defaultdict(list)
@@ -112,9 +108,7 @@ def _speed(spans: list[Span], actors: int, seconds: float, planning_s: float) ->
     firsts = [own[0].began for own in by_actor.values()]
     end = max(span.ended for span in spans)
     busy = sum(span.ended - span.began for span in spans)
-    pauses = [
-        after.began - before.ended for own in by_actor.values() for before, after in pairwise(own)
-    ]
+    pauses = [after.began - before.ended for own in by_actor.values() for before, after in pairwise(own)]
     percentiles = np.percentile(np.array(pauses or [0.0]) * 1000, [50, 90, 99, 100])
     return RunnerSpeed(
         items=len(spans),
@@ -127,7 +121,6 @@ def _speed(spans: list[Span], actors: int, seconds: float, planning_s: float) ->
             name: round(float(value), 2) for name, value in zip(("p50", "p90", "p99", "max"), percentiles, strict=True)
         },
         starting_s=round(max(firsts) - min(firsts), 3),
-        planning_s=round(planning_s, 3),
     )
 
 

@@ -11,10 +11,11 @@ import torch
 
 from lrag_ray.config.schema import EngineSection, RunConfig
 from lrag_ray.engine.backbone import device_for
+from lrag_ray.engine.places import Place, this_place
 from lrag_ray.engine.probe_nodes import require_run
 from lrag_ray.engine.progress import BoardTeller, WorkerState
 from lrag_ray.engine.rollout_work import RolloutResult, RolloutTask, RolloutWorker
-from lrag_ray.engine.sizing import PoolSize, WorkerShape, this_node, this_node_drains
+from lrag_ray.engine.sizing import PoolSize, WorkerShape, this_node_drains
 from lrag_ray.engine.waiting import Yielded
 from lrag_ray.store.run_dir import RunDirectory
 
@@ -56,9 +57,9 @@ class RolloutActor:
             must_leave=this_node_drains,
         )
 
-    def ready(self) -> str:
-        """Return the id of the actor's node when the actor can work."""
-        return this_node()
+    def ready(self) -> Place:
+        """Return where the actor lives when it can work."""
+        return this_place()
 
     def work(self, task: RolloutTask, attempt: str) -> RolloutResult | Yielded:
         """Bring every missing horizon of a rollout to a commit, or yield where the node is about to be taken away."""

@@ -16,7 +16,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.actor import make_reproducible
 from lrag_ray.engine.backbone import device_for, load_vae, pixels_identity
 from lrag_ray.engine.horizon_videos import HorizonVideos, put_video, value_bytes
-from lrag_ray.engine.sizing import this_node
+from lrag_ray.engine.places import Place, this_place
 from lrag_ray.errors import WeightsError
 from lrag_ray.store.decoded import decode_settings, decoded_folder, record_path
 from lrag_ray.store.parts import BrokenPartError, read_latents
@@ -63,15 +63,15 @@ class DecodeActor:
 
     def __init__(self, spec: DecodeSpec, name: str) -> None:
         make_reproducible(spec.config.engine)
-        self._run = RunDirectory(spec.uri)
+        self._run = RunDirectory(spec.uri, spec.config.storage)
         self._config = spec.config
         self._device = device_for(spec.config.engine.gpus_per_actor)
         self._backbone = ""
         self._vae: WanVae | None = None
 
-    def ready(self) -> str:
-        """Return the id of the actor's node when the actor can work."""
-        return this_node()
+    def ready(self) -> Place:
+        """Return where the actor lives when it can work."""
+        return this_place()
 
     def work(self, task: DecodeTask, attempt: str) -> DecodeResult:
         """Make the video of every commit of the task.

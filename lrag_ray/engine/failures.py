@@ -46,6 +46,10 @@ class WorkerStalledError(Exception):
     """A worker took no step for too long."""
 
 
+class KernelKilledError(Exception):
+    """The kernel killed a process of the worker's node for memory, and the worker died."""
+
+
 class Trouble(NamedTuple):
     """An error in the terms of the pool."""
 
@@ -80,7 +84,9 @@ def first_line(error: Exception) -> str:
 
 def _memory_mend(error: BaseException) -> str | None:
     text = str(error)
-    if isinstance(error, OutOfMemoryError | MemoryError) or any(sign in text for sign in _HOST_SIGNS):
+    if isinstance(error, OutOfMemoryError | MemoryError | KernelKilledError) or any(
+        sign in text for sign in _HOST_SIGNS
+    ):
         return HOST_MEMORY_MEND
     # Ray's memory monitor kills the worker of an actor: what arrives is an ActorDiedError that says so in its text.
     if isinstance(error, ActorDiedError) and "running low on memory" in text:

@@ -18,7 +18,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-from lrag_ray.engine.failures import WORKER_LOST, FailureKind, WorkerStalledError, explain, first_line
+from lrag_ray.engine.failures import (
+    WORKER_LOST,
+    FailureKind,
+    KernelKilledError,
+    WorkerStalledError,
+    explain,
+    first_line,
+)
+from lrag_ray.engine.places import OomKills, Place
 from lrag_ray.engine.sizing import NodeRoom, PoolSize, WorkerShape, draining_nodes, usable_nodes, wanted_workers
 from lrag_ray.engine.stalls import StallWatch
 from lrag_ray.engine.waiting import Payload, Turn, WaitingItems, WorkItem, Yielded
@@ -105,7 +113,7 @@ class _Record:
 class ActorPool(Generic[Payload, Result]):
     """Runs items on as many actors as `size` and the nodes allow until each is finished or quarantined.
 
-    An actor has a method ``ready()``, which returns the id of its node when it can work, and is given items by
+    An actor has a method ``ready()``, which returns its `Place` when it can work, and is given items by
     `submit`. One that finds nothing left to take is ended at once, so that its place serves others.
     """
 
@@ -126,6 +134,7 @@ class ActorPool(Generic[Payload, Result]):
     _quarantined: list[WorkItem[Payload]] = field(default_factory=list, init=False)
     _nodes: list[NodeRoom] = field(default_factory=list, init=False)
     _draining: set[str] = field(default_factory=set, init=False)
+    _oom_kills: OomKills = field(default_factory=OomKills, init=False)
     _told_too_large: set[int] = field(default_factory=set, init=False)
     _spawned: int = field(default=0, init=False)
     _failed_starts: int = field(default=0, init=False)
@@ -280,11 +289,17 @@ class ActorPool(Generic[Payload, Result]):
         except WORKER_LOST as error:
             # An unavailable actor may come back and go on; it is replaced, so it must not.
             self._end(worker)
-            self._worker_failed(worker, attempt, error)
+            if self._oom_kills.explains(error, worker.node):
+                text = f"the kernel ended a process of its node for want of memory, and {worker.name} died"
+                self._worker_failed(worker, attempt, KernelKilledError(text))
+            else:
+                self._worker_failed(worker, attempt, error)
             return
         item, worker.item = worker.item, None
         if item is None:
-            worker.ready, worker.node = True, result
+            place: Place = result
+            worker.ready, worker.node = True, place.node
+            self._oom_kills.note(place)
             self._failed_starts = 0
         elif isinstance(result, Yielded):
             self._end(worker)

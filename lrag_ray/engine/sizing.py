@@ -8,6 +8,8 @@ from typing import NamedTuple
 import ray
 from ray._private.state import state as cluster_state
 
+from lrag_ray.engine.places import this_node
+
 _ROUNDING = 1e-6
 """Ten shares of 0.1 GPU are one GPU."""
 
@@ -67,11 +69,6 @@ def wanted_workers(size: PoolSize, shape: WorkerShape, nodes: Iterable[NodeRoom]
 def draining_nodes() -> set[str]:
     """Ids of nodes that are about to be taken away; Ray places nothing on them any more. Costs 0.3 ms."""
     return set(cluster_state.get_draining_nodes())
-
-
-def this_node() -> str:
-    """Id of the caller's node."""
-    return str(ray.get_runtime_context().get_node_id())
 
 
 def this_node_drains() -> bool:

@@ -33,6 +33,7 @@ class StallWatch:
     """Reference of the number of steps that an actor has taken; any change is a sign of life."""
     clock: Callable[[], float] = time.monotonic
     _pulses: dict[str, _Pulse] = field(default_factory=dict, init=False)
+    _looked_at: float | None = field(default=None, init=False)
 
     def begin(self, worker: str, actor: Any) -> None:
         """The worker was given something to do."""
@@ -46,7 +47,12 @@ class StallWatch:
     def stalled(self) -> list[str]:
         """Workers that took no step for `timeout_s`."""
         now = self.clock()
+        away = now - self._looked_at if self._looked_at is not None else 0.0
+        self._looked_at = now
         for pulse in self._pulses.values():
+            if away > self.timeout_s / _QUESTIONS_PER_TIMEOUT:
+                # The driver itself stood still (stopped, or waiting for storage) and could not hear anything.
+                pulse.moved_at = min(pulse.moved_at + away, now)
             if pulse.answer is not None:
                 self._listen(pulse, now)
             elif now - pulse.asked_at >= self.timeout_s / _QUESTIONS_PER_TIMEOUT:

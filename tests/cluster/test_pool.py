@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from threading import Timer
@@ -12,6 +13,7 @@ import pytest
 import ray
 
 from lrag_ray.engine import pool as pool_module
+from lrag_ray.engine.places import Place, this_place
 from lrag_ray.engine.pool import ActorPool, AttemptFailure
 from lrag_ray.engine.sizing import PoolSize, WorkerShape
 from lrag_ray.engine.waiting import WorkItem
@@ -33,8 +35,8 @@ class Job(NamedTuple):
 
 
 class Sleeper:
-    def ready(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
+    def ready(self) -> Place:
+        return this_place()
 
     def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
         began = time.time()
@@ -189,6 +191,53 @@ def test_workers_take_different_groups(tmp_path: Path) -> None:
     sleeper_pool(diary, 2).run(work)
     first = dict(reversed(diary.order))
     assert {key[-1] for key in first.values()} == {"a", "b"}
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group that may use 200 MB; the kernel kills what uses more."""
+    own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    places = {controllers: path.lstrip("/") for _, controllers, path in own}
+    if "memory" in places:
+        group, limit = Path("/sys/fs/cgroup/memory") / places["memory"] / "lrag-test", "memory.limit_in_bytes"
+    else:
+        group, limit = Path("/sys/fs/cgroup") / places.get("", "") / "lrag-test", "memory.max"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not (group / limit).exists():
+            pytest.skip(f"the memory controller is not delegated: {group} has no {limit}")
+        (group / limit).write_text("200M")
+        yield group
+    finally:
+        group.rmdir()
+
+
+class Hog(Sleeper):
+    """Takes more memory than its control group may have, the first time."""
+
+    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
+        if not list(job.folder.glob("attempt-*")):
+            (job.folder / f"attempt-{attempt}").touch()
+            (Path(job.name) / "cgroup.procs").write_text(str(os.getpid()))
+            hoard = [b"full" * (64 << 20) for _ in range(2)]
+            raise AssertionError(f"the kernel let {len(hoard)} x 256 MB live")
+        return os.getpid(), 0.0, 0.0
+
+
+def test_a_worker_that_the_kernel_killed_for_memory_is_named_and_one_that_was_killed_otherwise_is_not(
+    tmp_path: Path, small_memory: Path
+) -> None:
+    diary = Diary()
+    assert sleeper_pool(diary, 1, Hog).run([WorkItem("hog", 0, "g", Job(str(small_memory), tmp_path))]) == []
+    ((_, failure),) = diary.failures
+    assert (failure.kind, failure.counted) == ("out_of_memory", False)
+    assert "the kernel ended a process" in failure.reason and "fewer actors per node" in failure.reason
+    killed = Diary()
+    sleeper_pool(killed, 1).run(items(Job("killed", tmp_path, dies=1)))
+    assert [failure.kind for _, failure in killed.failures] == ["death"]
 
 
 class Stillborn:
