@@ -112,16 +112,20 @@ def _player(method: str, shown: ShownRollout | None, page_folder: Storage, maps:
 
 
 def _trace(shown: ShownRollout) -> list[TraceRow]:
-    """Trace up to the longest committed duration, its layers averaged; empty where a part is missing.
+    """Trace up to the longest committed duration, its layers added up; empty where a part is missing.
 
-    A method that chooses per layer has millions of rows, and the map shows the mean over layers.
+    A method that chooses per layer has millions of rows, and the map shows the mean over layers: shares of a frame's
+    tokens stay what they are where all tokens are added up alike.
     """
     paths = [part.path for part in shown.videos[-1].commit.trace_parts]
     contents = shown.run_dir.storage.read_many(paths)
     if not paths or not all(path in contents for path in paths):
         return []
     rows = pa.concat_tables([pq.read_table(io.BytesIO(contents[path]), schema=TRACE_SCHEMA) for path in paths])
-    layers = max(1, pc.count_distinct(rows["layer"]).as_py())
+    in_all_layers = pc.equal(rows["layer"], ALL_LAYERS)
+    layers = pc.count_distinct(rows["layer"].filter(pc.invert(in_all_layers))).as_py()
+    times = pc.if_else(in_all_layers, max(1, layers), 1)
+    rows = rows.set_column(rows.schema.get_field_index("tokens"), "tokens", pc.multiply(rows["tokens"], times))
     grouped = rows.group_by(["block", "kind", "frame"], use_threads=False)
     summed = grouped.aggregate([("temporal_index", "min"), ("tokens", "sum"), ("similarity", "max")])
     return [
@@ -131,7 +135,7 @@ def _trace(shown: ShownRollout) -> list[TraceRow]:
             kind=row["kind"],
             frame=row["frame"],
             temporal_index=row["temporal_index_min"],
-            tokens=round(row["tokens_sum"] / layers),
+            tokens=row["tokens_sum"],
             similarity=row["similarity_max"],
         )
         for row in summed.to_pylist()

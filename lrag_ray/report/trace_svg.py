@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from lrag_ray.context.trace import TraceRow
+from lrag_ray.context.trace import RowKind, TraceRow
 from lrag_ray.report.trace_map import TraceMap, trace_map
 
 LEVELS = 5
@@ -84,8 +85,6 @@ def _value_range(drawn: TraceMap) -> str:
 
 def _summary(rows: Sequence[TraceRow], drawn: TraceMap) -> str:
     last = [row for row in rows if row.block == drawn.blocks - 1]
-    counts = {
-        kind: len({row.frame for row in last if row.kind == kind}) for kind in dict.fromkeys(r.kind for r in last)
-    }
-    shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    counts = {kind: len({row.frame for row in last if row.kind == kind}) for kind in get_args(RowKind)}
+    shown = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f"Attended latent frames per block over {drawn.blocks} blocks; the last block attends to {shown}."

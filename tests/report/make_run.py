@@ -117,13 +117,15 @@ def store_video(run: RunDirectory, path: str, frames: Frames) -> FileRecord:
     return FileRecord(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def make_run(uri: str, prompts: Sequence[str], methods: Sequence[str] = ("base", "rag")) -> RunDirectory:
+def make_run(
+    uri: str, prompts: Sequence[str], methods: Sequence[str] = ("base", "rag"), horizons: Sequence[int] = HORIZONS
+) -> RunDirectory:
     """A run with every cell committed."""
     run = RunDirectory(uri)
-    identity = run.ensure(make_identity(prompts, methods))
+    identity = run.ensure(make_identity(prompts, methods, horizons))
     for prompt_id in identity.prompts:
         for method in methods:
-            store_rollout(run, identity, RolloutId(backbone="tiny", method=method, prompt_id=prompt_id), HORIZONS)
+            store_rollout(run, identity, RolloutId(backbone="tiny", method=method, prompt_id=prompt_id), horizons)
     return run
 
 

@@ -1,0 +1,111 @@
+"""Several runs as one: union, refusal, addresses between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lrag_ray.engine.scoring.preview import pending_targets, score_video
+from lrag_ray.errors import IdentityError, UsageError
+from lrag_ray.report import collect, report
+from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.scoring.table import to_parquet
+from lrag_ray.store.identity import RunIdentity
+from lrag_ray.store.run_dir import RunDirectory
+from tests.report.make_run import make_identity, make_run
+
+PROMPTS = ["a red fox", "a river at dawn"]
+
+
+def scored(run: RunDirectory) -> RunDirectory:
+    for target in pending_targets(run):
+        run.storage.create(target.score_path(PREVIEW), to_parquet([score_video(run.storage, target)], PREVIEW))
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
+    """base of both prompts in one run, rag of the first in another."""
+    folder = tmp_path_factory.mktemp("merge")
+    first = scored(make_run(str(folder / "one run"), PROMPTS, ["base"]))
+    return [first, scored(make_run(str(folder / "other"), PROMPTS[:1], ["rag"]))]
+
+
+def identity_run(uri: Path, identity: RunIdentity) -> RunDirectory:
+    run = RunDirectory(str(uri))
+    run.ensure(identity)
+    return run
+
+
+def test_two_runs_make_one_table_over_their_common_prompts(runs: list[RunDirectory]) -> None:
+    data = collect(runs)
+    for block in data.blocks:
+        assert [row.method for row in block.rows] == ["base", "rag"]
+        assert (block.prompts, block.prompts_left_out) == (1, 1)
+    assert data.statistics[0].contrasts[0].reference == "base"
+    assert data.uris == [run.uri for run in runs]
+
+
+def test_the_page_of_two_runs_plays_from_both(runs: list[RunDirectory], tmp_path: Path) -> None:
+    written = report(runs, to=str(tmp_path / "both"), strips=1)
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert written.folder == str(tmp_path / "both")
+    for name in ("one%20run", "other"):
+        assert f"/{name}/rollouts/tiny/" in page
+    assert len(list((tmp_path / "both" / "strips").iterdir())) == 2
+    assert not (Path(runs[0].uri) / "summary").exists()
+
+
+def test_several_runs_without_a_place_write_nothing(runs: list[RunDirectory]) -> None:
+    made = report(runs)
+    assert (made.folder, list(made.files)) == (None, [])
+    assert len(made.blocks) == 2
+    assert not (Path(runs[0].uri) / "summary").exists()
+
+
+def test_a_rollout_of_both_runs_counts_once(runs: list[RunDirectory], tmp_path: Path) -> None:
+    copy = scored(make_run(str(tmp_path / "copy"), PROMPTS, ["base"]))
+    data = collect([*runs, copy])
+    assert len(data.scores.videos) == 6
+    assert {shown.run_dir.uri for shown in data.rollouts.values()} == {run.uri for run in runs}
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("methods.base.settings.window", {"methods": {"base": {"method": "base", "settings": {"window": 7}}}}),
+        ("methods.base.method", {"methods": {"base": {"method": "infinity_rope", "settings": {"window": 6}}}}),
+        ("backbones.tiny.weights", {"backbones": {"tiny": {"latents": {"weights": "x" * 64}}}}),
+        ("run.seed", {"seed": 8}),
+    ],
+)
+def test_equal_names_with_different_meanings_are_refused(tmp_path: Path, path: str, change: dict[str, object]) -> None:
+    def merged(into: dict[str, object], values: dict[str, object]) -> dict[str, object]:
+        both = {
+            key: merged(into[key], value) if isinstance(value, dict) else value  # type: ignore[arg-type]
+            for key, value in values.items()
+        }
+        return {**into, **both}
+
+    one = make_identity(PROMPTS, ["base"])
+    other = RunIdentity.model_validate(merged(one.model_dump(), change))
+    runs = [identity_run(tmp_path / "one", one), identity_run(tmp_path / "two", other)]
+    with pytest.raises(IdentityError, match=path) as told:
+        collect(runs)
+    assert runs[0].uri in str(told.value) and runs[1].uri in str(told.value)
+
+
+def test_other_names_may_differ_and_are_compared_where_they_are(tmp_path: Path) -> None:
+    one = make_identity(PROMPTS, ["base"])
+    tiny = one.backbones["tiny"]
+    other = make_identity(PROMPTS, ["rag"]).model_copy(
+        update={"backbones": {"big": tiny.model_copy(update={"latents": {"weights": "b" * 64}})}}
+    )
+    data = collect([identity_run(tmp_path / "one", one), identity_run(tmp_path / "two", other)])
+    assert {name: list(methods) for name, methods in data.methods.items()} == {"tiny": ["base"], "big": ["rag"]}
+
+
+def test_a_run_is_named_once(runs: list[RunDirectory]) -> None:
+    with pytest.raises(UsageError, match="given twice"):
+        collect([runs[0], RunDirectory(runs[0].uri)])
