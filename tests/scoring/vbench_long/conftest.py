@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ def make_video(tmp_path: Path) -> VideoMaker:
         *,
         frames: int = 20,
         size: tuple[int, int] = (64, 64),
-        fps: int = 4,
+        fps: int | Fraction = 4,
         pixels: str = "yuv444p",
         at: Sequence[int] | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,13 +47,15 @@ def make_video(tmp_path: Path) -> VideoMaker:
         texture = np.random.default_rng(0).integers(0, 256, (height // 8 + 2, width // 8 + frames, 3), dtype=np.uint8)
         texture = texture.repeat(8, axis=0).repeat(8, axis=1)
         with av.open(str(path), "w", format="mp4") as container:
-            stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "10", "threads": "1"})
+            stream: Any = container.add_stream(
+                "libx264", rate=fps, options={"crf": "10", "threads": "1", **(options or {})}
+            )
             stream.width, stream.height, stream.pix_fmt = width, height, pixels
             for index in range(frames):
                 image = np.ascontiguousarray(texture[:height, 3 * index : 3 * index + width])
                 frame = av.VideoFrame.from_ndarray(image, format="rgb24")
                 frame.pts = at[index] if at else index
-                frame.time_base = Fraction(1, fps)
+                frame.time_base = 1 / Fraction(fps)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         return path

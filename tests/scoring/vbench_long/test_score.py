@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from lrag_ray.scoring.vbench_long import Dimension, Mode, Networks, ScoreRow, VideoSource, aggregate, score_video
-from lrag_ray.scoring.vbench_long.clips import spans
+from lrag_ray.scoring.vbench_long.clips import Span, clip_length, cut, spans
+from lrag_ray.scoring.vbench_long.frames import decode, probe
 from tests.scoring.vbench_long.conftest import VideoMaker
 
 MOTION: list[Dimension] = ["motion_smoothness"]
@@ -38,6 +44,7 @@ def test_names_never_matter(name: str, video: str, make_video: VideoMaker, netwo
     ("what", "options"),
     [
         ("odd size", {"size": (67, 71)}),
+        ("portrait, no multiple of 8", {"size": (66, 98)}),
         ("10 bit", {"pixels": "yuv420p10le"}),
         ("one clip", {"frames": 5}),
         ("variable frame rate", {"at": [0, 1, 2, 5, 6, 7, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24]}),
@@ -49,6 +56,36 @@ def test_unusual_videos_are_scored(
     rows = score(make_video(**options), networks)
     assert rows
     assert all(row.score is not None and 0 <= row.score <= 1 and not row.reason for row in rows)
+
+
+@pytest.mark.parametrize("fps", [8, 16, 24, 25, 30, Fraction(30000, 1001)], ids=str)
+@pytest.mark.parametrize("more", [0, 1])
+def test_any_rate_is_cut_at_two_seconds_of_whole_frames(fps: int | Fraction, more: int, make_video: VideoMaker) -> None:
+    """Given two clips, exactly or with one frame more: the rest is one more clip, which overlaps."""
+    length = 2 * int(fps)
+    path = make_video(frames=2 * length + more, fps=fps)
+    assert int(probe(path).fps) == int(fps)
+    firsts = [0, length, length + 1][: 2 + more]
+    found = list(cut(decode(path), clip_length(probe(path).fps)))
+    assert [clip.span for clip in found] == [Span(first, length) for first in firsts]
+
+
+def test_reordered_frames_and_edit_lists_lose_nothing(make_video: VideoMaker) -> None:
+    """Given B-frames, whose timestamps an edit list shifts, frames come in the order in which they are shown."""
+    plain = np.stack(list(decode(make_video("plain.mp4", options={"bf": "0"}))))
+    path = make_video("reordered.mp4", options={"bf": "4", "b_strategy": "0"})
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+    assert any(later.pts < earlier.pts for earlier, later in pairwise(packets)), "there are no B-frames"
+    shown = np.stack(list(decode(path)))
+    assert np.abs(shown.astype(int) - plain).mean() < 3 < np.abs(shown[1:].astype(int) - plain[:-1]).mean()
+
+
+def test_a_reader_that_stops_early_ends_the_decoding(make_video: VideoMaker, networks: Networks) -> None:
+    rows = score_video(VideoSource(make_video(), "v"), networks, dimensions=MOTION)
+    assert next(rows).first_frame == 0
+    rows.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_a_clip_too_short_or_too_small_says_so(make_video: VideoMaker, networks: Networks) -> None:
