@@ -38,9 +38,12 @@ def storage(proxy: FaultProxy, s3_bucket: str, tmp_path: Path) -> Storage:
 
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_passing_trouble_is_not_noticed(proxy: FaultProxy, storage: Storage, tmp_path: Path, fault: Fault) -> None:
+    local = tmp_path / "video.mp4"
+    local.write_bytes(b"frames" * 1000)
     for method, operation in (
         ("PUT", lambda: storage.write("a.txt", b"written")),
         ("PUT", lambda: storage.create("commit.json", b"mine")),
+        ("PUT", lambda: storage.put_file(local, "video.mp4")),
         ("GET", lambda: storage.list_files()),
         ("GET", lambda: storage.read_bytes("a.txt")),
         ("GET", lambda: storage.get_file("a.txt", tmp_path / "a.txt")),
@@ -52,7 +55,7 @@ def test_passing_trouble_is_not_noticed(proxy: FaultProxy, storage: Storage, tmp
         operation()
         assert proxy.injected[fault] == before + 1
     assert (tmp_path / "a.txt").read_bytes() == b"written"
-    assert storage.list_files() == {"b.txt": 7}
+    assert storage.list_files() == {"b.txt": 7, "video.mp4": 6000}
 
 
 @pytest.mark.parametrize("fault", ["InternalError", "SlowDown", "RequestTimeout", "silence"])

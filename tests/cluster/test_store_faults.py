@@ -1,0 +1,159 @@
+"""A run that began on a disk, was copied to a bucket, and goes on there through a store that fails now and then."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.rollout_work import RolloutWorker
+from lrag_ray.engine.run_identity import build_identity
+from lrag_ray.engine.text import encode_and_store
+from lrag_ray.engine.work import open_work
+from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
+from lrag_ray.store.status import run_status
+from tests.engine.make import digests, make_config, make_prompts, part_bytes
+from tests.store.fault_proxy import Fault, FaultProxy, seeded
+
+pytestmark = pytest.mark.cluster
+
+PROMPTS = make_prompts("a red fox in the snow", "a river at dawn")
+SHARE = 0.05
+SEED = 11
+
+DRIVER = """
+import json, sys
+from lrag_ray.engine.progress import AttemptFailed, RolloutFinished
+from lrag_ray.engine.run import run
+from lrag_ray.engine.session import ray_session
+from tests.cluster.test_store_faults import PROMPTS, config
+
+configs = [config(uri, endpoint_url=sys.argv[1]) for uri in sys.argv[2:]]
+with ray_session(configs[0].engine):
+    for one in configs:
+        told = []
+        outcome = run(one, PROMPTS, progress=told.append)
+        print(json.dumps({
+            "exit_code": outcome.exit_code,
+            "commits_made": outcome.commits_made,
+            "resumed": sorted(event.blocks_resumed for event in told if isinstance(event, RolloutFinished)),
+            "failures": [event.failure.reason for event in told if isinstance(event, AttemptFailed)],
+        }))
+"""
+
+
+def config(uri: Path | str, **storage: Any) -> RunConfig:
+    return make_config(
+        uri,
+        video={"enabled": False},
+        engine={"actors": 2, "checkpoint_every_blocks": 2, "max_attempts": 2},
+        storage={"attempts": 3, "read_timeout_s": 1, **storage},
+    )
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run on a local disk that nothing disturbed."""
+    made = config(tmp_path_factory.mktemp("quiet"))
+    run = RunDirectory(made.run.uri)
+    identity = run.ensure(build_identity(made, PROMPTS))
+    worker = RolloutWorker(run, made, torch.device("cpu"), lambda _: None)
+    for item in open_work(identity, run.inventory()).items:
+        task = item.payload
+        encode_and_store(run.storage, made.backbones["tiny"], task.text_digest, [task.prompt], made.engine)
+        worker.work(task, new_attempt_id())
+    return run
+
+
+@pytest.fixture
+def proxy(s3_bucket: str) -> Iterator[FaultProxy]:
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]).running() as running:
+        yield running
+
+
+def copy_run(source: RunDirectory, target: RunDirectory) -> None:
+    for path in source.storage.list_files():
+        target.storage.write(path, source.storage.read_bytes(path))
+
+
+def stop_in_the_middle(run: RunDirectory) -> None:
+    """One rollout without its last commit, one with nothing but its first part, one not begun."""
+    done, shorter, parts_only, absent = sorted({commit.rollout.path for commit in run.commits()})
+    assert done
+    for path in run.storage.list_files("rollouts"):
+        name = path.rsplit("/", 1)[-1]
+        beyond_the_first = "00006-00012" in name
+        if (
+            path.startswith(absent)
+            or (path.startswith(shorter) and name == "commit-12.json")
+            or (path.startswith(parts_only) and (name.startswith("commit-") or beyond_the_first))
+        ):
+            run.storage.remove(path)
+
+
+def test_a_run_moved_to_a_failing_bucket_continues_and_ends_like_a_quiet_one(
+    quiet: RunDirectory, proxy: FaultProxy, s3_bucket: str, tmp_path: Path
+) -> None:
+    local = RunDirectory(str(tmp_path / "run"))
+    copy_run(quiet, local)
+    stop_in_the_middle(local)
+    (cells,) = [{(c.method, c.latent_frames): (c.done, c.partial, c.pending) for c in run_status(local).cells}]
+    assert cells == {
+        ("base", 6): (2, 0, 0),
+        ("base", 12): (1, 1, 0),
+        ("rag", 6): (0, 1, 1),
+        ("rag", 12): (0, 1, 1),
+    }
+    moved = RunDirectory(f"{s3_bucket}/{tmp_path.name}/moved")
+    broken = RunDirectory(f"{s3_bucket}/{tmp_path.name}/broken")
+    copy_run(local, moved)
+    before = moved.storage.list_files("rollouts")
+    assert run_status(moved).cells == run_status(local).cells
+
+    background = seeded(SHARE, SEED)
+    victim = PROMPTS[1].prompt_id
+
+    def choose(method: str, path: str) -> Fault | None:
+        if "/broken/rollouts/" in path:
+            return "InternalError" if method == "PUT" and victim in path and "/base/" in path else None
+        return background(method, path)
+
+    proxy.choose = choose
+    first, second = run_driver(proxy, moved.storage.address, broken.storage.address)
+
+    assert (first["exit_code"], first["commits_made"]) == (0, 5)
+    assert first["resumed"] == [0, 2, 4]
+    assert proxy.injected.total() >= 5
+    assert digests(moved.commits()) == digests(quiet.commits())
+    assert part_bytes(moved, moved.commits()) == part_bytes(quiet, quiet.commits())
+    assert before.items() <= moved.storage.list_files("rollouts").items()
+    assert run_status(moved).done
+
+    # A store that refuses one rollout for good costs that rollout, after its attempts, and not the run.
+    assert (second["exit_code"], second["commits_made"]) == (1, 6)
+    assert len(second["failures"]) == 2
+    assert all("StorageError" in reason and "InternalError" in reason for reason in second["failures"])
+    assert digests(broken.commits()).items() <= digests(quiet.commits()).items()
+
+
+def run_driver(proxy: FaultProxy, *addresses: str) -> list[dict[str, Any]]:
+    """One driver for all addresses, which knows the store by the configuration alone, as do its workers."""
+    unset = ("RAY_ADDRESS", "AWS_ENDPOINT_URL")
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, proxy.endpoint, *addresses],
+        cwd=Path(__file__).resolve().parents[2],
+        env={name: value for name, value in os.environ.items() if name not in unset},
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
