@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -25,6 +26,7 @@ from lrag_ray.scoring.table import ScoreRow, to_parquet
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
 from tests.report.make_run import HORIZONS, make_identity, make_run, store_rollout
+from tests.report.vbench_rows import by_rollout, score_run, store_frozen, store_rows, video_rows
 
 NASTY = 'a fox <script>alert(1)</script> & "quotes" \'--> {{ 7*7 }}'
 PAGE = "summary/report.html"
@@ -250,3 +252,57 @@ def test_the_note_counts_what_was_left_out() -> None:
         "Over the 1 prompt that all methods have (2 videos per method); "
         "1 prompt left out because some methods lack them."
     )
+
+
+def test_a_vbench_page_says_what_its_numbers_are(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), [f"<b>fox</b> {i}" for i in range(6)], horizons=(12, 27))
+    score_run(run, lambda rollout, *_: 0.9 if rollout.method == "rag" else 0.8)
+    for prompt_id in run.require().prompts:
+        store_frozen(run, "tiny", prompt_id, 0, 0.95)
+    build_report(run, strips=0)
+    page = Page(run.storage.read_bytes(PAGE).decode())
+    assert "Preview measures" not in page.text and "<b>fox" in page.text
+    for text in (
+        "VBench-Long, compat mode",
+        "of this mode, and of this mode alone, may stand beside published numbers",
+        "Over the 6 prompts that all methods have.",
+        "rag − base",
+        "+10.00",
+        "[+10.00, +10.00]",
+        "95% interval: BCa bootstrap over 6 prompts",
+        "not ranked",
+        "Durations are prefixes of one rollout, not independent samples",
+        "so the mean of per-video means is the same",
+        "clip_vitb32:1a2b",
+        "cpu, official precision, torch 2.12.1",
+    ):
+        assert text in page.text, text
+    drawings = [attrs.get("class") for tag, attrs in page.attributes if tag == "svg"]
+    assert drawings.count("drift") == 6 and drawings.count("key") == 2
+    assert not page.values("src", "img")
+    build_report(run, strips=0)
+
+
+def test_direct_and_random_scores_are_kept_from_published_numbers(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox"])
+    for rollout, videos in by_rollout(run).items():
+        rows = video_rows(videos, lambda *_: 0.5, "direct")
+        store_rows(run, rollout, [replace(row, networks="raft_things:random-1") for row in rows], "direct")
+    report = build_report(run)
+    page = Page(run.storage.read_bytes(PAGE).decode())
+    assert "beside published numbers only scores of compat mode may stand" in page.text
+    assert "random weights: the numbers mean nothing" in page.text
+    assert "random weights: the numbers mean nothing" in run.storage.read_bytes("summary/table.tex").decode()
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in report.terminal_tables():
+        console.print(table)
+    assert "numbers mean nothing" in console.export_text()
+
+
+def test_only_the_first_prompts_have_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrag_ray.report.players.MAPS", 1)
+    run = make_run(str(tmp_path / "run"), ["a fox", "a bear"], ["rag"])
+    build_report(run, strips=0)
+    page = Page(run.storage.read_bytes(PAGE).decode())
+    assert [attrs.get("class") for tag, attrs in page.attributes if tag == "svg"] == ["map"]
+    assert len(page.values("src", "video")) == 2
