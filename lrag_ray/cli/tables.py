@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lrag_ray.conformance.case import CaseResult
     from lrag_ray.engine.decode import DecodeOutcome
     from lrag_ray.engine.run import RunOutcome
+    from lrag_ray.store.run_dir import RunDirectory
     from lrag_ray.store.status import RunStatus
 
 _LEAST_GPU_HOURS = 0.1
@@ -124,6 +125,8 @@ def print_status(console: Console, status: RunStatus) -> None:
     console.print(cells)
     console.print()
     console.print(_pace(status))
+    if status.held_by is not None:
+        console.print(printable(f"At work: {status.held_by}"))
     _print_list(
         console,
         "Rollouts given up; the next start tries them again",
@@ -132,15 +135,14 @@ def print_status(console: Console, status: RunStatus) -> None:
     _print_list(console, "Commits that do not count; the next start makes them again", status.problems)
 
 
-def print_outcome(console: Console, uri: str, outcome: RunOutcome) -> None:
+def print_outcome(console: Console, run: RunDirectory, outcome: RunOutcome) -> None:
     """Rank tables, what this start did, what failed, and where everything lies."""
     from lrag_ray.engine.run import INTERRUPTED
     from lrag_ray.report.build import SUMMARY
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import rank_tables
-    from lrag_ray.store.run_dir import RunDirectory
 
-    for ranks in rank_tables(collect([RunDirectory(uri)])):
+    for ranks in rank_tables(collect([run])):
         console.print(ranks)
         console.print()
     console.print(

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Literal, get_args
 
 from lrag_ray.store.identity import RunIdentity
+from lrag_ray.store.lease import holder
 from lrag_ray.store.records import FailureRecord, Record
 from lrag_ray.store.run_dir import Inventory, RunDirectory, without_cycle_search
 
@@ -46,6 +47,9 @@ class RunStatus(Record):
     """The last failure of each rollout that is given up."""
     problems: list[str]
     """Commits that do not count, with the reason; the next start makes them again."""
+    held_by: str | None
+    """The driver that works on the run, and its last sign of life by its own clock; None where there is none. One that
+    died on another machine is named until the next start takes over."""
 
     @property
     def done(self) -> bool:
@@ -82,7 +86,15 @@ def run_status(run_dir: RunDirectory) -> RunStatus:
         eta_s=None if not rate else left / rate * 3600,
         failures=[given_up[path] for path in sorted(given_up) if path in unfinished],
         problems=[f"{state.path}: {state.problem}" for state in inventory.problems()],
+        held_by=_held_by(run_dir),
     )
+
+
+def _held_by(run_dir: RunDirectory) -> str | None:
+    found = holder(run_dir.storage)
+    if found is None or found.is_free:
+        return None
+    return f"{found}, last sign of life {found.sign.at if found.sign else 'not yet'}"
 
 
 def _count(

@@ -14,6 +14,9 @@ from lrag_ray.errors import LeaseError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import FOLDER, Lease, LeaseRecord, holder, new_record, take_lease
 from lrag_ray.store.process import ProcessIdentity, this_process
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.status import run_status
+from tests.store.make import make_identity
 
 TTL_S = 1.2
 
@@ -172,3 +175,16 @@ def test_a_record_that_cannot_be_read_does_not_lock_the_run_for_ever(storage: St
     told = Told()
     assert take(storage, told=told).epoch == 10
     assert "a driver whose record cannot be read" in told.texts[0]
+
+
+def test_status_names_who_is_at_work(run_uri: str) -> None:
+    run = RunDirectory(run_uri)
+    run.ensure(make_identity())
+    assert run_status(run).held_by is None
+    lease = take(run.storage, elsewhere())
+    lease.renew()
+    held_by = run_status(run).held_by
+    assert held_by is not None
+    assert held_by.startswith(f"{lease.record}, last sign of life 20")
+    lease.release()
+    assert run_status(run).held_by is None
