@@ -47,6 +47,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.config.load import load_config
     from lrag_ray.engine.run import run as run_job
+    from lrag_ray.store.run_dir import RunDirectory
 
     loaded = load_config(config, overrides or [])
     with shown_progress() as progress:
@@ -54,7 +55,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     if as_json:
         print_json(outcome)
     else:
-        print_outcome(console(), loaded.run.uri, outcome)
+        print_outcome(console(), RunDirectory(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
 
 

@@ -15,6 +15,7 @@ from lrag_ray.cli.output import console, count, duration, print_json, printable,
 if TYPE_CHECKING:
     from lrag_ray.engine.score_run import RunScores
     from lrag_ray.engine.score_videos import VideoScores
+    from lrag_ray.store.run_dir import RunDirectory
 
 _MOST_VIDEOS_SHOWN = 40
 
@@ -72,6 +73,7 @@ def score(
     from lrag_ray.engine.score_run import is_run, score_run
     from lrag_ray.engine.score_videos import score_videos
     from lrag_ray.engine.stored_config import stored_config
+    from lrag_ray.store.run_dir import RunDirectory
 
     given = {
         "suite": suite,
@@ -103,18 +105,17 @@ def score(
     if as_json:
         print_json(outcome)
     else:
-        print_run_scores(console(), outcome)
+        print_run_scores(console(), RunDirectory(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
 
 
-def print_run_scores(shown: Console, outcome: RunScores) -> None:
+def print_run_scores(shown: Console, run: RunDirectory, outcome: RunScores) -> None:
     """Rank tables, what this start did, what failed, and where everything lies."""
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import terminal_tables
-    from lrag_ray.store.run_dir import RunDirectory
 
     if outcome.report_folder:
-        for ranks in terminal_tables(collect([RunDirectory(outcome.uri)], outcome.suite, outcome.mode)):
+        for ranks in terminal_tables(collect([run], outcome.suite, outcome.mode)):
             shown.print(ranks)
             shown.print()
     shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")

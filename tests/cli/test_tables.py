@@ -27,7 +27,7 @@ def shown(folder: Path, exit_code: int) -> str:
         seconds=75.2,
     )
     out = io.StringIO()
-    print_outcome(Console(file=out, width=120, markup=False), run.uri, outcome)
+    print_outcome(Console(file=out, width=120, markup=False), run, outcome)
     return out.getvalue()
 
 
