@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lrag_ray.scoring.vbench_long.consistency import consistency
@@ -31,5 +32,8 @@ def score(frames: ClipFrames, networks: Networks) -> Measured:
 
 def slow_features(first_frames: Tensor, networks: Networks) -> Tensor:
     """DreamSim embeddings [N, 1792] of uint8 frames [N, 3, H, W], which lose their aspect ratio."""
-    squeezed = resize(first_frames.float(), (SIDE, SIDE), "bicubic", antialias=True)
-    return networks.features(networks.dreamsim, squeezed / 255)
+    parts = [
+        networks.dreamsim(resize(part.float(), (SIDE, SIDE), "bicubic", antialias=True) / 255)
+        for part in first_frames.split(networks.batch.frames)
+    ]
+    return torch.cat(parts)

@@ -39,5 +39,12 @@ def score(frames: ClipFrames, networks: Networks) -> Measured:
 
 def slow_features(first_frames: Tensor, networks: Networks) -> Tensor:
     """DINOv2 CLS tokens [N, 768] of uint8 frames [N, 3, H, W]."""
-    resized = resize_shorter(first_frames.float(), DINOV2_RESIZE, "bicubic", antialias=True)
-    return networks.features(networks.dinov2, normalise(centre_crop(resized, SIDE) / 255, IMAGENET))
+    parts = [
+        networks.dinov2(normalise(centre_crop(_for_dinov2(part.float()), SIDE) / 255, IMAGENET))
+        for part in first_frames.split(networks.batch.frames)
+    ]
+    return torch.cat(parts)
+
+
+def _for_dinov2(frames: Tensor) -> Tensor:
+    return resize_shorter(frames, DINOV2_RESIZE, "bicubic", antialias=True)
