@@ -148,9 +148,7 @@ def interval_note(prompts: int) -> str:
     """What the intervals beside differences are, or why there are none."""
     if prompts < LEAST_PROMPTS:
         return f"No intervals: {_count(prompts, 'prompt')}, and they need at least {LEAST_PROMPTS}."
-    note = (
-        f"In brackets the {LEVEL:.0%} interval: BCa bootstrap over {_count(prompts, 'prompt')} with all their samples"
-    )
+    note = f"In brackets the {LEVEL:.0%} interval: BCa bootstrap over {_count(prompts, 'prompt')} with all samples"
     return f"{note}." if prompts >= _ENOUGH_PROMPTS else f"{note}; from so few somewhat too narrow."
 
 
