@@ -1,4 +1,8 @@
-"""Two-second clips: how VBench-Long cuts a video, in one pass and with the memory of two clips."""
+"""Two-second clips: how VBench-Long cuts a video, in one pass and with the memory of two clips.
+
+Its semantic splitting, which makes a video of its own of every scene, is off by default there and in published numbers,
+and is not done here: a generated video that jumps should lose consistency for it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Decoded frames as the official decoders give them.
 
 PyAV with its default conversion equals decord and OpenCV bit for bit on 8-bit video; the conversion of
-`lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels.
+`lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels. Two things differ from the
+official stack of its time (PyAV 12): BT.709 tags, which it ignores, are honoured, so that a tagged and an untagged file
+of the same pictures score alike; and 10-bit video is converted by newer code, a few grey levels apart.
 """
 
 from __future__ import annotations
