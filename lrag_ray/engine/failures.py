@@ -38,6 +38,7 @@ GPU_MEMORY_MEND = (
 )
 
 _REASON_CHARACTERS = 500
+_CREATION = "creation task"
 _GPU_SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _HOST_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
 
@@ -70,6 +71,11 @@ def explain(error: Exception) -> Trouble:
     return Trouble(kind, reason, redact(str(error)))
 
 
+def raised_at_start(error: Exception) -> bool:
+    """Whether an actor's constructor or its `ready` raised, as opposed to a process that vanished."""
+    return isinstance(error, RayTaskError) or (isinstance(error, ActorDiedError) and _CREATION in str(error))
+
+
 def first_line(error: Exception) -> str:
     """One line that says what happened, without the remote traceback that Ray puts into its messages."""
     cause = error.cause if isinstance(error, RayTaskError) else error
@@ -78,7 +84,7 @@ def first_line(error: Exception) -> str:
     if isinstance(cause, ActorDiedError) and len(lines) > 1:
         # Of a constructor that raised, Ray gives the traceback, its error last; of a death, facts in indented lines
         # before the cause.
-        line = lines[-1] if "creation task" in line else next((x for x in lines[1:] if not x.startswith("\t")), line)
+        line = lines[-1] if _CREATION in line else next((x for x in lines[1:] if not x.startswith("\t")), line)
     return redact(f"{type(cause).__name__}: {line}"[:_REASON_CHARACTERS])
 
 

@@ -25,6 +25,7 @@ from lrag_ray.engine.failures import (
     WorkerStalledError,
     explain,
     first_line,
+    raised_at_start,
 )
 from lrag_ray.engine.places import OomKills, Place
 from lrag_ray.engine.sizing import NodeRoom, PoolSize, WorkerShape, draining_nodes, usable_nodes, wanted_workers
@@ -40,6 +41,8 @@ _POLL_S = 0.25
 _LOOK_EVERY_S = 1.0
 """How often nodes, sizes and stalls are looked at."""
 _START_FAILURES = 3
+_START_DEATHS = 12
+"""A node that is lost takes all workers with it that were starting there; what dies more often has another cause."""
 _LONGEST_PAUSE_S = 60.0
 _UNPLACED_S = 30.0
 
@@ -145,7 +148,7 @@ class ActorPool(Generic[Payload, Result]):
     def run(self, items: Sequence[WorkItem[Payload]]) -> list[WorkItem[Payload]]:
         """Work through `items`; returns those that were quarantined.
 
-        Raises ClusterError when three workers in a row fail to start and none works. The actors are gone afterwards,
+        Raises ClusterError when workers fail to start again and again and none works. The actors are gone afterwards,
         whatever happens.
         """
         self._waiting = WaitingItems(items)
@@ -192,10 +195,11 @@ class ActorPool(Generic[Payload, Result]):
         self._draining = draining_nodes()
         self._nodes = usable_nodes(self._draining)
         self._tell_what_has_no_room(now)
-        for name in self.stalls.stalled() if self.stalls else ():
-            worker = self._workers[name]
-            text = f"no new block for {self.stalls.timeout_s:g} s (engine.stall_timeout_s)" if self.stalls else ""
-            self._worker_failed(worker, self._end(worker), WorkerStalledError(text))
+        if self.stalls is not None:
+            for name in self.stalls.stalled():
+                text = f"no new block for {self.stalls.timeout_s:g} s (engine.stall_timeout_s)"
+                worker = self._workers[name]
+                self._worker_failed(worker, self._end(worker), WorkerStalledError(text))
         self._resize()
 
     def _tell_what_has_no_room(self, now: float) -> None:
@@ -328,9 +332,10 @@ class ActorPool(Generic[Payload, Result]):
             self._attempt_failed(worker.item, attempt, error)
             return
         self._failed_starts += 1
-        if self._failed_starts >= _START_FAILURES and not any(other.ready for other in self._workers.values()):
+        most = _START_FAILURES if raised_at_start(error) else _START_DEATHS
+        if self._failed_starts >= most and not any(other.ready for other in self._workers.values()):
             raise ClusterError(
-                f"{_START_FAILURES} workers in a row died before they were ready; the last: {first_line(error)}. "
+                f"{self._failed_starts} workers in a row died before they were ready; the last: {first_line(error)}. "
                 "Check that the nodes have the same environment as this one and room for engine.cpus_per_actor and "
                 "engine.gpus_per_actor"
             ) from error
