@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
 
 from tests.cluster.drivers import Driver, actors_below
@@ -150,8 +151,8 @@ def nodes() -> Iterator[Nodes]:
 @contextmanager
 def private_folder() -> Iterator[str]:
     """A folder for a cluster; fails if a process that was started within the block is left at its end."""
-    # As a local `ray.init` does: clusters ask for the token of this session (see tests/conftest.py).
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # As a local `ray.init` does: the clusters ask for the token of this session (see tests/conftest.py).
+    enable_token_auth_by_default()
     mark = secrets.token_hex(8)
     os.environ[_MARK] = mark
     try:

@@ -16,7 +16,7 @@ from tests.cluster.drivers import driver, write_config
 from tests.cluster.nodes import actors_on, nodes, stop_at_work
 from tests.cluster.quiet import assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_last_part(tmp_path: Path) -> None:

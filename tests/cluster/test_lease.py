@@ -21,10 +21,10 @@ from tests.cluster.test_run import NO_VIDEO, Recorder, wait_until
 from tests.engine import make
 from tests.engine.make import digests
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 PROMPTS = ["a red fox in the snow", "a river at dawn", "two dancers", "a lighthouse"]
-TTL_S = 6.0
+TTL_S = 10.0
 
 
 def make_config(folder: Path, uri: Path) -> RunConfig:

@@ -23,7 +23,7 @@ from tests.cluster.nodes import free_port, private_folder, ray_start, stop_at_wo
 from tests.cluster.quiet import assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
 from tests.cluster.test_run import wait_until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 NET = "10.213.77"
 DEATHS_QUICKLY = (

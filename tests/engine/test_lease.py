@@ -17,7 +17,8 @@ from lrag_ray.errors import LeaseError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import holder, new_record
 
-TTL_S = 2.0
+TTL_S = 6.0
+"""Long enough for a beat on a busy machine."""
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_driver_in_another_thread_is_stopped_as_well(storage: Storage) -> None
 def test_a_lease_that_cannot_be_renewed_stops_the_driver_after_its_ttl(storage: Storage, tmp_path: Path) -> None:
     with (
         pytest.raises(LeaseError, match=r"could not be renewed for 2 s.*cannot (write|list)"),
-        keep_lease(storage, "run", ttl_s=TTL_S, progress=silent),
+        keep_lease(storage, "run", ttl_s=2, progress=silent),
     ):
         (tmp_path / "lease").rename(tmp_path / "away")
         (tmp_path / "lease").write_text("a file where the folder was")
@@ -94,7 +95,7 @@ def test_a_lease_that_cannot_be_renewed_stops_the_driver_after_its_ttl(storage: 
             time.sleep(60)
         finally:
             waited = time.monotonic() - began
-    assert TTL_S / 2 < waited < 30
+    assert 1 < waited < 30
 
 
 def test_a_short_trouble_of_the_storage_is_borne(storage: Storage, tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ from lrag_ray.engine import lease
 from lrag_ray.engine.progress import silent
 from lrag_ray.store.address import Storage
 lease.STOP_WITHIN_S = 1.0
-with lease.keep_lease(Storage(sys.argv[1]), "run", ttl_s=2, progress=silent):
+with lease.keep_lease(Storage(sys.argv[1]), "run", ttl_s=6, progress=silent):
     print("held", flush=True)
     while True:
         try:
