@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lrag_ray.bench import official_loops
 from lrag_ray.errors import RunEnvironmentError
 from lrag_ray.scoring.vbench_long import (
     NETWORKS,
@@ -131,6 +132,10 @@ def test_clip_to_clip(dimension: str, networks: Networks, official: dict[str, An
         values = consistency(module.slow_features(first.uint8, networks))
     golden = official[dimension]["clip2clip_per_video"]["shapes"]
     assert sum(values) / len(values) == pytest.approx(golden, abs=1e-5)
+    if dimension == "subject_consistency":
+        # The other side of the benchmark does the same sum.
+        loop = official_loops.score_first_frames("subject_consistency", list(decode(path)), 6, networks)
+        assert loop == pytest.approx(golden, abs=1e-5)
 
 
 def test_motion_smoothness(
