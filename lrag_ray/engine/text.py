@@ -6,7 +6,7 @@ Rollout actors never load the text encoder (umT5-xxl takes 11 GB); they read fea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ray
 import torch
@@ -21,6 +21,8 @@ from lrag_ray.errors import LragError
 from lrag_ray.store.address import Storage
 
 _RETRIES_AFTER_DEATH = 3
+_READ_AT_ONCE = 64
+"""Prompts whose features are read side by side to see whether they are whole; each may take 4 MB."""
 
 
 def embedding_path(text_digest: str, prompt: str) -> str:
@@ -31,8 +33,15 @@ def embedding_path(text_digest: str, prompt: str) -> str:
 def read_embedding(storage: Storage, text_digest: str, prompt: str) -> Tensor | None:
     """Features [rows, text_dim] of a prompt, or None where they are missing or damaged."""
     try:
-        tensors = load_safetensors(storage.read_bytes(embedding_path(text_digest, prompt)))
-    except (FileNotFoundError, SafetensorError):
+        return _features(storage.read_bytes(embedding_path(text_digest, prompt)))
+    except FileNotFoundError:
+        return None
+
+
+def _features(data: bytes) -> Tensor | None:
+    try:
+        tensors = load_safetensors(data)
+    except SafetensorError:
         return None
     rows: Tensor | None = tensors.get("rows")
     checksum: Tensor | None = tensors.get("sha256")
@@ -48,7 +57,7 @@ def encode_prompts(
 
     Death of the worker is retried: encoding is idempotent. Raises the task's own LragError where it had one.
     """
-    missing = [prompt for prompt in prompts if read_embedding(storage, text_digest, prompt) is None]
+    missing = [prompt for batch in _batches(prompts) for prompt in _without_features(storage, text_digest, batch)]
     if not missing:
         return
     task = ray.remote(encode_and_store).options(
@@ -60,6 +69,16 @@ def encode_prompts(
         if isinstance(error.cause, LragError):
             raise error.cause from error
         raise
+
+
+def _batches(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (prompts[first : first + _READ_AT_ONCE] for first in range(0, len(prompts), _READ_AT_ONCE))
+
+
+def _without_features(storage: Storage, text_digest: str, prompts: Sequence[str]) -> list[str]:
+    paths = {prompt: embedding_path(text_digest, prompt) for prompt in prompts}
+    stored = storage.read_many(list(paths.values()))
+    return [prompt for prompt, path in paths.items() if path not in stored or _features(stored[path]) is None]
 
 
 def encode_and_store(
