@@ -94,4 +94,7 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
     for name, content in contents.items():
         folder.write(name, content)
+    # An earlier report may have shown a suite with drift: its curves do not belong to this page.
+    for name in {"drift.csv", "drift.parquet"} & folder.list_files().keys() - contents.keys():
+        folder.remove(name)
     return Report(data, folder.uri, list(contents))

@@ -119,8 +119,8 @@ def warnings(data: ReportData) -> list[str]:
         found.append("These scores come from networks with random weights: the numbers mean nothing.")
     if data.suite.percent and len(data.suite.measures) < len(DIMENSIONS):
         found.append(
-            f"Only {len(data.suite.measures)} of the {len(DIMENSIONS)} dimensions are scored: the average rank is "
-            "not the paper's."
+            f"Scores of {len(data.suite.measures)} of the {len(DIMENSIONS)} dimensions: the average rank is not the "
+            "paper's."
         )
     names = Counter(network.partition(":")[0] for network in data.scores.networks)
     if mixed := sorted(name for name, digests in names.items() if digests > 1):
@@ -202,7 +202,7 @@ def noise_floor(statistics: BlockStatistics, measure: Measure, suite: Suite) -> 
     values = [value for (_, name), value in statistics.noise.items() if name == measure.name]
     if not values:
         return "–"
-    low, high = number(min(values), suite), number(max(values), suite)
+    low, high = (signed(value, suite).lstrip("+") for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 

@@ -75,11 +75,14 @@ def test_the_control_is_in_the_csv_without_a_rank(run: RunDirectory) -> None:
 
 
 def test_a_suite_without_scores_says_so(run: RunDirectory, tmp_path: Path) -> None:
+    assert invoke(run.uri, "--to", str(tmp_path), "--strips", "0").exit_code == 0
+    assert (tmp_path / "drift.csv").is_file()
     shown = invoke(run.uri, "--suite", "preview", "--to", str(tmp_path))
     assert shown.exit_code == 0
     assert "No scores yet (preview suite, not VBench)" in shown.output
     assert "Not shown: scores of vbench_long, compat mode" in shown.output
     assert "VBench-Long, compat" not in shown.output
+    assert not list(tmp_path.glob("drift.*")), "curves of another suite are not left beside the page"
 
 
 def test_several_runs_without_a_place_print_one_table(run: RunDirectory, tmp_path: Path) -> None:

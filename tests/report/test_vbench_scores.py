@@ -158,6 +158,6 @@ def test_what_must_be_known_first_is_said(run: RunDirectory) -> None:
     assert [measure.name for measure in data.suite.measures] == list(DIMENSIONS[:2])
     untrained, few, mixed, ways = warnings(data)
     assert "random weights: the numbers mean nothing" in untrained
-    assert "Only 2 of the 6 dimensions" in few
+    assert "Scores of 2 of the 6 dimensions" in few
     assert "different weights of clip_vitb32" in mixed
     assert "float32 precision, official precision" in ways
