@@ -387,6 +387,13 @@ class ScoringSection(Section):
     """Score what is committed while rollouts go on, on CPUs and GPUs that no rollout holds; what is left is scored at
     the end."""
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value % 1:
+            raise ValueError(f"a share above 1 must be a whole number of GPUs, not {value:g}")
+        return value
+
     @field_validator("dimensions", "controls")
     @classmethod
     def _once_each(cls, value: list[str]) -> list[str]:

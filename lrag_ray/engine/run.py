@@ -32,7 +32,8 @@ from lrag_ray.engine.progress import (
 )
 from lrag_ray.engine.rollouts import run_rollouts
 from lrag_ray.engine.run_identity import build_identity
-from lrag_ray.engine.scoring.stage import check_scoring, open_scores, score_pending
+from lrag_ray.engine.scoring.fan_out import Item
+from lrag_ray.engine.scoring.stage import check_scoring, pending_scores, refuse_without_room, score_pending
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.stored_config import store_config
 from lrag_ray.engine.text import encode_prompts
@@ -141,10 +142,12 @@ class _Job:
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
         with ExitStack() as cluster:
-            if self._work.items or self._scores_open():
+            videos = pending_scores(self._run, self._config)
+            if self._work.items or videos:
                 with self._stage("connect", 1):
                     cluster.enter_context(ray_session(self._config.engine))
                     probe_nodes(self._run, self._config, self._progress)
+                    refuse_without_room(self._config)
             if self._work.items:
                 self._encode_prompts()
                 with (
@@ -152,8 +155,9 @@ class _Job:
                     scoring_waves(self._run, self._config, self._progress) as relay,
                 ):
                     self.failed = run_rollouts(self._config, self._run, self._work.items, relay)
-            if open_scores := self._scores_open():
-                self._score(open_scores)
+                videos = pending_scores(self._run, self._config)
+            if videos:
+                self._score(videos)
         with self._stage("report", 1):
             build_report(self._run)
 
@@ -185,11 +189,9 @@ class _Job:
                 done += len(texts)
                 self._progress(StageAdvanced("text", done, total))
 
-    def _score(self, total: int) -> None:
-        with self._stage("scoring", total):
-            outcome = score_pending(
-                self._run, self._config, lambda done, of: self._progress(StageAdvanced("scoring", done, of))
-            )
+    def _score(self, videos: Sequence[Item]) -> None:
+        with self._stage("scoring", len(videos)):
+            outcome = score_pending(self._run, self._config, self._progress, items=videos)
         self._videos_scored += outcome.scored
         for path, reason in outcome.failures.items():
             self._progress(Notice(f"{path} could not be scored: {reason}", warning=True))
@@ -207,6 +209,3 @@ class _Job:
         if isinstance(event, VideosScored):
             self._videos_scored += event.videos
         self._show(event)
-
-    def _scores_open(self) -> int:
-        return open_scores(self._run, self._config)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.paths import with_absolute_paths
-from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, StageBegan, StageEnded, silent
+from lrag_ray.engine.progress import Notice, Progress, StageBegan, StageEnded, silent
 from lrag_ray.engine.run import INTERRUPTED
-from lrag_ray.engine.scoring.stage import ScoringOutcome, check_scoring, open_scores, score_pending
+from lrag_ray.engine.scoring.stage import ScoringOutcome, check_scoring, pending_scores, score_pending
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import ConfigError
 from lrag_ray.report.build import report
@@ -63,11 +63,11 @@ def score_run(config: RunConfig, *, progress: Progress = silent) -> RunScores:
     failed = {state.path: f"the commit does not count: {state.problem}" for state in run.inventory().problems()}
     folder, files = "", list[str]()
     try:
-        if total := open_scores(run, config):
+        if videos := pending_scores(run, config):
             with ray_session(config.engine):
                 stage_began = time.monotonic()
-                progress(StageBegan("scoring", total))
-                outcome = score_pending(run, config, lambda done, of: progress(StageAdvanced("scoring", done, of)))
+                progress(StageBegan("scoring", len(videos)))
+                outcome = score_pending(run, config, progress, items=videos)
                 progress(StageEnded("scoring", time.monotonic() - stage_began))
         made = report([run], suite=scoring.suite, mode=mode)
         folder, files = made.folder or "", list(made.files)

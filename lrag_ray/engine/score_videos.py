@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from lrag_ray.config.videos import VideosConfig
-from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, StageBegan, StageEnded, silent
+from lrag_ray.engine.progress import Notice, Progress, StageBegan, StageEnded, silent
 from lrag_ray.engine.run import INTERRUPTED
 from lrag_ray.engine.scoring.fan_out import FanOut, Item
-from lrag_ray.engine.scoring.stage import ScoringOutcome, collect, worker_count
+from lrag_ray.engine.scoring.stage import ScoringOutcome, collect, each_worker, worker_count
 from lrag_ray.engine.scoring.vbench import check_weights, last_file, refuse_mixture
 from lrag_ray.engine.scoring.vbench_work import RANDOM, VbenchTask, VbenchWork, prefix_frames, read_row_files
 from lrag_ray.engine.session import ray_session
@@ -166,8 +166,8 @@ def _score(listed: VideoList, config: VideosConfig, out: Storage, progress: Prog
         began = time.monotonic()
         progress(StageBegan("scoring", len(items)))
         make = partial(VbenchWork, out, listed.storage, scoring)
-        fan_out = FanOut(items, make, worker_count(scoring, len(items)), keep=True)
-        outcome = collect(fan_out, len(items), lambda done, of: progress(StageAdvanced("scoring", done, of)))
+        count = min(len(items), worker_count(scoring, config.engine, progress))
+        outcome = collect(FanOut(items, make, each_worker(scoring, count), keep=True), len(items), progress)
         progress(StageEnded("scoring", time.monotonic() - began))
     return replace(outcome, failures=missing | outcome.failures)
 

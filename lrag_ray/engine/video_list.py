@@ -82,7 +82,10 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
             notes.append(f"{manifest}: not used: {', '.join(unused)}; known columns are {', '.join(COLUMNS)}")
         found = _labelled(rows, found)
     if not found:
-        raise UsageError(f"no videos at {target!r}. Give a folder with {', '.join(sorted(SUFFIXES))} files, or a glob")
+        raise UsageError(
+            f"no videos at {target!r}, and no run. Give the address of a run, a glob, or a folder with files of these "
+            f"suffixes: {', '.join(sorted(SUFFIXES))}"
+        )
     if storage is None:
         with ThreadPoolExecutor(4) as pool:
             stamps = pool.map(lambda video: sha256_of(Path(video.path)) if video.path else "", found)

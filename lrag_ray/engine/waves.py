@@ -167,7 +167,7 @@ class _Waves:
             next_s = time.monotonic() + (EVERY_S if done else max(EVERY_S, spent_s / _LISTING_SHARE))
 
     def _wave(self, wave: Wave) -> int:
-        outcome = score_pending(self._run, self._config, wave=wave)
+        outcome = score_pending(self._run, self._config, self._pass_on, wave=wave)
         self._fan_out = None
         for video, reason in outcome.failures.items():
             self._given_up.add(video)
@@ -175,6 +175,11 @@ class _Waves:
         if outcome.scored:
             self._events.put(VideosScored(outcome.scored))
         return outcome.scored + len(outcome.failures)
+
+    def _pass_on(self, event: Event) -> None:
+        # How far a wave is would be taken for how far the rollouts are.
+        if isinstance(event, Notice):
+            self._tell(event.text)
 
     def _began(self, fan_out: FanOut) -> None:
         self._fan_out = fan_out

@@ -21,9 +21,11 @@ import pytest
 from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
+from lrag_ray.config.schema import StorageSection
 from lrag_ray.config.videos import videos_config
 from lrag_ray.engine.score_videos import VideoScores, score_videos
-from lrag_ray.engine.scoring.vbench_work import stored_rows
+from lrag_ray.engine.scoring.vbench_work import VbenchTask, VbenchWork, stored_rows
+from lrag_ray.engine.video_list import list_videos
 from lrag_ray.scoring.vbench_long.rows import RowKey
 from lrag_ray.store.address import Storage
 from tests.engine.odd_videos import BROKEN, encode, make_folder
@@ -124,9 +126,12 @@ def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: None, long_video: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[RowKey, Any]:
+def undisturbed(long_video: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[RowKey, Any]:
+    """Without Ray, in this process."""
     to = tmp_path_factory.mktemp("scores")
-    assert score(long_video, to).exit_code == 0
+    (video,) = list_videos(str(long_video), None, StorageSection()).videos
+    task = VbenchTask(video.path, video.name, None, f"{video.name}@{video.stamp}", "direct/x", "rows-end.parquet")
+    VbenchWork(Storage(str(to)), None, videos_config(OVERRIDES).scoring)(task, lambda: True)
     return scores_of(to)
 
 
@@ -144,6 +149,7 @@ def row_files(to: Path) -> set[Path]:
     return set(to.glob("direct/*/rows-*.parquet"))
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
     undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +179,7 @@ def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
     assert committed < row_files(tmp_path)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_is_replaced_and_goes_on_from_its_rows(
     undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from lrag_ray.engine.progress import (
     WorkerLost,
 )
 from lrag_ray.engine.run import run
-from lrag_ray.engine.scoring.stage import open_scores
+from lrag_ray.engine.scoring.stage import pending_scores
 from lrag_ray.errors import StorageError
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
@@ -62,7 +62,7 @@ def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path
     config, progress = scored_config(tmp_path, actors=1), Recorder()
     outcome = run(config, PROMPTS, progress=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 12)
-    assert open_scores(RunDirectory(str(tmp_path)), config) == 0
+    assert pending_scores(RunDirectory(str(tmp_path)), config) == []
     early = sum(event.videos for event in progress.of(VideosScored))
     assert 0 < early <= 12
     kinds = [e.stage if isinstance(e, StageEnded) else type(e) for e in progress.events]

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.progress import Event, StageAdvanced
 from lrag_ray.engine.scoring.fan_out import ATTEMPTS, FanOut, GoOn, Item, Refused, Result, Stopped, Work, Workers
 from lrag_ray.engine.scoring.preview import pending_targets, score_target, score_video
 from lrag_ray.engine.scoring.stage import score_pending
@@ -67,10 +68,10 @@ def run(tmp_path: Path) -> RunDirectory:
 
 @pytest.mark.usefixtures("cluster")
 def test_every_committed_video_is_scored_once(run: RunDirectory) -> None:
-    seen: list[tuple[int, int]] = []
-    outcome = score_pending(run, config_for(run), lambda done, total: seen.append((done, total)))
+    seen: list[Event] = []
+    outcome = score_pending(run, config_for(run), seen.append)
     assert (outcome.scored, outcome.failures) == (8, {})
-    assert seen == [(i, 8) for i in range(1, 9)]
+    assert seen == [StageAdvanced("scoring", i, 8) for i in range(1, 9)]
     rows = stored_rows(run)
     assert len(rows) == 8
     row = rows[run.require().prompts.popitem()[0], "rag", 12]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.engine.video_list import Labels, ListedVideo, VideoList, list_videos
 from lrag_ray.errors import UsageError
+from tests.conftest import REPOSITORY
 
 HERE = StorageSection()
 
@@ -75,6 +78,14 @@ def test_nothing_found_is_told(folder: Path) -> None:
     for target in ("nothing", "*.webm"):
         with pytest.raises(UsageError, match="no videos at"):
             list_videos(f"{folder}/{target}", None, HERE)
+
+
+def test_a_job_is_the_same_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.score", str(tmp_path), "--weights", "random"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
+    assert done.returncode == 2 and "no videos at" in done.stderr
 
 
 def labelled(folder: Path, text: str, name: str = "m.csv") -> VideoList:

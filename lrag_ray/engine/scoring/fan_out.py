@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lrag_ray.errors import LragError
 from lrag_ray.store.address import redact
@@ -106,7 +107,10 @@ class FanOut:
 
     def __init__(self, items: Sequence[Item], make: Callable[[], Work], workers: Workers, *, keep: bool) -> None:
         self._items, self._make, self._workers, self._keep = items, make, workers, keep
-        self._foreman = ray.remote(Foreman).options(num_cpus=0, max_restarts=0).remote()
+        # On the driver's own node, so that it is not lost while the wave goes on.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+        self._foreman = ray.remote(Foreman).options(**options).remote()
 
     def stop(self) -> None:
         """Have the workers put down what they are at; from any thread. The iteration then ends by itself soon."""

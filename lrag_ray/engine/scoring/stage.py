@@ -6,20 +6,20 @@ more at the end.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from lrag_ray.config.schema import RunConfig, ScoringSection
+from lrag_ray.config.schema import EngineSection, RunConfig, ScoringSection
+from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, silent
 from lrag_ray.engine.scoring import preview, vbench
-from lrag_ray.engine.scoring.fan_out import FanOut, Item, Work, Workers, room_for
+from lrag_ray.engine.scoring.fan_out import FanOut, Item, Work, Workers
 from lrag_ray.engine.scoring.vbench_work import VbenchWork
+from lrag_ray.engine.sizing import WorkerShape, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError
 from lrag_ray.scoring.vbench_long.parquet import folder
 from lrag_ray.store.run_dir import RunDirectory
-
-Progress = Callable[[int, int], None]
-"""Called with (videos done, videos of this wave)."""
 
 
 @dataclass(frozen=True)
@@ -53,71 +53,17 @@ def check_scoring(run_dir: RunDirectory, config: RunConfig) -> None:
         vbench.check_weights(config.scoring)
 
 
-def open_scores(run_dir: RunDirectory, config: RunConfig) -> int:
-    """How many videos the next call of `score_pending` would begin with. StorageError if the run cannot be listed."""
-    return len(_pending(run_dir, config, settled=False))
+def refuse_without_room(config: RunConfig) -> None:
+    """ClusterError where no scoring worker will ever find a place. Needs Ray."""
+    if config.scoring.suite != "none":
+        worker_count(config.scoring, config.engine, silent)
 
 
-def score_pending(
-    run_dir: RunDirectory, config: RunConfig, progress: Progress | None = None, *, wave: Wave | None = None
-) -> ScoringOutcome:
-    """Score every committed video that has no score yet. Needs a running Ray; starts nothing without work.
+def pending_scores(run_dir: RunDirectory, config: RunConfig, *, settled: bool = False) -> Sequence[Item]:
+    """What is committed and not scored; with `settled` what no later commit of its rollout will replace.
 
-    Raises:
-        StorageError: the run cannot be listed. Trouble with a single video is in the outcome instead.
-        ClusterError: no node of the cluster has room for a worker.
+    Raises StorageError if the run cannot be listed.
     """
-    items = _pending(run_dir, config, settled=wave is not None)
-    if wave is not None:
-        items = [item for item in items if item.key not in wave.without][: wave.videos]
-    if not items:
-        return ScoringOutcome(0, {})
-    workers = worker_count(config.scoring, len(items), wave.workers if wave else None)
-    keep = config.scoring.suite == "vbench_long"
-    fan_out = FanOut(items, _maker(run_dir, config), workers, keep=keep)
-    if wave is not None:
-        wave.began(fan_out)
-    return collect(fan_out, len(items), progress)
-
-
-def collect(fan_out: FanOut, total: int, progress: Progress | None) -> ScoringOutcome:
-    """Iterate to the end."""
-    scored, failures = 0, {}
-    for done, result in enumerate(fan_out, start=1):
-        scored += result.state == "scored"
-        if result.state == "failed":
-            failures[result.key] = result.reason
-        if progress is not None:
-            progress(done, total)
-    return ScoringOutcome(scored, failures)
-
-
-def worker_count(scoring: ScoringSection, items: int, most: int | None = None) -> Workers:
-    """How many workers for so many items; as many as fit the whole cluster where neither the user nor `most` says.
-
-    Raises ClusterError where not one fits a node. Needs Ray.
-    """
-    import ray
-
-    workers = each_worker(scoring)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = sum(room_for(workers, node) for node in nodes)
-    if fit == 0:
-        room = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-        raise ClusterError(
-            f"no node has room for a scoring worker of {workers.cpus:g} CPUs and {workers.gpus:g} GPUs; the whole "
-            f"cluster has {room}. Set scoring.cpus_per_worker and scoring.gpus_per_worker to what a node has"
-        )
-    count = min(limit for limit in (scoring.workers or fit, most, items) if limit is not None)
-    return replace(workers, count=count)
-
-
-def each_worker(scoring: ScoringSection) -> Workers:
-    """What one worker reserves: the preview suite knows no GPU."""
-    return Workers(1, scoring.cpus_per_worker, scoring.gpus_per_worker if scoring.suite == "vbench_long" else 0)
-
-
-def _pending(run_dir: RunDirectory, config: RunConfig, *, settled: bool) -> Sequence[Item]:
     match config.scoring.suite:
         case "none":
             return []
@@ -125,6 +71,69 @@ def _pending(run_dir: RunDirectory, config: RunConfig, *, settled: bool) -> Sequ
             return preview.pending_items(run_dir)
         case "vbench_long":
             return vbench.pending_items(run_dir, config, settled=settled)
+
+
+def score_pending(
+    run_dir: RunDirectory,
+    config: RunConfig,
+    progress: Progress = silent,
+    *,
+    items: Sequence[Item] | None = None,
+    wave: Wave | None = None,
+) -> ScoringOutcome:
+    """Score `items`, or everything that is pending. Needs a running Ray; starts nothing without work.
+
+    Raises:
+        StorageError: the run cannot be listed. Trouble with a single video is in the outcome instead.
+        ClusterError: no node of this machine's cluster has room for a worker.
+    """
+    if items is None:
+        items = pending_scores(run_dir, config, settled=wave is not None)
+    if wave is not None:
+        items = [item for item in items if item.key not in wave.without][: wave.videos]
+    if not items:
+        return ScoringOutcome(0, {})
+    count = worker_count(config.scoring, config.engine, progress)
+    workers = each_worker(config.scoring, min(count, len(items), wave.workers if wave else count))
+    fan_out = FanOut(items, _maker(run_dir, config), workers, keep=config.scoring.suite == "vbench_long")
+    if wave is not None:
+        wave.began(fan_out)
+    return collect(fan_out, len(items), progress)
+
+
+def collect(fan_out: FanOut, total: int, progress: Progress) -> ScoringOutcome:
+    """Iterate to the end."""
+    scored, failures = 0, {}
+    for done, result in enumerate(fan_out, start=1):
+        scored += result.state == "scored"
+        if result.state == "failed":
+            failures[result.key] = result.reason
+        progress(StageAdvanced("scoring", done, total))
+    return ScoringOutcome(scored, failures)
+
+
+def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Progress) -> int:
+    """How many workers to have: what the configuration says, else as many as fit the cluster. Needs Ray.
+
+    Raises ClusterError where not one fits and no node can join; where one can, that is told and waited for.
+    """
+    each = each_worker(scoring)
+    shape = WorkerShape(each.cpus, each.gpus)
+    fit = sum(shape.slots(node) for node in usable_nodes(draining_nodes()))
+    if fit == 0:
+        text = (
+            f"no node has room for a scoring worker of {each.cpus:g} CPUs and {each.gpus:g} GPUs "
+            "(scoring.cpus_per_worker, scoring.gpus_per_worker)"
+        )
+        if (engine.address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+            raise ClusterError(f"{text}, and this machine gets no larger. Set them to what it has")
+        progress(Notice(f"{text}. Waiting for one", warning=True))
+    return scoring.workers or max(1, fit)
+
+
+def each_worker(scoring: ScoringSection, count: int = 1) -> Workers:
+    """What one worker reserves: the preview suite knows no GPU."""
+    return Workers(count, scoring.cpus_per_worker, scoring.gpus_per_worker if scoring.suite == "vbench_long" else 0)
 
 
 def _maker(run_dir: RunDirectory, config: RunConfig) -> Callable[[], Work]:

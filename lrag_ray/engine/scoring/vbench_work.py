@@ -111,22 +111,29 @@ class VbenchWork:
         )
 
     def _commit(self, task: VbenchTask, rows: Iterable[ScoreRow], go_on: GoOn) -> None:
-        """Write rows in files of whole clips; the last one, which may be empty, under the name that ends the task."""
+        """Write rows in files of whole clips; the last one, which may be empty, under the name that ends the task.
+
+        Told to stop, it ends between two dimensions.
+        """
         kept: list[ScoreRow] = []
         clips, since, failure = 0, time.monotonic(), ""
         for _, clip in groupby(rows, key=lambda row: (row.kind, row.first_frame, row.frame_count)):
-            kept += map(self._marked, clip)
+            for row in clip:
+                kept.append(self._marked(row))
+                failure = row.reason if row.kind == "failure" else failure
+                if not go_on():
+                    self._keep(task, kept)
+                    raise Stopped
             clips += 1
-            failure = kept[-1].reason if kept[-1].kind == "failure" else ""
-            stopped = not go_on()
-            if stopped or clips == self._files.clips or time.monotonic() - since >= self._files.seconds:
-                self._rows.create(f"{task.folder}/rows-{secrets.token_hex(8)}.parquet", rows_to_parquet(kept))
+            if clips == self._files.clips or time.monotonic() - since >= self._files.seconds:
+                self._keep(task, kept)
                 kept, clips, since = [], 0, time.monotonic()
-            if stopped:
-                raise Stopped
         self._rows.create(f"{task.folder}/{task.last_file}", rows_to_parquet(kept))
         if failure:
             raise Refused(failure)
+
+    def _keep(self, task: VbenchTask, rows: Sequence[ScoreRow]) -> None:
+        self._rows.create(f"{task.folder}/rows-{secrets.token_hex(8)}.parquet", rows_to_parquet(rows))
 
     def _marked(self, row: ScoreRow) -> ScoreRow:
         return replace(row, networks=row.networks.replace(":", f":{UNTRAINED}")) if self._untrained else row
