@@ -60,7 +60,7 @@ def latex_table(data: ReportData) -> str:
 
 def escaped(text: str) -> str:
     """`text` with nothing in it that LaTeX would act on."""
-    return "".join(_ESCAPES.get(character, character) for character in text)
+    return "".join(_ESCAPES.get(character, character) for character in text if character.isprintable())
 
 
 def _block_rows(data: ReportData, block: RankBlock, first_cell: str) -> Sequence[str]:

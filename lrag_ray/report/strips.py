@@ -6,6 +6,7 @@ report. Videos are read one at a time and frame by frame, through storage.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -119,7 +120,9 @@ def _indices(video: CommittedVideo) -> list[int]:
 
 def _strip(folder: Storage, present: set[str], shown: ShownRollout, video: CommittedVideo) -> Strip:
     method = video.rollout.method
-    path = f"{FOLDER}/{video.video.sha256[:32]}-{video.frames}-{COLUMNS}x{_WIDTH}.webp"
+    # Hashed once more: a stranger's record may hold anything in place of a digest.
+    made_from = f"{video.video.sha256} {_indices(video)} {_WIDTH} {_GAP} {_QUALITY}"
+    path = f"{FOLDER}/{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.webp"
     if path not in present:
         try:
             folder.write(path, _image(shown.run_dir.storage, video))

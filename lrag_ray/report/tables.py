@@ -158,10 +158,10 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
     frozen = data.frozen_means(block)
     if frozen:
         caption += " frozen: the first frame held, a control that is not ranked."
-    table = Table(title=Text(heading(data, block)), caption=Text(caption.strip()))
+    table = Table(title=_name(heading(data, block)), caption=_name(caption.strip()))
     table.add_column("measure")
     for row in block.rows:
-        table.add_column(Text(row.method), justify="right")
+        table.add_column(_name(row.method), justify="right")
     if frozen:
         table.add_column(Text("frozen", style="italic"), justify="right")
     marks = places(block, data.suite.measures)
@@ -178,7 +178,7 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
 
 def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStatistics) -> Table:
     table = Table(
-        title=Text(f"{heading(data, block)}: differences"),
+        title=_name(f"{heading(data, block)}: differences"),
         caption=Text(
             f"{data.suite.title}. Paired per prompt and sample. {interval_note(block.prompts)}"
             + (" * it leaves out zero." if block.prompts >= LEAST_PROMPTS else "")
@@ -187,7 +187,7 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
     )
     table.add_column("measure")
     for contrast in statistics.contrasts:
-        table.add_column(Text(f"{contrast.method} − {contrast.reference}"), justify="right")
+        table.add_column(_name(f"{contrast.method} − {contrast.reference}"), justify="right")
     if statistics.noise:
         table.add_column("noise", justify="right")
     for measure in data.suite.measures:
@@ -210,6 +210,11 @@ def _difference_cell(contrast: Contrast, measure: Measure, suite: Suite) -> Text
     found = contrast.intervals[measure.name]
     star = "*" if found.excludes_zero else " "
     return Text(f"{signed(found.mean, suite)}{star}\n{interval(found, suite)}".rstrip("\n"))
+
+
+def _name(text: str) -> Text:
+    """Text that holds names of a stranger's run: nothing in it steers a terminal."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _marked(text: str, place: Place | None) -> Text:

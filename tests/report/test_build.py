@@ -19,6 +19,7 @@ from rich.console import Console
 from lrag_ray.engine.scoring.preview import pending_targets, score_video
 from lrag_ray.errors import StorageError
 from lrag_ray.report import Report, build_report
+from lrag_ray.report.latex import latex_table
 from lrag_ray.report.tables import Place, comparison_note, places
 from lrag_ray.scoring.preview import MEASURES, PREVIEW
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
@@ -306,3 +307,23 @@ def test_only_the_first_prompts_have_maps(tmp_path: Path, monkeypatch: pytest.Mo
     page = Page(run.storage.read_bytes(PAGE).decode())
     assert [attrs.get("class") for tag, attrs in page.attributes if tag == "svg"] == ["map"]
     assert len(page.values("src", "video")) == 2
+
+
+def test_names_of_a_strangers_run_neither_act_nor_steer(tmp_path: Path) -> None:
+    """run.json may hold what no configuration would let through."""
+    nasty = 'rag\x1b]0;owned\x07"><script>alert(1)</script>'
+    run = make_run(str(tmp_path / "run"), ["a fox"], ["base", "rag"])
+    score_all(run)
+    described = json.loads(run.storage.read_bytes("run.json"))
+    described["backbones"]["tiny"]["label"] = nasty
+    described["methods"][nasty] = described["methods"]["rag"]
+    run.storage.write("run.json", json.dumps(described).encode())
+    report = build_report(run)
+    html = run.storage.read_bytes(PAGE).decode()
+    assert "<script>alert" not in html and len(Page(html).scripts) == 1
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in report.terminal_tables():
+        console.print(table)
+    shown = console.export_text()
+    assert "owned" in shown and "\x1b]" not in shown and "\x07" not in shown
+    assert "<script>" in latex_table(report.data), "which LaTeX prints as it is"

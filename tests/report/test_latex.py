@@ -56,7 +56,7 @@ def test_environments_and_braces_close(table: str) -> None:
 
 
 def test_text_cannot_act() -> None:
-    nasty = r"\input{/etc/passwd} 50% & $x_1^2$ #~"
+    nasty = "\\input{/etc/passwd} 50% & $x_1^2$ #~\n\x1b"
     shown = escaped(nasty)
     assert re.sub(r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\[&%$#_{}]", "", shown) == (
         "input/etc/passwd 50  x12 "

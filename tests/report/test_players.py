@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrag_ray.context.trace import TraceRow
-from lrag_ray.report import collect
+from lrag_ray.report import collect, report
 from lrag_ray.report.players import relative_address, rows
 from lrag_ray.report.trace_svg import trace_figure
 from lrag_ray.store.address import Storage
@@ -41,6 +41,9 @@ def test_a_video_out_of_reach_says_where_it_is(tmp_path: Path, s3_bucket: str) -
     (player,) = row.players
     assert player.sources == {}
     assert player.missing.startswith("at s3://runs/players/rollouts/tiny/base/")
+    assert report([remote], strips=0).folder == "s3://runs/players/summary"
+    page = remote.storage.read_bytes("summary/report.html").decode()
+    assert 'src="../rollouts/tiny/base/' in page and "out of this page" not in page
 
 
 def test_a_map_is_that_of_the_whole_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
 from lrag_ray.report import ReportData, collect
 from lrag_ray.report.scores import Scores
 from lrag_ray.report.tables import warnings
-from lrag_ray.scoring.vbench_long.parquet import UNTRAINED
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
+from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows_from_parquet
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Mode
 from lrag_ray.scoring.vbench_long.slow_fast import map_score
 from lrag_ray.store.records import RolloutId
@@ -66,6 +68,22 @@ def test_every_duration_is_the_mean_over_its_own_clips(run: RunDirectory) -> Non
         assert found["subject_consistency"] == pytest.approx(fused)
     assert all(row.average_rank == (1 if row.method == "rag" else 2) for row in data.blocks[0].rows)
     assert data.scores.pending == 0 and data.scores.computed and data.scores.networks == {"clip_vitb32:1a2b"}
+
+
+def test_a_table_holds_the_official_global_scores(run: RunDirectory) -> None:
+    """Against the aggregation that is held to the official numbers, over all rows of a method at once."""
+    score_run(run, lambda rollout, name, first: 0.5 + crc32(f"{rollout.path} {name} {first}".encode()) % 997 / 2000)
+    rollouts = {rollout: videos for rollout, videos in by_rollout(run).items() if rollout.method == "rag"}
+    data = collect([run])
+    for position, latent_frames in enumerate(HORIZONS):
+        rows, durations = [], {}
+        for rollout, videos in rollouts.items():
+            for path in run.storage.list_files(rollout_folder("compat", rollout.path)):
+                rows += rows_from_parquet(run.storage.read_bytes(path))
+            durations[rows[-1].video] = videos[position].frames
+        official = aggregate(rows, durations)
+        assert not official.unscored
+        assert means(data, latent_frames, "rag") == pytest.approx(official.mean_over_clips)
 
 
 def test_curves_show_the_score_within_the_clip(run: RunDirectory) -> None:
