@@ -71,6 +71,10 @@ _MENDS_BY_CODE = {
     "InvalidAccessKeyId": _CREDENTIALS,
     "SignatureDoesNotMatch": _CREDENTIALS,
     "InvalidToken": _CREDENTIALS,
+    "NotImplemented": (
+        "The store does not know what is asked of it; commits need conditional writes (If-None-Match). Set run.uri to "
+        "another store"
+    ),
     "ExpiredToken": _EXPIRED,
     "ExpiredTokenException": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,

@@ -170,19 +170,29 @@ class RunDirectory:
 
     @without_cycle_search()
     def inventory(self, rollout: RolloutId | None = None) -> Inventory:
-        """List the run (or one rollout) once and read its commits."""
-        files = self.storage.list_files(rollout.path if rollout else "rollouts")
-        commit_paths = {path: match for path in files if (match := _COMMIT.match(path))}
-        contents = self.storage.read_many(list(commit_paths))
-        commits: dict[str, dict[int, CommitState]] = {}
-        for path, data in contents.items():
-            match = commit_paths[path]
-            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
+        """List the run (or one rollout) once and read its commits; what does not count is looked at twice.
+
+        A long listing is no snapshot: it may show a commit that was made while it went on, and not its files.
+        """
+        files, commits = self._look(rollout.path if rollout else "rollouts")
+        for folder in [folder for folder, states in commits.items() if any(s.problem for s in states.values())]:
+            files_again, commits_again = self._look(folder)
+            files.update(files_again)
+            commits[folder] = commits_again.get(folder, {})
         parts: dict[str, list[str]] = {}
         for path in sorted(path for path in files if "/part-" in path):
-            if match_part := _PART.match(path):
-                parts.setdefault(match_part[1], []).append(path)
+            if match := _PART.match(path):
+                parts.setdefault(match[1], []).append(path)
         return Inventory(files, commits, parts)
+
+    def _look(self, prefix: str) -> tuple[dict[str, int], dict[str, dict[int, CommitState]]]:
+        files = self.storage.list_files(prefix)
+        commit_paths = {path: match for path in files if (match := _COMMIT.match(path))}
+        commits: dict[str, dict[int, CommitState]] = {}
+        for path, data in self.storage.read_many(list(commit_paths)).items():
+            match = commit_paths[path]
+            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
+        return files, commits
 
     def commits(self) -> list[Commit]:
         """All commits that count, ordered by rollout and horizon."""

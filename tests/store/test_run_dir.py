@@ -69,6 +69,24 @@ def test_a_commit_whose_files_are_missing_short_or_elsewhere_does_not_count(run:
     assert state.problem == "names run.json, a file of another rollout"
 
 
+def test_a_commit_that_was_made_during_the_listing_counts(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = run.ensure(make_identity())
+    commit = store_commit(run, identity, rollout_id(), 6)
+    assert commit.video is not None
+    whole, unseen = run.storage.list_files, [commit.video.path]
+
+    def listed_while_it_was_made(prefix: str = "") -> dict[str, int]:
+        found = whole(prefix)
+        if unseen:
+            del found[unseen.pop()]
+        return found
+
+    monkeypatch.setattr(run.storage, "list_files", listed_while_it_was_made)
+    inventory = run.inventory()
+    assert inventory.problems() == [] and commit.video.path in inventory.files
+    assert inventory.valid_commits(rollout_id()) == {6: commit}
+
+
 def test_a_commit_that_cannot_be_read_does_not_count(run: RunDirectory) -> None:
     run.storage.write(f"{rollout_id().path}/commit-6.json", b"not json")
     (state,) = run.inventory().problems()
