@@ -29,49 +29,59 @@ MB = 1 << 20
 
 
 class Watched(Diary):
-    """A diary that looks at the pool's actors, and does something in the main thread after a number of results."""
+    """A diary that does the next of `doings`, in the main thread, as soon as its condition holds."""
 
-    def __init__(self, doings: dict[int, Callable[[], None]]) -> None:
+    def __init__(self, *doings: tuple[Callable[[Diary], bool], Callable[[], object]]) -> None:
         super().__init__()
-        self.doings = doings
-        self.most_at_once: list[int] = []
+        self.doings = list(doings)
 
     def tick(self) -> None:
-        self.most_at_once.append(len({worker for worker, _ in self.order[-50:]}))
-        for count in [count for count in self.doings if len(self.results) >= count]:
-            self.doings.pop(count)()
+        if self.doings and self.doings[0][0](self):
+            self.doings.pop(0)[1]()
 
 
-def pool(diary: Diary, size: PoolSize, shape: WorkerShape, reserved: Counter[int]) -> ActorPool[Job, Any]:
+class Waiter(Sleeper):
+    """Is at its item until the file ``release`` appears."""
+
+    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
+        while not (job.folder / "release").exists():
+            time.sleep(0.05)
+        return super().work(job, attempt)
+
+
+def pool(
+    diary: Diary, size: PoolSize, shape: WorkerShape, spawned: Counter[int], actor: type[Sleeper] = Sleeper
+) -> ActorPool[Job, Any]:
     def spawn(name: str, memory: int) -> Any:
-        reserved[memory] += 1
+        spawned[memory] += 1
         options = {"num_cpus": shape.cpus, "num_gpus": shape.gpus, "memory": memory or None}
-        return ray.remote(Sleeper).options(**options, max_restarts=0, max_task_retries=0).remote()
+        return ray.remote(actor).options(**options, max_restarts=0, max_task_retries=0).remote()
 
     return ActorPool(spawn, lambda actor, job, attempt: actor.work.remote(job, attempt), diary, size, shape, 3)
 
 
 def per_gpu_follows_nodes(cluster: Cluster, folder: Path) -> None:
-    """Shares of a quarter GPU on a node with one GPU; another joins, then the first is taken away."""
+    """Quarters of a GPU on a node with one; another node joins, then the first is taken away while all are at work."""
     first = cluster.add_node(num_cpus=8, num_gpus=1)
     second: list[Any] = []
+
+    def workers(diary: Diary) -> int:
+        return len({worker for worker, _ in diary.order})
+
     diary = Watched(
-        {
-            8: lambda: second.append(cluster.add_node(num_cpus=8, num_gpus=1)),
-            40: lambda: cluster.remove_node(first, allow_graceful=False),
-        }
+        (lambda diary: workers(diary) == 4, lambda: second.append(cluster.add_node(num_cpus=8, num_gpus=1))),
+        (lambda diary: workers(diary) == 8, lambda: cluster.remove_node(first, allow_graceful=False)),
+        (lambda diary: len(diary.failures) == 4, (folder / "release").touch),
     )
-    jobs = [Job(f"job{i:03d}", folder, seconds=0.3) for i in range(90)]
+    jobs = [Job(f"job{i:02d}", folder) for i in range(20)]
     spawned: Counter[int] = Counter()
     items = [WorkItem(job.name, i, "g", job) for i, job in enumerate(jobs)]
-    assert pool(diary, PoolSize(1, None), WorkerShape(0.5, 0.25), spawned).run(items) == []
-    assert len(diary.results) == 90
-    # Four on the first node, four more on the second; the four that were lost are not asked for again for long.
-    assert {len({worker for worker, key in diary.order if key < "job008"})} == {4}, diary.order
-    pids = {result[0] for result in diary.results.values()}
-    assert len(pids) == 8, pids
-    assert all(not failure.counted for _, failure in diary.failures)
-    assert 0 < len(diary.failures) <= 4
+    assert pool(diary, PoolSize(1, None), WorkerShape(0.5, 0.25), spawned, Waiter).run(items) == []
+    assert len(diary.results) == 20 and diary.doings == []
+    assert [(failure.kind, failure.counted) for _, failure in diary.failures] == [("death", False)] * 4
+    # What was lost goes first, on the node that is left.
+    lost = {key for key, _ in diary.failures}
+    assert lost == {key for _, key in diary.order[:4]} == {key for _, key in diary.order[8:12]}
     cluster.remove_node(second[0])
 
 
@@ -79,8 +89,13 @@ def memory_is_shared(cluster: Cluster, folder: Path) -> None:
     """Room for one worker with a history and two without; one rollout needs more than any node has, until one joins."""
     small = cluster.add_node(num_cpus=3, memory=300 * MB)
     large: list[Any] = []
-    diary = Watched({8: lambda: large.append(cluster.add_node(num_cpus=1, memory=2000 * MB))})
     needs = [200 * MB, 0, 0, 200 * MB, 0, 0, 0, 0, 1000 * MB]
+    diary = Watched(
+        (
+            lambda diary: len(diary.results) == len(needs) - 1,
+            lambda: large.append(cluster.add_node(num_cpus=1, memory=2000 * MB)),
+        )
+    )
     jobs = [Job(f"job{i}", folder, seconds=0.5) for i in range(len(needs))]
     items = [
         WorkItem(job.name, i, "g", job, memory=need) for i, (job, need) in enumerate(zip(jobs, needs, strict=True))
@@ -89,8 +104,7 @@ def memory_is_shared(cluster: Cluster, folder: Path) -> None:
     assert pool(diary, PoolSize(3, 3), WorkerShape(1, 0), spawned).run(items) == []
     assert len(diary.results) == len(needs) and diary.failures == []
     assert spawned[200 * MB] == 1 and spawned[0] == 2, spawned
-    by_pid = {key: diary.results[key][0] for key in diary.results}
-    assert by_pid["job0"] == by_pid["job3"] != by_pid["job1"]
+    assert diary.results["job0"][0] == diary.results["job3"][0]
     assert diary.lost.count("job8 is too large") == 1
     for node in (small, *large):
         cluster.remove_node(node)
@@ -116,10 +130,10 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     nodes = [cluster.add_node(num_cpus=1, memory=500 * MB) for _ in range(2)]
     prompts = make_prompts("a red fox in the snow")
     rag = {"method": "tests.engine.disturbed:Remembering", "window": 9, "top_k": 2, "recent_exclude": 0}
-    slow = {**rag, "descriptor": "avg_pool", "block_s": 0.3}
+    slow = {**rag, "descriptor": "avg_pool", "block_s": 0.5}
 
     def config(name: str, method: dict[str, Any]) -> Any:
-        engine = {"actors": 1, "checkpoint_every_blocks": 8}
+        engine = {"actors": 1, "checkpoint_every_blocks": 100}
         return make_config(
             folder / name,
             methods={"m": method},
@@ -147,10 +161,10 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     directory = RunDirectory(str(folder / "drained"))
     assert directory.failures() == []
     (commit,) = directory.commits()
-    first = commit.latent_parts[0]
-    assert first.frames // 3 == finished.blocks_resumed, (yielded, finished)
+    # Parts end at the end alone, but for the one that was flushed.
+    flushed, rest = commit.latent_parts
+    assert (finished.blocks_resumed, finished.blocks_generated) == (flushed.frames // 3, rest.frames // 3)
     assert f"{finished.blocks_resumed} blocks are stored" in yielded.reason
-    assert finished.blocks_resumed % 8 and finished.blocks_resumed + finished.blocks_generated == 20
 
     assert run(config("quiet", {**slow, "block_s": 0.0}), prompts).exit_code == 0
     assert digests([commit]) == digests(RunDirectory(str(folder / "quiet")).commits())
