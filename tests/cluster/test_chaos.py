@@ -162,6 +162,7 @@ def test_videos_survive_as_well(cluster: Nodes, tmp_path: Path) -> None:
     survive(cluster, tmp_path, FILMED, timeout_s=300)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not os.environ.get("RUN_NIGHTLY"), reason="takes half an hour (set RUN_NIGHTLY=1)")
 @pytest.mark.timeout(7200)
 def test_a_long_run_survives_a_hundred_kills(cluster: Nodes, tmp_path: Path) -> None:
