@@ -5,6 +5,7 @@
     RUN/
       run.json                          what the run is (`RunIdentity`)
       config.json                       the configuration that it was last started with
+      lease/<epoch>.json, .beat         the driver at work (`lrag_ray.store.lease`)
       rollouts/<backbone>/<method>/<prompt_id>-<sample>/
           attempt-<id>/                 parts and videos that one attempt wrote
           commit-<latent_frames>.json   one per reached horizon, created once
