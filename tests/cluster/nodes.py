@@ -189,6 +189,8 @@ def ray_start(*arguments: str, prefix: Sequence[str] = (), **environment: str) -
                 time.sleep(0.1)
             yield raylets[0]
         finally:
+            if process.poll() is not None:
+                print(f"ray start ended with {process.returncode}: {process.communicate()[0].decode()}")
             started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             # What it started is ended here and not by itself, which may wait for a node that does not answer.
             for child in [*started, process]:
