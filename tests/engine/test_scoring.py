@@ -18,6 +18,7 @@ from lrag_ray.engine.progress import Event, StageAdvanced
 from lrag_ray.engine.scoring.fan_out import ATTEMPTS, FanOut, GoOn, Item, Refused, Result, Stopped, Work, Workers
 from lrag_ray.engine.scoring.preview import pending_targets, score_target, score_video
 from lrag_ray.engine.scoring.stage import score_pending
+from lrag_ray.errors import ClusterError
 from lrag_ray.scoring.preview import MEASURES, PREVIEW, measures
 from lrag_ray.scoring.table import ScoreRow, from_parquet
 from lrag_ray.store.records import RolloutId
@@ -138,6 +139,16 @@ def test_an_item_that_kills_its_workers_or_raises_stops_nothing(keep: bool) -> N
     assert found["refuse"] == Result("refuse", "failed", "not today")
     assert found["kill"].state == "failed" and f"died {ATTEMPTS} times" in found["kill"].reason
     assert found["bug"].reason.startswith("KeyError: 'token=***' (test_scoring.py:")
+
+
+def cannot_start() -> Work:
+    raise RuntimeError("no such package")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_cannot_start_end_the_wave() -> None:
+    with pytest.raises(ClusterError, match=r"scoring workers cannot work: .*no such package"):
+        list(FanOut([Item("a", "fine")], cannot_start, Workers(1, 1), keep=True))
 
 
 @pytest.mark.usefixtures("cluster")

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lrag_ray.errors import LragError
+from lrag_ray.errors import ClusterError, LragError
 from lrag_ray.store.address import redact
 
 ATTEMPTS = 3
@@ -102,7 +102,7 @@ class FanOut:
     """One wave: iterate over it for the results, in the order in which they come. Needs Ray.
 
     `make` makes what works on items: once per worker where `keep` (Ray actors, for what is expensive to load), else
-    once per item (Ray tasks).
+    once per item (Ray tasks). ClusterError where workers cannot start.
     """
 
     def __init__(self, items: Sequence[Item], make: Callable[[], Work], workers: Workers, *, keep: bool) -> None:
@@ -136,6 +136,12 @@ class FanOut:
             try:
                 for row in results.iter_rows():
                     yield Result(**row)
+            except ray.exceptions.RayError as error:
+                # What an item does wrong is a result; this is a worker that cannot even start.
+                lines = str(error).strip().splitlines()
+                raise ClusterError(
+                    f"scoring workers cannot work: {redact(lines[-1] if lines else repr(error))}"
+                ) from error
             finally:
                 ray.kill(self._foreman)
 

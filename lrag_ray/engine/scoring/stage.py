@@ -118,14 +118,16 @@ def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Progr
     Raises ClusterError where not one fits and no node can join; where one can, that is told and waited for.
     """
     each = each_worker(scoring)
-    shape = WorkerShape(each.cpus, each.gpus)
-    fit = sum(shape.slots(node) for node in usable_nodes(draining_nodes()))
+    shape, nodes = WorkerShape(each.cpus, each.gpus), usable_nodes(draining_nodes())
+    fit = sum(map(shape.slots, nodes))
     if fit == 0:
         text = (
             f"no node has room for a scoring worker of {each.cpus:g} CPUs and {each.gpus:g} GPUs "
             "(scoring.cpus_per_worker, scoring.gpus_per_worker)"
         )
-        if (engine.address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+        address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
+        # A head without CPUs waits for nodes.
+        if address == "local" and len(nodes) == 1 and nodes[0].cpus:
             raise ClusterError(f"{text}, and this machine gets no larger. Set them to what it has")
         progress(Notice(f"{text}. Waiting for one", warning=True))
     return scoring.workers or max(1, fit)
