@@ -13,9 +13,13 @@ import pytest
 
 from lrag_ray.engine.lease import keep_lease
 from lrag_ray.engine.progress import Event, silent
-from lrag_ray.errors import LeaseError
+from lrag_ray.engine.run import run
+from lrag_ray.engine.run_identity import build_identity
+from lrag_ray.errors import IdentityError, LeaseError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import holder, new_record
+from lrag_ray.store.run_dir import RunDirectory
+from tests.engine.make import make_config, make_prompts
 
 TTL_S = 6.0
 """Long enough for a beat on a busy machine."""
@@ -147,3 +151,13 @@ def test_a_driver_that_does_not_stop_is_ended_the_hard_way(storage: Storage) -> 
         _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 3
     assert b"error: " in errors and b"was taken over by ada" in errors
+
+
+def test_another_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    prompts = make_prompts("a red fox")
+    directory = RunDirectory(str(tmp_path))
+    directory.ensure(build_identity(make_config(tmp_path), prompts))
+    before = directory.storage.list_details()
+    with pytest.raises(IdentityError, match=r"run\.seed"):
+        run(make_config(tmp_path, run={"uri": str(tmp_path), "seed": 1}), prompts)
+    assert directory.storage.list_details() == before
