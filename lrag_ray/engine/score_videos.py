@@ -118,8 +118,8 @@ def score_videos(
     if scoring.weights is not None and scoring.weights != RANDOM:
         scoring = scoring.model_copy(update={"weights": str(Path(scoring.weights).absolute())})
         config = config.model_copy(update={"scoring": scoring})
-    check_weights(scoring)
     listed = list_videos(target, manifest, config.storage)
+    check_weights(scoring)
     for note in listed.notes:
         progress(Notice(note, warning=True))
     out = Storage(to or f"scores-{scoring.suite}", config.storage)
