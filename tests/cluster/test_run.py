@@ -187,7 +187,7 @@ def test_a_commit_whose_file_is_gone_is_set_aside_and_made_again(tmp_path: Path)
 def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     progress = Recorder()
-    with pytest.raises(StorageError, match="cannot read .*Not a directory"):
+    with pytest.raises(StorageError, match=r"cannot read .*Not a directory"):
         run(make_config(tmp_path / "file" / "run"), PROMPTS, progress=progress)
     assert progress.of(StageBegan) == []
 
