@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from lrag_ray.engine.actor import make_reproducible
 from lrag_ray.engine.backbone import device_for, load_vae, pixels_identity
 from lrag_ray.engine.horizon_videos import HorizonVideos, put_video, value_bytes
 from lrag_ray.engine.places import Place, this_place
+from lrag_ray.engine.scratch import scratch_folder
 from lrag_ray.errors import WeightsError
 from lrag_ray.store.decoded import decode_settings, decoded_folder, record_path
 from lrag_ray.store.parts import BrokenPartError, read_latents
@@ -86,8 +85,8 @@ class DecodeActor:
             return DecodeResult(tuple(made), None)
         vae = self._held_vae(task)
         digest, end = hashlib.sha256(), 0
-        with tempfile.TemporaryDirectory(prefix="lrag-") as scratch:
-            videos = HorizonVideos(Path(scratch), vae, list(commits), self._config.video)
+        with scratch_folder() as scratch:
+            videos = HorizonVideos(scratch, vae, list(commits), self._config.video)
             try:
                 for part in task.commits[-1].latent_parts:
                     latents = read_latents(self._run.storage, part)

@@ -7,7 +7,6 @@ count. Horizons that are committed already are neither decoded nor committed aga
 from __future__ import annotations
 
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lrag_ray.engine.behind import Behind
 from lrag_ray.engine.block_writer import BlockWriter, Stopwatch
 from lrag_ray.engine.horizon_videos import HorizonVideos
 from lrag_ray.engine.progress import Step, WorkerState
+from lrag_ray.engine.scratch import scratch_folder
 from lrag_ray.engine.text import embedding_path, read_embedding
 from lrag_ray.engine.waiting import Yielded
 from lrag_ray.errors import WeightsError
@@ -148,8 +148,8 @@ class _Attempt:
         with self._watch.measure("store"):
             chain = self._chain(inventory, horizons[-1])
         stored = [block for part in chain.parts for block in part.blocks][: self._blocks_total]
-        with tempfile.TemporaryDirectory(prefix="lrag-") as scratch:
-            whole = self._commit_all(horizons, chain, stored, Path(scratch))
+        with scratch_folder() as scratch:
+            whole = self._commit_all(horizons, chain, stored, scratch)
         if not whole:
             return Yielded(f"its node is about to be taken away; {self._blocks_done} blocks are stored")
         return RolloutResult(
