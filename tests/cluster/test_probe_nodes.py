@@ -90,8 +90,11 @@ def test_a_folder_that_a_node_does_not_share_is_refused_and_one_that_is_shared_i
     assert "all nodes mount under the same path" in refused and "run.uri=s3://" in refused
 
 
-def test_a_node_with_an_empty_folder_or_another_run_writes_nothing_there(tmp_path: Path) -> None:
+def test_a_node_with_an_empty_folder_or_another_run_writes_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the task does on a node, for a node whose folder is another one."""
+    monkeypatch.setattr("lrag_ray.engine.probe_nodes._LOOK_AGAIN_S", 0.01)
     run, elsewhere = RunDirectory(str(tmp_path / "run")), RunDirectory(str(tmp_path / "elsewhere"))
     created_at = run.ensure(make_identity()).created_at
     report = probe_node(run, created_at, "probe-one")

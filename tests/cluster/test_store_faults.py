@@ -36,7 +36,8 @@ from lrag_ray.engine.run import run
 from lrag_ray.engine.session import ray_session
 from tests.cluster.test_store_faults import PROMPTS, config
 
-configs = [config(uri, endpoint_url=sys.argv[1]) for uri in sys.argv[2:]]
+moved, broken = sys.argv[2:]
+configs = [config(moved, endpoint_url=sys.argv[1]), config(broken, endpoint_url=sys.argv[1], attempts=1)]
 with ray_session(configs[0].engine):
     for one in configs:
         told = []
@@ -122,9 +123,9 @@ def test_a_run_moved_to_a_failing_bucket_continues_and_ends_like_a_quiet_one(
     victim = PROMPTS[1].prompt_id
 
     def choose(method: str, path: str) -> Fault | None:
-        if "/broken/rollouts/" in path:
-            return "InternalError" if method == "PUT" and victim in path and "/base/" in path else None
-        return background(method, path)
+        if "broken" not in path:
+            return background(method, path)
+        return "InternalError" if method == "PUT" and victim in path and "/rollouts/tiny/base/" in path else None
 
     proxy.choose = choose
     first, second = run_driver(proxy, moved.storage.address, broken.storage.address)
