@@ -25,7 +25,6 @@ from tests.cluster.test_run import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-NET = "10.213.77"
 DEATHS_QUICKLY = (
     '{"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000, '
     '"health_check_failure_threshold": 3}'
@@ -42,17 +41,19 @@ class Network:
     def __init__(self) -> None:
         self._id = secrets.token_hex(2)
         self.bridge = f"lrb{self._id}"
+        # Two test sessions on one machine must not take the same addresses.
+        self.addresses = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(256)}"
 
     def start(self) -> None:
         ip("link", "add", self.bridge, "type", "bridge")
-        ip("addr", "add", f"{NET}.1/24", "dev", self.bridge)
+        ip("addr", "add", f"{self.addresses}.1/24", "dev", self.bridge)
         ip("link", "set", self.bridge, "up")
         for host in (2, 3):
             space, link = self.space(host), self._link(host)
             ip("netns", "add", space)
             ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
             ip("link", "set", link, "master", self.bridge, "up")
-            ip("-n", space, "addr", "add", f"{NET}.{host}/24", "dev", "eth0")
+            ip("-n", space, "addr", "add", f"{self.addresses}.{host}/24", "dev", "eth0")
             ip("-n", space, "link", "set", "eth0", "up")
             ip("-n", space, "link", "set", "lo", "up")
 
@@ -90,14 +91,15 @@ def network() -> Iterator[Network]:
 def test_a_cut_off_node_that_writes_on_does_no_harm(tmp_path: Path) -> None:
     quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2))
     port = free_port()
-    address = f"{NET}.1:{port}"
     with network() as net, private_folder() as folder:
-        where = [f"--temp-dir={folder}", "--num-cpus=0", "--include-dashboard=false", "--object-store-memory=157286400"]
+        address = f"{net.addresses}.1:{port}"
+        store = "--object-store-memory=157286400"
+        head = ["--head", f"--node-ip-address={net.addresses}.1", f"--port={port}", "--num-cpus=0", store]
+        head += [f"--temp-dir={folder}", "--include-dashboard=false", f"--system-config={DEATHS_QUICKLY}"]
 
         def node(host: int) -> list[str]:
-            return [f"--address={address}", f"--node-ip-address={NET}.{host}", "--num-cpus=1", where[3]]
+            return [f"--address={address}", f"--node-ip-address={net.addresses}.{host}", "--num-cpus=1", store]
 
-        head = ["--head", f"--node-ip-address={NET}.1", f"--port={port}", f"--system-config={DEATHS_QUICKLY}", *where]
         with ray_start(*head), ray_start(*node(2), prefix=["ip", "netns", "exec", net.space(2)]) as first:
             config = make_config(tmp_path / "run", address, prompts=2, engine={"actors": 1})
             run = RunDirectory(config.run.uri)
