@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from lrag_ray.engine.scoring.fan_out import GoOn, Item, Refused
 from lrag_ray.engine.scoring.local_copy import local_copy
+from lrag_ray.engine.scratch import scratch_folder
 from lrag_ray.scoring.preview import PREVIEW, measures
 from lrag_ray.scoring.table import ScoreRow, ScoreTarget, to_parquet
 from lrag_ray.store.address import Storage
@@ -71,9 +71,9 @@ def score_video(storage: Storage, target: ScoreTarget) -> ScoreRow:
 
     values: dict[str, float] = {}
     reason = None
-    with tempfile.TemporaryDirectory(prefix="lrag-score-") as scratch:
+    with scratch_folder() as scratch:
         try:
-            video = local_copy(storage, target.video_path, target.video_sha256, Path(scratch))
+            video = local_copy(storage, target.video_path, target.video_sha256, scratch)
             values = measures(_frames_of(video, target.video_frames), target.fps)
         except VideoError as error:
             # The place on this machine means nothing to who reads the row.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from lrag_ray.config.schema import ScoringSection
 from lrag_ray.engine.backbone import device_for
 from lrag_ray.engine.scoring.fan_out import GoOn, Refused, Stopped
 from lrag_ray.engine.scoring.local_copy import local_copy
+from lrag_ray.engine.scratch import scratch_folder
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.frozen import score_frozen
 from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
@@ -86,11 +86,11 @@ class VbenchWork:
 
     def __call__(self, task: VbenchTask, go_on: GoOn) -> None:
         """Score what has no row yet. A video that cannot be read is recorded as such and then refused."""
-        with tempfile.TemporaryDirectory(prefix="lrag-score-") as scratch:
+        with scratch_folder() as scratch:
             path = Path(task.path)
             if self._videos is not None:
                 # Damage on the way or in the store is not the video's: it is told, and tried again at the next start.
-                path = local_copy(self._videos, task.path, task.sha256, Path(scratch))
+                path = local_copy(self._videos, task.path, task.sha256, scratch)
             rows = self._scored(task, path)
             self._commit(task, (replace(row, reason=_told(row.reason, path, task.name)) for row in rows), go_on)
 

@@ -66,14 +66,13 @@ def aggregate(rows: Iterable[ScoreRow], durations: Mapping[str, int] | None = No
         by_video[row.video].append(row)
     unscored: list[Unscored] = []
     clips: list[ClipScore] = []
+    per_video: dict[str, dict[str, float]] = {}
     for video in sorted(by_video if durations is None else durations):
         found, missing = _video(video, by_video[video], None if durations is None else durations[video])
         clips += found
         unscored += missing
-    per_video: dict[str, dict[str, float]] = {}
-    for video in sorted({clip.video for clip in clips}):
-        own = [clip for clip in clips if clip.video == video]
-        per_video[video] = _means(own)
+        if found:
+            per_video[video] = _means(found)
     scores = _means(clips)
     if "subject_consistency" in scores:
         scores["subject_consistency"] = _subject_global(clips)
