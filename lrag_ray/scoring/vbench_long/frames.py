@@ -2,8 +2,9 @@
 
 PyAV with its default conversion equals decord and OpenCV bit for bit on 8-bit video; the conversion of
 `lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels. Two things differ from the
-official stack of its time (PyAV 12): BT.709 tags, which it ignores, are honoured, so that a tagged and an untagged file
-of the same pictures score alike; and 10-bit video is converted by newer code, a few grey levels apart.
+official stack of its time (PyAV 12): colour tags such as BT.709, which its splitter ignores, are honoured unless the
+caller says otherwise, so that a tagged and an untagged file of the same pictures score alike; and 10-bit video is
+converted by newer code, a few grey levels apart.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ def probe(path: str | Path) -> Rate:
     return Rate(info.width, info.height, info.fps)
 
 
-def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
+_UNSPECIFIED = 2
+"""Code point of "not said" for primaries, transfer and matrix (ITU-T H.273)."""
+
+
+def decode(source: str | Path | io.BytesIO, *, colour_tags: bool = True) -> Iterator[Frame]:
     """All frames in order, one pass; variable frame rates are taken frame by frame.
+
+    Without `colour_tags`, every file is taken for BT.601, as the official splitter takes it.
 
     Raises:
         VideoError: damaged, changing its size, or without a frame.
@@ -52,6 +59,8 @@ def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
+                if not colour_tags:
+                    frame.colorspace = frame.color_primaries = frame.color_trc = _UNSPECIFIED
                 rgb: Any = frame.to_ndarray(format="rgb24")
                 shape = shape or rgb.shape
                 if rgb.shape != shape:
