@@ -117,8 +117,9 @@ def verify(
 ) -> None:
     """Compare our numbers with golden vectors: one row per case and tensor, exit code 1 if any is off.
 
-    Recognises by content: rollouts, methods, schedules, retrieval encoders, checkpoints, LoRA, VAE, text encoder. With
-    --run, checks on a run's own latents that base and infinity_rope are equal until the window fills and differ after.
+    Recognises by content: rollouts, methods, schedules, retrieval encoders, checkpoints, LoRA, VAE, text encoder, and
+    VBench-Long where its own folder is named (that takes half an hour on a CPU). With --run, checks on a run's own
+    latents that base and infinity_rope are equal until the window fills and differ after.
 
     \b
     Examples:

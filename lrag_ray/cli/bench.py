@@ -90,7 +90,7 @@ def scoring(
 def runner(
     items: Annotated[int, typer.Option("--items", min=1, help="Rollouts to pretend.")] = 1000,
     actors: Annotated[int, typer.Option("--actors", min=1, help="Actors to keep busy.")] = 8,
-    seconds: Annotated[float, typer.Option("--seconds", min=0, help="How long each rollout takes.")] = 0.25,
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="How long each rollout takes.")] = 1.0,
     address: Annotated[
         str | None, typer.Option("--address", help="Ray address [default: RAY_ADDRESS, else a local cluster].")
     ] = None,

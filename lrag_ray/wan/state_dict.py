@@ -57,6 +57,20 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise WeightsError(_truncated(path, f"a safetensors file that cannot be read ({error})")) from error
 
 
+_TROUBLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    zipfile.BadZipFile,
+    IndexError,
+    TypeError,
+    AttributeError,
+)
+"""What torch's unpickler raises over bytes that are cut off or no pickle."""
+
+
 def _read_torch(path: Path, head: bytes) -> dict[str, Any]:
     is_zip = zipfile.is_zipfile(path)
     if head.startswith(b"PK") and not is_zip:
@@ -69,7 +83,7 @@ def _read_torch(path: Path, head: bytes) -> dict[str, Any]:
             f"checkpoint {path} is refused: it is no torch file, or it holds objects that run code on loading "
             f"({str(error).splitlines()[0]}). Mend: use the published file, or save the state dict alone"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except _TROUBLE as error:
         raise WeightsError(_truncated(path, f"a torch file that cannot be read ({error})")) from error
     if not isinstance(content, dict):
         raise WeightsError(f"checkpoint {path} holds a {type(content).__name__}, expected a dict")

@@ -109,11 +109,7 @@ class WeightFiles:
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     # AMT's file was pickled with typing's name of OrderedDict, which torch does not count among its plain containers.
     with torch.serialization.safe_globals([typing.OrderedDict]):
-        try:
-            return read_checkpoint(path)
-        except (IndexError, TypeError, AttributeError) as error:
-            # torch's unpickler stumbles so over bytes that are no pickle.
-            raise WeightsError(f"{path} is no torch file ({error}). Mend: fetch it again") from error
+        return read_checkpoint(path)
 
 
 def _as_float32(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
