@@ -83,7 +83,7 @@ def check_weights(scoring: ScoringSection) -> None:
         places = "\n  ".join(f"{name}: nothing at {files.places(name)[0]}" for name in missing)
         raise WeightsError(
             f"scoring.suite vbench_long needs {len(missing)} networks that are not here:\n  {places}\n"
-            "Mend: lrag-ray weights pull --suite vbench_long, set scoring.weights to the folder that has them, or "
+            f"Mend: {files.pull_command}, set scoring.weights to the folder that has them, or "
             "score without them (scoring.dimensions, or scoring.suite: preview)"
         )
 
