@@ -29,10 +29,11 @@ from lrag_ray.engine.progress import (
     start_board,
 )
 from lrag_ray.engine.rollout_work import RolloutResult, RolloutTask
+from lrag_ray.engine.sizing import draining_nodes, gets_no_larger, usable_nodes
 from lrag_ray.engine.stalls import StallWatch
 from lrag_ray.engine.waiting import WorkItem
 from lrag_ray.engine.work import stored_pieces
-from lrag_ray.errors import StorageError
+from lrag_ray.errors import ClusterError, StorageError
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
 
@@ -46,8 +47,8 @@ def run_rollouts(
 ) -> list[RolloutId]:
     """Bring `items` to their commits; returns the rollouts that were given up.
 
-    Needs Ray. Raises ClusterError where no worker can be started, and StorageError where failures could not be written
-    down for ten minutes.
+    Needs Ray. Raises ClusterError where no worker can be started or a history will never fit, and StorageError where
+    failures could not be written down for ten minutes.
     """
     board = start_board(f"lrag-progress-{secrets.token_hex(4)}")
     engine = config.engine
@@ -154,10 +155,12 @@ class _Listener:
         rollout = item.payload.rollout
         text = (
             f"{rollout.path}: the history of this rollout grows to {item.memory / 1e9:.1f} GB of host memory, and the "
-            f"largest node lets actors reserve {largest_node / 1e9:.1f} GB. It waits for a larger node. Mend: nodes "
-            "with more memory (or a larger --memory of `ray start`), shorter durations, or a method without a history"
+            f"largest node lets actors reserve {largest_node / 1e9:.1f} GB. Mend: nodes with more memory (or a larger "
+            "--memory of `ray start`), shorter durations, or a method without a history"
         )
-        self._progress(Notice(text, warning=True))
+        if gets_no_larger(self._engine.address, usable_nodes(draining_nodes())):
+            raise ClusterError(text)
+        self._progress(Notice(f"{text}. It waits for a larger node", warning=True))
 
     def progress_of(self, item: WorkItem[RolloutTask]) -> int | None:
         rollout = item.payload.rollout

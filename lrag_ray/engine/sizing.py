@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -84,3 +85,9 @@ def usable_nodes(draining: set[str]) -> list[NodeRoom]:
             has = node["Resources"]
             rooms.append(NodeRoom(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0)))
     return rooms
+
+
+def gets_no_larger(address: str | None, nodes: Sequence[NodeRoom]) -> bool:
+    """Whether the cluster (at `engine.address`) is a private one on this machine, which no node joins."""
+    # A head without CPUs waits for nodes.
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local" and len(nodes) == 1 and nodes[0].cpus > 0

@@ -19,7 +19,7 @@ import pytest
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.progress import AttemptFailed, Event, Notice, RolloutFinished, RunPlanned, StageBegan, WorkerLost
 from lrag_ray.engine.run import run
-from lrag_ray.errors import IdentityError, StorageError
+from lrag_ray.errors import ClusterError, IdentityError, StorageError
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
 from tests.engine import make
@@ -117,6 +117,16 @@ def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) 
     mended = run(make_config(tmp_path, durations_s=[1.5]), PROMPTS[:2])
     assert (mended.exit_code, mended.commits_made) == (0, 2)
     assert run_status(directory).failures == []
+
+
+def test_a_history_that_this_machine_can_never_hold_ends_the_run_before_any_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrag_ray.engine.rollouts.history_bytes", lambda *_: 2**60)
+    config = make_config(tmp_path, methods={"rag": METHODS["rag"]}, durations_s=[1.5])
+    with pytest.raises(ClusterError, match=r"grows to 1152921504\.6 GB of host memory.* Mend: nodes with more memory"):
+        run(config, PROMPTS[:1])
+    assert RunDirectory(str(tmp_path)).commits() == []
 
 
 def test_a_run_grows_by_methods_prompts_and_durations(quiet: RunDirectory, tmp_path: Path) -> None:

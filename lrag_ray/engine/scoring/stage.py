@@ -6,7 +6,6 @@ more at the end.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, silent
 from lrag_ray.engine.scoring import preview, vbench
 from lrag_ray.engine.scoring.fan_out import FanOut, Item, Work, Workers
 from lrag_ray.engine.scoring.vbench_work import VbenchWork
-from lrag_ray.engine.sizing import WorkerShape, draining_nodes, usable_nodes
+from lrag_ray.engine.sizing import WorkerShape, draining_nodes, gets_no_larger, usable_nodes
 from lrag_ray.errors import ClusterError
 from lrag_ray.scoring.vbench_long.parquet import folder
 from lrag_ray.store.run_dir import RunDirectory
@@ -125,9 +124,7 @@ def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Progr
             f"no node has room for a scoring worker of {each.cpus:g} CPUs and {each.gpus:g} GPUs "
             "(scoring.cpus_per_worker, scoring.gpus_per_worker)"
         )
-        address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
-        # A head without CPUs waits for nodes.
-        if address == "local" and len(nodes) == 1 and nodes[0].cpus:
+        if gets_no_larger(engine.address, nodes):
             raise ClusterError(f"{text}, and this machine gets no larger. Set them to what it has")
         progress(Notice(f"{text}. Waiting for one", warning=True))
     return scoring.workers or max(1, fit)
