@@ -76,6 +76,11 @@ def attempts(commit: Commit) -> set[str]:
     return {part.path.split("/attempt-")[1].split("/")[0] for part in commit.latent_parts}
 
 
+def part_records(run: RunDirectory) -> list[str]:
+    """Records of all parts that exist."""
+    return [path for paths in run.inventory().part_records.values() for path in paths]
+
+
 def open_parts(run: RunDirectory) -> list[str]:
     """Records of parts beyond the last commit of their rollout: it is in the middle of something."""
     inventory = run.inventory()
