@@ -92,9 +92,10 @@ def _check_split(record: Record, sheet: Sheet) -> None:
         if not path.is_file():
             sheet.add(video, "skip", f"{path.name} is not among the videos (a scene of a semantic split is none)")
             continue
-        rate, count = probe(path), sum(1 for _ in decode(path))
-        split = spans(count, clip_length(rate.fps))
-        ours = [(span.frame_count, int(rate.fps), [rate.width, rate.height]) for span in split]
+        fps, shapes = probe(path).fps, [frame.shape for frame in decode(path)]
+        height, width, _ = shapes[0]
+        split = spans(len(shapes), clip_length(fps))
+        ours = [(span.frame_count, int(fps), [width, height]) for span in split]
         about = [record.content["clips"][clip] for clip in clips_of(record, video)]
         sheet.same(f"{video} clips", ours, [(clip["frames"], clip["fps"], clip["size"]) for clip in about])
 

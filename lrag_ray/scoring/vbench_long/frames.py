@@ -1,10 +1,9 @@
-"""Decoded frames as the official decoders give them.
+"""Decoded frames as the official decoders give them: decord, which splits videos and reads clips, and OpenCV.
 
-PyAV with its default conversion equals decord and OpenCV bit for bit on 8-bit video; the conversion of
-`lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels. Two things differ from the
-official stack of its time (PyAV 12): colour tags such as BT.709, which its splitter ignores, are honoured unless the
-caller says otherwise, so that a tagged and an untagged file of the same pictures score alike; and 10-bit video is
-converted by newer code, a few grey levels apart.
+PyAV with its default conversion equals both bit for bit on 8-bit video, colour tags (BT.709 and others) included; the
+conversion of `lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels. What PyAV does
+otherwise is done as decord does it: frames are turned as the file says, and deep colours converted (`deep_colour`).
+Not followed: decord repeats the last frame in place of frames that an edit list hides, and refuses AV1.
 """
 
 from __future__ import annotations
@@ -14,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lrag_ray.scoring.vbench_long.clips import Frame
+from lrag_ray.scoring.vbench_long.deep_colour import DeepColour, is_deep
 from lrag_ray.video.mp4 import VideoError, video_info
 
 
 class Rate(NamedTuple):
-    """Size and average frame rate of a video."""
+    """Size as stored, before it is turned, and average frame rate of a video."""
 
     width: int
     height: int
@@ -36,14 +38,8 @@ def probe(path: str | Path) -> Rate:
     return Rate(info.width, info.height, info.fps)
 
 
-_UNSPECIFIED = 2
-"""Code point of "not said" for primaries, transfer and matrix (ITU-T H.273)."""
-
-
-def decode(source: str | Path | io.BytesIO, *, colour_tags: bool = True) -> Iterator[Frame]:
+def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
     """All frames in order, one pass; variable frame rates are taken frame by frame.
-
-    Without `colour_tags`, every file is taken for BT.601, as the official splitter takes it.
 
     Raises:
         VideoError: damaged, changing its size, or without a frame.
@@ -52,21 +48,26 @@ def decode(source: str | Path | io.BytesIO, *, colour_tags: bool = True) -> Iter
 
     name = "the re-encoded clip" if isinstance(source, io.BytesIO) else str(source)
     opened: Any = source if isinstance(source, io.BytesIO) else str(source)
-    shape: tuple[int, ...] | None = None
+    size: tuple[int, int] | None = None
+    deep: DeepColour | None = None
     count = 0
     try:
         with av.open(opened) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
-                if not colour_tags:
-                    frame.colorspace = frame.color_primaries = frame.color_trc = _UNSPECIFIED
-                rgb: Any = frame.to_ndarray(format="rgb24")
-                shape = shape or rgb.shape
-                if rgb.shape != shape:
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) != size:
                     raise VideoError(f"{name} changes its size at frame {count}")
                 count += 1
-                yield rgb
+                if is_deep(frame):
+                    deep = deep or DeepColour(stream)
+                    rgb: Any = deep.rgb(frame)
+                else:
+                    rgb = frame.to_ndarray(format="rgb24")
+                # Degrees against the clock. A mirrored file counts as turned, as it does for decord and OpenCV.
+                turns = round(frame.rotation / 90) % 4
+                yield np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
     except av.error.FFmpegError as error:
         raise VideoError(f"{name} is damaged after {count} frames: {error}") from error
     if count == 0:

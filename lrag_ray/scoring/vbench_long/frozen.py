@@ -40,7 +40,7 @@ def score_frozen(
         length = clip_length(rate.fps)
         if length == 0:
             raise VideoError(f"{path} has {rate.fps:.3g} frames a second; clips need at least one")
-        first = next(iter(decode(path, colour_tags=mode == "direct")))
+        first = next(iter(decode(path)))
         frames = [first] * length
         if mode == "compat":
             frames = reencode(frames, scorer.fps)

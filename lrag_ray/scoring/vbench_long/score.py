@@ -108,8 +108,7 @@ def score_video(
 
 
 def _clips(source: VideoSource, length: int, fps: int, mode: Mode) -> Iterator[Clip]:
-    frames = decode(source.path, colour_tags=mode == "direct")
-    for clip in cut(frames, length, source.durations):
+    for clip in cut(decode(source.path), length, source.durations):
         yield clip if mode == "direct" else Clip(clip.span, reencode(clip.frames, fps))
 
 

@@ -1,41 +1,86 @@
+"""Frames against decord, which the official splitter reads videos with."""
+
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+import pytest
+from decord import VideoReader
 
 from lrag_ray.scoring.vbench_long.frames import decode
+from tests.scoring.vbench_long.conftest import VideoMaker
 
-_BT709, _UNSPECIFIED = 1, 2
+_BT709, _FULL = 1, 2
+_WHOLE, _LAST = 1 << 16, 1 << 30
+"""One, in the fixed point of an mp4 file's display matrix and of its last entry."""
 
 
-def write(path: Path, tag: int) -> None:
-    """Two colourful frames whose stored bytes do not depend on the tag."""
-    random = np.random.default_rng(0)
-    planes = random.integers(16, 235, (2, 96, 64), dtype=np.uint8)
+def by_decord(path: Path) -> np.ndarray[Any, Any]:
+    reader = VideoReader(str(path), num_threads=1)
+    frames: np.ndarray[Any, Any] = reader.get_batch(range(len(reader))).asnumpy()
+    return frames
+
+
+def ours(path: Path) -> np.ndarray[Any, Any]:
+    return np.stack(list(decode(path)))
+
+
+def write(path: Path, *, space: int | None = None, colour_range: int | None = None) -> None:
+    """Two colourful frames whose stored bytes do not depend on the tags."""
+    planes = np.random.default_rng(0).integers(16, 235, (2, 96, 64), dtype=np.uint8)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"crf": "0"})
+        stream: Any = container.add_stream("libx264", rate=8, options={"crf": "0"})
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = tag
         for plane in planes:
-            frame = av.VideoFrame.from_ndarray(plane, format="yuv420p")
-            frame.colorspace = frame.color_primaries = frame.color_trc = tag
+            frame: Any = av.VideoFrame.from_ndarray(plane, format="yuv420p")
+            for tagged in (context, frame):
+                if space is not None:
+                    tagged.colorspace = tagged.color_primaries = tagged.color_trc = space
+                if colour_range is not None:
+                    tagged.color_range = colour_range
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
-def test_colour_tags_are_honoured_or_taken_for_bt601_as_the_official_splitter_takes_them(tmp_path: Path) -> None:
-    """golden/vbench/decoders.json: decoders that honour BT.709 and those that do not are about 4 grey levels apart."""
-    tagged, plain = tmp_path / "bt709.mp4", tmp_path / "plain.mp4"
-    write(tagged, _BT709)
-    write(plain, _UNSPECIFIED)
-    with av.open(str(tagged)) as container:
-        assert container.streams.video[0].codec_context.colorspace == _BT709
-    untagged = list(decode(plain))
-    assert len(untagged) == 2
-    assert all(map(np.array_equal, decode(tagged, colour_tags=False), untagged))
-    assert all(map(np.array_equal, decode(plain, colour_tags=False), untagged))
-    apart = np.abs(np.stack(list(decode(tagged))).astype(int) - np.stack(untagged).astype(int)).mean()
-    assert 1 < apart < 12
+def test_colour_tags_are_honoured_as_the_official_splitter_honours_them(tmp_path: Path) -> None:
+    seen = []
+    for name, tags in (("plain", {}), ("bt709", {"space": _BT709}), ("full", {"colour_range": _FULL})):
+        path = tmp_path / f"{name}.mp4"
+        write(path, **tags)
+        seen.append(ours(path))
+        assert np.array_equal(seen[-1], by_decord(path)), name
+    assert all(np.abs(other.astype(int) - seen[0].astype(int)).mean() > 1 for other in seen[1:])
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p10le", "yuv422p10le", "yuv444p10le", "yuv420p", "yuv422p", "yuv444p"])
+def test_every_pixel_format_is_converted_as_decord_does_it(pixels: str, make_video: VideoMaker) -> None:
+    path = make_video(frames=3, size=(98, 66), pixels=pixels)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == pixels
+    assert np.array_equal(ours(path), by_decord(path))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns"),
+    [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((-1, 0, 0, 1), 2)],
+    ids=["90", "180", "270", "mirrored"],
+)
+def test_frames_are_turned_as_the_file_says(
+    matrix: tuple[int, int, int, int], turns: int, make_video: VideoMaker
+) -> None:
+    path = make_video(frames=2, size=(96, 64))
+    upright = ours(path)
+    a, b, c, d = (value * _WHOLE for value in matrix)
+    header = path.read_bytes()
+    # Type, version and flags, times, track, duration, reserved, layer, group and volume come before the matrix.
+    start = header.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    path.write_bytes(header[:start] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, _LAST) + header[start + 36 :])
+
+    turned = ours(path)
+    assert np.array_equal(turned, by_decord(path))
+    assert np.array_equal(turned, np.rot90(upright, turns, axes=(1, 2)))
