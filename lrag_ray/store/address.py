@@ -243,7 +243,8 @@ class Storage:
     def _complaint(self, action: str, path: str, error: Exception, tries: str = "") -> str:
         place = f"{self.uri}/{path}" if path else self.uri
         reason = redact(str(error)) or type(error).__name__
-        mend = mend_of(error, local=self.is_local)
+        client = getattr(self.fs, "_s3", None)
+        mend = mend_of(error, local=self.is_local, endpoint=client.meta.endpoint_url if client else "")
         return f"cannot {action} {place}: {error_code(error) or type(error).__name__}: {reason}{tries}. {mend}"
 
 

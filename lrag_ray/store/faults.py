@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import platform
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 
 _TRANSIENT_CODES = frozenset(
     {
@@ -55,6 +56,13 @@ _TRANSIENT_ERRNO = frozenset(
 _CREDENTIALS = (
     "The store does not know the credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.profile, on "
     "every node"
+)
+_WRONG_STORE_CODES = frozenset(
+    {"NoSuchBucket", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "AccessDenied", "403"}
+)
+_AMAZON = (
+    "It was Amazon's S3 that was asked: if the bucket lies in another store, name that with AWS_ENDPOINT_URL (or "
+    "storage.endpoint_url in a configuration)"
 )
 _EXPIRED = "The credentials have expired: renew them on every node; the same command continues"
 _DENIED = (
@@ -130,9 +138,12 @@ def is_transient(error: Exception) -> bool:
     return any(kind.__name__ in _TRANSIENT_TYPES for kind in type(error).__mro__)
 
 
-def mend_of(error: Exception, *, local: bool) -> str:
-    """What the user can do about `error`, in one sentence."""
+def mend_of(error: Exception, *, local: bool, endpoint: str = "") -> str:
+    """What the user can do about `error`, in a sentence or two; `endpoint` is the S3 that was asked, where known."""
     code = error_code(error)
+    host = urlsplit(endpoint).hostname or ""
+    if code in _WRONG_STORE_CODES and host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        return f"{_MENDS_BY_CODE[code]}. {_AMAZON}"
     if code == "RequestTimeTooSkewed":
         return (
             f"The clock of {platform.node()} ({datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC) differs too much from the "

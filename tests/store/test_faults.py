@@ -26,14 +26,17 @@ def proxy(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
         yield running
 
 
-def options(proxy: FaultProxy, **changes: float) -> StorageSection:
-    return StorageSection.model_validate({"endpoint_url": proxy.endpoint, "read_timeout_s": 0.5, **changes})
+def options(proxy: FaultProxy, fault: Fault | None = None, **changes: float) -> StorageSection:
+    # Only a silence is waited for: a server that is merely slow must not be asked twice.
+    patience = {"read_timeout_s": 0.5} if fault == "silence" else {}
+    return StorageSection.model_validate({"endpoint_url": proxy.endpoint, **patience, **changes})
 
 
 @pytest.fixture
-def storage(proxy: FaultProxy, s3_bucket: str, tmp_path: Path) -> Storage:
+def storage(proxy: FaultProxy, s3_bucket: str, tmp_path: Path, request: pytest.FixtureRequest) -> Storage:
     """With `attempts` 2, which leaves each request three tries of botocore's in each of two of ours."""
-    return Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=2))
+    fault = request.getfixturevalue("fault") if "fault" in request.fixturenames else None
+    return Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, fault, attempts=2))
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
@@ -62,7 +65,7 @@ def test_passing_trouble_is_not_noticed(proxy: FaultProxy, storage: Storage, tmp
 def test_with_one_try_the_same_trouble_is_an_error(
     proxy: FaultProxy, s3_bucket: str, tmp_path: Path, fault: Fault
 ) -> None:
-    once = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=1))
+    once = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, fault, attempts=1))
     proxy.choose = scripted([fault])
     with pytest.raises(StorageError, match=r"1 try in .* the same command continues"):
         once.write("c.txt", b"x")
@@ -115,6 +118,20 @@ def test_lasting_trouble_is_told_at_once_with_its_mend(
     with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
         storage.list_files()
     assert proxy.requests["PUT"] == 1
+
+
+def test_who_forgot_to_name_a_store_is_told_that_amazon_was_asked(
+    proxy: FaultProxy, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests to Amazon's name reach the test's own server, as through the proxy of a company."""
+    proxy.choose = scripted(["NoSuchBucket"] * 100)
+    with pytest.raises(StorageError, match="NoSuchBucket") as caught:
+        Storage("s3://own-bucket/run", options(proxy)).list_files()
+    assert "Amazon" not in str(caught.value)
+    monkeypatch.setenv("HTTP_PROXY", proxy.endpoint)
+    amazon = StorageSection(endpoint_url="http://s3.us-east-1.amazonaws.com")
+    with pytest.raises(StorageError, match=r"no such bucket: .*Amazon's S3 that was asked: .*with AWS_ENDPOINT_URL"):
+        Storage("s3://own-bucket/run", amazon).list_files()
 
 
 def test_credentials_that_are_not_there_are_asked_for(

@@ -63,11 +63,11 @@ def test_nobody_holds_a_new_run_and_a_lease_given_back_is_taken_at_once(storage:
 
 @pytest.fixture
 def beating(storage: Storage) -> Iterator[Lease]:
-    """A driver elsewhere that shows its signs of life."""
-    lease, stop = take(storage, elsewhere()), threading.Event()
+    """A driver elsewhere that shows its signs of life, however slowly this machine lets it."""
+    lease, stop = take(storage, elsewhere(ttl_s=60)), threading.Event()
 
     def beat() -> None:
-        while not stop.wait(TTL_S / 12):
+        while not stop.wait(0.1):
             lease.renew()
 
     thread = threading.Thread(target=beat)
