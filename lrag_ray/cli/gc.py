@@ -41,7 +41,7 @@ def gc(
     """List what died attempts, interrupted writes and probes left in a run, or delete it.
 
     Never touches what a commit names, nor the parts from which unfinished rollouts continue. Deletes only while no
-    driver works on the run.
+    driver works on the run; decoding and scoring may go on meanwhile: what they wrote within the last hour stays.
 
     \b
     Examples:

@@ -28,6 +28,10 @@ Kind = Literal[
 """unnamed: an attempt wrote it and no commit names it. set aside: a record that did not count. unfinished rollout: its
 next start would continue from this part."""
 
+WITHOUT_LEASE_S = 3600.0
+"""What `decode`, `score` and `report` write is left alone for so long at least: they may be at work beside a `gc`."""
+
+_WITHOUT_LEASE = (f"{DECODED}/", "scores/", "summary/")
 _ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
 _DECODED_FILE = re.compile(rf"^(?P<rollout>{DECODED}/[^/]+/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/[^/]+$")
 _SET_ASIDE = re.compile(rf"^(rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json\.invalid-[0-9a-f]+$")
@@ -59,7 +63,7 @@ class Leftovers(NamedTuple):
 def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) -> Leftovers:
     """Leftovers that were last written more than `older_than_s` ago; with `unfinished` parts of open rollouts too.
 
-    StorageError where there is no run.
+    What commands write that hold no lease is kept for `WITHOUT_LEASE_S` at least. StorageError where there is no run.
     """
     identity = run.require()
     files = run.storage.list_details()
@@ -69,12 +73,17 @@ def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) 
         *_of_attempts(files, inventory, identity, unfinished=unfinished),
         *_of_decoding(files, run),
     ]
-    latest = time.time() - older_than_s
-    old = [one for one in candidates if (written := files[one.path].modified_s) is not None and written < latest]
+    now = time.time()
+
+    def is_old(path: str, written_s: float | None) -> bool:
+        least_s = max(older_than_s, WITHOUT_LEASE_S) if path.startswith(_WITHOUT_LEASE) else older_than_s
+        return written_s is not None and written_s < now - least_s
+
+    old = [one for one in candidates if is_old(one.path, files[one.path].modified_s)]
     too_young, notes = len(candidates) - len(old), []
     try:
         for upload in unfinished_uploads(run.storage):
-            if upload.begun_s < latest:
+            if is_old(upload.path, upload.begun_s):
                 old.append(
                     Leftover(
                         path=upload.path,

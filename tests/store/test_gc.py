@@ -11,7 +11,7 @@ import pytest
 from lrag_ray.engine.gc import collect_garbage
 from lrag_ray.engine.progress import Event, Notice
 from lrag_ray.errors import LeaseError, StorageError
-from lrag_ray.store.gc import find_leftovers
+from lrag_ray.store.gc import WITHOUT_LEASE_S, find_leftovers
 from lrag_ray.store.lease import Lease, new_record, take_lease
 from lrag_ray.store.parts import write_part
 from lrag_ray.store.run_dir import RunDirectory
@@ -109,6 +109,20 @@ def test_a_run_that_grows_later_continues_from_the_parts_that_commits_name(run: 
     collect_garbage(run, remove=True, older_than_s=-1)
     records, broken = run.part_records(run.inventory(), FINISHED)
     assert broken == [] and max(record.end_frame for record in records) == 12
+
+
+def test_what_decoding_and_scoring_are_writing_at_this_moment_stays(tmp_path: Path) -> None:
+    """They hold no lease, and a decoded video lies there before the record that names it."""
+    run = RunDirectory(str(tmp_path))
+    run.ensure(make_identity())
+    writing = ["decoded/s/tiny/base/00000-aa-0/attempt-x/video-6.mp4", "scores/preview/.tmp-0123", "summary/.tmp-01"]
+    for path in writing:
+        run.storage.write(path, b"half")
+    assert kinds(run) == {}
+    assert find_leftovers(run, older_than_s=-1, unfinished=False).too_young == 3
+    for path in writing:
+        os.utime(tmp_path / path, (time.time() - WITHOUT_LEASE_S - 60,) * 2)
+    assert list(kinds(run)) == writing
 
 
 def test_unfinished_writes_of_a_folder_are_found_and_hidden_from_everybody_else(tmp_path: Path) -> None:
