@@ -11,7 +11,7 @@ from lrag_ray.report.collect import ReportData, collect
 from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import render_page
-from lrag_ray.report.strips import make_strips
+from lrag_ray.report.strips import make_strips, unused_strips
 from lrag_ray.report.tables import terminal_tables, warnings
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.scoring.vbench_long.rows import Mode
@@ -94,7 +94,8 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
     for name, content in contents.items():
         folder.write(name, content)
-    # An earlier report may have shown a suite with drift: its curves do not belong to this page.
-    for name in {"drift.csv", "drift.parquet"} & folder.list_files().keys() - contents.keys():
+    # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
+    files = folder.list_files()
+    for name in {"drift.csv", "drift.parquet"} & files.keys() - contents.keys() | unused_strips(files, sheets):
         folder.remove(name)
     return Report(data, folder.uri, list(contents))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -21,9 +22,43 @@ from lrag_ray.report.collect import ReportData
 from lrag_ray.report.drift_svg import drift_figures
 from lrag_ray.report.players import MAPS, rows
 from lrag_ray.report.strips import StripSheet
-from lrag_ray.scoring.bootstrap import LEVEL
+from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.store.address import Storage
+
+
+class RankCell(NamedTuple):
+    """An average rank in the overview."""
+
+    average_rank: float | None
+    place: tables.Place | None
+    first: bool
+    """Whether a backbone's columns begin here."""
+
+
+class Overview(NamedTuple):
+    """The average ranks of all blocks in one table."""
+
+    groups: Mapping[str, Sequence[str]]
+    """Labels of the durations by backbone."""
+    rows: Mapping[str, Sequence[RankCell]]
+    """Cells by method, in the order of the columns."""
+
+
+def overview(data: ReportData) -> Overview | None:
+    """Average ranks by method, backbone and duration; None where one block shows them as well."""
+    if sum(block.prompts > 0 for block in data.blocks) < 2:
+        return None
+    groups: dict[str, list[str]] = {}
+    rows: dict[str, list[RankCell]] = {name: [] for name in data.identity.methods}
+    for block in data.blocks:
+        first = block.backbone not in groups
+        groups.setdefault(block.backbone, []).append(f"{data.duration_s(block.backbone, block.latent_frames):g} s")
+        ranks = {row.method: row.average_rank for row in block.rows}
+        marks = tables.places(block, data.suite.measures)
+        for method, cells in rows.items():
+            cells.append(RankCell(ranks.get(method), marks.get((method, tables.AVERAGE)), first))
+    return Overview(groups, rows)
 
 
 def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet]) -> str:
@@ -49,6 +84,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
         suite=suite,
         warnings=tables.warnings(data),
         level=f"{LEVEL:.0%}",
+        overview=overview(data),
         blocks=[
             {
                 "block": block,
@@ -56,6 +92,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
                 "marks": tables.places(block, suite.measures),
                 "note": tables.comparison_note(block),
                 "interval_note": tables.interval_note(block.prompts),
+                "has_intervals": block.prompts >= LEAST_PROMPTS,
                 "frozen": data.frozen_means(block),
                 "statistics": statistics,
                 "video_means_differ": video_means_differ(block),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 FOLDER = "strips"
 COLUMNS = 7
+_NAME = re.compile(rf"{FOLDER}/[0-9a-f]{{32}}\.webp")
+"""What strips are called, so that nothing else in a folder is taken for one."""
 _WIDTH = 288
 """Pixels of one frame in a strip."""
 _GAP = 6
@@ -70,6 +73,12 @@ def make_strips(data: ReportData, folder: Storage, prompts: int) -> list[StripSh
         for backbone in data.identity.backbones
         for chosen in _chosen(data, backbone)[:prompts]
     ]
+
+
+def unused_strips(files: Iterable[str], sheets: Sequence[StripSheet]) -> set[str]:
+    """Strips among the `files` of a report's folder that none of `sheets` shows: those of an earlier report."""
+    shown = {row.path for sheet in sheets for row in sheet.rows}
+    return {path for path in files if _NAME.fullmatch(path) and path not in shown}
 
 
 def _chosen(data: ReportData, backbone: str) -> list[Mapping[str, tuple[ShownRollout, CommittedVideo]]]:

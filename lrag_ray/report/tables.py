@@ -71,7 +71,7 @@ def signed(value: float | None, suite: Suite) -> str:
     """A difference, with its sign."""
     if value is None:
         return "–"
-    return f"{100 * value:+.2f}" if suite.percent else f"{value:+.2g}"
+    return (f"{100 * value:+.2f}" if suite.percent else f"{value:+.2g}").replace("-", "−")
 
 
 def interval(found: Interval, suite: Suite) -> str:
@@ -149,7 +149,8 @@ def interval_note(prompts: int) -> str:
     if prompts < LEAST_PROMPTS:
         return f"No intervals: {_count(prompts, 'prompt')}, and they need at least {LEAST_PROMPTS}."
     note = f"In brackets the {LEVEL:.0%} interval: BCa bootstrap over {_count(prompts, 'prompt')} with all samples"
-    return f"{note}." if prompts >= _ENOUGH_PROMPTS else f"{note}; from so few somewhat too narrow."
+    few = "" if prompts >= _ENOUGH_PROMPTS else ", from so few somewhat too narrow"
+    return f"{note}{few}; each for itself, not corrected for their number."
 
 
 def _rank_table(data: ReportData, block: RankBlock) -> Table:
@@ -182,7 +183,7 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
         caption=Text(
             f"{data.suite.title}. Paired per prompt and sample. {interval_note(block.prompts)}"
             + (" * it leaves out zero." if block.prompts >= LEAST_PROMPTS else "")
-            + (" noise: standard deviation between the samples of a prompt." if statistics.noise else "")
+            + (" noise: standard deviation of one video between the samples of a prompt." if statistics.noise else "")
         ),
     )
     table.add_column("measure")

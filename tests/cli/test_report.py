@@ -59,7 +59,7 @@ def test_csv_and_latex_go_to_stdout_and_write_nothing(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ["a fox"], ["base"])
     rows = list(csv.DictReader(io.StringIO(invoke(run.uri, "--csv").stdout)))
     assert rows == []
-    assert invoke(run.uri, "--latex").stdout.startswith("% \\usepackage{booktabs,multirow}\n")
+    assert invoke(run.uri, "--latex").stdout.startswith("% \\usepackage{booktabs,multirow,graphicx}\n")
     assert not run.storage.list_files("summary")
     assert invoke(run.uri, "--csv", "--latex").exit_code == 2
 

@@ -20,6 +20,7 @@ from lrag_ray.engine.scoring.preview import pending_targets, score_video
 from lrag_ray.errors import StorageError
 from lrag_ray.report import Report, build_report
 from lrag_ray.report.latex import latex_table
+from lrag_ray.report.page import overview
 from lrag_ray.report.tables import Place, comparison_note, places
 from lrag_ray.scoring.preview import MEASURES, PREVIEW
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
@@ -230,6 +231,22 @@ def test_there_must_be_a_run(tmp_path: Path) -> None:
         build_report(RunDirectory(str(tmp_path / "nowhere")))
 
 
+def test_several_tables_have_their_average_ranks_in_one(page: Page, report: Report, tmp_path: Path) -> None:
+    assert "Average ranks at a glance" in page.text
+    shown = overview(report.data)
+    assert shown is not None and shown.groups == {"tiny": ["1.5 s", "3 s"]}
+    for i, row in enumerate(report.blocks[0].rows):
+        assert [cell.average_rank for cell in shown.rows[row.method]] == [b.rows[i].average_rank for b in report.blocks]
+        assert [cell.first for cell in shown.rows[row.method]] == [True, False]
+    alone = replace(report.data, blocks=report.blocks[:1])
+    assert overview(alone) is None
+
+
+def test_differences_come_before_means(page: Page) -> None:
+    regions = page.values("aria-label", "div")
+    assert regions.index("Differences, tiny, 6 latent frames") < regions.index("Rank table, tiny, 6 latent frames")
+
+
 def test_best_and_second_are_marked_and_ties_share() -> None:
     def score(method: str, value: float) -> VideoScore:
         return VideoScore("tiny", method, 6, "p", 0, {measure.name: value for measure in MEASURES})
@@ -326,4 +343,4 @@ def test_names_of_a_strangers_run_neither_act_nor_steer(tmp_path: Path) -> None:
         console.print(table)
     shown = console.export_text()
     assert "owned" in shown and "\x1b]" not in shown and "\x07" not in shown
-    assert "<script>" in latex_table(report.data), "which LaTeX prints as it is"
+    assert "$<$script$>$" in latex_table(report.data), "which LaTeX prints as it is"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrag_ray.report import collect
+from lrag_ray.report import collect, report
 from lrag_ray.report.strips import COLUMNS, make_strips
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
@@ -50,6 +50,19 @@ def test_a_strip_is_made_once_per_video(run: RunDirectory, tmp_path: Path) -> No
     assert again[:1] == first and len(again) == 2
     after = {path: (tmp_path / "summary" / path).stat().st_mtime_ns for path in folder.list_files()}
     assert len(after) == 4 and {path: after[path] for path in before} == before
+
+
+def test_strips_of_an_earlier_report_are_removed_and_nothing_else(run: RunDirectory, tmp_path: Path) -> None:
+    out = Storage(str(tmp_path / "out"))
+    report([run], to=out.uri, strips=2)
+    for name in ("strips/mine.webp", "mine/" + "0" * 32 + ".webp"):
+        out.write(name, b"mine")
+    before = {path for path in out.list_files() if path.endswith(".webp")}
+    report([run], to=out.uri, strips=1)
+    left = {path for path in out.list_files() if path.endswith(".webp")}
+    assert (len(before), len(left)) == (4 + 2, 2 + 2) and left < before
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert sum(path in page for path in left) == 2
 
 
 def test_prompts_with_more_methods_come_first(tmp_path: Path) -> None:
