@@ -38,6 +38,7 @@ from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.stored_config import store_config
 from lrag_ray.engine.text import encode_prompts
 from lrag_ray.engine.waves import scoring_waves
+from lrag_ray.engine.weights.verify import refuse_misfits
 from lrag_ray.engine.work import OpenWork, open_work
 from lrag_ray.report import build_report
 from lrag_ray.store.address import Storage
@@ -120,11 +121,14 @@ class _Job:
                     f"{self._run.uri} does not honour create-only writes: let one driver work at a time", warning=True
                 )
             )
-        self._run.ensure(identity)
         inventory = self._run.inventory()
+        self._work = work = open_work(identity, inventory)
+        if work.items:
+            # Before the run knows the digests of files that no rollout could load.
+            refuse_misfits(self._config)
+        self._run.ensure(identity)
         self._run.refuse_foreign_commits(identity, inventory)
         store_config(self._run, self._config)
-        self._work = work = open_work(identity, inventory)
         for state in work.invalid:
             kept = self._run.set_aside(state)
             text = f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again"

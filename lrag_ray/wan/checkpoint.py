@@ -3,8 +3,8 @@
 A published file is a dict with ``generator``, ``generator_ema`` or ``model`` at the top; each is the state dict of a
 diffusion wrapper, so that Wan's names stand behind ``model.``, and FSDP leaves ``_fsdp_wrapped_module.`` inside names.
 A flat file (safetensors cannot nest) holds the tensors of one generator, or spells the top level as the first part of
-every name. The public loader fills gaps
-with random weights when EMA is asked for; here nothing but a complete fit loads.
+every name. The public loader fills gaps with random weights when EMA is asked for; here nothing but a complete fit is
+loaded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch import Tensor
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.lora import Lora, apply_lora
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest, unwrapped
 from lrag_ray.wan.transformer import CausalWanTransformer
 
 __all__ = ["generator_weights", "load_transformer", "mapped_transformer", "state_dict_digest"]
 
-_FSDP = "_fsdp_wrapped_module."
-_WRAPPER = "model."
+_DIFFUSION_WRAPPER = "model."
 _TOP_LEVEL = ("generator", "generator_ema", "model")
 
 
@@ -111,10 +110,10 @@ def _absence(wanted: str, held: list[str], content: Mapping[str, Any]) -> str:
 
 
 def _wan_names(state: Mapping[Any, Any], path: str | Path) -> dict[str, Tensor]:
-    """Names without FSDP parts and without the wrapper's prefix."""
+    """Names without what training wrapped around the modules, and without the diffusion wrapper's prefix."""
     cleaned: dict[str, Tensor] = {}
     for key, value in state.items():
-        name = str(key).replace(_FSDP, "").removeprefix(_WRAPPER)
+        name = unwrapped(str(key)).removeprefix(_DIFFUSION_WRAPPER)
         if name in cleaned:
             raise WeightsError(
                 f"checkpoint {path} holds '{name}' twice once prefixes are removed (again as '{key}'). "

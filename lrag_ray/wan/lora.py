@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.state_dict import misfits, read_checkpoint
+from lrag_ray.wan.state_dict import misfits, read_checkpoint, unwrapped
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(?P<layer>.+)\.lora_(?P<half>[AB])\.(?:default\.)?weight")
 
@@ -49,7 +49,7 @@ def read_lora(path: str | Path) -> dict[str, Tensor]:
     halves: dict[str, Tensor] = {}
     strange: list[str] = []
     for key, value in state.items():
-        match = _KEY.fullmatch(str(key).replace("_fsdp_wrapped_module.", ""))
+        match = _KEY.fullmatch(unwrapped(str(key)))
         if match is None or not isinstance(value, Tensor):
             strange.append(str(key))
         else:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import struct
+import re
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
+from lrag_ray.wan.file_kinds import HEAD_BYTES, is_safetensors, is_zip, no_weights
 
 _NAMES_SHOWN = 8
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+"""What FSDP, activation checkpointing, torch.compile and data-parallel training leave in names."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -34,19 +39,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not there"
         raise WeightsError(f"checkpoint {path} is {what}; expected a .pt or .safetensors file. Mend: correct the path")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if _is_safetensors(head, path.stat().st_size):
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        size = path.stat().st_size
+    except OSError as error:
+        raise WeightsError(
+            f"checkpoint {path} cannot be read: {error.strerror}. Mend: let this user read it, or correct the path"
+        ) from error
+    if is_safetensors(head, size):
         return _read_safetensors(path)
+    if mistaken := no_weights(head, path.suffix):
+        raise WeightsError(f"checkpoint {path} {mistaken}")
     return _read_torch(path, head)
-
-
-def _is_safetensors(head: bytes, size: int) -> bool:
-    """A safetensors file begins with the byte length of its JSON header and the header's brace."""
-    if len(head) < 9 or head[8:9] != b"{":
-        return False
-    (header_bytes,) = struct.unpack("<Q", head[:8])
-    return bool(2 <= header_bytes <= max(size, 1 << 27))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -54,43 +59,78 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise WeightsError(_truncated(path, f"a safetensors file that cannot be read ({error})")) from error
-
-
-_TROUBLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    zipfile.BadZipFile,
-    IndexError,
-    TypeError,
-    AttributeError,
-)
-"""What torch's unpickler raises over bytes that are cut off or no pickle."""
+        raise WeightsError(_damaged(path, f"a safetensors file that cannot be read ({error})")) from error
 
 
 def _read_torch(path: Path, head: bytes) -> dict[str, Any]:
-    is_zip = zipfile.is_zipfile(path)
-    if head.startswith(b"PK") and not is_zip:
-        raise WeightsError(_truncated(path, "a torch zip archive without its end, so it is truncated"))
+    zipped = zipfile.is_zipfile(path)
+    if is_zip(head) and not zipped:
+        raise WeightsError(_damaged(path, "a torch zip archive without its end, so it is truncated"))
     try:
-        # Only zip archives can be mapped; the older pickle format is read whole.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
+        records = _stored_records(path) if zipped else None
+        with warnings.catch_warnings():
+            # What torch warns of here (odd pickle protocols, sparse tensors) is refused below.
+            warnings.simplefilter("ignore")
+            # Only zip archives can be mapped; the older pickle format is read whole.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"checkpoint {path} is refused: it is no torch file, or it holds objects that run code on loading "
-            f"({str(error).splitlines()[0]}). Mend: use the published file, or save the state dict alone"
-        ) from error
-    except _TROUBLE as error:
-        raise WeightsError(_truncated(path, f"a torch file that cannot be read ({error})")) from error
+        raise WeightsError(_refusal(path, str(error))) from error
+    except Exception as error:
+        # Over bytes that are no pickle torch's unpickler raises anything.
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise WeightsError(_damaged(path, f"a torch file that cannot be read ({reason})")) from error
     if not isinstance(content, dict):
-        raise WeightsError(f"checkpoint {path} holds a {type(content).__name__}, expected a dict")
-    return content
+        raise WeightsError(
+            f"checkpoint {path} holds a {type(content).__name__}, expected a dict of tensors. "
+            "Mend: save the state dict itself, or give another file"
+        )
+    if records is not None and (short := _storage_sizes(content) - records):
+        raise WeightsError(_damaged(path, f"a torch archive with {short.total()} tensors of other sizes than it says"))
+    return {str(name): value for name, value in content.items()}
 
 
-def _truncated(path: Path, looks_like: str) -> str:
+def _stored_records(path: Path) -> Counter[int]:
+    """Sizes of the storages in a torch archive. ValueError for compressed ones: mapped, they would be garbage."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        raise ValueError("it is a zip archive, but none that torch wrote")
+    held = [entry for entry in entries if "/data/" in entry.filename]
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in held):
+        raise ValueError("its tensors are compressed, as torch never does: unpack it and save it again with torch")
+    return Counter(entry.file_size for entry in held)
+
+
+def _storage_sizes(content: object) -> Counter[int]:
+    """Sizes of the storages that the tensors in nested containers lie in, each storage once."""
+    storages: dict[int, int] = {}
+    pending = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.device.type == "cpu":
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, (list, tuple)):
+            pending += value
+    return Counter(size for size in storages.values() if size)
+
+
+def _refusal(path: Path, reason: str) -> str:
+    """torch's own text advises to load with code execution allowed; only the name of what it met is of use."""
+    if found := re.search(r"GLOBAL ([\w.]+)", reason):
+        what = f"it holds {found[1]}, which is no tensor and could run code on loading"
+    else:
+        what = "it is no torch file, or it is damaged"
+    return (
+        f"checkpoint {path} ({path.stat().st_size:,} bytes) is refused: {what}. "
+        "Mend: use the published file, or save the state dict alone"
+    )
+
+
+def _damaged(path: Path, looks_like: str) -> str:
     size = path.stat().st_size
     return (
         f"checkpoint {path} ({size:,} bytes) looks like {looks_like}. "
@@ -98,21 +138,47 @@ def _truncated(path: Path, looks_like: str) -> str:
     )
 
 
+def unwrapped(name: str) -> str:
+    """A tensor's name without what training wrapped around the modules."""
+    return _WRAPPERS.sub("", name)
+
+
 def misfits(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
-    """Lines that say which names of `found` are missing, unexpected or misshapen; empty when everything fits."""
+    """Lines that say which names of `found` are missing, unexpected or unfit; empty when everything fits."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
-    shapes = {name: list(getattr(found[name], "shape", ())) for name in sorted(expected.keys() & found.keys())}
+    both = sorted(expected.keys() & found.keys())
     misshapen = [
-        f"{name} is {shape}, expected {list(expected[name].shape)}"
-        for name, shape in shapes.items()
-        if not isinstance(found[name], Tensor) or shape != list(expected[name].shape)
+        f"{name} is {list(getattr(found[name], 'shape', ()))}, expected {list(expected[name].shape)}"
+        for name in both
+        if not isinstance(found[name], Tensor) or found[name].shape != expected[name].shape
+    ]
+    no_numbers = [
+        f"{name} is {kind}"
+        for name in both
+        if isinstance(found[name], Tensor) and (kind := _unusable(found[name], expected[name]))
     ]
     return [
         f"{kind} {len(names)}: {_shown(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+            ("of another kind", no_numbers),
+        )
         if names
     ]
+
+
+def _unusable(found: Tensor, expected: Tensor) -> str | None:
+    """Why a tensor cannot stand for `expected`, its precision aside; None where it can."""
+    if found.layout != torch.strided:
+        return "sparse, expected a dense tensor"
+    if found.device.type == "meta":
+        return "without values"
+    if expected.is_floating_point() and not found.is_floating_point():
+        return f"{str(found.dtype).removeprefix('torch.')}, expected floating point"
+    return None
 
 
 def _shown(names: list[str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 import typer
 import yaml
@@ -20,7 +21,9 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli import weights as cli
 from lrag_ray.config.load import load_config
+from lrag_ray.config.prompts import make_prompt
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.run import run
 from lrag_ray.engine.weights.convert import convert
 from lrag_ray.engine.weights.local import local_copy, record_at, sizes_at
 from lrag_ray.engine.weights.needs import Need, needs_of
@@ -141,6 +144,7 @@ def test_a_pull_that_was_killed_goes_on_in_another_process(hub: Hub, tmp_path: P
     program = """
 import sys
 from lrag_ray.config.load import load_config
+from lrag_ray.config.prompts import make_prompt
 from lrag_ray.engine.weights.needs import needs_of
 from lrag_ray.engine.weights.pull import pull
 pull(needs_of(load_config(sys.argv[1]))[0])
@@ -279,6 +283,17 @@ def test_verify_tells_fit_damage_and_absence(hub: Hub, tmp_path: Path) -> None:
     file.write_bytes(content)
     assert "It is damaged or another file" in verify(need).detail
     assert verify(need, digests=False).ok, "shapes alone do not show a flipped bit"
+
+
+def test_a_run_with_weights_that_do_not_fit_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "self_forcing.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:7c\nsize 5676\n")
+    (tmp_path / "ae_latent_mem.pt").write_text("<html>not found</html>")
+    config = config_of(tmp_path, str(tmp_path))
+    with pytest.raises(WeightsError, match=r"Git LFS pointer(.|\n)*web page(.|\n)*Nothing was started"):
+        run(config, [make_prompt(0, "a red fox")])
+    assert not ray.is_initialized()
+    # The digests of such files must not become what the run is.
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_converted_generator_is_the_same_bit_for_bit(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from lrag_ray.errors import WeightsError
@@ -39,6 +43,8 @@ LAYOUTS: dict[str, tuple[bool, Callable[[State], dict[str, Any]]]] = {
     "fsdp without ema": (False, lambda s: {"generator": wrapped(s, "_fsdp_wrapped_module.")}),
     "model": (True, lambda s: {"model": wrapped(s)}),
     "bare": (False, lambda s: s),
+    "data parallel": (False, lambda s: {"generator": {f"module.{name}": value for name, value in wrapped(s).items()}}),
+    "compiled": (True, lambda s: {"generator_ema": wrapped(s, "_orig_mod.")}),
     "flat": (True, lambda s: {f"generator_ema.{name}": value for name, value in wrapped(s).items()}),
 }
 
@@ -81,6 +87,15 @@ def test_digest_tells_names_values_and_types_apart() -> None:
     assert len({state_dict_digest(other) for other in [base, *others]}) == 5
 
 
+ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole numbers": lambda x: x.long(),
+    "truth values": lambda x: x > 0,
+    "complex": lambda x: x.to(torch.complex64),
+    "sparse": lambda x: x.to_sparse(),
+    "without values": lambda x: x.to("meta"),
+}
+
+
 def broken(state: State, how: str) -> dict[str, Any]:
     changed = wrapped(state)
     if how == "missing":
@@ -91,6 +106,8 @@ def broken(state: State, how: str) -> dict[str, Any]:
         changed["model.head.head.bias"] = torch.zeros(63)
     elif how == "ambiguous":
         changed["model._fsdp_wrapped_module.head.head.bias"] = changed["model.head.head.bias"]
+    elif how in ODD_TENSORS:
+        changed["model.head.head.bias"] = ODD_TENSORS[how](changed["model.head.head.bias"])
     elif how == "no tensor":
         return {"generator": changed | {"model.head.head.bias": [0.0] * 64}}
     return {"generator": changed}
@@ -104,6 +121,11 @@ def broken(state: State, how: str) -> dict[str, Any]:
         ("misshapen", r"head.head.bias is \[63\], expected \[64\]"),
         ("ambiguous", "'head.head.bias' twice"),
         ("no tensor", "misshapen 1: head.head.bias"),
+        ("whole numbers", "of another kind 1: head.head.bias is int64"),
+        ("truth values", "head.head.bias is bool"),
+        ("complex", "head.head.bias is complex64, expected floating point"),
+        ("sparse", "head.head.bias is sparse"),
+        ("without values", "head.head.bias is without values"),
     ],
 )
 def test_a_misfit_is_named_and_never_loaded(tmp_path: Path, state: State, how: str, said: str) -> None:
@@ -149,6 +171,102 @@ def test_a_truncated_file_is_called_truncated(tmp_path: Path, state: State, suff
         load_transformer(path, CONFIG)
 
 
+def saved(state: State, form: str) -> bytes:
+    buffer = io.BytesIO()
+    if form == "safetensors":
+        return save(state)
+    torch.save({"generator": wrapped(state)}, buffer, _use_new_zipfile_serialization=form == "zip")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["zip", "pickle", "safetensors"])
+def test_wherever_a_file_is_cut_off_it_is_refused_with_a_mend(tmp_path: Path, state: State, form: str) -> None:
+    path = tmp_path / ("generator.safetensors" if form == "safetensors" else "generator.pt")
+    whole = saved(state, form)
+    for end in [*range(0, 70, 3), *range(100, len(whole), len(whole) // 11), *range(len(whole) - 30, len(whole), 7)]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(WeightsError, match="Mend:"):
+            load_transformer(path, CONFIG)
+
+
+def repacked(whole: bytes, *, compressed: bool = False, halved: bool = False, emptied: bool = False) -> bytes:
+    """A torch archive whose tensors were changed behind torch's back."""
+    buffer = io.BytesIO()
+    method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(io.BytesIO(whole)) as source, zipfile.ZipFile(buffer, "w", method) as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if "/data/" not in name:
+                target.writestr(name, content)
+            elif not emptied:
+                target.writestr(name, content[: len(content) // 2] if halved else content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"compressed": True}, "tensors are compressed"),
+        ({"halved": True}, "tensors of other sizes"),
+        ({"emptied": True}, "cannot be read"),
+    ],
+)
+def test_an_archive_that_would_be_mapped_as_garbage_is_refused(
+    tmp_path: Path, state: State, change: dict[str, bool], said: str
+) -> None:
+    path = tmp_path / "generator.pt"
+    path.write_bytes(repacked(saved(state, "zip"), **change))
+    with pytest.raises(WeightsError, match=said):
+        load_transformer(path, CONFIG)
+
+
+def test_tensors_that_share_storage_are_no_damage(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "generator.pt"
+    name = "blocks.0.self_attn.q.weight"
+    other = state | {name: state[name].t().contiguous().t()}
+    torch.save({"generator": wrapped(other), "generator_ema": wrapped(other), "step": 3, "more": [other[name]]}, path)
+    assert state_dict_digest(load_transformer(path, CONFIG, dtype=torch.float32).state_dict()) == state_dict_digest(
+        state
+    )
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:7cace0da2b44\nsize 5676070424\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("generator.pt", b"", "is empty"),
+        ("generator.pt", LFS, "Git LFS pointer to a file of 5,676,070,424 bytes"),
+        ("generator.safetensors", LFS, "Git LFS pointer"),
+        ("generator.safetensors", b"<!DOCTYPE html><title>404</title>", "a web page"),
+        ("generator.pt", b"\n<html>log in, please \xc3", "a web page"),
+        ("generator.pt", b'{"error": "Invalid user name"}', 'is text .it begins with \'{"error"'),
+        ("model.safetensors.index.json", b'{"metadata": {"total_size": 1}, "weight_map": {}}', "split over several"),
+        ("generator.pt", b"\x1f\x8b\x08" + bytes(99), "gzip archive"),
+        ("generator.pt", bytes(999), "no torch file and no safetensors file"),
+        ("generator.safetensors", struct.pack("<Q", 10**12) + b"{}", "header is damaged"),
+        ("generator.safetensors", struct.pack("<Q", 10) + b'{"a": 1, "b": 2}', "cannot be read"),
+        ("generator.pt", b"PK\x05\x06" + bytes(18), "none that torch wrote"),
+    ],
+)
+def test_mixed_up_downloads_are_told(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=said) as refusal:
+        load_transformer(path, CONFIG)
+    assert "Mend:" in str(refusal.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "generator.pt"
+    path.write_bytes(saved(state, "zip"))
+    path.chmod(0)
+    with pytest.raises(WeightsError, match=r"cannot be read: .*Mend"):
+        load_transformer(path, CONFIG)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("harmed"),))
@@ -159,8 +277,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "generator.pt"
     torch.save({"generator": Harmful()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match="refused"):
+    with pytest.raises(WeightsError, match="refused: it holds getattr, which is no tensor") as refusal:
         load_transformer(path, CONFIG)
+    # torch's own text advises to load with code execution allowed.
+    assert "weights_only" not in str(refusal.value)
     assert not (tmp_path / "harmed").exists()
 
 
@@ -169,9 +289,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
         load_transformer(tmp_path / "absent.pt", CONFIG)
     with pytest.raises(WeightsError, match="a folder"):
         load_transformer(tmp_path, CONFIG)
-    (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
-    with pytest.raises(WeightsError, match="no torch file"):
-        load_transformer(tmp_path / "page.pt", CONFIG)
-    (tmp_path / "empty.pt").write_bytes(b"")
-    with pytest.raises(WeightsError, match="0 bytes"):
-        load_transformer(tmp_path / "empty.pt", CONFIG)
+    for content in ([1, 2], torch.zeros(2), 7):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(WeightsError, match=r"expected a dict of tensors\. Mend:"):
+            load_transformer(tmp_path / "other.pt", CONFIG)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from lrag_ray.engine.weights.local import file_digest, known_sizes, local_copy, record_at, sizes_at
-from lrag_ray.engine.weights.needs import Need
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.weights.local import file_digest, is_remote, known_sizes, local_copy, record_at, sizes_at
+from lrag_ray.engine.weights.needs import Need, needs_of
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.wan.checkpoint import mapped_transformer
@@ -27,12 +28,27 @@ class Verdict(NamedTuple):
     """What was found, or what is wrong with its mend."""
 
 
+def refuse_misfits(config: RunConfig) -> None:
+    """Raise WeightsError with everything that is wrong with the weights on this machine, before an actor meets it.
+
+    Digests are left to `weights verify`, and what lies in a bucket to the nodes, which copy it.
+    """
+    needs = [need for need in needs_of(config) if need.kind != "prompts" and not is_remote(need.address)]
+    wrong = [verdict for verdict in (verify(need, digests=False) for need in needs) if not verdict.ok]
+    if wrong:
+        told = "\n".join(verdict.detail for verdict in wrong)
+        raise WeightsError(f"{told}\nNothing was started; `lrag-ray weights verify CONFIG` checks them again")
+
+
 def verify(need: Need, *, digests: bool = True) -> Verdict:
     """Check one need. `digests` reads every byte; without it only presence, sizes and shapes are checked."""
     try:
         return Verdict(need, True, _checked(need, digests))
     except LragError as error:
         return Verdict(need, False, str(error))
+    except OSError as error:
+        told = f"{need.address} cannot be read: {error.strerror or error}. Mend: let this user read it"
+        return Verdict(need, False, told)
 
 
 def _checked(need: Need, digests: bool) -> str:
