@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def _check(record: Record, files: _Files | None, sheet: Sheet) -> None:
     if files.outputs is not None:
         kwargs = golden.get("model_kwargs", {})
         for name, model in models.items():
-            _check_outputs(name, model, files.outputs, kwargs.get("timestep_shift", 5.0), sheet)
+            _check_outputs(name, model, files.outputs, kwargs, sheet)
 
 
 def _check_weights(
@@ -100,10 +101,12 @@ def _check_weights(
     )
 
 
-def _check_outputs(label: str, model: CausalWanTransformer, golden: Vectors, shift: float, sheet: Sheet) -> None:
+def _check_outputs(
+    label: str, model: CausalWanTransformer, golden: Vectors, kwargs: Mapping[str, Any], sheet: Sheet
+) -> None:
     """Two calls, the second on the cache that the first one left; applied and merged LoRA must both be met."""
     kinds = ["base"] if label == "base" else ["lora", "merged"]
-    ours = _two_calls(model, golden, shift)
+    ours = _two_calls(model, golden, kwargs)
     pairs = {
         f"{kind}.{name}": (value, golden[f"{kind}.{name}"], OUTPUTS)
         for kind in kinds
@@ -114,17 +117,18 @@ def _check_outputs(label: str, model: CausalWanTransformer, golden: Vectors, shi
 
 
 @torch.no_grad()
-def _two_calls(model: CausalWanTransformer, golden: Vectors, shift: float) -> dict[str, Tensor]:
-    """Flow and x0 of the first frames, then of half their values as the next frames, all frames attended."""
+def _two_calls(model: CausalWanTransformer, golden: Vectors, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Flow and x0 of the first frames, then of half their values as the next frames."""
     x, t = golden["x"], golden["timestep"]
     config, device = model.config, torch.device("cpu")
     grid = config.token_grid(x.shape[-2], x.shape[-1])
     layout = Layout(config.num_layers, config.num_heads, config.head_dim, grid, x.shape[1], torch.float32, device)
     rope = Rope(config.head_dim, grid, device)
-    policies = [Base(BaseSettings(window=-1, sink=0), PolicyInputs(layout, rope)) for _ in x]
+    settings = BaseSettings(window=kwargs.get("local_attn_size", -1), sink=kwargs.get("sink_size", 0))
+    policies = [Base(settings, PolicyInputs(layout, rope)) for _ in x]
     context = ContextRuntime(layout, rope, list(policies))
     text = model.embed_text(golden["prompt_embeds"])
-    schedule = FlowMatchSchedule(shift)
+    schedule = FlowMatchSchedule(kwargs.get("timestep_shift", 5.0))
     outputs: dict[str, Tensor] = {}
     for call, latents in enumerate((x, 0.5 * x)):
         context.begin_block(call)

@@ -47,15 +47,16 @@ class _Plan(NamedTuple):
 
 
 def _plan(case: Mapping[str, Any], folder: Folder) -> _Plan:
+    # What a case leaves out has the default of the public generator wrapper.
     model = case["model_kwargs"]
     sampler = SamplerConfig(
         denoising_steps=tuple(case["denoising_step_list"]),
         warp=case.get("warp", True),
-        shift=model["timestep_shift"],
+        shift=model.get("timestep_shift", 8.0),
         context_timestep=float(case.get("context_noise", 0)),
         frames_per_block=case["num_frame_per_block"],
     )
-    settings: dict[str, Any] = {"window": model["local_attn_size"], "sink": model["sink_size"]}
+    settings: dict[str, Any] = {"window": model.get("local_attn_size", -1), "sink": model.get("sink_size", 0)}
     if not model.get("use_latentmem", False):
         return _Plan(sampler, "base", settings, None)
     settings |= {"top_k": model.get("memory_size", 0), "recent_exclude": model.get("recent_exclude", 0)}

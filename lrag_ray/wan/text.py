@@ -50,12 +50,14 @@ class UMT5Sizes:
     """Hidden width of the feed-forward layers."""
     num_layers: int = 24
     """Layers, each with a relative-position table of its own."""
+    num_buckets: int = 32
+    """Rows of that table."""
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> UMT5Sizes:
         """Sizes that a state dict with the original key names implies."""
         vocab_size, dim = state["token_embedding.weight"].shape
-        num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape[1]
+        num_buckets, num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape
         return cls(
             vocab_size=vocab_size,
             dim=dim,
@@ -63,6 +65,7 @@ class UMT5Sizes:
             num_heads=num_heads,
             ffn_dim=state["blocks.0.ffn.fc1.weight"].shape[0],
             num_layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+            num_buckets=num_buckets,
         )
 
     def transformers_config(self) -> UMT5Config:
@@ -76,6 +79,7 @@ class UMT5Sizes:
             num_heads=self.num_heads,
             d_ff=self.ffn_dim,
             num_layers=self.num_layers,
+            relative_attention_num_buckets=self.num_buckets,
         )
 
 

@@ -269,6 +269,9 @@ MUTATIONS = {
         },
     ),
     "lora alpha": Mutation(LORA, {"lora_rank4_lora_wrapped outputs": entry("lora/lora_rank4.json", 5, "alpha")}),
+    "lora window": Mutation(
+        LORA, {"lora_rank4_lora_raw outputs": entry("lora/lora_rank4.json", 4, "model_kwargs", "local_attn_size")}
+    ),
     "lora rank": Mutation(LORA, {"*": entry("lora/lora_rank4.json", 3, "rank")}),
     "vae": Mutation(
         VAE,

@@ -65,6 +65,15 @@ def test_layers_have_position_tables_of_their_own(weights: dict[str, Tensor]) ->
     assert torch.equal(loaded, two)
 
 
+def test_the_number_of_position_buckets_is_read_from_the_weights(weights: dict[str, Tensor]) -> None:
+    table = "pos_embedding.embedding.weight"
+    fewer = {name: value[:16] if name.endswith(table) else value for name, value in weights.items()}
+    sizes = UMT5Sizes.of(fewer)
+    assert sizes.num_buckets == 16
+    encoder = TextEncoder(umt5_from_state_dict(fewer, sizes, "sixteen"), lambda text: [], "")
+    assert encoder.encode_ids([3, 4, 5]).isfinite().all()
+
+
 def test_original_file_and_diffusers_folder_are_the_same_encoder(
     weights: dict[str, Tensor], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
