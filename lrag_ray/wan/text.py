@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
+from lrag_ray.wan.diffusers_folder import model_of_folder, no_folder_of
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
 
@@ -175,16 +175,16 @@ def mapped_text_encoder(path: str | Path, sizes: UMT5Sizes | None = None) -> nn.
 
 def umt5_from_state_dict(state: Mapping[str, Tensor], sizes: UMT5Sizes, source: str) -> nn.Module:
     """UMT5EncoderModel from a state dict with the original key names (golden/text_encoder/README.md has the map)."""
-    renamed = {_transformers_name(name): value for name, value in state.items()}
-    return _filled(sizes.transformers_config(), renamed, source)
-
-
-def _filled(config: UMT5Config, state: dict[str, Tensor], source: str) -> nn.Module:
-    """UMT5EncoderModel with the tensors of `state`, under transformers' names."""
     from transformers import UMT5EncoderModel
 
+    renamed = {_transformers_name(name): value for name, value in state.items()}
     with torch.device("meta"):
-        model: nn.Module = UMT5EncoderModel(config)
+        model = UMT5EncoderModel(sizes.transformers_config())
+    return _filled(model, renamed, source)
+
+
+def _filled(model: nn.Module, state: dict[str, Tensor], source: str) -> nn.Module:
+    """A UMT5EncoderModel on the meta device with the tensors of `state`, under transformers' names."""
     if "shared.weight" in state:
         # transformers ties the two names to one table; files hold it once, a strict load wants both.
         state = {**state, "encoder.embed_tokens.weight": state["shared.weight"]}
@@ -219,19 +219,16 @@ def _transformers_name(name: str) -> str:
 
 
 def _from_folder(path: Path) -> nn.Module:
-    from transformers import UMT5Config
+    from transformers import UMT5Config, UMT5EncoderModel
 
+    # Not from_pretrained, which gives its defaults where the file is absent.
+    model = model_of_folder(path, "umT5 encoder", lambda config: UMT5EncoderModel(UMT5Config.from_dict(dict(config))))
     shards = sorted(path.glob("*.safetensors"))
-    try:
-        # UMT5Config.from_pretrained gives its defaults where the file is absent.
-        config = UMT5Config.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(f"{path} is no Diffusers folder of a umT5 encoder: {error}") from error
     if not shards:
-        raise WeightsError(f"{path} is no Diffusers folder of a umT5 encoder: it holds no .safetensors file")
+        raise WeightsError(no_folder_of(path, "umT5 encoder", "it holds no .safetensors file"))
     # Mapped shard by shard; from_pretrained would copy them, and only warn about what is missing.
     state = {name: value for shard in shards for name, value in read_checkpoint(shard).items()}
-    return _filled(config, state, f"text encoder {path}")
+    return _filled(model, state, f"text encoder {path}")
 
 
 def load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
@@ -240,9 +237,13 @@ def load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # The library raises anything over files that are cut off or none of its own.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        if not (folder / "tokenizer.json").is_file():
+            reason = "it holds no tokenizer.json"
         raise WeightsError(
-            f"no tokenizer in {folder}: {error}. Mend: give the folder that holds tokenizer.json and "
+            f"no tokenizer in {folder}: {reason}. Mend: give the folder that holds tokenizer.json and "
             "tokenizer_config.json (google/umt5-xxl beside the checkpoint)"
         ) from error
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrag_ray.errors import WeightsError
+from lrag_ray.wan.diffusers_folder import model_of_folder
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.soft_decoder import soften
 from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
@@ -142,15 +142,11 @@ def mapped_vae(path: str | Path, config: dict[str, Any] | None = None) -> Any:
     path = Path(path)
     if path.is_dir():
         # from_pretrained only warns about missing tensors; our own strict fill does not.
-        try:
-            settings = AutoencoderKLWan.load_config(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{path} is no Diffusers folder of a VAE: {error}") from error
+        model = model_of_folder(path, "VAE", AutoencoderKLWan.from_config)
         state = read_checkpoint(path / "diffusion_pytorch_model.safetensors")
     else:
-        settings = config or {}
         state = convert_wan_vae_to_diffusers(read_checkpoint(path))
-    with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(settings)
+        with torch.device("meta"):
+            model = AutoencoderKLWan.from_config(config or {})
     load_strict(model, state, f"VAE {path}", "give Wan2.1_VAE.pth or the `vae` folder of the Diffusers repository")
     return model

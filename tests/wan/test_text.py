@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from lrag_ray.wan.text import (
     UMT5Sizes,
     clean_prompt,
     load_text_encoder,
+    load_tokenizer,
+    mapped_text_encoder,
     pad_text,
     tiny_text_encoder,
     umt5_from_state_dict,
@@ -162,3 +165,32 @@ def test_padding_is_zero_and_too_many_rows_are_refused() -> None:
     assert padded.tolist() == [[1] * 3] * 2 + [[0] * 3] * 2
     with pytest.raises(ValueError, match="5 rows"):
         pad_text(torch.ones(5, 3), 4)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer.json", None, "it holds no tokenizer.json"),
+        ("tokenizer.json", '{"version": "1.0", "truncat', "no tokenizer in"),
+        ("tokenizer_config.json", "<html>", "no tokenizer in"),
+        ("tokenizer_config.json", "[1]", "no tokenizer in"),
+    ],
+)
+def test_damaged_tokenizers_are_refused(
+    tokenizer_folder: Path, tmp_path: Path, file: str, content: str | None, said: str
+) -> None:
+    folder = tmp_path / "umt5-xxl"
+    shutil.copytree(tokenizer_folder, folder)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(WeightsError, match=f"{said}(.|\\n)*Mend:"):
+        load_tokenizer(folder, 8)
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"d_model": -4}'])
+def test_a_folder_that_no_encoder_can_be_built_from_is_refused(tmp_path: Path, config: str | None) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(WeightsError, match=r"no Diffusers folder of a umT5 encoder: .*Mend:"):
+        mapped_text_encoder(tmp_path)

@@ -76,6 +76,11 @@ def test_folder_without_a_vae_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(WeightsError, match="no Diffusers folder"):
         load_wan_vae(tmp_path)
+    # A list would make diffusers ask the Hub.
+    for config in ("{", "[]", '{"base_dim": -4}', '{"base_dim": "wide"}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(WeightsError, match=r"no Diffusers folder of a VAE: .*Mend:"):
+            load_wan_vae(tmp_path)
 
 
 def test_video_frames_of_whole_and_cold_decodes() -> None:
