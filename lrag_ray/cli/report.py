@@ -34,9 +34,12 @@ def report(
         typer.Option("--mode", help="Which scores of vbench_long: modes never share a table."),
     ] = None,
     strips: Annotated[
-        int | None, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone that get timestamp strips.")
+        int | None,
+        typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone that get timestamp strips (3)."),
     ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print the rank tables as CSV and write nothing.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print the rank tables as CSV (values unrounded) and write nothing.")
+    ] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="Print them as a LaTeX table and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,10 +65,11 @@ def report(
         raise typer.BadParameter("give at most one of --csv, --latex and --json")
     run_dirs = [RunDirectory(uri) for uri in runs]
     if as_csv or as_latex:
-        data = collect(run_dirs, suite, mode)
+        data = collect(run_dirs, suite, mode, must_have=True)
         print(ranks_csv(data) if as_csv else latex_table(data), end="")
         return
-    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=STRIPS if strips is None else strips)
+    count = STRIPS if strips is None else strips
+    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=count, must_have=True)
     if as_json:
         print_json(_plain(made))
     else:
@@ -83,6 +87,12 @@ def _print(made: Report) -> None:
         out.print("Durations are prefixes of one rollout, so their tables are not independent samples.")
     if not made.blocks:
         out.print(f"No scores yet ({made.data.suite.title}).")
+    if made.data.scores.pending:
+        out.print(f"Without scores yet: {made.data.scores.pending} videos at their durations (`lrag-ray score RUN`).")
+    if made.data.scores.failures:
+        out.print(
+            f"Could not be scored: {len(made.data.scores.failures)} videos at their durations; the page says why."
+        )
     if made.data.other_suites:
         out.print(f"Not shown: scores of {'; '.join(made.data.other_suites)} (--suite, --mode).")
     if made.folder is None:

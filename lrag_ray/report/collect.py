@@ -13,7 +13,7 @@ from lrag_ray.report.merge import merged_identity
 from lrag_ray.report.scores import Scores, add_preview_scores, choose_suite
 from lrag_ray.report.vbench_scores import add_vbench_scores
 from lrag_ray.scoring.drift import DriftPoint, drift
-from lrag_ray.scoring.ranks import RankBlock, average_ranks
+from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks
 from lrag_ray.scoring.table import Suite
 from lrag_ray.scoring.vbench_long.rows import Mode
 from lrag_ray.store.identity import RunIdentity
@@ -77,10 +77,15 @@ class ReportData:
         horizons = self.identity.backbones[backbone].horizons
         return next(horizon.duration_s for horizon in horizons if horizon.latent_frames == latent_frames)
 
-    def frozen_means(self, block: RankBlock) -> dict[str, float]:
-        """The control beside a block, over those of its units that have it; empty where none has."""
+    def frozen_units(self, block: RankBlock) -> list[Unit]:
+        """Those of a block's units that have the control: it may be scored for some prompts or samples alone."""
         found = self.scores.frozen.get(block.backbone, {})
-        weights = {unit: weight for unit, weight in block.weights.items() if unit in found}
+        return [unit for unit in block.weights if unit in found]
+
+    def frozen_means(self, block: RankBlock) -> dict[str, float]:
+        """The control beside a block, over its `frozen_units`; empty where there are none."""
+        found = self.scores.frozen.get(block.backbone, {})
+        weights = {unit: block.weights[unit] for unit in self.frozen_units(block)}
         total = sum(weights.values())
         return {
             measure.name: sum(weight * found[unit][measure.name] for unit, weight in weights.items()) / total
@@ -105,20 +110,24 @@ class ReportData:
         return Counter(rollout.videos[-1].commit.device_kind for rollout in self.rollouts.values())
 
 
-def collect(run_dirs: Sequence[RunDirectory], suite: str | None = None, mode: Mode | None = None) -> ReportData:
+def collect(
+    run_dirs: Sequence[RunDirectory], suite: str | None = None, mode: Mode | None = None, *, must_have: bool = False
+) -> ReportData:
     """Read one run, or several as one; without `suite` and `mode` the scores that compare best are shown.
 
-    Where two runs hold the same rollout, the first one's counts.
+    Where two runs hold the same rollout, the first one's counts. With `must_have`, scores that are asked for and are
+    not there are refused where there are others.
 
     Raises:
         StorageError: an address holds no run.
-        UsageError: no run, one run twice, runs that cannot stand in one table, or a mode of a suite that has none.
+        UsageError: no run, one run twice, runs that cannot stand in one table, a mode of a suite that has none, or
+            scores that are not there.
     """
     twice = [uri for uri, times in Counter(run_dir.uri for run_dir in run_dirs).items() if times > 1]
     if twice or not run_dirs:
         raise UsageError(f"{twice[0]} was given twice: name every run once" if twice else "no run was given")
     merged = merged_identity(run_dirs)
-    choice, others = choose_suite(run_dirs, suite, mode)
+    choice, others = choose_suite(run_dirs, suite, mode, must_have=must_have)
     scores = Scores()
     rollouts: dict[RolloutId, ShownRollout] = {}
     for run_dir in run_dirs:

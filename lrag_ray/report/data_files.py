@@ -21,7 +21,10 @@ FROZEN = "control:frozen"
 
 
 def ranks_csv(data: ReportData) -> str:
-    """All blocks: unrounded means, places and the average rank, one line per method, and the control without places."""
+    """All blocks: unrounded means, places and the average rank, one line per method, and the control without places.
+
+    The control's counts are its own: it may be scored for some of the prompts alone.
+    """
     names = [measure.name for measure in data.suite.measures]
     lines = []
     for block in data.blocks:
@@ -37,7 +40,9 @@ def ranks_csv(data: ReportData) -> str:
                 shared | {"method": row.method, AVERAGE: row.average_rank} | dict(row.means) | ranks | video_means
             )
         if frozen := data.frozen_means(block):
-            lines.append(shared | {"method": FROZEN} | frozen)
+            units = data.frozen_units(block)
+            counts = {"prompts": len({prompt for prompt, _ in units}), "videos_per_method": len(units)}
+            lines.append(shared | counts | {"method": FROZEN} | frozen)
     columns = [*_BLOCK_COLUMNS, "prompts", "videos_per_method", "prompts_left_out", "method", AVERAGE, *names]
     columns += [f"rank_{name}" for name in names] + [f"video_mean_{name}" for name in names]
     return _csv(columns, lines)

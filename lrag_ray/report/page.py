@@ -26,6 +26,16 @@ from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.store.address import Storage
 
+_FILES = {
+    "ranks.csv": "means, places and average ranks of every table",
+    "differences.csv": "method minus reference with both ends of the interval, and the noise between samples",
+    "table.tex": "the rank tables as one LaTeX table",
+    "scores.parquet": "what they are made of, one row per clip or video",
+    "drift.csv": "the drift curves with their bands",
+    "drift.parquet": "the same",
+}
+"""What lies beside the page."""
+
 
 class RankCell(NamedTuple):
     """An average rank in the overview."""
@@ -94,6 +104,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
                 "interval_note": tables.interval_note(block.prompts),
                 "has_intervals": block.prompts >= LEAST_PROMPTS,
                 "frozen": data.frozen_means(block),
+                "frozen_note": tables.frozen_note(data, block),
                 "statistics": statistics,
                 "video_means_differ": video_means_differ(block),
             }
@@ -102,6 +113,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
         average=tables.AVERAGE,
         noise_floor=lambda statistics, measure: tables.noise_floor(statistics, measure, suite),
         drift=drift_figures(data),
+        files={name: what for name, what in _FILES.items() if data.drift or not name.startswith("drift")},
         strips=strips,
         rows=rows(data, folder),
         maps=MAPS,

@@ -71,7 +71,7 @@ class SuiteChoice(NamedTuple):
 
 
 def choose_suite(
-    run_dirs: Sequence[RunDirectory], name: str | None, mode: Mode | None
+    run_dirs: Sequence[RunDirectory], name: str | None, mode: Mode | None, *, must_have: bool = False
 ) -> tuple[SuiteChoice, list[str]]:
     """What to show, and what else there is to show.
 
@@ -79,7 +79,8 @@ def choose_suite(
     preview suite and ``compat`` before ``direct``.
 
     Raises:
-        UsageError: a mode of the preview suite, which has none.
+        UsageError: a mode of the preview suite, which has none; with `must_have`, scores that no run has while there
+            are others.
     """
     if name == PREVIEW.name and mode is not None:
         raise UsageError(f"--mode {mode} is a way to compute {VBENCH_LONG}; the {PREVIEW.name} suite has no modes")
@@ -95,7 +96,15 @@ def choose_suite(
     best = max(open_to, key=lambda choice: present[choice])
     if asked_for is None and not present[best]:
         best = SuiteChoice(PREVIEW.name, None)
-    return best, [str(choice) for choice in folders if present[choice] and choice != best]
+    others = [str(choice) for choice in folders if present[choice] and choice != best]
+    if must_have and others and not present[best]:
+        where = ", ".join(run_dir.uri for run_dir in run_dirs)
+        modes = f" --mode {best.mode}" if best.mode else ""
+        raise UsageError(
+            f"there are no scores of {best} in {where}, but of {'; '.join(others)}: name those with --suite and "
+            f"--mode, or make the missing ones with `lrag-ray score RUN --suite {best.name}{modes}`"
+        )
+    return best, others
 
 
 def add_preview_scores(

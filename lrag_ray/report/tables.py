@@ -105,6 +105,13 @@ def comparison_note(block: RankBlock) -> str:
     return f"{note}."
 
 
+def frozen_note(data: ReportData, block: RankBlock) -> str:
+    """What the control beside a table is, and over how many prompts where these are not all of the table's."""
+    prompts = len({prompt for prompt, _ in data.frozen_units(block)})
+    some = "" if prompts == block.prompts else f" (over {prompts} of the {_count(block.prompts, 'prompt')})"
+    return f"the first frame held for the whole video{some}, a control that is never ranked"
+
+
 def heading(data: ReportData, block: RankBlock) -> str:
     """Backbone with its label, and the duration."""
     label = data.identity.backbones[block.backbone].label
@@ -158,7 +165,7 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
     caption = f"{warned} {data.suite.title}. {comparison_note(block)}"
     frozen = data.frozen_means(block)
     if frozen:
-        caption += " frozen: the first frame held, a control that is not ranked."
+        caption += f" frozen: {frozen_note(data, block)}."
     table = Table(title=_name(heading(data, block)), caption=_name(caption.strip()))
     table.add_column("measure")
     for row in block.rows:

@@ -142,7 +142,10 @@ class RunDirectory:
         """What the run is; StorageError where there is no run."""
         identity = self.read()
         if identity is None:
-            raise StorageError(f"{self.uri} holds no {RUN_FILE}: there is no run at this address")
+            raise StorageError(
+                f"{self.uri} holds no {RUN_FILE}: there is no run at this address. Give that of the run directory, "
+                "which is run.uri of its configuration"
+            )
         return identity
 
     def ensure(self, wanted: RunIdentity) -> RunIdentity:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import lrag_ray.cli.app as cli
+from lrag_ray.report import report
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.run_dir import RunDirectory
 from tests.report.make_run import make_identity, make_run
@@ -77,12 +78,18 @@ def test_the_control_is_in_the_csv_without_a_rank(run: RunDirectory) -> None:
 def test_a_suite_without_scores_says_so(run: RunDirectory, tmp_path: Path) -> None:
     assert invoke(run.uri, "--to", str(tmp_path), "--strips", "0").exit_code == 0
     assert (tmp_path / "drift.csv").is_file()
-    shown = invoke(run.uri, "--suite", "preview", "--to", str(tmp_path))
-    assert shown.exit_code == 0
-    assert "No scores yet (preview suite, not VBench)" in shown.output
-    assert "Not shown: scores of vbench_long, compat mode" in shown.output
-    assert "VBench-Long, compat" not in shown.output
+    made = report([run], suite="preview", to=str(tmp_path))
+    assert (made.blocks, made.data.other_suites) == ([], ["vbench_long, compat mode"])
+    page = (tmp_path / "report.html").read_text()
+    assert "No scores yet." in page and "VBench-Long" not in page
     assert not list(tmp_path.glob("drift.*")), "curves of another suite are not left beside the page"
+
+
+def test_what_is_not_scored_yet_is_counted(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox"], ["base"])
+    shown = invoke(run.uri, "--strips", "0").output
+    assert "No scores yet (preview suite, not VBench)" in shown
+    assert "Without scores yet: 2 videos at their durations (`lrag-ray score RUN`)" in shown
 
 
 def test_several_runs_without_a_place_print_one_table(run: RunDirectory, tmp_path: Path) -> None:
@@ -103,4 +110,11 @@ def test_runs_that_do_not_fit_exit_with_2_and_are_named(run: RunDirectory, tmp_p
     assert shown.exit_code == 2
     assert run.uri in shown.stderr and other.uri in shown.stderr and "methods.rag.settings.window" in shown.stderr
     assert invoke(run.uri, "--suite", "preview", "--mode", "direct").exit_code == 2
+    untouched = {path: run.storage.read_bytes(path) for path in run.storage.list_files("summary")}
+    for asked in (["--suite", "preview"], ["--mode", "direct"], ["--suite", "preview", "--csv"]):
+        shown = invoke(run.uri, *asked)
+        assert shown.exit_code == 2 and "but of vbench_long, compat mode" in shown.stderr
+        assert "lrag-ray score RUN --suite" in shown.stderr
+    left = {path: run.storage.read_bytes(path) for path in run.storage.list_files("summary")}
+    assert left == untouched, "no page with scores is replaced by one without"
     assert invoke(str(tmp_path / "nothing")).exit_code == 3

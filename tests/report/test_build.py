@@ -154,8 +154,10 @@ def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RunDirect
     assert len(images) == 4, "two prompts, two methods"
     assert all(image.startswith("strips/") for image in images)
     assert all((summary / unquote(source)).is_file() for source in [*sources, *images])
-    anchors = set(page.values("href"))
-    assert all(anchor.startswith("#") and anchor[1:] in page.values("id") for anchor in anchors)
+    links = set(page.values("href"))
+    beside = {link for link in links if not link.startswith("#")}
+    assert beside == set(report.files) - {"report.html"} and all((summary / name).is_file() for name in beside)
+    assert all(link[1:] in page.values("id") for link in links - beside)
 
 
 def test_every_player_knows_all_durations_and_has_a_map(page: Page) -> None:
@@ -275,10 +277,13 @@ def test_the_note_counts_what_was_left_out() -> None:
 def test_a_vbench_page_says_what_its_numbers_are(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), [f"<b>fox</b> {i}" for i in range(6)], horizons=(12, 27))
     score_run(run, lambda rollout, *_: 0.9 if rollout.method == "rag" else 0.8)
-    for prompt_id in run.require().prompts:
+    for prompt_id in list(run.require().prompts)[:4]:
         store_frozen(run, "tiny", prompt_id, 0, 0.95)
-    build_report(run, strips=0)
+    report = build_report(run, strips=0)
     page = Page(run.storage.read_bytes(PAGE).decode())
+    assert "drift.csv" in page.values("href") and set(page.values("href")) >= set(report.files) - {"report.html"}
+    rows = list(csv.DictReader(io.StringIO(run.storage.read_bytes("summary/ranks.csv").decode())))
+    assert [row["prompts"] for row in rows] == ["6", "6", "4"] * 2, "the control counts its own prompts"
     assert "Preview measures" not in page.text and "<b>fox" in page.text
     for text in (
         "VBench-Long, compat mode",
@@ -289,6 +294,9 @@ def test_a_vbench_page_says_what_its_numbers_are(tmp_path: Path) -> None:
         "[+10.00, +10.00]",
         "95% interval: BCa bootstrap over 6 prompts",
         "not ranked",
+        "the first frame held for the whole video (over 4 of the 6 prompts), a control that is never ranked",
+        "each for itself, not corrected for their number",
+        "Paired by prompt and sample.",
         "Durations are prefixes of one rollout, not independent samples",
         "so the mean of per-video means is the same",
         "clip_vitb32:1a2b",
