@@ -68,10 +68,11 @@ def number(value: float | None, suite: Suite) -> str:
 
 
 def signed(value: float | None, suite: Suite) -> str:
-    """A difference, with its sign."""
+    """A difference, with its sign unless it is shown as zero."""
     if value is None:
         return "–"
-    return (f"{100 * value:+.2f}" if suite.percent else f"{value:+.2g}").replace("-", "−")
+    shown = f"{100 * value:+.2f}" if suite.percent else f"{value:+.2g}"
+    return shown.replace("-", "−") if float(shown) else shown[1:]
 
 
 def interval(found: Interval, suite: Suite) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -20,6 +20,13 @@ from lrag_ray.store.faults import already_exists
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that start so are unfinished writes and never listed."""
+_CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".csv": "text/csv; charset=utf-8",
+    ".tex": "text/plain; charset=utf-8",
+    ".webp": "image/webp",
+}
+"""Of what a reader opens from a bucket, by suffix; the same on every machine."""
 
 
 def create_once(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
@@ -57,7 +64,13 @@ def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:
     if isinstance(fs, LocalFileSystem):
         _write_temporary(Path(path), data).replace(path)
     else:
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, data, **_shown_as(fs, path))
+
+
+def _shown_as(fs: AbstractFileSystem, path: str) -> dict[str, str]:
+    """What lets a browser show a file of a bucket, which it would save otherwise."""
+    content_type = _CONTENT_TYPES.get(PurePosixPath(path).suffix)
+    return {"ContentType": content_type} if content_type and "s3" in fs.protocol else {}
 
 
 def put_atomic(fs: AbstractFileSystem, source: Path, path: str) -> None:

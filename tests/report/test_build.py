@@ -154,7 +154,7 @@ def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RunDirect
     assert len(images) == 4, "two prompts, two methods"
     assert all(image.startswith("strips/") for image in images)
     assert all((summary / unquote(source)).is_file() for source in [*sources, *images])
-    links = set(page.values("href"))
+    links = set(page.values("href", "a"))
     beside = {link for link in links if not link.startswith("#")}
     assert beside == set(report.files) - {"report.html"} and all((summary / name).is_file() for name in beside)
     assert all(link[1:] in page.values("id") for link in links - beside)

@@ -46,6 +46,17 @@ def test_a_video_out_of_reach_says_where_it_is(tmp_path: Path, s3_bucket: str) -
     assert 'src="../rollouts/tiny/base/' in page and "out of this page" not in page
 
 
+def test_a_browser_shows_what_lies_in_a_bucket_instead_of_saving_it(s3_bucket: str) -> None:
+    run = make_run(f"{s3_bucket}/shown", ["a red fox"], ["base"])
+    report([run], strips=1)
+    types = {
+        path.rpartition(".")[2]: run.storage.fs.info(run.storage.full(path))["ContentType"]
+        for path in run.storage.list_files()
+    }
+    wanted = {"html": "text/html", "csv": "text/csv", "tex": "text/plain", "webp": "image/webp", "mp4": "video/mp4"}
+    assert {suffix: types[suffix].partition(";")[0] for suffix in wanted} == wanted
+
+
 def test_a_map_is_that_of_the_whole_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers that keep different frames: what is drawn is their mean, however it was read."""
 
