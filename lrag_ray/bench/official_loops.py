@@ -115,7 +115,7 @@ def _motion(frames: ClipFrames, networks: Networks) -> float:
     halfway = padded.new_full((1, 1, 1, 1), 0.5)
     errors = []
     for index, (before, after) in enumerate(zip(padded[:-1].split(1), padded[1:].split(1), strict=True)):
-        image = networks.amt(before, after, halfway, scale_factor=1.0, eval=True)["imgt_pred"].cpu()
+        image = networks.amt.network(before, after, halfway, scale_factor=1.0, eval=True)["imgt_pred"].cpu()
         image = (image[0, :, top : top + height, left : left + width] * 255).clamp(0, 255).to(torch.uint8)
         errors.append((image.int() - frames.uint8[2 * index + 1].cpu().int()).abs().double().mean().item())
     return (255 - fmean(errors)) / 255
@@ -140,7 +140,7 @@ def _aesthetic(frames: ClipFrames, networks: Networks) -> float:
 
 def _imaging(frames: ClipFrames, networks: Networks) -> float:
     images = imaging_quality.shrink(frames.uint8.float())
-    return fmean(float(networks.musiq(image[None])) for image in images)
+    return fmean(float(networks.musiq.network(image[None])) for image in images)
 
 
 def _slow_subject(frames: Tensor, networks: Networks) -> float:

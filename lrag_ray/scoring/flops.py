@@ -8,10 +8,10 @@ dimension              network            runs on                     TFLOP
 ====================== ================== ========================= =========
 subject consistency    DINO ViT-B/16      32 frames, 224x388            1.84
 background consistency CLIP ViT-B/32      32 frames, 224x224            0.26
-motion smoothness      AMT-S              15 pairs of even frames       1.38
-dynamic degree         RAFT               15 pairs at 8 fps            10.34
+motion smoothness      AMT-S              15 pairs of even frames       1.54
+dynamic degree         RAFT               15 pairs at 8 fps            10.43
 aesthetic quality      CLIP ViT-L/14      32 frames, 224x224            5.00
-imaging quality        MUSIQ              32 frames, 512x295            0.66
+imaging quality        MUSIQ              32 frames, 512x295            0.64
 ====================== ================== ========================= =========
 
 Clip to clip, DINOv2 ViT-B/14 and the three towers of DreamSim see the first frame of each clip (0.14 TFLOP).
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from math import ceil
 
 from lrag_ray.scoring.vbench_long.clips import Span, clip_length, spans
+from lrag_ray.scoring.vbench_long.correlation import LEVELS
 from lrag_ray.scoring.vbench_long.dynamic_degree import sampling_interval
 from lrag_ray.scoring.vbench_long.imaging_quality import LONGER_SIDE
 from lrag_ray.scoring.vbench_long.motion_smoothness import MULTIPLE
@@ -39,8 +40,8 @@ from lrag_ray.scoring.vbench_long.preprocess import SIDE
 from lrag_ray.scoring.vbench_long.raft import STRIDE
 from lrag_ray.scoring.vbench_long.vit import VitConfig
 
-# RAFT and AMT-S are convolutions, linear in the positions of the feature maps at 1/8 of the resolution, and an
-# all-pairs correlation, quadratic in them. The constants are what torch counts (tests/scoring/test_flops.py).
+# RAFT and AMT-S are convolutions, linear in the positions of the feature maps at 1/8 of the resolution, and all-pairs
+# correlations at several scales, quadratic in them. The constants are what torch counts (tests/scoring/test_flops.py).
 _RAFT_FRAME = 8_697_856
 """Feature encoder, per position and frame."""
 _RAFT_PAIR = 97_943_552
@@ -49,8 +50,8 @@ _RAFT_CORRELATION = 2 * 256
 """Per pair of positions: 256 channels."""
 _AMT_PAIR = 13_684_712
 """Everything but the correlation, per position and pair."""
-_AMT_CORRELATION = 2 * 84
-"""Per pair of positions: 84 channels."""
+_AMT_CORRELATION = 2 * 2 * 84
+"""Per pair of positions: 84 channels, from either frame to the other."""
 
 _MUSIQ_PATCH = 32
 _MUSIQ_SCALES = (224, 384)
@@ -73,15 +74,16 @@ def vit_flops(config: VitConfig, height: int, width: int) -> int:
 
 def raft_flops(pairs: int, height: int, width: int) -> int:
     """Operations of RAFT on `pairs` neighbouring pairs of a run of frames, each frame encoded once."""
-    positions = _positions(height, width, STRIDE)
-    frames = _RAFT_FRAME * positions * (pairs + 1)
-    return frames + pairs * (_RAFT_PAIR * positions + _RAFT_CORRELATION * positions**2) if pairs > 0 else 0
+    rows, columns = _map(height, width, STRIDE)
+    frames = _RAFT_FRAME * rows * columns * (pairs + 1)
+    each = _RAFT_PAIR * rows * columns + _RAFT_CORRELATION * _correlated(rows, columns)
+    return frames + pairs * each if pairs > 0 else 0
 
 
 def amt_flops(height: int, width: int) -> int:
     """Operations of AMT-S for one frame between two."""
-    positions = _positions(height, width, MULTIPLE)
-    return _AMT_PAIR * positions + _AMT_CORRELATION * positions**2
+    rows, columns = _map(height, width, MULTIPLE)
+    return _AMT_PAIR * rows * columns + _AMT_CORRELATION * _correlated(rows, columns)
 
 
 def musiq_flops(height: int, width: int) -> int:
@@ -96,7 +98,9 @@ def musiq_flops(height: int, width: int) -> int:
     )
     n, d = patches + 1, _MUSIQ_WIDTH
     block = 2 * n * (4 * d * d + 2 * d * _MUSIQ_MLP) + 4 * n * n * d
-    return _MUSIQ_STEM * patches + _MUSIQ_DEPTH * block + 2 * d
+    # Only the CLS token leaves the last block; keys and values are of all tokens.
+    last = 4 * n * d * d + 4 * d * d + 4 * d * _MUSIQ_MLP + 4 * n * d
+    return _MUSIQ_STEM * patches + (_MUSIQ_DEPTH - 1) * block + last + 2 * d
 
 
 def clip_flops(frames: int, fps: int, height: int, width: int) -> int:
@@ -129,7 +133,12 @@ def vbench_flops(durations: Sequence[int], fps: int, height: int, width: int) ->
     return sum(clip_flops(span.frame_count, fps, height, width) for span in clips) + slow * clip_to_clip_flops()
 
 
-def _positions(height: int, width: int, multiple: int) -> int:
-    """Positions at 1/8 of the resolution of frames that are padded to a multiple."""
+def _map(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Rows and columns at 1/8 of the resolution of frames that are padded to a multiple."""
     padded_height, padded_width = (-(-side // multiple) * multiple for side in (height, width))
-    return padded_height // 8 * (padded_width // 8)
+    return padded_height // 8, padded_width // 8
+
+
+def _correlated(rows: int, columns: int) -> int:
+    """Pairs of positions that are correlated, at all scales of the second map."""
+    return rows * columns * sum((rows >> level) * (columns >> level) for level in range(LEVELS))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,26 +23,7 @@ def shrink(images: Tensor) -> Tensor:
     return images / 255
 
 
-def rate(images: Tensor, musiq: Any) -> Tensor:
-    """MUSIQ ratings [T], about 0..100, of 0..1 images [T, 3, H, W].
-
-    pyiqa pads the two smaller scales to square token sequences and masks the padding out of the attention. All
-    images here have one size, so that the padding is the same in all and is left away.
-    """
-    from pyiqa.data.multiscale_trans_util import get_multiscale_patches
-
-    patches = get_multiscale_patches((images - 0.5) * 2, **musiq.data_preprocess_opts)
-    patches = patches[:, patches[0, :, -1].bool()]
-    # A module in training mode takes patches instead of images; its layers stay in evaluation mode.
-    musiq.training = True
-    try:
-        ratings: Tensor = musiq(patches).flatten()
-    finally:
-        musiq.training = False
-    return ratings
-
-
 def score(frames: ClipFrames, networks: Networks) -> Measured:
     """Mean rating of the frames, 0..100."""
-    ratings = [rate(shrink(part.float()), networks.musiq) for part in frames.uint8.split(networks.batch.frames)]
+    ratings = [networks.musiq.rate(shrink(part.float())) for part in frames.uint8.split(networks.batch.frames)]
     return mean_of(torch.cat(ratings).double().tolist(), "a frame")

@@ -24,9 +24,7 @@ def middle_frames(frames: ClipFrames, networks: Networks, at_once: int = 1) -> T
         raise UnscorableError(f"frames of {width}x{height} are too small for AMT-S")
     predicted = []
     for before, after in zip(padded[:-1].split(at_once), padded[1:].split(at_once), strict=True):
-        halfway = before.new_full((len(before), 1, 1, 1), 0.5)
-        images = networks.amt(before, after, halfway, scale_factor=1.0, eval=True)["imgt_pred"]
-        images = images[:, :, top : top + height, left : left + width]
+        images = networks.amt.middle(before, after)[:, :, top : top + height, left : left + width]
         predicted.append((images * 255).clamp(0, 255).to(torch.uint8))
     return torch.cat(predicted)
 

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.errors import RunEnvironmentError, WeightsError
+from lrag_ray.scoring.vbench_long.amt import FLOWS, RADIUS, FrameInterpolator
+from lrag_ray.scoring.vbench_long.correlation import LEVELS
+from lrag_ray.scoring.vbench_long.musiq import ImageRater
 from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import CLIP, IMAGENET, normalise
 from lrag_ray.scoring.vbench_long.raft import FlowEstimator
@@ -181,16 +184,17 @@ class Networks:
         return FlowEstimator(self._built("raft_things", lambda: raft(options)))
 
     @cached_property
-    def amt(self) -> nn.Module:
+    def amt(self) -> FrameInterpolator:
         """AMT-S frame interpolation."""
         model = _public("vbench.third_party.amt.networks.AMT-S", "Model")
-        return self._built("amt_s", lambda: model(corr_radius=3, corr_lvls=4, num_flows=3))
+        shape = {"corr_radius": RADIUS, "corr_lvls": LEVELS, "num_flows": FLOWS}
+        return FrameInterpolator(self._built("amt_s", lambda: model(**shape)))
 
     @cached_property
-    def musiq(self) -> nn.Module:
+    def musiq(self) -> ImageRater:
         """MUSIQ, trained on SPAQ."""
         musiq = _public("pyiqa.archs.musiq_arch", "MUSIQ")
-        return self._built("musiq_spaq", lambda: musiq(pretrained=False, num_class=1))
+        return ImageRater(self._built("musiq_spaq", lambda: musiq(pretrained=False, num_class=1)))
 
     @cached_property
     def dreamsim(self) -> DreamSim:

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrag_ray.scoring.vbench_long.correlation import LEVELS, Correlation, pixel_grid
+
 ITERATIONS = 20
 STRIDE = 8
 """Of the feature maps; frames must be padded to multiples of it."""
-LEVELS = 4
 RADIUS = 4
 HIDDEN = 128
 MIN_SIDE = STRIDE * 2 ** (LEVELS - 1)
@@ -66,14 +67,14 @@ class FlowEstimator:
 
     def _flow(self, first: Tensor, second: Tensor, context: Tensor) -> Tensor:
         update = self.network.update_block
-        pyramid = _correlation_pyramid(first, second)
+        correlation = Correlation(first, second, RADIUS)
         hidden, context = context.split(HIDDEN, dim=1)
         hidden, context = torch.tanh(hidden), torch.relu(context)
         static = [F.conv2d(context, gate.context, gate.bias, padding=gate.padding) for gate in self._gates]
-        origin = _grid(first)
+        origin = pixel_grid(first)
         where = origin
         for _ in range(ITERATIONS):
-            motion = update.encoder(where - origin, _look_up(pyramid, where))
+            motion = update.encoder(where - origin, correlation.around(where))
             for gate, fixed in zip(self._gates, static, strict=True):
                 hidden = _gru_step(gate, fixed, hidden, motion)
             where = where + update.flow_head(hidden)
@@ -107,39 +108,3 @@ def _gru_step(gate: _Gates, fixed: Tensor, hidden: Tensor, motion: Tensor) -> Te
     q = torch.tanh(F.conv2d(seen, gate.hidden_motion_q, padding=gate.padding) + fixed_q)
     updated: Tensor = (1 - z) * hidden + z * q
     return updated
-
-
-def _grid(features: Tensor) -> Tensor:
-    """Pixel coordinates (x, y) [1, 2, h, w] of a feature map."""
-    height, width = features.shape[2:]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=features.device, dtype=torch.float32),
-        torch.arange(width, device=features.device, dtype=torch.float32),
-        indexing="ij",
-    )
-    return torch.stack([x, y])[None].expand(len(features), -1, -1, -1)
-
-
-def _correlation_pyramid(first: Tensor, second: Tensor) -> list[Tensor]:
-    """All-pairs correlation, [B·h·w, 1, h / 2^level, w / 2^level] per level."""
-    batch, channels, height, width = first.shape
-    volume = first.flatten(2).transpose(1, 2) @ second.flatten(2) / channels**0.5
-    levels = [volume.reshape(batch * height * width, 1, height, width)]
-    for _ in range(LEVELS - 1):
-        levels.append(F.avg_pool2d(levels[-1], 2, stride=2))
-    return levels
-
-
-def _look_up(pyramid: list[Tensor], where: Tensor) -> Tensor:
-    """Correlations [B, levels·81, h, w] around `where` (x, y) [B, 2, h, w]; the window's rows run along x."""
-    batch, _, height, width = where.shape
-    steps = torch.arange(-RADIUS, RADIUS + 1, device=where.device, dtype=torch.float32)
-    window = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1)
-    centres = where.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2)
-    found = []
-    for level, correlations in enumerate(pyramid):
-        extent = where.new_tensor([correlations.shape[3] - 1, correlations.shape[2] - 1])
-        points = 2 * (centres / 2**level + window) / extent - 1
-        sampled = F.grid_sample(correlations, points, mode="bilinear", padding_mode="zeros", align_corners=True)
-        found.append(sampled.view(batch, height, width, -1))
-    return torch.cat(found, dim=-1).permute(0, 3, 1, 2).contiguous()
