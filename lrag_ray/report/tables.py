@@ -168,11 +168,11 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
     if frozen:
         caption += f" frozen: {frozen_note(data, block)}."
     table = Table(title=_name(heading(data, block)), caption=_name(caption.strip()))
-    table.add_column("measure")
+    table.add_column("measure", overflow="fold")
     for row in block.rows:
-        table.add_column(_name(row.method), justify="right")
+        table.add_column(_name(row.method), justify="right", overflow="fold")
     if frozen:
-        table.add_column(Text("frozen", style="italic"), justify="right")
+        table.add_column(Text("frozen", style="italic"), justify="right", overflow="fold")
     marks = places(block, data.suite.measures)
     for measure in data.suite.measures:
         name = measure.name
@@ -194,11 +194,11 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
             + (" noise: standard deviation of one video between the samples of a prompt." if statistics.noise else "")
         ),
     )
-    table.add_column("measure")
+    table.add_column("measure", overflow="fold")
     for contrast in statistics.contrasts:
-        table.add_column(_name(f"{contrast.method} − {contrast.reference}"), justify="right")
+        table.add_column(_name(f"{contrast.method} − {contrast.reference}"), justify="right", overflow="fold")
     if statistics.noise:
-        table.add_column("noise", justify="right")
+        table.add_column("noise", justify="right", overflow="fold")
     for measure in data.suite.measures:
         cells = [_difference_cell(contrast, measure, data.suite) for contrast in statistics.contrasts]
         noise = [noise_floor(statistics, measure, data.suite)] if statistics.noise else []

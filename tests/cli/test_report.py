@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import lrag_ray.cli.app as cli
@@ -118,3 +119,10 @@ def test_runs_that_do_not_fit_exit_with_2_and_are_named(run: RunDirectory, tmp_p
     left = {path: run.storage.read_bytes(path) for path in run.storage.list_files("summary")}
     assert left == untouched, "no page with scores is replaced by one without"
     assert invoke(str(tmp_path / "nothing")).exit_code == 3
+
+
+def test_a_narrow_terminal_loses_no_letter_of_a_name(run: RunDirectory) -> None:
+    console = Console(width=50, record=True, file=io.StringIO())
+    for table in report([run], strips=0).terminal_tables():
+        console.print(table)
+    assert "…" not in console.export_text()
