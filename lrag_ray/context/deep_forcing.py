@@ -32,6 +32,7 @@ from lrag_ray.context.frames import check_local_room, check_window
 from lrag_ray.context.policy import ContextPolicy, Exposure, Layout, PolicyInputs, Span
 from lrag_ray.context.trace import RowKind, TraceRow
 from lrag_ray.wan.rope import MAX_INDEX, rotate
+from lrag_ray.wan.transfer import to_device
 
 RELEASED_WINDOW = 21
 """Window that the released constant of the first sink move was written for."""
@@ -248,7 +249,7 @@ class _LayerCache:
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows (ascending)."""
-        self._kv[:, : len(rows)] = self._kv[:, rows.to(self._kv.device)]
+        self._kv[:, : len(rows)] = self._kv[:, to_device(rows, self._kv.device)]
         self.rows = len(rows)
         self.frame, self.token, self.reused = self.frame[rows], self.token[rows], self.reused[rows]
 

@@ -122,6 +122,9 @@ class Rag(FramePolicy):
         if layer == 0:
             self._retrieved = self.bank.gather([row.frame for row in self._chosen])
         retrieved = [Span(rows[0, layer], rows[1, layer]) for rows in self._retrieved]
+        if layer == self.layout.num_layers - 1:
+            # All layers have theirs: the device needs room for these frames once, not again beside the next ones.
+            self._retrieved = []
         sink = [row.frame for row in self.context if row.kind == "sink"]
         local = [row.frame for row in self.context if row.kind == "local"]
         return [*self.window.spans(layer, sink), *retrieved, *self.window.spans(layer, local)]
@@ -136,6 +139,8 @@ class Rag(FramePolicy):
         self._scores = None
         if eligible > 0:
             self._scores = HostCopy(self.index.similarities(query, self.settings.sink, eligible))
+        # The device still has the denoising passes to do.
+        self.bank.reserve(self._bank_end(self.block + 1) - self._banked, self.window.frame_bytes)
 
     def end_block(self) -> None:
         """Choose for the next block; the clean-context pass is running, so the transfer hides behind it."""
@@ -161,6 +166,11 @@ class Rag(FramePolicy):
         sink = self.settings.sink
         return [FrameRow("retrieved", sink + i, RETRIEVED_INDEX, float(scores[i])) for i in picked]
 
+    def _bank_end(self, block: int) -> int:
+        """First frame that is not in the bank once `block` has begun."""
+        ahead = self._n if self.settings.admission == "cache" else 0
+        return max(self._banked, self.settings.sink + self.settings.history(self._start(block) + ahead, self._n))
+
     def _bank_until(self, end: int) -> None:
         """Copy cached frames up to `end` - 1 to the history bank."""
         while self._banked < end:
@@ -180,6 +190,12 @@ def _descriptor(settings: RagSettings, encoder: nn.Module | None, dtype: torch.d
         return average_pool
     if encoder is None:
         raise ValueError("descriptor ae needs a retrieval encoder: set `encoder` to its checkpoint")
-    if next(encoder.parameters()).dtype != dtype:
+    parameter = next(encoder.parameters())
+    if parameter.device.type == "cuda" and dtype == torch.float32:
+        # By default cuDNN rounds float32 convolutions to TF32, whose 10 bits tie almost like bfloat16's 7. The switch
+        # is one for the whole process, and the decoder beside this rollout needs it on; float64 is exact in any case.
+        dtype = torch.float64
+    if parameter.dtype != dtype:
         encoder = copy.deepcopy(encoder).to(dtype)
-    return cast(Descriptor, encoder.encode)
+    encode = cast(Descriptor, encoder.encode)
+    return lambda latents: encode(latents.to(dtype))

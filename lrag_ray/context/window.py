@@ -51,6 +51,11 @@ class KVWindow:
             slot[0, layer] = k[i * f : (i + 1) * f]
             slot[1, layer] = v[i * f : (i + 1) * f]
 
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of K and V of one frame over all layers."""
+        return self._slots[0].nbytes
+
     def rows(self, frame: int) -> Tensor:
         """K and V of one frame over all layers [2, layers, f, H, head_dim] (a view)."""
         return self._slots[self._slot(frame)]

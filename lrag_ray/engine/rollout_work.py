@@ -240,9 +240,11 @@ class _Attempt:
                 rollout.replay(block.latents[None], [[block.state]])
         self._tell(len(stored), "generating")
         for result in rollout.blocks(left):
+            # Waits for the device, whose times are then known.
+            latents = result.latents[0].cpu()
             self._watch.timings_s.update(rollout.timings_s)
             state = {name: value.cpu() for name, value in result.state[0].items()}
-            yield FinishedBlock(result.block, result.latents[0].cpu(), result.trace[0], state)
+            yield FinishedBlock(result.block, latents, result.trace[0], state)
             self._tell(result.block + 1, "generating")
             if result.block + 1 < self._blocks_total:
                 self._stay()

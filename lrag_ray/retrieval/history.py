@@ -13,9 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lrag_ray.retrieval.slabs import PAGE_LOCKED, PAGEABLE, SlabPool
+
 
 class HistoryBank(ABC):
     """Frames by global index. A frame's rows are unrotated K and V of all layers [2, layers, f, H, head_dim]."""
+
+    def reserve(self, frames: int, frame_bytes: int) -> None:
+        """Called while the device is busy: so many appends of so many bytes will follow."""
 
     @abstractmethod
     def append(self, frame: int, rows: Tensor) -> None:
@@ -43,22 +48,30 @@ class HostBank(HistoryBank):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._slabs: dict[int, Tensor] = {}
-        self._staged: dict[int, Tensor] = {}
         self._cuda = device.type == "cuda"
+        self._pool = PAGE_LOCKED if self._cuda else PAGEABLE
+        self._slabs: dict[int, Tensor] = {}
+        self._rows: dict[int, Tensor] = {}
+        """The slabs as frames."""
+        self._staged: dict[int, Tensor] = {}
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
             self._appended: torch.cuda.Event | None = None
             self._arrived: torch.cuda.Event | None = None
-            weakref.finalize(self, _unlock, self._slabs)
+            # At exit the system takes everything; the driver may be gone by then.
+            weakref.finalize(self, _give_back, device, self._pool, self._slabs).atexit = False
+
+    def reserve(self, frames: int, frame_bytes: int) -> None:
+        """Make slabs ahead. On the CPU nothing is busy meanwhile, so there is nothing to gain."""
+        if self._cuda:
+            self._pool.reserve(frame_bytes, frames)
 
     def append(self, frame: int, rows: Tensor) -> None:
-        """Copy a frame to its slab."""
-        slab = torch.empty(rows.shape, dtype=rows.dtype)
-        if self._cuda:
-            _lock(slab)
-        slab.copy_(rows, non_blocking=True)
+        """Copy a frame to its slab. MemoryError where the host has no room for one more."""
+        slab = self._pool.take(rows.nbytes)
         self._slabs[frame] = slab
+        self._rows[frame] = slab.view(rows.dtype).view(rows.shape)
+        self._rows[frame].copy_(rows, non_blocking=True)
         if self._cuda:
             self._appended = torch.cuda.current_stream(self._device).record_event()
 
@@ -68,21 +81,22 @@ class HostBank(HistoryBank):
             return
         self._stream.wait_event(self._appended)
         with torch.cuda.stream(self._stream):
-            self._staged = {f: self._slabs[f].to(self._device, non_blocking=True) for f in frames if f in self._slabs}
+            self._staged = {f: self._rows[f].to(self._device, non_blocking=True) for f in frames if f in self._rows}
             self._arrived = self._stream.record_event()
 
     def gather(self, frames: Sequence[int]) -> list[Tensor]:
         """The slabs themselves on the CPU; on a GPU the prefetched copies, or fresh ones."""
         if not self._cuda:
-            return [self._slabs[frame] for frame in frames]
+            return [self._rows[frame] for frame in frames]
         current = torch.cuda.current_stream(self._device)
         if self._arrived is not None:
             current.wait_event(self._arrived)
         rows = []
         for frame in frames:
-            row = self._staged.get(frame)
+            # Handed over, not kept: who gathers decides how long the device holds them.
+            row = self._staged.pop(frame, None)
             if row is None:
-                row = self._slabs[frame].to(self._device, non_blocking=True)
+                row = self._rows[frame].to(self._device, non_blocking=True)
             # The allocator must not hand this memory on while the compute stream still reads it.
             row.record_stream(current)
             rows.append(row)
@@ -93,13 +107,11 @@ class HostBank(HistoryBank):
         return sum(slab.nbytes for slab in self._slabs.values())
 
 
-def _lock(slab: Tensor) -> None:
-    """Page-lock a slab in place: the pinned allocator would round 287.5 MB up to 512 MB."""
-    status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
-    if int(status) != 0:
-        raise MemoryError(f"cannot page-lock {slab.nbytes} bytes for the history bank (CUDA error {int(status)})")
-
-
-def _unlock(slabs: dict[int, Tensor]) -> None:
-    for slab in slabs.values():
-        torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+def _give_back(device: torch.device, pool: SlabPool, slabs: dict[int, Tensor]) -> None:
+    """Return the slabs of a bank that is gone, once no copy from or to them is under way."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        # The device failed: nothing is known of its copies, so this memory is never used again.
+        return
+    pool.give_back(slabs.values())

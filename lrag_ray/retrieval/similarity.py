@@ -20,20 +20,32 @@ def average_pool(latents: Tensor) -> Tensor:
 
 
 class DescriptorIndex:
-    """Descriptors of all finished frames of a rollout, in frame order."""
+    """Descriptors of all finished frames of a rollout, in frame order; each is described and normed once."""
 
     def __init__(self, describe: Descriptor, dtype: torch.dtype = torch.float32) -> None:
         """`dtype` float32 keeps rankings exact; the released code runs in bfloat16, where similarities tie."""
         self._describe = describe
         self._dtype = dtype
         self._blocks: list[Tensor] = []
+        self._unit = torch.empty(0)
+        """Descriptors of length 1 [room, D]; room doubles, so that a long rollout copies each row a few times."""
+        self._frames = 0
 
     def append(self, latents: Tensor) -> None:
         """Describe clean latents [n, C, H, W] of the next frames."""
-        self._blocks.append(self._describe(latents.to(self._dtype)).to(self._dtype))
+        rows = self._describe(latents.to(self._dtype)).to(self._dtype)
+        self._blocks.append(rows)
+        end = self._frames + len(rows)
+        if end > len(self._unit):
+            larger = rows.new_empty(2 * end, rows.shape[1])
+            if self._frames:
+                larger[: self._frames] = self._unit[: self._frames]
+            self._unit = larger
+        self._unit[self._frames : end] = rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPSILON)
+        self._frames = end
 
     def __len__(self) -> int:
-        return sum(len(block) for block in self._blocks)
+        return self._frames
 
     def descriptors(self) -> Tensor:
         """All descriptors [frames, D]."""
@@ -41,9 +53,7 @@ class DescriptorIndex:
 
     def similarities(self, query: int, first: int, count: int) -> Tensor:
         """Cosine similarity [count] of frame `query` to frames first .. first+count-1, on the descriptors' device."""
-        rows = self.descriptors()
-        unit = rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPSILON)
-        return unit[first : first + count] @ unit[query]
+        return self._unit[first : first + count] @ self._unit[query]
 
 
 class HostCopy:

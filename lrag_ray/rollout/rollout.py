@@ -12,7 +12,6 @@ Example::
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 
 from lrag_ray.context.policy import ContextPolicy, Layout, PolicyInputs
 from lrag_ray.context.runtime import ContextRuntime, Probe
+from lrag_ray.rollout.clock import PassClock
 from lrag_ray.rollout.noise import NoiseSource
 from lrag_ray.rollout.types import BlockResult
 from lrag_ray.wan.config import SamplerConfig
 from lrag_ray.wan.rope import Rope
 from lrag_ray.wan.schedule import FlowMatchSchedule, add_noise, x0_from_flow
+from lrag_ray.wan.transfer import to_device
 from lrag_ray.wan.transformer import CausalWanTransformer
 
 
@@ -55,8 +56,6 @@ class Rollout:
         policy.check(settings, sampler.frames_per_block)
         self.block = 0
         """The next block."""
-        self.timings_s = {"denoise": 0.0, "context": 0.0}
-        """Host seconds in denoising passes and clean-context passes; a GPU's own queue is not waited for."""
         self._transformer = transformer
         self._max_frames = policy.max_frames
         self._noise = noise
@@ -64,6 +63,7 @@ class Rollout:
         self._n = sampler.frames_per_block
         weight = transformer.patch_embedding.weight
         self._device, self._dtype = weight.device, weight.dtype
+        self._clock = PassClock(self._device, "denoise", "context")
         config = transformer.config
         layout = Layout(
             num_layers=config.num_layers,
@@ -88,6 +88,11 @@ class Rollout:
         self._sigmas = list(schedule.sigma(torch.tensor(self.timesteps)).unbind(0))
         with torch.no_grad():
             self._text = transformer.embed_text(prompt_embeds.to(self._device, self._dtype))
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        """Seconds in denoising and in clean-context passes; on a GPU its own, of the blocks that it has finished."""
+        return self._clock.totals_s()
 
     def blocks(self, count: int) -> Iterator[BlockResult]:
         """Generate the next `count` blocks.
@@ -116,19 +121,19 @@ class Rollout:
 
     @torch.no_grad()
     def _generate(self) -> BlockResult:
-        began = time.perf_counter()
+        began = self._clock.mark()
         block, last = self.block, len(self.timesteps) - 2
         self.context.begin_block(block)
-        x = self._noise.initial(block).to(self._device, self._dtype)
+        x = to_device(self._noise.initial(block), self._device, self._dtype)
         for step in range(last + 1):
             x0 = self._pass(step, x, clean=False)
             if step < last:
-                renoise = self._noise.renoise(block, step).to(self._device, self._dtype)
+                renoise = to_device(self._noise.renoise(block, step), self._device, self._dtype)
                 x = add_noise(x0, renoise, self._sigmas[step + 1])
-        denoised = time.perf_counter()
+        denoised = self._clock.mark()
         self._keep(x0)
-        self.timings_s["denoise"] += denoised - began
-        self.timings_s["context"] += time.perf_counter() - denoised
+        self._clock.add("denoise", began, denoised)
+        self._clock.add("context", denoised, self._clock.mark())
         self.block += 1
         return BlockResult(block, block * self._n, x0, self.context.trace(), self.context.block_state())
 

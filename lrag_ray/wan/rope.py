@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrag_ray.wan.transfer import to_device
+
 MAX_INDEX = 1024
 """Rows of the released table: temporal indices run from 0 to 1023."""
 
@@ -59,8 +61,9 @@ class Rope:
             raise IndexError(
                 f"temporal RoPE index {int(outside[0])} lies outside the released table 0..{MAX_INDEX - 1}"
             )
-        sign = temporal_index.sign()[:, None].to(self._temporal.sin)
-        temporal_index, token = temporal_index.abs().to(sign.device), token.to(sign.device)
+        device = self._temporal.sin.device
+        sign = to_device(temporal_index.sign()[:, None], device, self._temporal.sin.dtype)
+        temporal_index, token = to_device(temporal_index.abs(), device), to_device(token, device)
         cos = torch.cat([self._temporal.cos[temporal_index], self._spatial.cos[token]], dim=-1)
         sin = torch.cat([self._temporal.sin[temporal_index] * sign, self._spatial.sin[token]], dim=-1)
         return Angles(cos[:, None], sin[:, None])
