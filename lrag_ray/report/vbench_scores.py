@@ -149,7 +149,8 @@ def _video_clips(committed: CommittedVideo, found: Aggregate, fps: int) -> Video
 def _add_frozen(scores: Scores, backbone: str, unit: Unit, rows: Sequence[ScoreRow]) -> None:
     video = frozen_identity(backbone, *unit)
     own = [row for row in rows if row.video == video]
-    if not own:
+    # Where two runs have it, the first one's counts, as with rollouts.
+    if not own or unit in scores.frozen.get(backbone, {}):
         return
     # All clips of a held frame score alike: two stand for a video of any length.
     found = aggregate(own, {video: 2 * clip_length(own[0].fps)})

@@ -3,8 +3,9 @@
 Methods share prompts and noise, so a difference is taken per (prompt, sample) before anything is averaged. Prompts are
 the independent units: the bootstrap draws prompts with replacement, each with all its samples (a cluster bootstrap),
 and the differences of all measures see the same draws. Intervals are bias-corrected and accelerated (BCa; Efron 1987),
-the acceleration from the jackknife over prompts. From fewer than about 20 prompts they are somewhat too narrow, and
-from fewer than `LEAST_PROMPTS` there are none.
+the acceleration from the jackknife over prompts. From few prompts they are too narrow, as all bootstrap intervals of a
+mean are: simulated with normal and exponential values they cover 84 to 89% with 6 to 8 prompts, 88 to 92% with 10, 92%
+with 20 and 94 to 95% with 40 and more. From fewer than `LEAST_PROMPTS` there are none.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from lrag_ray.errors import StorageError
 from lrag_ray.report import Report, build_report
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import overview
-from lrag_ray.report.tables import Place, comparison_note, places
+from lrag_ray.report.tables import Place, comparison_note, interval_note, places
 from lrag_ray.scoring.preview import MEASURES, PREVIEW
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.table import ScoreRow, to_parquet
@@ -260,6 +260,15 @@ def test_best_and_second_are_marked_and_ties_share() -> None:
     assert sharp == {"a": Place.BEST, "b": Place.OTHER, "c": Place.BEST, "d": Place.SECOND}
     assert marks["b", "flicker"] == Place.BEST
     assert places(average_ranks([score("a", 0.3)], ["a"], MEASURES)[0], MEASURES) == {}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [(5, "No intervals: 5 prompts"), (6, "hold the true mean in about 86% of cases"), (10, "about 90%"), (20, None)],
+)
+def test_the_note_says_what_intervals_of_few_prompts_are_worth(prompts: int, said: str | None) -> None:
+    note = interval_note(prompts)
+    assert said in note if said else "of cases" not in note and "BCa bootstrap over 20 prompts" in note
 
 
 def test_the_note_counts_what_was_left_out() -> None:

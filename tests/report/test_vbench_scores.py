@@ -165,6 +165,16 @@ def test_the_frozen_control_is_shown_over_the_prompts_of_the_table_and_never_ran
     assert {row.method for row in data.blocks[0].rows} == {"base", "rag"}
 
 
+def test_the_control_of_the_first_run_counts(tmp_path: Path) -> None:
+    runs = [make_run(str(tmp_path / method), PROMPTS[:1], [method], (12,)) for method in ("base", "rag")]
+    for each, value in zip(runs, (0.99, 0.5), strict=True):
+        score_run(each, falling)
+        store_frozen(each, "tiny", next(iter(each.require().prompts)), 0, value)
+    for first, value in ((0, 0.99), (1, 0.5)):
+        data = collect([runs[first], runs[1 - first]])
+        assert data.frozen_means(data.blocks[0])["imaging_quality"] == pytest.approx(value)
+
+
 def test_what_must_be_known_first_is_said(run: RunDirectory) -> None:
     assert collect([run]).suite.title == "preview suite, not VBench"
     for rollout, videos in by_rollout(run).items():

@@ -50,6 +50,15 @@ def test_intervals_cover_what_they_say(draw: str) -> None:
     assert 0.90 <= sum(covered) / len(covered) <= 0.97
 
 
+def test_from_few_prompts_intervals_cover_less() -> None:
+    """What the report says of them."""
+    for prompts, share in ((8, 0.86), (15, 0.90)):
+        samples = np.random.default_rng(6).standard_exponential((prompts, 1000))
+        found = intervals(np.ones(prompts), samples, resamples=1000)
+        covered = [i.lower is not None and i.upper is not None and i.lower <= 1 <= i.upper for i in found]
+        assert sum(covered) / len(covered) == pytest.approx(share, abs=0.03)
+
+
 def test_prompts_are_the_units_not_samples() -> None:
     """Five equal samples per prompt say no more than one."""
     values = np.random.default_rng(1).standard_normal(12)
