@@ -23,17 +23,15 @@ from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
 from lrag_ray.store.faults import error_code, mend_of
 from lrag_ray.store.retry import GivenUpError, with_retries
+from lrag_ray.store.s3 import READERS, client_options
 
 T = TypeVar("T")
 
 PROBE_PREFIX = "probe-"
 """Files at the top of a run that start so are probes of the address; a program that died may have left one."""
 
-_READERS = 32
-"""Files read side by side."""
 _SHARE = 256
 """Local files read by one thread in a row: a single one takes less time than handing it over."""
-_REQUEST_ATTEMPTS = 3
 
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SECRET_PARAMETER = re.compile(
@@ -73,7 +71,7 @@ class Storage:
 
     def __init__(self, uri: str, options: StorageSection = StorageSection()) -> None:  # noqa: B008 - frozen
         try:
-            self.fs, root = fsspec.url_to_fs(_absolute(uri), **_client_options(uri, options))
+            self.fs, root = fsspec.url_to_fs(_absolute(uri), **(client_options(options) if _is_s3(uri) else {}))
         except (ValueError, ImportError) as error:
             raise StorageError(
                 f"run.uri {redact(uri)!r} cannot be opened: {redact(str(error))}. Use a folder, s3://bucket/path, or "
@@ -123,7 +121,7 @@ class Storage:
         if not self.is_local:
             shares = [[path] for path in paths]
         found: dict[str, bytes] = {}
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as readers:
+        with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
             for share in readers.map(self._read_share, shares):
                 found.update(share)
         return found
@@ -182,7 +180,7 @@ class Storage:
 
     def remove_many(self, paths: Sequence[str]) -> None:
         """Delete files, side by side."""
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="remove") as removers:
+        with ThreadPoolExecutor(READERS, thread_name_prefix="remove") as removers:
             for _ in removers.map(self.remove, paths):
                 pass
 
@@ -193,6 +191,31 @@ class Storage:
             for path, found in self.list_details(prefix).items()
             if f"/{TEMPORARY_PREFIX}" not in f"/{path}"
         }
+
+    def list_files_in_shares(self, prefix: str, depth: int) -> dict[str, int]:
+        """`list_files`, but of each folder so many levels below `prefix` for itself, and these side by side.
+
+        An object store tells a thousand files per request, one request after the other: of a large run, thousands.
+        Files that lie less deep are left out there. A local folder is listed at once.
+        """
+        if self.is_local:
+            return self.list_files(prefix)
+        folders, found = [prefix], dict[str, int]()
+        with ThreadPoolExecutor(READERS, thread_name_prefix="list") as listers:
+            for _ in range(depth):
+                folders = [folder for below in listers.map(self._folders, folders) for folder in below]
+            for share in listers.map(self.list_files, folders):
+                found.update(share)
+        return found
+
+    def _folders(self, prefix: str) -> list[str]:
+        """Folders directly below `prefix` of an object store."""
+        top = self.full(prefix)
+        try:
+            listed = self._do("list", prefix, lambda: self.fs.ls(top, detail=True))
+        except FileNotFoundError:
+            return []
+        return [str(info["name"])[len(self.root) + 1 :] for info in listed if info["type"] == "directory"]
 
     def list_details(self, prefix: str = "") -> dict[str, FileDetails]:
         """All files below `prefix`, unfinished writes included."""
@@ -256,25 +279,6 @@ def _absolute(uri: str) -> str:
     if "://" in uri or "::" in uri:
         return uri
     return os.path.abspath(os.path.expanduser(uri))  # noqa: PTH100, PTH111 - the folder need not exist
-
-
-def _client_options(uri: str, options: StorageSection) -> dict[str, Any]:
-    if not _is_s3(uri):
-        return {}
-    named = {"endpoint_url": options.endpoint_url, "profile": options.profile}
-    return {
-        # Listings change under us: other workers commit, and a stale listing would redo what is done.
-        "use_listings_cache": False,
-        "client_kwargs": {"region_name": options.region} if options.region else {},
-        "config_kwargs": {
-            "connect_timeout": options.connect_timeout_s,
-            "read_timeout": options.read_timeout_s,
-            # Per request, below our own per operation: a long listing is hundreds of requests.
-            "retries": {"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS if options.attempts > 1 else 1},
-            "max_pool_connections": _READERS,
-        },
-        **{key: value for key, value in named.items() if value},
-    }
 
 
 def _walk(folder: str) -> Iterator[tuple[str, FileDetails]]:

@@ -39,6 +39,8 @@ from lrag_ray.store.records import Commit, FailureRecord, FileRecord, PartRecord
 RUN_FILE = "run.json"
 _COMMIT = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/commit-(\d+)\.json$")
 _PART = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/part-(\d+)-(\d+)\.json$")
+_METHOD_DEPTH = 2
+"""Levels between ``rollouts`` and the folders of methods."""
 _MOST_DIFFERENCES_SHOWN = 10
 
 
@@ -174,11 +176,11 @@ class RunDirectory:
 
     @without_cycle_search()
     def inventory(self, rollout: RolloutId | None = None) -> Inventory:
-        """List the run (or one rollout) once and read its commits; what does not count is looked at twice.
+        """List the run (or one rollout) and read its commits; what does not count is looked at twice.
 
         A long listing is no snapshot: it may show a commit that was made while it went on, and not its files.
         """
-        files, commits = self._look(rollout.path if rollout else "rollouts")
+        files, commits = self._look(rollout.path) if rollout else self._look("rollouts", _METHOD_DEPTH)
         for folder in [folder for folder, states in commits.items() if any(s.problem for s in states.values())]:
             files_again, commits_again = self._look(folder)
             files.update(files_again)
@@ -189,8 +191,8 @@ class RunDirectory:
                 parts.setdefault(match[1], []).append(path)
         return Inventory(files, commits, parts)
 
-    def _look(self, prefix: str) -> tuple[dict[str, int], dict[str, dict[int, CommitState]]]:
-        files = self.storage.list_files(prefix)
+    def _look(self, prefix: str, depth: int = 0) -> tuple[dict[str, int], dict[str, dict[int, CommitState]]]:
+        files = self.storage.list_files_in_shares(prefix, depth)
         commit_paths = {path: match for path in files if (match := _COMMIT.match(path))}
         commits: dict[str, dict[int, CommitState]] = {}
         for path, data in self.storage.read_many(list(commit_paths)).items():

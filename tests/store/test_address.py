@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.address import Storage, redact
+from lrag_ray.store.s3 import parse_time
 
 
 def test_files_are_listed_with_sizes_read_moved_and_removed(run_uri: str, tmp_path: Path) -> None:
@@ -116,3 +118,8 @@ def test_an_endpoint_holds_no_credentials(endpoint: str) -> None:
     with pytest.raises(ValueError, match="without credentials") as caught:
         StorageSection(endpoint_url=endpoint)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["2026-11-21T19:20:21.000Z", "Sat, 21 Nov 2026 19:20:21 GMT"])
+def test_times_of_listings_and_headers_are_read(text: str) -> None:
+    assert parse_time(text) == datetime(2026, 11, 21, 19, 20, 21, tzinfo=UTC)

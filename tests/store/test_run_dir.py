@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lrag_ray.errors import IdentityError, StorageError
@@ -138,3 +140,20 @@ def test_status_counts_done_partial_failed_and_pending(run: RunDirectory) -> Non
 def test_status_needs_a_run(run: RunDirectory) -> None:
     with pytest.raises(StorageError, match=r"no run\.json"):
         run_status(run)
+
+
+def test_a_bucket_is_listed_method_by_method_and_shows_what_a_folder_shows(s3_bucket: str, tmp_path: Path) -> None:
+    identity = make_identity(methods={**make_identity().methods, "rag": RAG})
+    runs = [RunDirectory(uri) for uri in (f"{s3_bucket}/{tmp_path.name}", str(tmp_path / "run"))]
+    for run in runs:
+        assert run.inventory().files == {}
+        run.ensure(identity)
+        for method in ("base", "rag"):
+            store_commit(run, identity, rollout_id("00000-aa", method), 12)
+        store_part(run, 0, 1, key="k")
+        run.storage.write("rollouts/strangers/file", b"in no method's folder")
+    bucket, folder = (run.inventory() for run in runs)
+    assert bucket.files == {path: size for path, size in folder.files.items() if path != "rollouts/strangers/file"}
+    assert bucket.part_records == folder.part_records
+    assert bucket.commits.keys() == folder.commits.keys() == {rollout_id("00000-aa", m).path for m in ("base", "rag")}
+    assert bucket.problems() == folder.problems() == []
