@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.retrieval.history import HistoryBank, HostBank
@@ -150,3 +152,30 @@ def test_similarities_are_cosines_however_many_frames_there_are() -> None:
         assert len(index.similarities(query, 1, query)) == query
     assert len(index) == 40
     assert torch.equal(index.descriptors(), average_pool(latents))
+
+
+class Written(TorchDispatchMode):
+    """Counts the values that operations make, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not any(result.alias_info for result in func._schema.returns):
+            self.values += made.numel()
+        return made
+
+
+def test_a_block_costs_the_same_however_long_the_rollout_is() -> None:
+    """But for the similarities themselves, one per frame."""
+    index = DescriptorIndex(average_pool)
+    latents = torch.randn(2, 16, 3, 4)
+    cost = {}
+    for frames in range(2, 402, 2):
+        with Written() as written:
+            index.append(latents)
+            similarities = index.similarities(frames - 1, 0, frames)
+        cost[frames] = written.values - len(similarities)
+    assert cost[400] == cost[100]
