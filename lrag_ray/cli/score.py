@@ -22,11 +22,13 @@ _MOST_VIDEOS_SHOWN = 40
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command()(score)
+    # A glob that the shell expanded is answered with advice.
+    app.command(context_settings={"allow_extra_args": True})(score)
 
 
 @tells_errors
 def score(
+    context: typer.Context,
     target: Annotated[
         str, typer.Argument(metavar="RUN|VIDEOS", help="Address of a run; or a folder, file, glob or bucket of videos.")
     ],
@@ -75,6 +77,11 @@ def score(
     from lrag_ray.engine.stored_config import stored_config
     from lrag_ray.store.run_dir import RunDirectory
 
+    if context.args:
+        raise typer.BadParameter(
+            f"one address is wanted, {1 + len(context.args)} are given. A glob must be in quotes: '*.mp4'; files that "
+            "no glob describes, in a manifest"
+        )
     given = {
         "suite": suite,
         "mode": mode,

@@ -95,19 +95,43 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
 
 def _on_disk(target: str, *, every_file: bool) -> list[ListedVideo]:
     place = Path(target).expanduser()
+    paths: Iterable[Path]
     if place.is_dir():
         base = place
-        paths: Iterable[Path] = (path for path in place.rglob("*") if every_file or _is_video(path.relative_to(place)))
+        paths = (path for path in _below(place) if every_file or _is_video(path.relative_to(place)))
     elif place.is_file():
         base, paths = place.parent, [place]
     else:
         base = Path(*_before_magic(place.parts))
-        # Path.glob takes no pattern that begins at the root.
-        matches = map(Path, glob.glob(str(place), recursive=True))  # noqa: PTH207
-        paths = (path for path in matches if not place.name.endswith("*") or _is_video(path.relative_to(base)))
-    files = sorted(path.absolute() for path in paths if path.is_file())
+        rest = list(place.parts[len(base.parts) :])
+        if rest and rest[-1] == "**":
+            # By itself it stands for folders alone.
+            rest.append("*")
+        # Unlike glob.glob, this does not follow links to folders, which may lead round in circles, below a **.
+        matches = base.glob(str(Path(*rest))) if rest else ()
+        wanted = any(part.startswith(".") for part in rest)
+        visible = (path for path in matches if wanted or not _is_hidden(path.relative_to(base)))
+        paths = (path for path in visible if not place.name.endswith("*") or _is_video(path.relative_to(base)))
+    # A link to nothing is a video that is missing, which is told.
+    files = sorted({path.absolute() for path in paths if path.is_file() or (path.is_symlink() and not path.exists())})
     base = base.absolute()
-    return [ListedVideo(_shown(path.relative_to(base)), str(path), "") for path in files]
+    return [ListedVideo(_shown(path.relative_to(base)), str(path) if path.is_file() else "", "") for path in files]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Everything in a folder at any depth; links to folders are followed, each folder is entered once."""
+    entered = {folder.resolve()}
+    for here, folders, files in os.walk(folder, followlinks=True):
+        # Sorted, so that of two ways to a folder the same one counts at every start.
+        folders[:] = [name for name in sorted(folders) if _enter(Path(here, name), entered)]
+        yield from (Path(here, name) for name in files)
+
+
+def _enter(folder: Path, entered: set[Path]) -> bool:
+    real = folder.resolve()
+    new = real not in entered
+    entered.add(real)
+    return new
 
 
 def _in_bucket(target: str, options: StorageSection) -> tuple[Storage, list[ListedVideo]]:
@@ -131,8 +155,11 @@ def _before_magic(parts: Sequence[str]) -> list[str]:
 
 
 def _is_video(path: PurePosixPath | Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and path.suffix.lower() in SUFFIXES
+    return not _is_hidden(path) and path.suffix.lower() in SUFFIXES
+
+
+def _is_hidden(path: PurePosixPath | Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _shown(path: Path) -> str:

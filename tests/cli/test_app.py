@@ -159,6 +159,8 @@ def test_wrong_usage_exits_with_2() -> None:
     assert invoke("plan", "a.yaml", "--sett", "x=1").exit_code == 2
     assert invoke("verify").exit_code == 2
     assert invoke("verify", "a", "--run", "b").exit_code == 2
+    expanded = invoke("score", "a.mp4", "b.mp4")
+    assert expanded.exit_code == 2 and "must be in quotes" in expanded.stderr
 
 
 def test_status_reads_storage_alone(stored_run: RunDirectory) -> None:
