@@ -159,8 +159,8 @@ def interval_note(prompts: int) -> str:
         return f"No intervals: {_count(prompts, 'prompt')}, and they need at least {LEAST_PROMPTS}."
     note = f"In brackets the {LEVEL:.0%} interval: BCa bootstrap over {_count(prompts, 'prompt')} with all samples"
     covers = next((share for below, share in _COVERAGE.items() if prompts < below), None)
-    few = f", which from so few hold the true mean in about {covers} of cases" if covers else ""
-    return f"{note}{few}; each for itself, not corrected for their number."
+    few = f"; from so few it holds the true mean in about {covers} of cases" if covers else ""
+    return f"{note}{few}. Each stands for itself, not corrected for their number."
 
 
 def _rank_table(data: ReportData, block: RankBlock) -> Table:

@@ -264,7 +264,12 @@ def test_best_and_second_are_marked_and_ties_share() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "said"),
-    [(5, "No intervals: 5 prompts"), (6, "hold the true mean in about 86% of cases"), (10, "about 90%"), (20, None)],
+    [
+        (5, "No intervals: 5 prompts"),
+        (6, "it holds the true mean in about 86% of cases"),
+        (10, "about 90%"),
+        (20, None),
+    ],
 )
 def test_the_note_says_what_intervals_of_few_prompts_are_worth(prompts: int, said: str | None) -> None:
     note = interval_note(prompts)
@@ -304,7 +309,7 @@ def test_a_vbench_page_says_what_its_numbers_are(tmp_path: Path) -> None:
         "95% interval: BCa bootstrap over 6 prompts",
         "not ranked",
         "the first frame held for the whole video (over 4 of the 6 prompts), a control that is never ranked",
-        "each for itself, not corrected for their number",
+        "Each stands for itself, not corrected for their number",
         "Paired by prompt and sample.",
         "Durations are prefixes of one rollout, not independent samples",
         "so the mean of per-video means is the same",
