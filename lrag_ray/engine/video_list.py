@@ -118,20 +118,21 @@ def _on_disk(target: str, *, every_file: bool) -> list[ListedVideo]:
     return [ListedVideo(_shown(path.relative_to(base)), str(path) if path.is_file() else "", "") for path in files]
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Everything in a folder at any depth; links to folders are followed, each folder is entered once."""
-    entered = {folder.resolve()}
-    for here, folders, files in os.walk(folder, followlinks=True):
-        # Sorted, so that of two ways to a folder the same one counts at every start.
-        folders[:] = [name for name in sorted(folders) if _enter(Path(here, name), entered)]
-        yield from (Path(here, name) for name in files)
-
-
-def _enter(folder: Path, entered: set[Path]) -> bool:
+def _below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Files in a folder at any depth. Links to folders are followed, but not back to one that is being listed."""
     real = folder.resolve()
-    new = real not in entered
-    entered.add(real)
-    return new
+    if real in above:
+        return
+    try:
+        entries = sorted(folder.iterdir())
+    except PermissionError:
+        # Such as lost+found of a mounted disk.
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _below(entry, above | {real})
+        else:
+            yield entry
 
 
 def _in_bucket(target: str, options: StorageSection) -> tuple[Storage, list[ListedVideo]]:

@@ -55,19 +55,20 @@ def test_files_and_globs(folder: Path, target: str, expected: list[str]) -> None
     assert names(list_videos(f"{folder}/{target}", None, HERE)) == expected
 
 
-def test_links_are_followed_once_and_those_to_nothing_are_missing_videos(
+def test_links_are_followed_though_not_in_circles_and_those_to_nothing_are_missing_videos(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "far.mp4").write_bytes(b"far")
-    (folder / "linked").symlink_to(elsewhere)
+    for name in ("linked", "linked too"):
+        (folder / name).symlink_to(elsewhere)
     (folder / "a" / "up").symlink_to("..")
     (folder / "b" / "up").symlink_to("..")
     (folder / "gone.mp4").symlink_to("nowhere.mp4")
     (folder / "itself.mp4").symlink_to("itself.mp4")
 
     found = list_videos(str(folder), None, HERE).videos
-    there = ["[odd].mkv", "a/clip.mp4", "b/clip.mp4", "linked/far.mp4", "ünï code.MOV"]
+    there = ["[odd].mkv", "a/clip.mp4", "b/clip.mp4", "linked too/far.mp4", "linked/far.mp4", "ünï code.MOV"]
     assert sorted(video.name for video in found if video.stamp) == there
     assert {video.name for video in found if not video.stamp} == {"gone.mp4", "itself.mp4"}
     # Below a ** the two circles would make thousands of paths of two files.
