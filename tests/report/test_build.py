@@ -25,6 +25,7 @@ from lrag_ray.report.tables import Place, comparison_note, interval_note, places
 from lrag_ray.scoring.preview import MEASURES, PREVIEW
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.table import ScoreRow, to_parquet
+from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
 from tests.report.make_run import HORIZONS, make_identity, make_run, store_rollout
@@ -104,6 +105,25 @@ def test_the_csv_holds_every_block_and_method_unrounded(run: RunDirectory, repor
         for measure in MEASURES:
             assert float(row[measure.name]) == ours.means[measure.name]
             assert float(row[f"rank_{measure.name}"]) == ours.ranks[measure.name]
+
+
+def test_columns_of_the_data_files_stay_what_they_are(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox"], horizons=(12, 27))
+    score_run(run, lambda *_: 0.5)
+    build_report(run, strips=0)
+
+    def columns(name: str) -> list[str]:
+        return run.storage.read_bytes(f"summary/{name}").decode().splitlines()[0].split(",")
+
+    block = ["suite", "mode", "backbone", "backbone_label", "duration_s", "latent_frames"]
+    places_of = [f"rank_{name}" for name in DIMENSIONS]
+    video_means = [f"video_mean_{name}" for name in DIMENSIONS]
+    counts = ["prompts", "videos_per_method", "prompts_left_out", "method", "average_rank"]
+    assert columns("ranks.csv") == [*block, *counts, *DIMENSIONS, *places_of, *video_means]
+    interval = ["method", "reference", "measure", "difference", "lower", "upper", "sample_deviation"]
+    assert columns("differences.csv") == [*block, "prompts", *interval]
+    in_clip = ["in_clip", "in_clip_lower", "in_clip_upper", "final"]
+    assert columns("drift.csv") == [*block, "method", "measure", "clip", "start_s", "prompts", *in_clip]
 
 
 def test_the_parquet_holds_every_video(run: RunDirectory) -> None:
