@@ -5,13 +5,14 @@ Heavy packages are imported inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
 
 from lrag_ray.cli import bench, decode, doctor, gc, inspect, report, score, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides
-from lrag_ray.cli.output import console, print_json, tells_errors
+from lrag_ray.cli.output import INTERRUPTED, console, print_json, tells_errors
 
 app = typer.Typer(
     name="lrag-ray",
@@ -154,7 +155,13 @@ bench.register(app)
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            # Who presses Ctrl-C again and again must not tear up what the process does at its very end.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from lrag_ray.errors import LragError
 
 P = ParamSpec("P")
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 _WIDTH_WITHOUT_TERMINAL = 140
 
 
@@ -46,7 +49,10 @@ def plain(value: Any) -> Any:
 
 
 def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose LragErrors become a message on stderr and their exit code; bugs keep their traceback."""
+    """A command whose LragErrors become a message on stderr and their exit code, and Ctrl-C code 130.
+
+    Bugs keep their traceback.
+    """
 
     @functools.wraps(command)
     def told(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -59,6 +65,9 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
             else:
                 print(f"error: {printable(str(error))}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
 
     return told
 

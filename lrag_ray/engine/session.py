@@ -7,7 +7,9 @@ import math
 import os
 import re
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +26,8 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
     """Connect for the time of the block; a connection that exists already is used and left alone.
 
     `engine.address` or RAY_ADDRESS name a cluster; without them a local one is started, with a token that only
-    this process and its workers know. Raises ClusterError.
+    this process and its workers know. Meanwhile SIGTERM (``kill``, a scheduler, ``ray job stop``) does what Ctrl-C
+    does, unless the caller has a handler of its own. Raises ClusterError.
     """
     if ray.is_initialized():
         yield
@@ -33,13 +36,20 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a FutureWarning; actors without a GPU must not see one anyway.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address and address != "local":
             _see_somebody(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local(engine)
-    except (ConnectionError, RuntimeError, ValueError, OverflowError, OSError, ray.exceptions.RayError) as error:
+    except ClusterError:
+        raise
+    except SystemExit:
+        # What Ray makes of SIGTERM while it connects.
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # Ray raises whatever comes, and plain Exception where a node takes more than half a minute to start.
         where = (
             f"the Ray cluster at {address!r} cannot be reached" if address else "no local Ray cluster can be started"
         )
@@ -47,10 +57,16 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
             f"{where}: {error}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, RAY_AUTH_TOKEN where the "
             "cluster asks for a token), or run `lrag-ray doctor`"
         ) from error
+    handles = on_sigterm is not None and threading.current_thread() is threading.main_thread()
+    if handles:
+        # Ray's own would end the process with a crash report.
+        signal.signal(signal.SIGTERM, signal.default_int_handler if on_sigterm == signal.SIG_DFL else on_sigterm)
     try:
         yield
     finally:
         ray.shutdown()
+        if handles:
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _see_somebody(address: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.cluster
 
 PROGRAM = """
-import os
+import os, signal, time
 import ray
 from ray._raylet import AuthenticationMode, get_authentication_mode
 from lrag_ray.config.schema import EngineSection
@@ -25,7 +25,14 @@ with ray_session(EngineSection(cpus_per_actor=3)):
     with ray_session(EngineSection()):
         pass
     assert ray.is_initialized(), "a session inside another one must leave it alone"
-assert not ray.is_initialized()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError("SIGTERM is to do what Ctrl-C does")
+assert not ray.is_initialized() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 try:
     with ray_session(EngineSection(gpus_per_actor=64)):
@@ -35,6 +42,17 @@ except ClusterError as error:
 else:
     raise AssertionError("no machine has 64 GPUs")
 assert not ray.is_initialized()
+
+def slow(**_):
+    raise Exception("The current node timed out during startup.")
+
+ray.init, init = slow, ray.init
+try:
+    with ray_session(EngineSection()):
+        pass
+except ClusterError as error:
+    assert "no local Ray cluster can be started: The current node timed out" in str(error), error
+ray.init = init
 
 for address in ("not an address", "127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"):
     os.environ["RAY_ADDRESS"] = address

@@ -1,0 +1,41 @@
+"""Ctrl-C in any command, at any moment, is exit code 130 and no traceback."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import typer
+from typer.testing import CliRunner
+
+from lrag_ray.cli.output import tells_errors
+
+IMPATIENT = """
+import atexit, os, signal
+from lrag_ray.cli import app as module
+
+def interrupted():
+    raise SystemExit(130)
+
+module.app = interrupted
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+module.main()
+"""
+
+
+def test_a_command_that_is_interrupted_says_so_and_ends_with_130() -> None:
+    app = typer.Typer()
+
+    @app.command()
+    @tells_errors
+    def status() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    ended = CliRunner().invoke(app, [])
+    assert (ended.exit_code, ended.stderr) == (130, "interrupted\n")
+
+
+def test_a_second_ctrl_c_does_not_tear_up_the_end_of_an_interrupted_command() -> None:
+    ended = subprocess.run([sys.executable, "-c", IMPATIENT], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "")
