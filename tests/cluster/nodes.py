@@ -6,6 +6,7 @@ The head has no CPUs, so actors live on the other nodes, and its death is a test
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
 
-from tests.cluster.drivers import Driver, actors_below
+from tests.cluster.drivers import actors_below
 
 _MARK = "LRAG_TEST_CLUSTER"
 
@@ -110,7 +111,9 @@ def actors_on(node: Any) -> list[psutil.Process]:
 
 
 def stop_at_work(
-    started: Driver, actors: Callable[[], Iterable[psutil.Process]], ripe: Callable[[], bool]
+    wait_until: Callable[[Callable[[], bool]], None],
+    actors: Callable[[], Iterable[psutil.Process]],
+    ripe: Callable[[], bool],
 ) -> psutil.Process:
     """Stop (SIGSTOP) one of `actors` in the middle of a rollout, once `ripe`."""
 
@@ -126,7 +129,7 @@ def stop_at_work(
         return False
 
     found: list[psutil.Process] = []
-    started.wait_until(find)
+    wait_until(find)
     return found[0]
 
 
@@ -181,11 +184,10 @@ def ray_start(*arguments: str, prefix: Sequence[str] = (), **environment: str) -
         [*command, *arguments], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while not (raylets := _children_named(process.pid, "raylet")):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    pytest.fail(f"ray start came to nothing: {process.communicate()[0].decode()}")
+                    pytest.fail("ray start came to nothing")
                 time.sleep(0.1)
             yield raylets[0]
         finally:
@@ -199,10 +201,13 @@ def ray_start(*arguments: str, prefix: Sequence[str] = (), **environment: str) -
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on, and that neither the system nor Ray gives to anybody before it is used."""
+    # Below are the ports of Ray's workers, above those that the system deals out.
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise AssertionError("of a hundred ports none is free")
 
 
 def _children_named(pid: int, name: str) -> list[psutil.Process]:

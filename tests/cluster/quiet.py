@@ -72,8 +72,8 @@ def by_horizon(run: RunDirectory) -> dict[tuple[str, int], Commit]:
 
 
 def attempts(commit: Commit) -> set[str]:
-    """The attempts that a commit is made of."""
-    return {part.path.split("/attempt-")[1].split("/")[0] for part in commit.latent_parts}
+    """The attempts that a commit is made of: the one that committed, and those whose parts it took."""
+    return {commit.attempt, *(part.path.split("/attempt-")[1].split("/")[0] for part in commit.latent_parts)}
 
 
 def part_records(run: RunDirectory) -> list[str]:
@@ -82,14 +82,19 @@ def part_records(run: RunDirectory) -> list[str]:
 
 
 def open_parts(run: RunDirectory) -> list[str]:
-    """Records of parts beyond the last commit of their rollout: it is in the middle of something."""
+    """Records of parts beyond the last commit of rollouts that have parts left to make.
+
+    So whoever made them is in the middle of something, and not only about to commit it.
+    """
     inventory = run.inventory()
-    return [
-        path
-        for folder, paths in inventory.part_records.items()
-        for path in paths
-        if int(path.rsplit("-", 1)[1].removesuffix(".json")) > max(inventory.commits.get(folder, {0: None}))
-    ]
+    longest = max(horizon.latent_frames for b in run.require().backbones.values() for horizon in b.horizons)
+    found = []
+    for folder, paths in inventory.part_records.items():
+        committed = max(inventory.commits.get(folder, ()), default=0)
+        ends = {path: int(path.rsplit("-", 1)[1].removesuffix(".json")) for path in paths}
+        if max(ends.values()) < longest:
+            found += [path for path, end in ends.items() if end > committed]
+    return found
 
 
 def _latents(run: RunDirectory, commit: Commit) -> torch.Tensor:

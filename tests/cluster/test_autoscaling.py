@@ -81,7 +81,7 @@ def test_actors_without_room_bring_nodes_and_are_placed_there(tmp_path: Path) ->
         config = make_config(tmp_path / "run", address, prompts=2)
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
             # Asleep, so that it does not do all the work before the second node is there.
-            first = stop_at_work(started, lambda: actors_below(started_all.pid), lambda: True)
+            first = stop_at_work(started.wait_until, lambda: actors_below(started_all.pid), lambda: True)
             started.wait_until(lambda: len(actors_below(started_all.pid)) == 2)
             assert actors_below(head.pid) == []
             first.resume()

@@ -102,7 +102,11 @@ class Monkey:
         elif not ripe:
             return False
         elif victim == "worker":
-            psutil.Process(self._random.choice(ripe)).kill()
+            try:
+                psutil.Process(self._random.choice(ripe)).kill()
+            except psutil.NoSuchProcess:
+                # Its rollouts were done, or its driver is dead.
+                return False
         else:
             self.cluster.kill(at_work[self._random.choice(ripe)])
             self.cluster.add()

@@ -26,7 +26,7 @@ def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_
         config = make_config(tmp_path / "elastic", cluster.address, prompts=2, engine={"actors": {"min": 1, "max": 3}})
         run = RunDirectory(config.run.uri)
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
-            stop_at_work(started, cluster.actors, lambda: bool(open_parts(run)))
+            stop_at_work(started.wait_until, cluster.actors, lambda: bool(open_parts(run)))
             before = len(run.commits())
             second = cluster.add()
             started.wait_until(lambda: len(run.commits()) > before)
@@ -54,7 +54,7 @@ def test_a_dead_head_takes_the_cluster_along_and_a_new_one_continues(
         config = make_config(tmp_path / "run", cluster.address, prompts=2)
         run = RunDirectory(config.run.uri)
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
-            actor = stop_at_work(started, cluster.actors, lambda: bool(open_parts(run)))
+            actor = stop_at_work(started.wait_until, cluster.actors, lambda: bool(open_parts(run)))
             stored = run.storage.list_files("rollouts")
             cluster.kill_head()
             assert started.wait() != 0

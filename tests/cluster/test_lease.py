@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from lrag_ray.errors import LeaseError
 from lrag_ray.store.lease import holder
 from lrag_ray.store.run_dir import RunDirectory
 from tests.cluster.drivers import actors_below, driver, write_config
+from tests.cluster.nodes import stop_at_work
 from tests.cluster.test_run import NO_VIDEO, Recorder, wait_until
 from tests.engine import make
 from tests.engine.make import digests
@@ -51,7 +53,10 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
     config = make_config(tmp_path, tmp_path / "run")
     directory = RunDirectory(str(tmp_path / "run"))
     with driver(write_config(tmp_path / "config.yaml", config)) as first:
-        first.wait_until(lambda: len(directory.commits()) >= 1)
+        # Its actor is put to sleep, so that something is left to take over however quick it is.
+        actor = stop_at_work(
+            first.wait_until, lambda: actors_below(first.process.pid), lambda: len(directory.commits()) >= 1
+        )
         progress = Recorder()
         with pytest.raises(LeaseError) as refused:
             run(config, progress=progress)
@@ -61,6 +66,8 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
 
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
+        with suppress(psutil.NoSuchProcess):
+            actor.kill()
         assert len(directory.commits()) < len(quiet.commits()), "nothing was left to take over"
         progress = Recorder()
         outcome = run(config, progress=progress)

@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 DEATHS_QUICKLY = (
     '{"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000, '
-    '"health_check_failure_threshold": 3}'
+    # A node that is cut off ends itself after this; by then a slow machine may not have finished the run.
+    '"health_check_failure_threshold": 3, "gcs_rpc_server_reconnect_timeout_s": 600}'
 )
 
 
@@ -104,7 +105,7 @@ def test_a_cut_off_node_that_writes_on_does_no_harm(tmp_path: Path) -> None:
             config = make_config(tmp_path / "run", address, prompts=2, engine={"actors": 1})
             run = RunDirectory(config.run.uri)
             with driver(write_config(tmp_path / "config.yaml", config)) as started:
-                actor = stop_at_work(started, lambda: actors_below(first.pid), lambda: bool(open_parts(run)))
+                actor = stop_at_work(started.wait_until, lambda: actors_below(first.pid), lambda: bool(open_parts(run)))
                 (attempt,) = {path.rsplit("/", 1)[0] for path in open_parts(run)}
                 before = run.storage.list_files(attempt).keys()
                 with ray_start(*node(3), prefix=["ip", "netns", "exec", net.space(3)]):

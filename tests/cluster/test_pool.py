@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from threading import Timer
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,6 +49,16 @@ class Sleeper:
                 (job.folder / f"{job.name}.part-{attempt}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return os.getpid(), began, time.time()
+
+
+class Pair(Sleeper):
+    """Does nothing before two of these are at work: one may start much later than the other."""
+
+    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
+        (job.folder / f"{job.name}.attempt-here").touch()
+        while len(list(job.folder.glob("*.attempt-here"))) < 2:
+            time.sleep(0.01)
+        return super().work(job, attempt)
 
 
 class Diary:
@@ -108,7 +117,7 @@ def items(*jobs: Job) -> list[WorkItem[Job]]:
 def test_items_are_spread_with_one_in_flight_per_actor(tmp_path: Path) -> None:
     diary = Diary()
     jobs = [Job(f"job{i:02d}", tmp_path, seconds=0.1) for i in range(20)]
-    assert sleeper_pool(diary, 2).run(items(*jobs)) == []
+    assert sleeper_pool(diary, 2, Pair).run(items(*jobs)) == []
     assert [key for _, key in diary.order] == [job.name for job in jobs]
     assert len(diary.results) == 20
     by_actor: dict[int, list[tuple[float, float]]] = {}
@@ -184,13 +193,13 @@ def test_a_worker_keeps_to_the_group_it_holds_within_a_few_prompts(tmp_path: Pat
 def test_workers_take_different_groups(tmp_path: Path) -> None:
     diary = Diary()
     work = [
-        WorkItem(f"{prompt}{group}", prompt, group, Job(f"{prompt}{group}", tmp_path, seconds=1.0))
+        WorkItem(f"{prompt}{group}", prompt, group, Job(f"{prompt}{group}", tmp_path))
         for prompt in range(2)
         for group in ("a", "b")
     ]
-    sleeper_pool(diary, 2).run(work)
-    first = dict(reversed(diary.order))
-    assert {key[-1] for key in first.values()} == {"a", "b"}
+    sleeper_pool(diary, 2, Pair).run(work)
+    (one, first), (other, second) = diary.order[:2]
+    assert one != other and (first, second) == ("0a", "0b")
 
 
 @pytest.fixture
@@ -255,10 +264,15 @@ def test_workers_that_never_start_end_the_run_with_the_reason(tmp_path: Path) ->
 
 def test_workers_without_room_are_waited_for_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "_UNPLACED_S", 1.0)
-    diary = Diary()
     holder = ray.remote(Sleeper).options(num_cpus=4).remote()
     ray.get(holder.ready.remote())
-    Timer(3, ray.kill, [holder]).start()
+
+    class Patient(Diary):
+        def unplaced(self, seconds: float) -> None:
+            super().unplaced(seconds)
+            ray.kill(holder)
+
+    diary = Patient()
     sleeper_pool(diary, 1).run(items(Job("job", tmp_path)))
     assert set(diary.results) == {"job"}
     assert diary.lost == ["unplaced 1.0"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +20,15 @@ from lrag_ray.engine.run import run
 from lrag_ray.errors import ClusterError, IdentityError, StorageError
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
+from tests.cluster.drivers import Driver, actors_below, driver, write_config
+from tests.cluster.nodes import stop_at_work
+from tests.cluster.quiet import assert_equal as same_results
+from tests.cluster.quiet import make_config as long_config
+from tests.cluster.quiet import open_parts, quiet_run
 from tests.engine import make
 from tests.engine.make import BACKBONE, METHODS, digests, make_prompts, part_bytes
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 NO_VIDEO = {"enabled": False}
 """Spares every worker the seconds that importing diffusers takes; tests/engine decodes."""
@@ -144,39 +147,27 @@ def test_a_run_grows_by_methods_prompts_and_durations(quiet: RunDirectory, tmp_p
         run(make_config(tmp_path, run={"uri": str(tmp_path), "seed": 1}), PROMPTS)
 
 
-def rollout_actors() -> set[int]:
-    """Process ids of the rollout actors that this process's cluster has running."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if "RolloutActor" in " ".join(process.cmdline()):
-                found.add(process.pid)
-    return found
-
-
-def test_a_killed_worker_costs_nothing_but_time(quiet: RunDirectory, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -> None:
     """SIGKILL to the actor's own process as soon as it has stored a part that no commit names."""
-    config = make_config(tmp_path, durations_s=[3])
-    progress = Recorder()
+    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", prompts=1))
+    config = long_config(tmp_path / "disturbed", prompts=1, engine={"actors": 1})
+    directory, progress = RunDirectory(config.run.uri), Recorder()
     killed: list[int] = []
 
     def kill() -> None:
-        storage = RunDirectory(str(tmp_path)).storage
-        wait_until(lambda: any(path.endswith("00006.json") for path in storage.list_files("rollouts")))
-        (pid,) = rollout_actors()
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
+        actor = stop_at_work(wait_until, lambda: actors_below(os.getpid()), lambda: bool(open_parts(directory)))
+        actor.kill()
+        killed.append(actor.pid)
 
     thread = threading.Thread(target=kill)
     thread.start()
-    outcome = run(config, PROMPTS, progress=progress)
+    outcome = run(config, progress=progress)
     thread.join()
     assert len(killed) == 1 and len(progress.of(WorkerLost)) == 1
     assert outcome.exit_code == 0
     assert [(event.failure.kind, event.failure.counted) for event in progress.of(AttemptFailed)] == [("death", False)]
-    found = RunDirectory(str(tmp_path)).commits()
-    assert len(found) == 6
-    assert digests(found).items() <= digests(quiet.commits()).items()
+    assert sum(event.blocks_resumed > 0 for event in progress.of(RolloutFinished)) == 1
+    same_results(directory, undisturbed)
 
 
 def test_a_commit_whose_file_is_gone_is_set_aside_and_made_again(tmp_path: Path) -> None:
@@ -202,56 +193,42 @@ def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path:
     assert progress.of(StageBegan) == []
 
 
-DRIVER = """
-import sys
-from tests.cluster.test_run import PROMPTS, make_config
-from lrag_ray.engine.run import run
-sys.exit(run(make_config(sys.argv[1]), PROMPTS).exit_code)
-"""
-
-
-def start_driver(folder: Path) -> subprocess.Popen[bytes]:
-    """A driver in a process of its own, with a private local cluster."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder)],
-        cwd=Path(__file__).resolve().parents[2],
-        env=environment,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_until(
-    condition: Callable[[], bool], timeout_s: float = 120, driver: subprocess.Popen[bytes] | None = None
-) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        if driver is not None and (driver.poll() is not None or time.monotonic() > deadline):
-            driver.kill()
-            pytest.fail(
-                f"the driver came to nothing (exit code {driver.returncode}): {driver.communicate()[1].decode()}"
-            )
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 
 
-def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(quiet: RunDirectory, tmp_path: Path) -> None:
-    directory = RunDirectory(str(tmp_path))
-    driver = start_driver(tmp_path)
-    wait_until(lambda: len(directory.commits()) >= 1, driver=driver)
-    driver.send_signal(signal.SIGINT)
-    _, errors = driver.communicate(timeout=60)
-    assert driver.returncode == 130
-    assert b"Traceback" not in errors
+def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(cluster: None, tmp_path: Path) -> None:
+    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", prompts=2))
+    config = long_config(tmp_path / "disturbed", prompts=2, engine={"actors": 1})
+    path, directory = write_config(tmp_path / "config.yaml", config), RunDirectory(config.run.uri)
+
+    def stop_actor(of: Driver) -> list[psutil.Process]:
+        """Put the actor to sleep after a commit, so that the run cannot end; all processes of the driver."""
+        before, pid = len(directory.commits()), of.process.pid
+        stop_at_work(of.wait_until, lambda: actors_below(pid), lambda: len(directory.commits()) > before)
+        return psutil.Process(pid).children(recursive=True)
+
+    with driver(path) as interrupted:
+        started = stop_actor(interrupted)
+        interrupted.process.send_signal(signal.SIGINT)
+        assert interrupted.wait() == 130
+        assert "Traceback" not in interrupted.text and "the same command continues" in interrupted.text
+    _, left = psutil.wait_procs(started, timeout=60)
+    assert not left, "processes outlive their driver"
     done = len(directory.commits())
-    assert 1 <= done < 12
 
-    driver = start_driver(tmp_path)
-    wait_until(lambda: len(directory.commits()) > done, driver=driver)
-    driver.kill()
-    driver.communicate()
-    assert len(directory.commits()) < 12
+    with driver(path) as killed:
+        started = stop_actor(killed)
+        killed.process.kill()
+        killed.wait()
+    for process in psutil.wait_procs(started, timeout=5)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert 1 <= done < len(directory.commits()) < len(undisturbed.commits())
 
-    outcome = run(make_config(tmp_path), PROMPTS)
-    assert (outcome.exit_code, outcome.commits_total) == (0, 12)
-    assert digests(directory.commits()) == digests(quiet.commits())
+    outcome = run(config)
+    assert (outcome.exit_code, outcome.commits_total) == (0, len(undisturbed.commits()))
+    same_results(directory, undisturbed)

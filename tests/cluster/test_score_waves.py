@@ -25,7 +25,7 @@ from lrag_ray.engine.scoring.stage import pending_scores
 from lrag_ray.errors import StorageError
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
-from tests.engine.make import make_config, make_prompts
+from tests.engine.make import METHODS, make_config, make_prompts
 
 PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
 
@@ -51,16 +51,18 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waves, "EVERY_S", 0.1)
 
 
-def scored_config(folder: Path, actors: int) -> Any:
-    engine = {"actors": actors, "checkpoint_every_blocks": 2}
-    return make_config(folder, engine=engine, scoring={"suite": "preview"})
+def scored_config(folder: Path, **methods: Any) -> Any:
+    engine = {"actors": 1, "checkpoint_every_blocks": 2}
+    return make_config(folder, engine=engine, scoring={"suite": "preview"}, methods={**METHODS, **methods})
 
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster", "often")
 def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path: Path) -> None:
-    config, progress = scored_config(tmp_path, actors=1), Recorder()
-    outcome = run(config, PROMPTS, progress=progress)
+    # Its rollouts last until there are scores, however quick the rollouts are and however slow the first wave.
+    waiting = {"method": "tests.engine.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
+    config, progress = scored_config(tmp_path, waiting={**waiting, "marker": str(tmp_path / "scores")}), Recorder()
+    outcome = run(config, PROMPTS[:2], progress=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 12)
     assert pending_scores(RunDirectory(str(tmp_path)), config) == []
     early = sum(event.videos for event in progress.of(VideosScored))
@@ -81,7 +83,7 @@ def test_trouble_of_a_wave_is_told_and_does_not_end_the_run(tmp_path: Path, monk
 
     monkeypatch.setattr(waves, "score_pending", unreachable)
     progress = Recorder()
-    outcome = run(scored_config(tmp_path, actors=1), PROMPTS[:1], progress=progress)
+    outcome = run(scored_config(tmp_path), PROMPTS[:1], progress=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 4)
     told = [event.text for event in progress.of(Notice) if "bucket" in event.text]
     assert told == ["videos cannot be scored yet: the bucket is away"]

@@ -23,9 +23,9 @@ class DisturbedSettings(BaseSettings):
     at_block: int = -1
     """The block at whose beginning it happens."""
     how: str = ""
-    """hang, or gpu_memory."""
+    """hang, gpu_memory, or wait."""
     marker: str = ""
-    """File that says that it happened."""
+    """File that says that it happened; or the folder in which a file is waited for."""
 
 
 class Disturbed(InfinityRope):
@@ -36,7 +36,10 @@ class Disturbed(InfinityRope):
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         settings = self.settings
         time.sleep(settings.block_s)
-        if block == settings.at_block and not Path(settings.marker).exists():
+        if settings.how == "wait":
+            while block == settings.at_block and not any(p.is_file() for p in Path(settings.marker).rglob("[!.]*")):
+                time.sleep(0.05)
+        elif block == settings.at_block and not Path(settings.marker).exists():
             Path(settings.marker).touch()
             if settings.how == "hang":
                 time.sleep(3600)
