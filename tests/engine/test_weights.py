@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 import threading
@@ -118,7 +119,7 @@ def test_table2_needs_every_published_file_once() -> None:
 
 def test_a_pull_survives_a_dropped_connection_and_records_digests(hub: Hub, tmp_path: Path) -> None:
     """Given a connection that breaks midway, the rest alone is asked for, and what arrived is recorded."""
-    content = bytes(range(256)) * 50_000
+    content = b"PK" + bytes(range(256)) * 50_000
     hub.files[f"{RAG}/self_forcing.pt"] = content
     hub.cut_after[f"{RAG}/self_forcing.pt"] = 12_000_000
     need = need_of(config_of(tmp_path, str(tmp_path / "w")), "transformer")
@@ -137,7 +138,7 @@ def test_a_pull_survives_a_dropped_connection_and_records_digests(hub: Hub, tmp_
 
 
 def test_a_pull_that_was_killed_goes_on_in_another_process(hub: Hub, tmp_path: Path) -> None:
-    content = bytes(range(256)) * 50_000
+    content = b"PK" + bytes(range(256)) * 50_000
     hub.files[f"{RAG}/self_forcing.pt"] = content
     hub.stall_after[f"{RAG}/self_forcing.pt"] = 12_000_000
     config_of(tmp_path, str(tmp_path / "w"))
@@ -186,9 +187,46 @@ def test_content_of_another_digest_is_thrown_away(hub: Hub, tmp_path: Path) -> N
     assert not list((tmp_path / "w").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html>log in to the network</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:7c\nsize 5676\n", "Git LFS pointer"),
+    ],
+)
+def test_a_page_in_place_of_weights_is_thrown_away(hub: Hub, tmp_path: Path, content: bytes, said: str) -> None:
+    hub.files[f"{RAG}/self_forcing.pt"] = content
+    with pytest.raises(WeightsError, match=f"{said}(.|\\n)*thrown away"):
+        pull(need_of(config_of(tmp_path, str(tmp_path / "w")), "transformer"))
+    assert not list((tmp_path / "w").iterdir())
+
+
+def test_a_page_in_place_of_prompts_is_thrown_away(hub: Hub, tmp_path: Path) -> None:
+    hub.files[f"{RAG}/moviegenbench_128_refined.txt"] = b"<!DOCTYPE html><title>login</title>"
+    need = Need("prompts", ("prompts.path",), str(tmp_path / "w" / "moviegenbench_128_refined.txt"), None)
+    with pytest.raises(WeightsError, match="a web page"):
+        pull(need)
+    hub.files[f"{RAG}/moviegenbench_128_refined.txt"] = b"<- a fox, seen from the left\n"
+    assert pull(need).pulled
+
+
+def test_a_disk_without_room_is_no_matter_of_the_network(hub: Hub, tmp_path: Path) -> None:
+    hub.files[f"{RAG}/self_forcing.pt"] = b"PK" + bytes(60_000)
+    need = need_of(config_of(tmp_path, str(tmp_path / "w")), "transformer")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Past its limit a file gives EFBIG, as a full disk gives ENOSPC; Python ignores the signal.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"self_forcing\.pt cannot be written: .*make room"):
+            pull(need)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert pull(need).pulled
+
+
 def test_a_token_goes_to_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.files[f"{RAG}/self_forcing.pt"] = b"x"
+    hub.files[f"{RAG}/self_forcing.pt"] = b"PK"
     pull(need_of(config_of(tmp_path, str(tmp_path / "w")), "transformer"))
     assert set(hub.tokens) == {"Bearer hf_secret"}
 

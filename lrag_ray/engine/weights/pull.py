@@ -7,6 +7,7 @@ HF_TOKEN for repositories that ask for one, HF_HUB_OFFLINE to forbid the network
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,18 @@ from lrag_ray.engine.weights.needs import Need
 from lrag_ray.engine.weights.published import HubFile, Published
 from lrag_ray.errors import WeightsError
 from lrag_ray.store.records import now_utc
+from lrag_ray.wan.file_kinds import HEAD_BYTES, no_weights
+
+WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors")
+_OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""Failures of this machine, which no network mends."""
+_GATED = "Mend: set HF_TOKEN to a token that may read it; some repositories want their terms accepted first. "
+_HINTS: dict[int | None, str] = {
+    401: _GATED,
+    403: _GATED,
+    404: "It is not there (any more), or the mirror does not have it. ",
+    429: "Mend: try again later, or set HF_TOKEN: users with a token may ask for more. ",
+}
 
 
 class PullResult(NamedTuple):
@@ -110,6 +123,11 @@ def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tup
                 displayed_filename=file.name,
             )
     except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+        if isinstance(error, OSError) and error.errno in _OUR_DISK:
+            raise WeightsError(
+                f"{target} cannot be written: {error.strerror}. Mend: make room there, or give another place; what has "
+                "arrived is kept and the same command goes on with it"
+            ) from error
         raise WeightsError(_unreachable(published, file, need, endpoint, error)) from error
     arrived = PulledFile(size_bytes=part.stat().st_size, sha256=file_digest(part))
     for digest in (file.sha256, metadata.etag):
@@ -120,6 +138,12 @@ def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tup
                 f"{published.repository} {file.path} arrived with sha256 {arrived.sha256}, expected {digest}; it was "
                 "thrown away. Mend: pull again, without a proxy that changes files"
             )
+    if mistaken := _mistaken(part, target):
+        part.unlink()
+        raise WeightsError(
+            f"what {endpoint} sends for {published.repository} {file.path} {mistaken}. It was thrown away: is there a "
+            "login page between this machine and the Hub, or does HF_ENDPOINT name no mirror of it?"
+        )
     part.replace(target)
     return metadata.commit_hash or published.revision, arrived
 
@@ -127,9 +151,20 @@ def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tup
 def _unreachable(published: Published, file: HubFile, need: Need, endpoint: str, error: Exception) -> str:
     size = f" ({file.size_bytes:,} bytes)" if file.size_bytes else ""
     where = f"{need.address.rstrip('/')}/{file.name}" if published.is_folder else need.address
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    hint = _HINTS.get(status, "")
     return (
-        f"{published.repository} {file.path}{size} cannot be fetched from {endpoint}: {reason}. What has arrived is "
-        f"kept and the same command goes on with it. Without network: fetch the file elsewhere "
+        f"{published.repository} {file.path}{size} cannot be fetched from {endpoint}: {reason}. {hint}What has arrived "
+        f"is kept and the same command goes on with it. Without network: fetch the file elsewhere "
         f"(`hf download {published.repository} {file.path}`) and put it at {where}"
     )
+
+
+def _mistaken(part: Path, target: Path) -> str | None:
+    """What a file is that cannot be what was asked for, whatever the server called it; None where it can."""
+    with part.open("rb") as arrived:
+        head = arrived.read(HEAD_BYTES)
+    if target.suffix in WEIGHTS_SUFFIXES:
+        return no_weights(head, target.suffix)
+    return "is a web page" if head.lstrip()[:5].lower() in (b"<!doc", b"<html") else None
