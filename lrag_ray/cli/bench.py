@@ -50,8 +50,12 @@ def scoring(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda [default: the GPU, where there is one].")
     ] = None,
-    frames: Annotated[int, typer.Option("--batch-frames", min=1, help="Frames per batch.")] = 32,
-    pairs: Annotated[int, typer.Option("--batch-pairs", min=1, help="Frame pairs per batch.")] = 4,
+    frames: Annotated[
+        int | None, typer.Option("--batch-frames", min=1, help="Frames per batch [default: what suits the device].")
+    ] = None,
+    pairs: Annotated[
+        int | None, typer.Option("--batch-pairs", min=1, help="Frame pairs per batch [default: what suits the device].")
+    ] = None,
     early_stop: Annotated[bool, typer.Option(help="End dynamic_degree of a clip once its decision is certain.")] = True,
 ) -> None:
     """Measure VBench-Long: clips per second and dimension, share of decoding; with --official the speed-up.
@@ -70,8 +74,8 @@ def scoring(
     if dimensions is not None and (unknown := set(dimensions.split(",")) - set(DIMENSIONS)):
         raise UsageError(f"no dimension is called {', '.join(sorted(unknown))}. Mend: of {', '.join(DIMENSIONS)}")
     source = RandomWeights() if weights == "random" else WeightFiles(Path(weights) if weights else None)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    networks = Networks(source, place, batch=BatchSizes(frames, pairs))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    networks = Networks(source, place, batch=BatchSizes.for_device(place, frames, pairs))
     with TemporaryDirectory() as folder:
         if not videos:
             make_clip(Path(folder) / "made.mp4")

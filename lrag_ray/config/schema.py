@@ -370,10 +370,12 @@ class ScoringSection(Section):
     """vbench_long: official computes as the official code does on that device, float32 everywhere in float32."""
     early_stop: bool = True
     """vbench_long: end dynamic_degree of a clip once its decision is certain; the score is the same."""
-    batch_frames: int = Field(default=32, ge=1)
-    """vbench_long: frames per batch of the vision transformers and MUSIQ; results do not depend on it."""
-    batch_pairs: int = Field(default=4, ge=1)
-    """vbench_long: frame pairs per batch of RAFT and AMT-S; results do not depend on it."""
+    batch_frames: int | None = Field(default=None, ge=1)
+    """vbench_long: frames per batch of the vision transformers and MUSIQ; None takes 32 on a GPU and 4 on a CPU, whose
+    caches hold no more. Results do not depend on it."""
+    batch_pairs: int | None = Field(default=None, ge=1)
+    """vbench_long: frame pairs per batch of RAFT and AMT-S; None takes 4 on a GPU and 1 on a CPU. Results do not depend
+    on it."""
     controls: list[Literal["frozen"]] = []
     """vbench_long: frozen also scores the first frame of each prompt's first method, held for the whole video. It shows
     how far a dimension rewards stillness; it stands beside the ranks and is never ranked."""

@@ -77,11 +77,12 @@ class VbenchWork:
         torch.set_num_threads(max(1, int(scoring.cpus_per_worker)))
         self._rows, self._videos, self._scoring, self._files = rows, videos, scoring, files
         self._untrained = scoring.weights == RANDOM
+        device = device_for(scoring.gpus_per_worker)
         self._networks = Networks(
             RandomWeights() if self._untrained else WeightFiles(Path(scoring.weights) if scoring.weights else None),
-            device_for(scoring.gpus_per_worker),
+            device,
             precision=scoring.precision,
-            batch=BatchSizes(scoring.batch_frames, scoring.batch_pairs),
+            batch=BatchSizes.for_device(device, scoring.batch_frames, scoring.batch_pairs),
         )
 
     def __call__(self, task: VbenchTask, go_on: GoOn) -> None:

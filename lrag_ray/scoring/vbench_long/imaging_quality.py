@@ -23,7 +23,12 @@ def shrink(images: Tensor) -> Tensor:
     return images / 255
 
 
+def ratings(frames: ClipFrames, networks: Networks) -> Tensor:
+    """MUSIQ ratings [T], about 0..100."""
+    parts = frames.uint8.split(networks.batch.frames)
+    return torch.cat([networks.musiq.rate(shrink(part.float())) for part in parts])
+
+
 def score(frames: ClipFrames, networks: Networks) -> Measured:
     """Mean rating of the frames, 0..100."""
-    ratings = [networks.musiq.rate(shrink(part.float())) for part in frames.uint8.split(networks.batch.frames)]
-    return mean_of(torch.cat(ratings).double().tolist(), "a frame")
+    return mean_of(ratings(frames, networks).double().tolist(), "a frame")

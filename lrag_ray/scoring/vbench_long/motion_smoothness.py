@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,15 @@ MIN_SIDE = 64
 """Pixels of the shorter padded side below which AMT's coarsest correlation level is empty."""
 
 
-def middle_frames(frames: ClipFrames, networks: Networks, at_once: int = 1) -> Tensor:
-    """Predicted odd frames, uint8 [pairs, 3, H, W], truncated and not rounded; `at_once` pairs per batch."""
+def middle_frames(frames: ClipFrames, networks: Networks) -> Tensor:
+    """Predicted odd frames, uint8 [pairs, 3, H, W], truncated and not rounded."""
     height, width = frames.uint8.shape[2:]
     padded, (top, left) = pad_to_multiple(frames.uint8[::2].float() / 255, MULTIPLE)
     if min(padded.shape[2:]) < MIN_SIDE:
         raise UnscorableError(f"frames of {width}x{height} are too small for AMT-S")
+    pairs = networks.batch.pairs
     predicted = []
-    for before, after in zip(padded[:-1].split(at_once), padded[1:].split(at_once), strict=True):
+    for before, after in zip(padded[:-1].split(pairs), padded[1:].split(pairs), strict=True):
         images = networks.amt.middle(before, after)[:, :, top : top + height, left : left + width]
         predicted.append((images * 255).clamp(0, 255).to(torch.uint8))
     return torch.cat(predicted)
@@ -33,8 +36,7 @@ def score(frames: ClipFrames, networks: Networks) -> Measured:
     """(255 - mean absolute error) / 255; per pair the error in grey levels."""
     if len(frames) < 3:
         raise UnscorableError(f"needs three frames, the clip has {len(frames)}")
-    # On a CPU a batch outgrows the caches and takes a fifth longer.
-    predicted = middle_frames(frames, networks, networks.batch.pairs if frames.uint8.is_cuda else 1)
+    predicted = middle_frames(frames, networks)
     skipped = frames.uint8[1::2][: len(predicted)]
-    errors = (predicted.int() - skipped.int()).abs().double().mean(dim=(1, 2, 3))
-    return Measured((255 - errors.mean().item()) / 255, tuple(errors.tolist()))
+    errors = (predicted.int() - skipped.int()).abs().double().mean(dim=(1, 2, 3)).tolist()
+    return Measured((255 - fmean(errors)) / 255, tuple(errors))

@@ -74,14 +74,27 @@ _USERS: Mapping[NetworkName, str] = {
 class BatchSizes:
     """How much goes through a network at once; results do not depend on it beyond rounding."""
 
-    frames: int = 32
+    frames: int
     """Frames per batch of the vision transformers and MUSIQ."""
-    pairs: int = 4
+    pairs: int
     """Frame pairs per batch of RAFT and AMT-S (a pair at 832x480 takes about 0.5 GB of correlations)."""
+
+    @classmethod
+    def for_device(cls, device: torch.device, frames: int | None = None, pairs: int | None = None) -> BatchSizes:
+        """What is given, and where it is not, what suits the device.
+
+        A GPU is only filled by a batch; on a CPU a large one outgrows the caches and goes slower than one by one.
+        """
+        suited = _ON_CPU if device.type == "cpu" else _ON_GPU
+        return cls(frames or suited.frames, pairs or suited.pairs)
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.pairs < 1:
             raise ValueError(f"batch sizes are {self.frames} frames and {self.pairs} pairs, expected at least 1")
+
+
+_ON_CPU = BatchSizes(frames=4, pairs=1)
+_ON_GPU = BatchSizes(frames=32, pairs=4)
 
 
 class DreamSim(nn.Module):
@@ -115,7 +128,7 @@ class Networks:
     ) -> None:
         self.device = torch.device(device)
         self.precision: Precision = precision
-        self.batch = batch or BatchSizes()
+        self.batch = batch or BatchSizes.for_device(self.device)
         self._weights = weights
         self.digests: dict[NetworkName, str] = {}
         """SHA-256 of the tensors of each network that was built."""
@@ -144,7 +157,7 @@ class Networks:
     def clip_features(self, network: nn.Module, images: Tensor) -> Tensor:
         """Features [T, C] of a CLIP network, in float16 where the official code runs it so."""
         half = self.precision == "official" and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.float16, enabled=half):
+        with torch.autocast("cuda", torch.float16, enabled=half):
             return self.features(network, images).float()
 
     def features(self, network: nn.Module, images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Everything works on float32 0..255 tensors [T, 3, H, W]; bicubic overshoot outsi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -26,8 +26,15 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 def normalise(images: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """0..1 images [T, 3, H, W] minus mean, over standard deviation, per channel."""
-    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in statistics)
+    mean, std = _on(images.device, statistics)
     return (images - mean) / std
+
+
+@cache
+def _on(device: torch.device, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, each [1, 3, 1, 1], copied to a device once: each copy waits for all that the device does."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in statistics)
+    return mean, std
 
 
 def resize(images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"], antialias: bool) -> Tensor:
@@ -62,10 +69,12 @@ class ClipFrames:
     """The frames of one clip on the device, with what several dimensions share."""
 
     def __init__(self, frames: Sequence[Frame], fps: int, device: torch.device) -> None:
-        stacked = torch.stack([torch.from_numpy(frame) for frame in frames])
-        if device.type == "cuda":
-            stacked = stacked.pin_memory().to(device, non_blocking=True)
-        self.uint8 = stacked.permute(0, 3, 1, 2).contiguous()
+        given = [torch.from_numpy(frame) for frame in frames]
+        # Bytes go to a GPU from pinned memory, and become floats there, batch by batch.
+        pinned = device.type == "cuda"
+        stacked = torch.empty((len(given), *given[0].shape), dtype=torch.uint8, pin_memory=pinned)
+        torch.stack(given, out=stacked)
+        self.uint8 = stacked.to(device, non_blocking=pinned).permute(0, 3, 1, 2).contiguous()
         """[T, 3, H, W]."""
         self.fps = fps
         """Truncated frame rate."""

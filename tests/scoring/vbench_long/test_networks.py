@@ -149,9 +149,14 @@ def test_motion_smoothness(
 
 
 def test_predicted_frames_do_not_depend_on_the_batch_size(frames: ClipFrames, networks: Networks) -> None:
-    few = first(frames, 7)
-    with networks.numerics():
-        single, batched = (motion_smoothness.middle_frames(few, networks, at_once).int() for at_once in (1, 2))
+    few, found, before = first(frames, 7), [], networks.batch
+    try:
+        for networks.batch in (BatchSizes(1, 1), BatchSizes(1, 2)):
+            with networks.numerics():
+                found.append(motion_smoothness.middle_frames(few, networks).int())
+    finally:
+        networks.batch = before
+    single, batched = found
     assert len(single) == 3
     # A value on the edge of two grey levels may fall to either side.
     assert (single - batched).abs().double().mean() < 1e-3
