@@ -43,6 +43,7 @@
     const tracks = [...element.querySelectorAll("video")].map((video) => ({
       video,
       missing: video.parentElement.querySelector(".missing"),
+      absent: video.parentElement.querySelector(".missing").textContent,
       sources: JSON.parse(video.dataset.sources),
       seconds: JSON.parse(video.dataset.seconds),
       end: 0,
@@ -53,11 +54,15 @@
     let untouched = true;
 
     transport.hidden = false;
-    for (const { video } of tracks) {
+    for (const { video, missing } of tracks) {
       video.controls = false;
+      video.addEventListener("error", () => {
+        missing.textContent = "cannot be played: missing or damaged";
+        missing.hidden = false;
+      });
       video.addEventListener("click", toggle);
       video.addEventListener("loadedmetadata", () => {
-        video.parentElement.style.setProperty("--aspect", `${video.videoWidth} / ${video.videoHeight}`);
+        video.closest(".players").style.setProperty("--aspect", `${video.videoWidth} / ${video.videoHeight}`);
       });
     }
     button.addEventListener("click", toggle);
@@ -71,9 +76,11 @@
       for (const track of tracks) {
         const source = track.sources[frames];
         track.video.hidden = !source;
-        track.missing.hidden = Boolean(source);
         track.end = track.seconds[frames] || 0;
         if (source && track.video.getAttribute("src") !== source) track.video.src = source;
+        const broken = source && track.video.error; // Another source has taken back what was wrong with the last one.
+        if (!broken) track.missing.textContent = track.absent;
+        track.missing.hidden = Boolean(source) && !broken;
       }
       shown = tracks.filter((track) => !track.video.hidden);
       length = Math.max(0, ...shown.map((track) => track.end));
@@ -89,7 +96,6 @@
       untouched = false;
       playing = true;
       button.textContent = "Pause";
-      button.setAttribute("aria-pressed", "true");
       for (const { video } of shown) video.play().catch(() => {}); // An unplayable file stays still; the others go on.
       requestAnimationFrame(follow);
     }
@@ -97,7 +103,6 @@
     function stop() {
       playing = false;
       button.textContent = "Play";
-      button.setAttribute("aria-pressed", "false");
       for (const { video } of tracks) video.pause();
     }
 
@@ -130,6 +135,7 @@
     function show(seconds) {
       seek.value = seconds;
       time.textContent = `${seconds.toFixed(1)} of ${length.toFixed(1)} s`;
+      seek.setAttribute("aria-valuetext", time.textContent);
     }
 
     const text = element.querySelector(".head").textContent.toLowerCase();
