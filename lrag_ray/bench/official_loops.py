@@ -41,6 +41,11 @@ from lrag_ray.scoring.vbench_long.reencode import encode
 from lrag_ray.scoring.vbench_long.vit import VisionTransformer
 
 
+def join(frames: Sequence[Frame], fps: int) -> None:
+    """Write the file of the first frames of clips and decode it, as each consistency dimension does."""
+    read(encode(frames, fps).getvalue())
+
+
 def split(clips: Sequence[Clip], fps: int) -> list[bytes]:
     """The clip files of one decoded video."""
     whole = torch.cat([torch.stack([torch.from_numpy(frame) for frame in clip.frames]) for clip in clips]).float()
@@ -49,19 +54,18 @@ def split(clips: Sequence[Clip], fps: int) -> list[bytes]:
     return files
 
 
-def score_clip(name: Dimension, clip: Clip, file: bytes, fps: int, networks: Networks) -> float:
-    """In-clip score, the decoding of its file included."""
-    _decoded(file)
+def score_clip(name: Dimension, clip: Clip, fps: int, networks: Networks) -> float:
+    """In-clip score."""
     return _run(networks, lambda: _IN_CLIP[name](ClipFrames(clip.frames, fps, networks.device), networks))
 
 
 def score_first_frames(name: Dimension, frames: Sequence[Frame], fps: int, networks: Networks) -> float:
-    """Clip-to-clip score of a consistency dimension, encoding and decoding of the first frames included."""
-    _decoded(encode(frames, fps).getvalue())
+    """Clip-to-clip score of a consistency dimension."""
     return _run(networks, lambda: _SLOW[name](ClipFrames(frames, fps, networks.device).uint8, networks))
 
 
-def _decoded(file: bytes) -> None:
+def read(file: bytes) -> None:
+    """Decode a clip file, as every dimension does."""
     import io
 
     torch.stack([torch.from_numpy(frame) for frame in decode(io.BytesIO(file))]).float()

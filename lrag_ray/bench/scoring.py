@@ -56,15 +56,34 @@ class Side:
     frames: Seconds = Seconds()
     """Until frames are there. Ours: waiting for the decoder that works ahead. Official: splitting, that is decoding the
     video and re-encoding every clip."""
+    files: dict[str, Seconds] = field(default_factory=dict)
+    """Official: what of `seconds` each dimension spends on files of clips and of their first frames. Ours has none."""
 
     def add(self, dimension: str, took: Seconds) -> None:
         """Count what one score of a dimension took."""
         self.seconds[dimension] = self.seconds.get(dimension, Seconds()) + took
 
+    def networks(self, dimension: str) -> Seconds:
+        """What of `seconds` is left without files."""
+        return self.seconds[dimension] - self.files.get(dimension, Seconds())
+
     @property
     def total(self) -> Seconds:
         """Of the whole side."""
         return sum(self.seconds.values(), self.frames)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Official seconds over ours."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def of(cls, official: Seconds, ours: Seconds) -> Ratio:
+        """By both clocks."""
+        return cls(official.wall / ours.wall, official.cpu / ours.cpu)
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,8 @@ class ScoringBench:
     height: int
     clips_per_s: dict[str, float]
     """Per dimension, by the wall."""
+    clips_per_s_total: float
+    """All dimensions together, waiting for frames included."""
     decode_share: float
     """What one decode of all videos alone takes over our total, by the wall. It runs beside the networks."""
     pairs_computed: int
@@ -93,9 +114,13 @@ class ScoringBench:
     ours: Side
     official: Side | None
     speedup: float | None
-    """Official seconds over ours by the wall, all dimensions together."""
+    """Official seconds over ours by the wall, all dimensions and the making of clips together."""
     speedup_cpu: float | None
     """The same in CPU seconds."""
+    speedup_per_dimension: dict[str, Ratio]
+    """The same by dimension, where the official code decodes every clip once more and ours does not."""
+    speedup_of_networks: dict[str, Ratio]
+    """The same by dimension without that: frames that lie in memory, through the networks, to the score."""
     largest_difference: dict[str, float]
     """Between our scores and those of the official loops, by dimension."""
 
@@ -153,14 +178,21 @@ def bench_scoring(
         width=width,
         height=height,
         clips_per_s={name: clips / seconds.wall for name, seconds in ours.seconds.items()},
+        clips_per_s_total=clips / ours.total.wall,
         decode_share=decoding.wall / ours.total.wall,
         pairs_computed=sum(len(row.per_frame) for row in rows.values() if row.dimension == "dynamic_degree"),
         ours=ours,
         official=theirs,
         speedup=theirs.total.wall / ours.total.wall if theirs else None,
         speedup_cpu=theirs.total.cpu / ours.total.cpu if theirs else None,
+        speedup_per_dimension=_ratios(theirs, ours, lambda side, name: side.seconds[name]),
+        speedup_of_networks=_ratios(theirs, ours, Side.networks),
         largest_difference=difference,
     )
+
+
+def _ratios(official: Side | None, ours: Side, part: Callable[[Side, str], Seconds]) -> dict[str, Ratio]:
+    return {name: Ratio.of(part(official, name), part(ours, name)) for name in ours.seconds} if official else {}
 
 
 def make_clip(path: Path, *, fps: int = 16, width: int = 832, height: int = 480) -> None:
@@ -219,9 +251,11 @@ def _official(
     side = Side()
     difference: dict[str, float] = dict.fromkeys(dimensions, 0.0)
 
-    def score(name: Dimension, key: RowKey, run: Callable[[], float]) -> None:
+    def score(name: Dimension, key: RowKey, read: Callable[[], None], run: Callable[[], float]) -> None:
         _sync(networks)
         start = Seconds.now()
+        read()
+        side.files[name] = side.files.get(name, Seconds()) + (Seconds.now() - start)
         found = run()
         side.add(name, Seconds.now() - start)
         ours = rows[key].score
@@ -237,10 +271,20 @@ def _official(
         for name in dimensions:
             for clip, file in zip(video.clips, files, strict=True):
                 key = RowKey(str(video.path), "clip", name, *clip.span)
-                score(name, key, partial(official_loops.score_clip, name, clip, file, video.fps, networks))
+                score(
+                    name,
+                    key,
+                    partial(official_loops.read, file),
+                    partial(official_loops.score_clip, name, clip, video.fps, networks),
+                )
             key = RowKey(str(video.path), "clip_to_clip", name, 0, len(firsts))
             if key in rows:
-                score(name, key, partial(official_loops.score_first_frames, name, firsts, video.fps, networks))
+                score(
+                    name,
+                    key,
+                    partial(official_loops.join, firsts, video.fps),
+                    partial(official_loops.score_first_frames, name, firsts, video.fps, networks),
+                )
     return side, difference
 
 
