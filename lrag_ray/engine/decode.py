@@ -24,6 +24,7 @@ from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, StageBegan
 from lrag_ray.engine.run import INTERRUPTED
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.waiting import WorkItem
+from lrag_ray.engine.weights.verify import refuse_misfits
 from lrag_ray.errors import ConfigError, IdentityError
 from lrag_ray.store.decoded import (
     decode_settings,
@@ -71,7 +72,7 @@ def decode(config: RunConfig, *, other_vae: bool = False, progress: Progress = s
 
     Backbones that `config` does not have are left out. Raises StorageError where there is no run; ConfigError where
     `config` has none of its backbones; IdentityError for a VAE other than the run's, unless `other_vae`; WeightsError
-    for one that is absent; ClusterError. Ctrl-C gives exit code 130; finished videos are kept.
+    for one that is absent or does not fit; ClusterError. Ctrl-C gives exit code 130; finished videos are kept.
     """
     job = _Job(with_absolute_paths(config), other_vae, progress)
     try:
@@ -109,6 +110,7 @@ class _Job:
             WorkItem(f"{task.commits[-1].rollout.path}/{task.commits[-1].latent_frames}", order, _backbone(task), task)
             for order, task in enumerate(self._tasks)
         ]
+        refuse_misfits(self._config, "vae")
         engine = self._config.engine
         with ray_session(engine):
             began = time.monotonic()

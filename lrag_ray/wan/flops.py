@@ -152,11 +152,11 @@ class RolloutMemory:
     exposed: int
     """The attention buffers: rotated keys and values of context and current block, in every layer."""
     retrieved: int
-    """Retrieved frames, those in use and those on their way."""
+    """Retrieved frames, from their prefetch until every layer has copied them; then the next ones take their place."""
     activations: int
     """The largest layer's intermediate results, its float32 copies included."""
     encoder: int
-    """The retrieval encoder."""
+    """The retrieval encoder, and its float64 copy (see `context.rag`)."""
     vae: int
     """Weights, feature cache and activations of the decoder."""
     total: int = field(init=False)
@@ -203,8 +203,8 @@ def rollout_memory(
         text=batch * config.num_layers * 2 * config.text_len * config.dim * bytes_per_value,
         window=batch * window_frames * frame,
         exposed=batch * window_frames * frame,
-        retrieved=batch * 2 * retrieved_frames * frame,
+        retrieved=batch * retrieved_frames * frame,
         activations=tokens * (widest + 3 * config.dim * bytes_per_value),
-        encoder=FLOAT32_BYTES * RETRIEVAL_ENCODER_PARAMETERS if encoder else 0,
+        encoder=3 * FLOAT32_BYTES * RETRIEVAL_ENCODER_PARAMETERS if encoder else 0,
         vae=stored_vae + decode_bytes(vae, height, width) if vae is not None else 0,
     )

@@ -17,7 +17,7 @@ from lrag_ray.engine.decode import DecodeFailure, decode
 from lrag_ray.engine.progress import Notice
 from lrag_ray.engine.run import run
 from lrag_ray.engine.scoring.preview import pending_targets
-from lrag_ray.errors import ConfigError, IdentityError, StorageError
+from lrag_ray.errors import ConfigError, IdentityError, StorageError, WeightsError
 from lrag_ray.report.build import build_report
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.videos import committed_videos
@@ -138,6 +138,10 @@ def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Pat
         decode(config_of(latents, backbones={"mine": BACKBONE}))
     with pytest.raises(StorageError, match="there is no run at this address"):
         decode(config_of(tmp_path / "nothing"))
+    (tmp_path / "Wan2.1_VAE.pth").write_text("<html>not found</html>")
+    wan = {"kind": "wan", "path": str(tmp_path / "Wan2.1_VAE.pth")}
+    with pytest.raises(WeightsError, match="web page"):
+        decode(config_of(latents, backbones={"tiny": {**BACKBONE, "vae": wan}}), other_vae=True)
     assert not (latents / "decoded").exists()
 
     (tmp_path / "run.yaml").write_text(half.model_dump_json())

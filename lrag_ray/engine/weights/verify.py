@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.weights.local import file_digest, is_remote, known_sizes, local_copy, record_at, sizes_at
-from lrag_ray.engine.weights.needs import Need, needs_of
+from lrag_ray.engine.weights.needs import Kind, Need, needs_of
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.wan.checkpoint import mapped_transformer
@@ -28,22 +28,24 @@ class Verdict(NamedTuple):
     """What was found, or what is wrong with its mend."""
 
 
-def refuse_misfits(config: RunConfig) -> None:
+def refuse_misfits(config: RunConfig, *kinds: Kind) -> None:
     """Raise WeightsError with everything that is wrong with the weights on this machine, before an actor meets it.
 
-    Digests are left to `weights verify`, and what lies in a bucket to the nodes, which copy it.
+    With `kinds` only those of these kinds are looked at. Sizes and digests are left to `weights verify` (who gives a
+    file of their own a published name may run it), and what lies in a bucket to the nodes, which copy it.
     """
-    needs = [need for need in needs_of(config) if need.kind != "prompts" and not is_remote(need.address)]
-    wrong = [verdict for verdict in (verify(need, digests=False) for need in needs) if not verdict.ok]
+    wanted = set(kinds or get_args(Kind)) - {"prompts"}
+    needs = [need for need in needs_of(config) if need.kind in wanted and not is_remote(need.address)]
+    wrong = [verdict for verdict in (verify(need, digests=False, sizes=False) for need in needs) if not verdict.ok]
     if wrong:
         told = "\n".join(verdict.detail for verdict in wrong)
         raise WeightsError(f"{told}\nNothing was started; `lrag-ray weights verify CONFIG` checks them again")
 
 
-def verify(need: Need, *, digests: bool = True) -> Verdict:
-    """Check one need. `digests` reads every byte; without it only presence, sizes and shapes are checked."""
+def verify(need: Need, *, digests: bool = True, sizes: bool = True) -> Verdict:
+    """Check one need: presence, sizes in bytes and shapes; `digests` reads every byte."""
     try:
-        return Verdict(need, True, _checked(need, digests))
+        return Verdict(need, True, _checked(need, digests, sizes))
     except LragError as error:
         return Verdict(need, False, str(error))
     except OSError as error:
@@ -51,18 +53,18 @@ def verify(need: Need, *, digests: bool = True) -> Verdict:
         return Verdict(need, False, told)
 
 
-def _checked(need: Need, digests: bool) -> str:
-    sizes = sizes_at(need.address)
-    if not sizes:
+def _checked(need: Need, digests: bool, sizes: bool) -> str:
+    present = sizes_at(need.address)
+    if not present:
         raise WeightsError(missing(need))
-    for name, size in known_sizes(need.address, need.published).items():
-        if sizes.get(name) != size:
+    for name, size in known_sizes(need.address, need.published).items() if sizes else ():
+        if present.get(name) != size:
             raise WeightsError(
-                f"{need.address}: {name} has {sizes.get(name, 0):,} bytes, expected {size:,}. "
+                f"{need.address}: {name} has {present.get(name, 0):,} bytes, expected {size:,}. "
                 "Mend: `lrag-ray weights pull CONFIG --again`"
             )
     path = local_copy(need.address)
-    found = [f"{sum(sizes.values()) / 1e9:.2f} GB", _digests(need, path) if digests else "", fits(need, path)]
+    found = [f"{sum(present.values()) / 1e9:.2f} GB", _digests(need, path) if digests else "", fits(need, path)]
     return ", ".join(part for part in found if part)
 
 
