@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lrag_ray.config.schema import BackboneConfig, EngineSection
 from lrag_ray.engine.backbone import device_for, load_text
-from lrag_ray.errors import LragError
+from lrag_ray.engine.failures import WORKER_LOST, explain
+from lrag_ray.errors import ClusterError, LragError
 from lrag_ray.store.address import Storage
 
 _RETRIES_AFTER_DEATH = 3
@@ -55,7 +56,8 @@ def encode_prompts(
 ) -> None:
     """Encode and store those of `prompts` that are not stored, in a Ray task.
 
-    Death of the worker is retried: encoding is idempotent. Raises the task's own LragError where it had one.
+    Death of the worker is retried: encoding is idempotent. Raises the task's own LragError where it had one, and
+    ClusterError where its workers die or have too little memory.
     """
     missing = [prompt for batch in _batches(prompts) for prompt in _without_features(storage, text_digest, batch)]
     if not missing:
@@ -68,7 +70,15 @@ def encode_prompts(
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LragError):
             raise error.cause from error
+        trouble = explain(error)
+        if trouble.kind == "out_of_memory":
+            raise ClusterError(f"the prompts cannot be encoded: {trouble.reason}") from error
         raise
+    except WORKER_LOST as error:
+        raise ClusterError(
+            f"the prompts cannot be encoded: {_RETRIES_AFTER_DEATH + 1} workers in a row died at it; the last: "
+            f"{explain(error).reason}. The same command continues"
+        ) from error
 
 
 def _batches(prompts: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -132,6 +132,29 @@ def test_a_history_that_this_machine_can_never_hold_ends_the_run_before_any_roll
     assert RunDirectory(str(tmp_path)).commits() == []
 
 
+def dies(*_: object) -> None:
+    os._exit(1)
+
+
+def runs_out_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("encode", "told"),
+    [
+        (dies, r"4 workers in a row died at it; the last: .*"),
+        (runs_out_of_memory, "the host memory of the node is full"),
+    ],
+)
+def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encode: Callable[..., None], told: str
+) -> None:
+    monkeypatch.setattr("lrag_ray.engine.text.encode_and_store", encode)
+    with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: .*{told}"):
+        run(make_config(tmp_path), PROMPTS[:1])
+
+
 def test_a_run_grows_by_methods_prompts_and_durations(quiet: RunDirectory, tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path))
     only_base = {"base": METHODS["base"]}
