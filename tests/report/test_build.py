@@ -238,6 +238,16 @@ def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
     assert "No scores yet." in Page(run.storage.read_bytes(PAGE).decode()).text
 
 
+def test_a_half_scored_run_says_how_much_is_missing(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox"])
+    rollout, videos = next(iter(by_rollout(run).items()))
+    store_rows(run, rollout, video_rows(videos, lambda *_: 0.5))
+    report = build_report(run, strips=0)
+    text = Page(run.storage.read_bytes(PAGE).decode()).text
+    assert "Without scores yet: 2 videos at their durations" in text
+    assert "Not ranked: no scores yet for rag." in text and overview(report.data) is None
+
+
 def test_a_missing_video_leaves_its_place_empty(tmp_path: Path) -> None:
     run = RunDirectory(str(tmp_path / "run"))
     identity = run.ensure(make_identity(["a red fox"], ["base", "rag"]))
