@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.paths import with_absolute_paths
@@ -40,6 +41,8 @@ class RunScores:
 
 def is_run(address: str) -> bool:
     """Whether there is a run at `address`; StorageError if it cannot be told."""
+    if "://" not in address and Path(address).expanduser().is_file():
+        return False
     return RunDirectory(address).read() is not None
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from lrag_ray.config.schema import ScoringSection
 from lrag_ray.config.videos import VideosConfig
 from lrag_ray.engine.progress import Notice, Progress, StageBegan, StageEnded, silent
 from lrag_ray.engine.run import INTERRUPTED
@@ -31,8 +32,11 @@ from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.vbench_long.aggregate import Aggregate, aggregate
 from lrag_ray.scoring.vbench_long.measures import vbench_long
+from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.parquet import is_untrained
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Mode, ScoreRow
+from lrag_ray.scoring.vbench_long.score import IN_CLIP_NETWORKS, SLOW_NETWORKS
+from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.store.address import Storage
 
 
@@ -162,6 +166,7 @@ def _score(listed: VideoList, config: VideosConfig, out: Storage, progress: Prog
     missing = {video.name: "there is no such file" for video in listed.videos if not video.stamp}
     if not items:
         return ScoringOutcome(0, missing)
+    _check_that_networks_load(scoring)
     with ray_session(config.engine):
         began = time.monotonic()
         progress(StageBegan("scoring", len(items)))
@@ -170,6 +175,16 @@ def _score(listed: VideoList, config: VideosConfig, out: Storage, progress: Prog
         outcome = collect(FanOut(items, make, each_worker(scoring, count), keep=True), len(items), progress)
         progress(StageEnded("scoring", time.monotonic() - began))
     return replace(outcome, failures=missing | outcome.failures)
+
+
+def _check_that_networks_load(scoring: ScoringSection) -> None:
+    """WeightsError for a file that is damaged or another one: told once, not by every worker for every video."""
+    if scoring.weights == RANDOM:
+        return
+    networks = Networks(WeightFiles(Path(scoring.weights) if scoring.weights else None))
+    for dimension in scoring.dimensions:
+        for name in (*IN_CLIP_NETWORKS[dimension], *SLOW_NETWORKS.get(dimension, ())):
+            networks.build(name)
 
 
 def _identity(video: ListedVideo) -> str:
