@@ -90,7 +90,7 @@ def _check_split(record: Record, sheet: Sheet) -> None:
     for video in videos_of(record):
         path = source_of(record, video)
         if not path.is_file():
-            sheet.add(video, "skip", f"{path.name} is not among the videos (a scene of a semantic split is none)")
+            sheet.add(video, "skip", f"{path.name} is not among the videos")
             continue
         fps, shapes = probe(path).fps, [frame.shape for frame in decode(path)]
         height, width, _ = shapes[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.conformance import vbench, vbench_parts
+from lrag_ray.conformance import vbench, vbench_compat, vbench_parts
 from lrag_ray.conformance.case import CaseResult, Sheet
 from lrag_ray.conformance.files import Folder
 from lrag_ray.conformance.verify import failed, run_case, verify_path
@@ -53,7 +53,9 @@ def test_every_dimension_of_every_record_is_a_case(golden: Path) -> None:
     assert {f"{record} {DIMENSION}" for record in ("golden", "golden_inmemory")} <= names
     parts = {"golden split", "golden_inmemory split", "features", "features_inmemory", "constants", "weights_check"}
     assert parts <= names
-    assert len(names) == 18 + len(parts) + 1
+    compat = {"golden compat", "golden_semantic_hardcut compat"}
+    assert compat <= names
+    assert len(names) == 18 + len(parts) + len(compat) + 1
 
 
 def test_below_the_given_folder_they_are_skipped_with_the_reason(one_dimension: Path) -> None:
@@ -75,6 +77,20 @@ def test_official_scores_pass_and_a_wrong_one_fails(one_dimension: Path) -> None
     _write(path, content)
     wrong = _rows(one_dimension, "golden_inmemory")["clips (3)"]
     assert (wrong.status, wrong.reason) == ("fail", "worst: slowpan_001")
+
+
+def test_clips_are_re_encoded_as_the_official_splitter_does_it(
+    one_dimension: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = vbench_compat.cases(Folder(one_dimension))
+    assert case.name == "golden compat"
+    rows = {row.tensor: row for row in run_case("", case)}
+    assert {name: row.status for name, row in rows.items()} == {"frames (3)": "pass", f"{DIMENSION} (1)": "pass"}
+
+    # The clips as they were decoded, never through the encoder.
+    monkeypatch.setattr(vbench_compat, "reencode", lambda frames, fps: list(frames))
+    rows = {row.tensor: row for row in run_case("", case)}
+    assert rows["frames (3)"].status == "fail"
 
 
 def test_missing_clips_are_told(one_dimension: Path) -> None:

@@ -3,6 +3,9 @@
 The official splitter writes its clips with torchvision, which leaves the rate control to PyAV, and PyAV before 14.2
 asks x264 (medium) for an average of 1024 kbit/s with sliced threads. The number of slices follows the machine there;
 here it is fixed, so that scores do not.
+
+The YUV frames that go into the encoder are those of PyAV 12.3 bit for bit, and x264 names the same options in its
+files. What comes out still differs from encode to encode, there as here (`lrag_ray.conformance.vbench_compat`).
 """
 
 from __future__ import annotations
