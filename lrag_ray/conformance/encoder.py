@@ -159,12 +159,13 @@ def _check_training(
     parameters = dict(model.named_parameters())
     pairs, undetermined = {}, {}
     for name in vectors.named("trained."):
-        value = vectors[f"trained.{name}"]
-        if f"grad.{name}" in vectors and float(vectors[f"grad.{name}"].abs().max()) < noise:
-            undetermined[name] = (parameters[name].detach(), value, drift)
-        else:
-            bound = Bound(absolute=RELATIVE * float(value.abs().max()))
-            pairs[name] = (parameters[name].detach(), value, bound)
+        ours, value = parameters[name].detach(), vectors[f"trained.{name}"]
+        bound = Bound(absolute=RELATIVE * float(value.abs().max()))
+        # Single values too: one of a kernel's may lack a gradient where the others have one.
+        lost = vectors[f"grad.{name}"].abs() < noise if f"grad.{name}" in vectors else torch.zeros_like(value).bool()
+        pairs[name] = (ours[~lost], value[~lost], bound)
+        if bool(lost.any()):
+            undetermined[name] = (ours[lost], value[lost], drift)
     sheet.close_all("trained weights", pairs)
     sheet.close_all("trained weights without gradient", undetermined)
 
