@@ -371,7 +371,7 @@ class ScoringSection(Section):
     early_stop: bool = True
     """vbench_long: end dynamic_degree of a clip once its decision is certain; the score is the same."""
     batch_frames: int | None = Field(default=None, ge=1)
-    """vbench_long: frames per batch of the vision transformers and MUSIQ; None takes 32 on a GPU and 4 on a CPU, whose
+    """vbench_long: frames per batch of the vision transformers and MUSIQ; None takes 32 on a GPU and 8 on a CPU, whose
     caches hold no more. Results do not depend on it."""
     batch_pairs: int | None = Field(default=None, ge=1)
     """vbench_long: frame pairs per batch of RAFT and AMT-S; None takes 4 on a GPU and 1 on a CPU. Results do not depend

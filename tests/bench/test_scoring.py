@@ -50,7 +50,7 @@ def test_the_official_flow_beside_ours_gives_the_same_scores(video: Path, networ
     assert files > 0
     assert whole - networks_alone == pytest.approx(files / bench.ours.seconds["motion_smoothness"].wall)
     shown = json.loads(json.dumps(bench.as_dict()))
-    assert shown["batch"] == {"frames": 4, "pairs": 1}
+    assert shown["batch"] == {"frames": 8, "pairs": 1}
     for side in ("ours", "official"):
         parts = [*shown[side]["seconds"].values(), shown[side]["frames"]]
         assert shown[side]["total"]["cpu"] == pytest.approx(sum(part["cpu"] for part in parts))

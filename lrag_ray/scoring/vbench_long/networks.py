@@ -93,7 +93,7 @@ class BatchSizes:
             raise ValueError(f"batch sizes are {self.frames} frames and {self.pairs} pairs, expected at least 1")
 
 
-_ON_CPU = BatchSizes(frames=4, pairs=1)
+_ON_CPU = BatchSizes(frames=8, pairs=1)
 _ON_GPU = BatchSizes(frames=32, pairs=4)
 
 

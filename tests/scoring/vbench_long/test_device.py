@@ -124,7 +124,7 @@ def test_frames_are_sent_as_bytes(frames: ClipFrames) -> None:
 @pytest.mark.parametrize(
     ("device", "given", "expected"),
     [
-        ("cpu", (None, None), BatchSizes(4, 1)),
+        ("cpu", (None, None), BatchSizes(8, 1)),
         ("cuda", (None, None), BatchSizes(32, 4)),
         ("cpu", (32, 4), BatchSizes(32, 4)),
         ("cuda", (None, 1), BatchSizes(32, 1)),
