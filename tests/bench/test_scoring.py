@@ -19,10 +19,10 @@ from lrag_ray.video.mp4 import Mp4Writer
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two clips of a moving texture."""
-    texture = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    texture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     path = tmp_path_factory.mktemp("bench") / "moving.mp4"
     with Mp4Writer(path, fps=2) as writer:
-        writer.write(np.stack([texture[:64, 3 * i : 3 * i + 64] for i in range(6)]))
+        writer.write(np.stack([texture[:128, 3 * i : 3 * i + 128] for i in range(6)]))
     return path
 
 
@@ -35,7 +35,7 @@ def test_the_official_flow_beside_ours_gives_the_same_scores(video: Path, networ
     dimensions: list[Dimension] = ["motion_smoothness"]
     bench = bench_scoring([video], networks, dimensions=dimensions, official=True)
 
-    assert (bench.videos, bench.clips, bench.frames_per_clip, bench.width, bench.height) == (1, 2, 4, 64, 64)
+    assert (bench.videos, bench.clips, bench.frames_per_clip, bench.width, bench.height) == (1, 2, 4, 128, 128)
     assert bench.largest_difference["motion_smoothness"] < 1e-5
     assert bench.clips_per_s["motion_smoothness"] == pytest.approx(2 / bench.ours.seconds["motion_smoothness"].wall)
     assert bench.official is not None

@@ -229,7 +229,7 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "{preset: tiny}",
             "{preset: tiny, latent: {height: 13}}",
-            "run.yaml:6: backbones.tiny: latent frame 13x20 is not a multiple of the patch 2x2",
+            "run.yaml:6: backbones.tiny: latent frame 13x16 is not a multiple of the patch 2x2",
         ),
         (
             "{preset: tiny}",

@@ -35,13 +35,13 @@ def encode(
 
 def make_folder(folder: Path) -> Path:
     """4 frames a second, so that a clip has 8 frames."""
-    frames = moving_frames(20, seed=1, speed=2)[:, :64, :96]
+    frames = moving_frames(20, seed=1, speed=2)
     encode(folder / "a" / "clip_0001.mp4", frames[:16])
     encode(folder / "b" / "clip_0001.mp4", frames[4:])
     encode(folder / "with space, ünï ∞ [x].MP4", frames)
     encode(folder / "ten_bit.mkv", frames[:10], pixels="yuv420p10le")
     encode(folder / "variable.mkv", frames[:9], pts=[0, 1, 2, 5, 6, 7, 9, 10, 14])
-    encode(folder / "odd.mkv", np.ascontiguousarray(frames[:9, :65, :95]), pixels="rgb444")
+    encode(folder / "odd.mkv", np.ascontiguousarray(frames[:9, :113, :127]), pixels="rgb444")
     encode(folder / "short.mp4", frames[:3])
     encode(folder / "single.mp4", frames[:1])
     (folder / "empty.mp4").write_bytes(b"")

@@ -47,11 +47,11 @@ def make_identity(prompts: Sequence[str], methods: Sequence[str], horizons: Sequ
 
 def moving_frames(count: int, seed: int, speed: int) -> Frames:
     """Soft coloured texture that moves `speed` pixels per frame."""
-    tiles = np.random.default_rng(seed).integers(40, 220, (8, 64, 3)).astype(np.float64)
+    tiles = np.random.default_rng(seed).integers(40, 220, (16, 64, 3)).astype(np.float64)
     wide = tiles.repeat(8, axis=0).repeat(8, axis=1)
     for axis in (0, 1):
         wide = (np.roll(wide, 3, axis) + wide + np.roll(wide, -3, axis)) / 3
-    frames = np.stack([np.roll(wide, -speed * t, axis=1)[:, :96] for t in range(count)])
+    frames = np.stack([np.roll(wide, -speed * t, axis=1)[:, :128] for t in range(count)])
     return frames.round().astype(np.uint8)
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 LEVELS = 4
 """Scales, in both networks; each halves the sides of the one before."""
+MIN_POSITIONS = 2**LEVELS
+"""Shortest side of a feature map. Below it the coarsest scale has a side of one position, hence no extent: the official
+code divides by it, and then all numbers of the network are NaN."""
 
 
 class Correlation:
@@ -59,6 +62,5 @@ def pixel_grid(features: Tensor) -> Tensor:
 
 def _per_pixel(level: Tensor) -> Tensor:
     """What a pixel (x, y) [2] is of the -1..1 of a level. Filled on the device: a copy from the host would wait."""
-    # A level of one pixel has no extent, and the networks then see no number, as in the official code.
     sides = [torch.full((), length - 1.0, device=level.device) for length in (level.shape[3], level.shape[2])]
     return 2 / torch.stack(sides)

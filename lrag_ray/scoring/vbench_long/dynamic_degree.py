@@ -41,7 +41,7 @@ def radii(frames: ClipFrames, networks: Networks) -> Iterator[list[float]]:
         return
     padded, _ = pad_to_multiple(used.float(), STRIDE)
     if min(padded.shape[2:]) < MIN_SIDE:
-        raise UnscorableError(f"frames of {width}x{height} are too small for RAFT")
+        raise UnscorableError(f"frames of {width}x{height} are too small for RAFT, which needs sides of {MIN_SIDE}")
     for flow in networks.raft.flows(padded, networks.batch.pairs):
         yield _radius(flow)
 

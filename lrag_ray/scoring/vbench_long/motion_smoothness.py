@@ -7,6 +7,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from lrag_ray.scoring.vbench_long.correlation import MIN_POSITIONS
 from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.official import NetworkName
@@ -14,8 +15,8 @@ from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, pad_to_multiple
 
 NETWORKS: tuple[NetworkName, ...] = ("amt_s",)
 MULTIPLE = 16
-MIN_SIDE = 64
-"""Pixels of the shorter padded side below which AMT's coarsest correlation level is empty."""
+MIN_SIDE = 8 * MIN_POSITIONS
+"""Pixels of the shorter padded side, of which AMT correlates every eighth."""
 
 
 def middle_frames(frames: ClipFrames, networks: Networks) -> Tensor:
@@ -23,7 +24,7 @@ def middle_frames(frames: ClipFrames, networks: Networks) -> Tensor:
     height, width = frames.uint8.shape[2:]
     padded, (top, left) = pad_to_multiple(frames.uint8[::2].float() / 255, MULTIPLE)
     if min(padded.shape[2:]) < MIN_SIDE:
-        raise UnscorableError(f"frames of {width}x{height} are too small for AMT-S")
+        raise UnscorableError(f"frames of {width}x{height} are too small for AMT-S, which needs sides of {MIN_SIDE}")
     pairs = networks.batch.pairs
     predicted = []
     for before, after in zip(padded[:-1].split(pairs), padded[1:].split(pairs), strict=True):

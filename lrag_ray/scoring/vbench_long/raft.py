@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrag_ray.scoring.vbench_long.correlation import LEVELS, Correlation, pixel_grid
+from lrag_ray.scoring.vbench_long.correlation import MIN_POSITIONS, Correlation, pixel_grid
 
 ITERATIONS = 20
 STRIDE = 8
 """Of the feature maps; frames must be padded to multiples of it."""
 RADIUS = 4
 HIDDEN = 128
-MIN_SIDE = STRIDE * 2 ** (LEVELS - 1)
-"""Pixels of the shorter padded side below which the coarsest correlation level is empty."""
+MIN_SIDE = STRIDE * MIN_POSITIONS
+"""Pixels of the shorter padded side."""
 
 
 class _Gates(NamedTuple):

@@ -35,7 +35,7 @@ def make_video(tmp_path: Path) -> VideoMaker:
         name: str = "video.mp4",
         *,
         frames: int = 20,
-        size: tuple[int, int] = (64, 64),
+        size: tuple[int, int] = (128, 128),
         fps: int | Fraction = 4,
         pixels: str = "yuv444p",
         at: Sequence[int] | None = None,

@@ -11,10 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 from lrag_ray.scoring.vbench_long import Dimension, Mode, Networks, ScoreRow, VideoSource, aggregate, score_video
 from lrag_ray.scoring.vbench_long.clips import Span, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.motion_smoothness import MIN_SIDE
 from tests.scoring.vbench_long.conftest import VideoMaker
 
 MOTION: list[Dimension] = ["motion_smoothness"]
@@ -43,8 +45,8 @@ def test_names_never_matter(name: str, video: str, make_video: VideoMaker, netwo
 @pytest.mark.parametrize(
     ("what", "options"),
     [
-        ("odd size", {"size": (67, 71)}),
-        ("portrait, no multiple of 8", {"size": (66, 98)}),
+        ("odd size", {"size": (131, 135)}),
+        ("portrait, no multiple of 8", {"size": (130, 162)}),
         ("10 bit", {"pixels": "yuv420p10le"}),
         ("one clip", {"frames": 5}),
         ("variable frame rate", {"at": [0, 1, 2, 5, 6, 7, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24]}),
@@ -91,8 +93,14 @@ def test_a_reader_that_stops_early_ends_the_decoding(make_video: VideoMaker, net
 def test_a_clip_too_short_or_too_small_says_so(make_video: VideoMaker, networks: Networks) -> None:
     (short,) = score(make_video(frames=2), networks)
     assert (short.score, short.reason) == (None, "needs three frames, the clip has 2")
-    (small, *_) = score(make_video(size=(32, 32)), networks)
-    assert (small.score, small.reason) == (None, "frames of 32x32 are too small for AMT-S")
+    (small, *_) = score(make_video(size=(128, 112)), networks)
+    assert (small.score, small.reason) == (None, "frames of 128x112 are too small for AMT-S, which needs sides of 128")
+
+
+@pytest.mark.parametrize(("side", "numbers"), [(MIN_SIDE, True), (MIN_SIDE - 16, False)])
+def test_the_smallest_frames_are_those_that_amt_has_numbers_for(side: int, numbers: bool, networks: Networks) -> None:
+    before, after = torch.rand(2, 1, 3, side, 160, generator=torch.Generator().manual_seed(0))
+    assert bool(networks.amt.middle(before, after).isfinite().all()) == numbers
 
 
 def test_what_cannot_be_read_is_one_failed_row_and_the_rest_goes_on(
