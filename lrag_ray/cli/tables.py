@@ -155,7 +155,7 @@ def print_outcome(console: Console, run: RunDirectory, outcome: RunOutcome) -> N
         # An interrupted run has not written its summary.
         places = {
             "page": f"{outcome.uri}/{SUMMARY}/report.html",
-            "tables": f"{outcome.uri}/{SUMMARY}/ranks.csv, scores.parquet",
+            "tables": f"{outcome.uri}/{SUMMARY}/ranks.csv, differences.csv, table.tex, scores.parquet",
             "videos and latents": f"{outcome.uri}/rollouts/<backbone>/<method>/<prompt>-<sample>/",
             **places,
         }

@@ -82,7 +82,7 @@ def check_weights(scoring: ScoringSection) -> None:
     if missing := [name for name in files.missing() if name in needed]:
         places = "\n  ".join(f"{name}: nothing at {files.places(name)[0]}" for name in missing)
         raise WeightsError(
-            f"scoring.suite vbench_long needs {len(missing)} networks that are not here:\n  {places}\n"
+            f"scoring.suite vbench_long needs networks that are not here:\n  {places}\n"
             f"Mend: {files.pull_command}, set scoring.weights to the folder that has them, or "
             "score without them (scoring.dimensions, or scoring.suite: preview)"
         )
