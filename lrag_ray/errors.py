@@ -22,6 +22,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C and SIGTERM."""
+
 
 class LragError(Exception):
     """Base of all errors that are told to the user without a traceback."""

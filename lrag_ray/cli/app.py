@@ -12,7 +12,8 @@ import typer
 
 from lrag_ray.cli import bench, decode, doctor, gc, inspect, report, score, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides
-from lrag_ray.cli.output import INTERRUPTED, console, print_json, tells_errors
+from lrag_ray.cli.output import console, print_json, tells_errors
+from lrag_ray.errors import INTERRUPTED
 
 app = typer.Typer(
     name="lrag-ray",

@@ -13,12 +13,9 @@ from typing import Any, ParamSpec
 import typer
 from rich.console import Console
 
-from lrag_ray.errors import LragError
+from lrag_ray.errors import INTERRUPTED, LragError
 
 P = ParamSpec("P")
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 _WIDTH_WITHOUT_TERMINAL = 140
 

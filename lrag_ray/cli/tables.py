@@ -137,7 +137,7 @@ def print_status(console: Console, status: RunStatus) -> None:
 
 def print_outcome(console: Console, run: RunDirectory, outcome: RunOutcome) -> None:
     """Rank tables, what this start did, what failed, and where everything lies."""
-    from lrag_ray.engine.run import INTERRUPTED
+    from lrag_ray.errors import INTERRUPTED
     from lrag_ray.report.build import SUMMARY
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import rank_tables

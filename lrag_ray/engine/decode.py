@@ -21,11 +21,10 @@ from lrag_ray.engine.decode_work import DecodeActor, DecodeResult, DecodeSpec, D
 from lrag_ray.engine.paths import with_absolute_paths
 from lrag_ray.engine.pool import ActorPool, AttemptFailure
 from lrag_ray.engine.progress import Notice, Progress, StageAdvanced, StageBegan, StageEnded, WorkerLost, silent
-from lrag_ray.engine.run import INTERRUPTED
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.waiting import WorkItem
 from lrag_ray.engine.weights.verify import refuse_misfits
-from lrag_ray.errors import ConfigError, IdentityError
+from lrag_ray.errors import INTERRUPTED, ConfigError, IdentityError
 from lrag_ray.store.decoded import (
     decode_settings,
     decoded_folder,

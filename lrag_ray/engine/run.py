@@ -40,13 +40,11 @@ from lrag_ray.engine.text import encode_prompts
 from lrag_ray.engine.waves import scoring_waves
 from lrag_ray.engine.weights.verify import refuse_misfits
 from lrag_ray.engine.work import OpenWork, open_work
+from lrag_ray.errors import INTERRUPTED
 from lrag_ray.report import build_report
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from pathlib import Path
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.paths import with_absolute_paths
 from lrag_ray.engine.progress import Notice, Progress, StageBegan, StageEnded, silent
-from lrag_ray.engine.run import INTERRUPTED
 from lrag_ray.engine.scoring.stage import ScoringOutcome, check_scoring, pending_scores, score_pending
 from lrag_ray.engine.session import ray_session
-from lrag_ray.errors import ConfigError
+from lrag_ray.errors import INTERRUPTED, ConfigError
 from lrag_ray.report.build import report
 from lrag_ray.scoring.vbench_long.rows import Mode
 from lrag_ray.store.run_dir import RunDirectory

@@ -21,14 +21,13 @@ from pathlib import Path
 from lrag_ray.config.schema import ScoringSection
 from lrag_ray.config.videos import VideosConfig
 from lrag_ray.engine.progress import Notice, Progress, StageBegan, StageEnded, silent
-from lrag_ray.engine.run import INTERRUPTED
 from lrag_ray.engine.scoring.fan_out import FanOut, Item
 from lrag_ray.engine.scoring.stage import ScoringOutcome, collect, each_worker, worker_count
 from lrag_ray.engine.scoring.vbench import check_weights, last_file, refuse_mixture
 from lrag_ray.engine.scoring.vbench_work import RANDOM, VbenchTask, VbenchWork, prefix_frames, read_row_files
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.video_list import ListedVideo, VideoList, list_videos
-from lrag_ray.errors import ConfigError
+from lrag_ray.errors import INTERRUPTED, ConfigError
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.vbench_long.aggregate import Aggregate, aggregate
 from lrag_ray.scoring.vbench_long.measures import vbench_long

@@ -34,7 +34,10 @@ def client_options(options: StorageSection) -> dict[str, Any]:
 
 @cache
 def _session(profile: str | None) -> Any:
-    """One session per profile, whose clients read times quickly: in a long listing that is most of the work."""
+    """One session per profile, whose clients read times quickly: in a long listing that is most of the work.
+
+    Kept, since s3fs takes arguments with another session for another file system with connections of its own.
+    """
     from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 
     session = AioSession(profile=profile)

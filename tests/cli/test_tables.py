@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from lrag_ray.cli.tables import print_outcome
-from lrag_ray.engine.run import INTERRUPTED, RunOutcome
+from lrag_ray.engine.run import RunOutcome
+from lrag_ray.errors import INTERRUPTED
 from lrag_ray.store.run_dir import RunDirectory
 from tests.store.make import make_identity, rollout_id, store_commit
 
