@@ -76,10 +76,17 @@ class Nodes:
         return self._cluster.add_node(num_cpus=cpus)
 
     def kill(self, node: Any) -> None:
-        """SIGKILL to a node's raylet and what Ray started beside it; its actors notice and end."""
+        """SIGKILL to a node's raylet and what Ray started beside it; its actors notice and end.
+
+        A stopped actor cannot notice anything: it gets its own SIGKILL, as with a machine that loses its power.
+        """
         assert self._cluster is not None
         actors, below = actors_on(node), psutil.Process(raylet(node)).children(recursive=True)
         self._cluster.remove_node(node, allow_graceful=False)
+        for actor in actors:
+            with suppress(psutil.NoSuchProcess):
+                if actor.status() == psutil.STATUS_STOPPED:
+                    actor.kill()
         _, left = psutil.wait_procs(actors, timeout=30)
         assert not left, f"actors outlive their node: {left}"
         for process in below:
