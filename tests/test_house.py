@@ -61,7 +61,7 @@ def test_imports_point_one_way(path: Path) -> None:
             continue
         imported = pieces[1]
         if own == "config":
-            assert imported in {"config", "context", "wan", "store", "scoring"}, f"config imports {name}"
+            assert imported in {"config", "context", "wan", "scoring"}, f"config imports {name}"
         elif imported == "config":
             assert own not in BARE, f"{own} imports {name}: the science knows no configuration files"
         else:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.config.source import Document, KeyPath, dotted
 from lrag_ray.errors import ConfigError
-from lrag_ray.store.address import redact
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 _EXPECTED = {

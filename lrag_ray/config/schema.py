@@ -19,20 +19,24 @@ from pydantic import (
     model_validator,
 )
 
+from lrag_ray.config.redaction import holds_credentials
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 """Names become path components: letters, digits, ``_ . -``, not starting with a dot."""
 
 
+_CREDENTIALS = (
+    "credentials before an @. They would end up in logs and records: take them out and give them through the "
+    "environment (s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
+)
+
+
 def _literal_address(value: str) -> str:
     if not value.strip():
         raise ValueError("is empty")
-    if re.search(r"://[^/@\s]*@", value):
-        raise ValueError(
-            "holds credentials before an @. They would end up in logs and records: take them out and give them "
-            "through the environment (s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
-        )
+    if holds_credentials(value):
+        raise ValueError(f"holds {_CREDENTIALS}")
     if value.startswith("~") or re.search(r"\$[A-Za-z_{]", value):
         raise ValueError(
             f"'{value}' holds ~ or a variable, which configuration files do not expand: write the path out, or give it "
@@ -237,6 +241,13 @@ class MethodConfig(BaseModel):
     method: str
     """Registered name (base, infinity_rope, deep_forcing, rag) or ``package.module:Policy``; may be left out where the
     setting itself is called like a registered method."""
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> MethodConfig:
+        for key, value in self.settings.items():
+            if isinstance(value, str) and holds_credentials(value):
+                raise ValueError(f"{key} holds {_CREDENTIALS}")
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from lrag_ray.store.address import redact
+from lrag_ray.config.redaction import redact
 
 WORKER_LOST = (
     ActorDiedError,

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.progress import Notice, Progress
 from lrag_ray.errors import ClusterError, StorageError
-from lrag_ray.store.address import PROBE_PREFIX, Storage, redact
+from lrag_ray.store.address import PROBE_PREFIX, Storage
 from lrag_ray.store.run_dir import RUN_FILE, RunDirectory
 
 CLOCK_SKEW_S = 5.0

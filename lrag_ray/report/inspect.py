@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.errors import StorageError, UsageError
-from lrag_ray.store.address import redact
 from lrag_ray.store.parts import read_trace
 from lrag_ray.store.records import Commit, RolloutId
 from lrag_ray.store.run_dir import RunDirectory

@@ -7,7 +7,6 @@ refused. Errors name the address without the credentials it may hold.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
@@ -32,17 +32,6 @@ PROBE_PREFIX = "probe-"
 
 _SHARE = 256
 """Local files read by one thread in a row: a single one takes less time than handing it over."""
-
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
-_SECRET_PARAMETER = re.compile(
-    r"(?i)\b([\w-]*(?:secret|password|passwd|token|signature|credential|api_?key|access_?key)[\w-]*)"
-    r"""(["']?\s*[=:]\s*["']?)[^\s"'&,;]+"""
-)
-
-
-def redact(text: str) -> str:
-    """`text` without user info in addresses and without values of secret-looking parameters."""
-    return _SECRET_PARAMETER.sub(r"\1\2***", _USER_INFO.sub("***@", text))
 
 
 class Probe(NamedTuple):

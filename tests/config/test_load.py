@@ -364,6 +364,8 @@ def test_secrets_in_addresses_are_refused_and_never_repeated(tmp_path: Path) -> 
             assert "hunter2" not in lines[0]
     (line,) = problems(tmp_path, SMALL, "backbones.tiny.weights.path=https://me:hunter2@host/generator.pt")
     assert "holds credentials before an @" in line and "hunter2" not in line
+    (line,) = problems(tmp_path, SMALL, "methods.rag={encoder: s3://me:hunter2/key@bucket/encoder.pt}")
+    assert "methods.rag: encoder holds credentials before an @" in line and "hunter2" not in line
 
 
 def test_a_method_from_outside_is_checked_by_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

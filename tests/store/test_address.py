@@ -9,7 +9,7 @@ import pytest
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
-from lrag_ray.store.address import Storage, redact
+from lrag_ray.store.address import Storage
 from lrag_ray.store.s3 import parse_time
 
 
@@ -86,24 +86,6 @@ def test_an_unknown_scheme_is_refused_without_its_credentials() -> None:
 def test_a_recorded_path_cannot_leave_the_run(tmp_path: Path, path: str) -> None:
     with pytest.raises(StorageError, match="not inside the run"):
         Storage(str(tmp_path)).read_bytes(path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "ftp://me:hunter2@host/x",
-        "secret=hunter2",
-        "{'aws_secret_access_key': 'hunter2'}",
-        "https://host/x?X-Amz-Signature=hunter2&y=1",
-    ],
-)
-def test_redaction_removes_secrets(text: str) -> None:
-    assert "hunter2" not in redact(text)
-
-
-def test_redaction_keeps_ordinary_text() -> None:
-    text = "/data/runs/demo: 3 tokens per frame, s3://bucket/run"
-    assert redact(text) == text
 
 
 def test_a_storage_that_is_sent_to_another_process_keeps_its_options(run_uri: str) -> None:

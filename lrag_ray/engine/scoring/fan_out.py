@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.errors import ClusterError, LragError
-from lrag_ray.store.address import redact
 
 ATTEMPTS = 3
 """Times that an item is begun before it is given up."""

@@ -16,9 +16,10 @@ from pathlib import Path
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.engine.weights.published import Published
 from lrag_ray.errors import WeightsError
-from lrag_ray.store.address import Storage, redact
+from lrag_ray.store.address import Storage
 
 RECORD_SUFFIX = ".pulled.json"
 
