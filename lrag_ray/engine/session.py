@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import ray
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.errors import ClusterError
 
@@ -54,8 +55,8 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
             f"the Ray cluster at {address!r} cannot be reached" if address else "no local Ray cluster can be started"
         )
         raise ClusterError(
-            f"{where}: {error}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, RAY_AUTH_TOKEN where the "
-            "cluster asks for a token), or run `lrag-ray doctor`"
+            f"{where}: {redact(str(error))}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, RAY_AUTH_TOKEN "
+            "where the cluster asks for a token), or run `lrag-ray doctor`"
         ) from error
     handles = on_sigterm is not None and threading.current_thread() is threading.main_thread()
     if handles:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.engine.scoring.local_copy import sha256_of
 from lrag_ray.errors import UsageError
@@ -83,8 +84,8 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
         found = _labelled(rows, found)
     if not found:
         raise UsageError(
-            f"no videos at {target!r}, and no run. Give the address of a run, a glob, or a folder with files of these "
-            f"suffixes: {', '.join(sorted(SUFFIXES))}"
+            f"no videos at {redact(target)!r}, and no run. Give the address of a run, a glob, or a folder with files "
+            f"of these suffixes: {', '.join(sorted(SUFFIXES))}"
         )
     if storage is None:
         with ThreadPoolExecutor(4) as pool:

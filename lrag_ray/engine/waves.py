@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 import ray
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.progress import (
     AttemptFailed,
@@ -158,7 +159,7 @@ class _Waves:
                 self._tell(f"videos cannot be scored yet: {error}")
                 done = 0
             except Exception as error:  # noqa: BLE001 - told; the last wave meets it again, where it ends the run
-                self._tell(f"scoring beside the rollouts has ended: {type(error).__name__}: {error}")
+                self._tell(redact(f"scoring beside the rollouts has ended: {type(error).__name__}: {error}"))
                 return
             if workers and done < videos:
                 # Nothing is left until another rollout is finished; a full wave has left some.

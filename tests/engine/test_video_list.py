@@ -100,6 +100,9 @@ def test_nothing_found_is_told(folder: Path) -> None:
     for target in ("nothing", "*.webm"):
         with pytest.raises(UsageError, match="no videos at"):
             list_videos(f"{folder}/{target}", None, HERE)
+    with pytest.raises(UsageError, match="no videos at") as caught:
+        list_videos("memory://me:hunter2@host/videos", None, HERE)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_job_is_the_same_command(tmp_path: Path) -> None:

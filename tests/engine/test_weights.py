@@ -241,6 +241,10 @@ def test_without_network_the_error_says_which_file_to_put_where(
     message = str(refused.value)
     assert "qixinhu11/LongLive-RAG checkpoints/ae_latent_mem.pt" in message
     assert f"put it at {tmp_path / 'w' / 'ae_latent_mem.pt'}" in message
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:hunter2@127.0.0.1:9")
+    with pytest.raises(WeightsError, match="cannot be fetched") as refused:
+        pull(need)
+    assert "hunter2" not in str(refused.value)
 
 
 def test_a_name_that_is_not_published_is_refused(tmp_path: Path) -> None:

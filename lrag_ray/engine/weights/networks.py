@@ -18,6 +18,7 @@ import httpx2
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.engine.weights.local import RECORD_SUFFIX, PulledFile, PullRecord, file_digest, locked, record_at
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.scoring.vbench_long import NETWORKS, OFFICIAL, NetworkName, Networks, WeightFiles
@@ -139,7 +140,8 @@ def _download(url: str, beside: Path, missing: dict[NetworkName, Path]) -> Path:
                         raise
                     arriving.truncate(0)
     except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # An address that it was sent on to may be a signed one.
+        reason = redact((str(error).splitlines() or [type(error).__name__])[0])
         places = "; ".join(
             f"{f'its member {OFFICIAL[name].member}' if OFFICIAL[name].member else 'it'} at {path}"
             for name, path in missing.items()

@@ -19,6 +19,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
+from lrag_ray.config.redaction import redact
 from lrag_ray.engine.weights.local import (
     RECORD_SUFFIX,
     PulledFile,
@@ -141,8 +142,8 @@ def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tup
     if mistaken := _mistaken(part, target):
         part.unlink()
         raise WeightsError(
-            f"what {endpoint} sends for {published.repository} {file.path} {mistaken}. It was thrown away: is there a "
-            "login page between this machine and the Hub, or does HF_ENDPOINT name no mirror of it?"
+            f"what {redact(endpoint)} sends for {published.repository} {file.path} {mistaken}. It was thrown away: is "
+            "there a login page between this machine and the Hub, or does HF_ENDPOINT name no mirror of it?"
         )
     part.replace(target)
     return metadata.commit_hash or published.revision, arrived
@@ -154,7 +155,8 @@ def _unreachable(published: Published, file: HubFile, need: Need, endpoint: str,
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
     status = getattr(getattr(error, "response", None), "status_code", None)
     hint = _HINTS.get(status, "")
-    return (
+    # The address that was asked may be a mirror with a password, or one that was signed for this token.
+    return redact(
         f"{published.repository} {file.path}{size} cannot be fetched from {endpoint}: {reason}. {hint}What has arrived "
         f"is kept and the same command goes on with it. Without network: fetch the file elsewhere "
         f"(`hf download {published.repository} {file.path}`) and put it at {where}"
