@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
-from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
+from lrag_ray.config.methods import Method, check_whole_block, resolve_method, settings_keys, settings_model
 from lrag_ray.config.overrides import apply_override
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
@@ -158,6 +158,7 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
             frames_per_block = backbone.sampler.frames_per_block
             try:
                 method.policy.check(method.settings, frames_per_block)
+                check_whole_block(method, frames_per_block)
             except ValueError as error:
                 yield Problem(path, str(error))
             yield from _check_length(path, method, config.durations_s, frames_per_block)

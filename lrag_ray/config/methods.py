@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, create_model
 
 from lrag_ray.config.schema import MethodConfig
+from lrag_ray.context.frames import check_local_room
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.registry import policy_class
 
@@ -39,6 +40,13 @@ def settings_model(policy: type[ContextPolicy]) -> type[BaseModel]:
 def settings_keys(policy: type[ContextPolicy]) -> list[str]:
     """Keys that a section of this method may have besides `method`."""
     return [field.name for field in dataclasses.fields(policy.Settings)]
+
+
+def check_whole_block(method: Method, frames_per_block: int) -> None:
+    """Raise ValueError where a block would not attend to all of itself: retrieval allows it, no run can mean it."""
+    if (past_local_frames(method, frames_per_block) or 0) < 0:
+        settings = method.settings
+        check_local_room(settings.window, settings.sink, frames_per_block, settings.top_k)
 
 
 def past_local_frames(method: Method, frames_per_block: int) -> int | None:

@@ -184,10 +184,7 @@ def _check_trace(recording: Recording, rows: list[list[TokenRows]], golden: list
     """Attended frames, temporal indices and rows of layer 0 in every block; ours are the same in all passes."""
     ours = [[entry["block"], rows[entry["block"]][0].groups()] for entry in golden]
     sheet.same("context trace", ours, [[entry["block"], entry["groups"]] for entry in golden])
-    indices = [
-        [row.temporal_index for row in recording.rows(entry["block"], 0, 0) if row.kind == "current"]
-        for entry in golden
-    ]
+    indices = [recording.query_indices[entry["block"]][0] for entry in golden]
     sheet.same("query indices", indices, [entry["query_index"] for entry in golden])
 
 

@@ -46,6 +46,8 @@ class Recording:
     """Clean prediction [B, n, C, H, W] by (block, pass)."""
     attended: dict[tuple[int, int, int], Attended] = field(default_factory=dict)
     """Rows by (block, pass, layer), where they were asked for."""
+    query_indices: list[list[list[int]]] = field(default_factory=list)
+    """Temporal index of each of a block's frames, by block and batch element."""
     trace: list[list[list[TraceRow]]] = field(default_factory=list)
     """Trace rows by block and batch element."""
     state: list[list[dict[str, Tensor]]] = field(default_factory=list)
@@ -110,6 +112,7 @@ def record(
     latents = []
     for result in rollout.blocks(frames // n):
         latents.append(result.latents)
+        recording.query_indices.append([policy.query_indices() for policy in recording.policies])
         recording.trace.append(result.trace)
         recording.state.append(result.state)
     recording.latents = torch.cat(latents, dim=1)

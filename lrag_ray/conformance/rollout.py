@@ -175,9 +175,8 @@ def _check_attention_map(recording: Recording, golden: list[Mapping[str, Any]], 
         ours.append([[_entry(row) for row in recording.rows(block, element, 0)] for element in elements])
         theirs.append([[_golden_entry(*key) for key in keys] for keys in entry["keys_all_passes"]])
     sheet.same("attention map", ours, theirs)
-    queries = [policy.query_indices() for policy in recording.policies]
-    last = [entry["query_rope"] for entry in golden if entry["block"] == len(recording.trace) - 1]
-    sheet.same("query indices of the last block", queries, [indices for indices in last for _ in queries])
+    queries = [recording.query_indices[entry["block"]] for entry in golden]
+    sheet.same("query indices", queries, [[entry["query_rope"]] * len(recording.policies) for entry in golden])
 
 
 def _entry(row: TraceRow) -> tuple[str, int, int]:

@@ -113,9 +113,9 @@ class FramePolicy(ContextPolicy):
         self.window.write(layer, frames, k, v)
 
     def trace(self) -> list[TraceRow]:
-        """Context, then the block's own frames."""
+        """Context, then the block's own frames that are attended to."""
         tokens = self.layout.tokens_per_frame
         return [
             TraceRow(self.block, ALL_LAYERS, row.kind, row.frame, row.temporal_index, tokens, row.similarity)
-            for row in [*self.context, *self.current]
+            for row in [*self.context, *(self.current[i] for i in self.own_frames())]
         ]

@@ -129,6 +129,10 @@ class ContextPolicy(ABC):
     def query_indices(self) -> list[int]:
         """Temporal index of each frame of the current block, for its queries and its own keys."""
 
+    def own_frames(self) -> list[int]:
+        """Which of the block's frames 0 .. n-1 the block itself attends to, ascending; all but in odd settings."""
+        return list(range(self.layout.frames_per_block))
+
     def observe_queries(self, layer: int, q: Tensor, q_rotated: Tensor) -> None:
         """Queries [n·f, H, head_dim] of a pass, before attention; only called if `observes_queries`."""
 

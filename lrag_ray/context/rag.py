@@ -1,10 +1,11 @@
 """LongLive-RAG: the frames of history most similar to the newest one join the context [sink | retrieved | local].
 
 Notation: window W, sink S, top_k K, recent_exclude R, n frames per block, block start s. The cache and the indices
-are those of ∞-RoPE, but the local part is narrowed by K from the first block on, so the budget stays W. Frames that
-leave go into the history bank with their unrotated K and V. Before a block, the descriptor of the last finished frame
-is compared with those of the eligible frames (all of the history but the R newest), and the best K are exposed, best
-first, all with temporal index 0. The choice is made once per block and shared by all layers and passes.
+are those of ∞-RoPE, but the local part is narrowed by K from the first block on, so the budget stays W; where that is
+less than a block (W - S - K < n), the block attends to the newest of its own frames alone. Frames that leave go into
+the history bank with their unrotated K and V. Before a block, the descriptor of the last finished frame is compared
+with those of the eligible frames (all of the history but the R newest), and the best K are exposed, best first, all
+with temporal index 0. The choice is made once per block and shared by all layers and passes.
 
 When a frame enters the history (`admission`):
 
@@ -75,8 +76,18 @@ class Rag(FramePolicy):
 
     @classmethod
     def check(cls, settings: Any, frames_per_block: int) -> None:
-        """The window must leave a block's worth of local frames after sink and retrieved ones."""
-        check_local_room(settings.window, settings.sink, frames_per_block, settings.top_k)
+        """The cache must hold a block behind the sink, and something must be attended to.
+
+        The local part may be narrower than a block, as in the released code; with admission ``local``, which counts
+        from its start, it may not.
+        """
+        local = settings.admission == "local"
+        check_local_room(settings.window, settings.sink, frames_per_block, settings.top_k if local else 0)
+        if settings.window != -1 and settings.sink == 0 and settings.window <= settings.top_k:
+            raise ValueError(
+                f"window {settings.window} without a sink leaves nothing to attend to beside top_k {settings.top_k}: "
+                "raise window or lower top_k"
+            )
 
     @classmethod
     def needs_encoder(cls, settings: Any) -> bool:
@@ -97,6 +108,7 @@ class Rag(FramePolicy):
         """Next frame to enter the bank."""
         dtype = torch.bfloat16 if settings.descriptor_dtype == "bfloat16" else torch.float32
         self.index = DescriptorIndex(_descriptor(settings, inputs.encoder, dtype), dtype)
+        self._own: list[int] = []
         self._scores: HostCopy | None = None
         self._chosen: list[FrameRow] = []
         """Retrieved frames of the next block, in attention order."""
@@ -113,9 +125,14 @@ class Rag(FramePolicy):
         first_local = sink
         if self.settings.window != -1:
             first_local = max(sink, past + self._n - (self.settings.window - sink - self.settings.top_k))
+        self._own = [i for i in range(self._n) if past + i < sink or past + i >= first_local]
         rows = self.cached_rows(cached, list(range(past)))
         self.context = [*rows[:sink], *self._chosen, *rows[first_local:]]
         self.current = self.current_rows(list(range(past, past + self._n)))
+
+    def own_frames(self) -> list[int]:
+        """The tail of the block where the local part is narrower than a block, and what of it is sink."""
+        return self._own
 
     def context_spans(self, layer: int) -> list[Span]:
         """Rows of sink, retrieved and local frames in one layer."""

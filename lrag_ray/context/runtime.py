@@ -39,6 +39,7 @@ class ContextRuntime:
         self._buffers: list[_Buffer | None] = [None] * layout.num_layers
         self._block = -1
         self._step = 0
+        self._own: list[int] | None = None
         self._exposed = False
         self._clean = False
 
@@ -49,6 +50,9 @@ class ContextRuntime:
         for i, policy in enumerate(self.policies):
             policy.begin_block(block, states[i] if states else None)
         self._current = _stack([self._rope.frames(policy.query_indices()) for policy in self.policies])
+        # All elements have the same settings and block, so the same rows.
+        own = self.policies[0].own_frames()
+        self._own = None if len(own) == self.layout.frames_per_block else own
 
     def begin_pass(self, step: int, *, clean: bool) -> None:
         """Announce a pass; `clean` marks the clean-context pass, whose K and V are kept."""
@@ -87,7 +91,7 @@ class ContextRuntime:
             self._expose(layer)
         buffer = self._buffers[layer]
         assert buffer is not None
-        buffer.write_current(rotate(k, self._current), v)
+        buffer.write_current(self._attended(rotate(k, self._current)), self._attended(v))
         if self._clean:
             for i, policy in enumerate(self.policies):
                 policy.store(layer, k[i], v[i])
@@ -95,6 +99,13 @@ class ContextRuntime:
             for rows in buffer.batches():
                 self._probe.on_attention(self._block, self._step, layer, q_rotated[rows.batch], rows.k, rows.v)
         return buffer.attend(q_rotated)
+
+    def _attended(self, rows: Tensor) -> Tensor:
+        """Of the block's rows [B, n·f, H, head_dim] those that it attends to itself."""
+        if self._own is None:
+            return rows
+        frames = rows.split(self.layout.tokens_per_frame, dim=1)
+        return torch.cat([rows[:, :0], *(frames[i] for i in self._own)], dim=1)
 
     def _expose(self, layer: int) -> None:
         exposures = [policy.expose(layer) for policy in self.policies]
@@ -104,6 +115,8 @@ class ContextRuntime:
             buffer = _Buffer(self.layout, len(self.policies), self._context_rows(max(lengths)))
             self._buffers[layer] = buffer
         buffer.lengths = lengths
+        own = self.layout.frames_per_block if self._own is None else len(self._own)
+        buffer.current = own * self.layout.tokens_per_frame
         for i, exposure in enumerate(exposures):
             at = 0
             for span in exposure.spans:
@@ -130,7 +143,8 @@ class _Buffer:
     """Rotated keys and values [B, capacity, H, head_dim] of one layer; element i uses lengths[i] context rows."""
 
     def __init__(self, layout: Layout, batch: int, context_rows: int) -> None:
-        self.tokens_per_block = layout.tokens_per_block
+        self.current = layout.tokens_per_block
+        """Rows of the current block that are attended to."""
         self.capacity = context_rows + layout.tokens_per_block
         shape = (batch, self.capacity, layout.num_heads, layout.head_dim)
         self.k = torch.empty(shape, dtype=layout.dtype, device=layout.device)
@@ -138,10 +152,11 @@ class _Buffer:
         self.lengths = [0] * batch
 
     def write_current(self, k: Tensor, v: Tensor) -> None:
-        """Overwrite the current block's rows, behind the context."""
+        """Overwrite the current block's attended rows, behind the context."""
         for rows in self.batches():
-            rows.k[:, -self.tokens_per_block :] = k[rows.batch]
-            rows.v[:, -self.tokens_per_block :] = v[rows.batch]
+            context = rows.k.shape[1] - self.current
+            rows.k[:, context:] = k[rows.batch]
+            rows.v[:, context:] = v[rows.batch]
 
     def batches(self) -> list[_Rows]:
         """The whole batch at once where all contexts are equally long (all methods but token-level ones)."""
@@ -155,7 +170,7 @@ class _Buffer:
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _rows(self, batch: slice, length: int) -> _Rows:
-        end = length + self.tokens_per_block
+        end = length + self.current
         return _Rows(batch, self.k[batch, :end], self.v[batch, :end])
 
 

@@ -185,7 +185,7 @@ MUTATIONS = {
     "rollout R": Mutation(RAG, {"output": in_rag(1, "case", "model_kwargs", "recent_exclude")}),
     "rollout sink": Mutation(RAG, {"output": in_rag(2, "case", "model_kwargs", "sink_size")}),
     "rollout window": Mutation(RAG, {"output": in_rag(7, "case", "model_kwargs", "local_attn_size")}),
-    "rollout impossible": Mutation(RAG, {"*": in_rag(4, "case", "model_kwargs", "local_attn_size")}),
+    "rollout impossible": Mutation(RAG, {"*": in_rag(1, "case", "model_kwargs", "local_attn_size")}),
     "rollout model": Mutation(RAG, {"output": in_rag(False, "case", "model_kwargs", "use_latentmem")}),
     "rollout context noise": Mutation(RAG, {"output": in_rag(100, "case", "context_noise")}),
     "rollout unwarped": Mutation(RAG, {"timesteps": in_rag(False, "case", "warp")}),

@@ -58,6 +58,12 @@ HELD_BACK = {
     ),
     "retrieval model without memory": HeldBack(retrieval(case(15, 3, [1000, 600], 9, 2, 5.0), 0, 5)),
     "one step, one frame per block": ONE_STEP,
+    "block wider than the local part": HeldBack(
+        retrieval(case(27, 3, [1000, 600], 8, 1, 5.0), 5, 1), hw=(4, 6), batch=2, retrieves=True
+    ),
+    "sink and retrieved frames alone": HeldBack(
+        retrieval(case(16, 2, [1000, 600], 5, 1, 5.0), 4, 0), hw=(4, 6), retrieves=True
+    ),
 }
 
 
@@ -82,11 +88,11 @@ def test_a_wrong_element_of_a_batch_fails(tmp_path: Path) -> None:
 def test_a_window_without_room_is_told_clearly(tmp_path: Path) -> None:
     path = make_case(tmp_path, "case", *ONE_STEP[:3])
     content = json.loads(path.read_text())
-    content["case"]["model_kwargs"]["memory_size"] = 3
+    content["case"]["model_kwargs"] |= {"sink_size": 0, "memory_size": 5}
     path.write_text(json.dumps(content))
     (row,) = verify_path(tmp_path)
     assert row.status == "fail"
-    assert "window 5 leaves 0 latent frames" in row.reason
+    assert "window 5 without a sink leaves nothing to attend to beside top_k 5: raise window" in row.reason
 
 
 def test_a_lost_half_is_a_failure(tmp_path: Path) -> None:

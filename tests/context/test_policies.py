@@ -27,6 +27,7 @@ CASES: list[tuple[type[ContextPolicy], Any]] = [
     (Rag, POOLED),
     (Rag, RagSettings(window=10, sink=0, top_k=4, recent_exclude=0, descriptor="avg_pool", admission="local")),
     (Rag, RagSettings(descriptor="avg_pool", choose="random", recent_exclude=1)),
+    (Rag, RagSettings(window=8, top_k=5, recent_exclude=1, descriptor="avg_pool")),
     (DeepForcing, DeepForcingSettings()),
     (DeepForcing, DeepForcingSettings(recent=8, budget=11)),
     (DeepForcing, DeepForcingSettings(window=9, sink=2, compression=False)),
@@ -69,6 +70,13 @@ def test_base_and_infinity_rope_part_when_the_window_is_full(model: Any) -> None
     base, relative = generate(start(model, Base), 6), generate(start(model, InfinityRope), 6)
     assert torch.equal(base[:, :12], relative[:, :12])
     assert (base[:, 12:15] - relative[:, 12:15]).abs().max() > 1e-3
+
+
+def test_a_local_part_narrower_than_a_block_hides_the_block_s_oldest_frames(model: Any) -> None:
+    blocks = attended(model, Rag, RagSettings(window=8, top_k=5, recent_exclude=0, descriptor="avg_pool"), 5)
+    assert blocks[0] == [("current", frame, frame) for frame in range(3)], "the sink is part of the first block"
+    assert blocks[2] == [("sink", 0, 0), ("current", 7, 6), ("current", 8, 7)]
+    assert [row[0] for row in blocks[4]] == ["sink", *["retrieved"] * 4, "current", "current"]
 
 
 def test_rag_without_memory_is_infinity_rope(model: Any) -> None:
@@ -246,7 +254,9 @@ def test_descriptor_ae_asks_for_its_encoder(model: Any) -> None:
 @pytest.mark.parametrize(
     ("policy", "settings", "n", "message"),
     [
-        (Rag, RagSettings(window=9), 3, "window 9 leaves 2 latent frames .* at least 10"),
+        (Rag, RagSettings(window=9, admission="local"), 3, "window 9 leaves 2 latent frames .* at least 10"),
+        (Rag, RagSettings(window=3), 3, "window 3 leaves 2 latent frames .* at least 4"),
+        (Rag, RagSettings(window=6, sink=0), 3, "window 6 without a sink leaves nothing to attend to"),
         (Base, BaseSettings(window=3, sink=1), 3, "window 3 leaves 2 latent frames"),
         (DeepForcing, DeepForcingSettings(recent=2), 3, "recent 2 must be at least a block's 3"),
     ],
