@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from lrag_ray.conformance.files import Folder, Record, Vectors
 from lrag_ray.conformance.recording import wan_config
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer
-from lrag_ray.wan.state_dict import read_checkpoint
+from lrag_ray.wan.state_dict import read_checkpoint, unwrapped
 
 EXACT = Bound()
 
@@ -99,13 +100,12 @@ def _wanted(outcome: str, path: Path, use_ema: bool, expected: Vectors) -> dict[
         content: Mapping[str, Any] = read_checkpoint(path)
         held = content.get("generator_ema" if use_ema else "generator", content.get("model"))
         shapes = {
-            str(name).replace("_fsdp_wrapped_module.", "").removeprefix("model."): tuple(value.shape)
-            for name, value in (held or {}).items()
+            unwrapped(str(name)).removeprefix("model."): tuple(value.shape) for name, value in (held or {}).items()
         }
         result = "ema" if use_ema and "generator_ema" in content else "generator"
         if shapes != {name: expected.shapes[f"{result}.{name}"] for name in expected.named(f"{result}.")}:
             return None
     weights = expected.group(f"{result}.")
-    if "rounded to bfloat16" in outcome:
-        weights = {name: value.to(torch.bfloat16).float() for name, value in weights.items()}
+    if rounded := re.search(r"rounded to (bfloat16|float16)", outcome):
+        weights = {name: value.to(getattr(torch, rounded[1])).float() for name, value in weights.items()}
     return weights

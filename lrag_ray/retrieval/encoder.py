@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
 
 
 def known_fields(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,8 @@ class LatentAutoencoder(nn.Module):
 def load_encoder(path: str | Path) -> LatentAutoencoder:
     """Retrieval encoder from a released or trained checkpoint (``config`` + ``model``), float32, in eval mode.
 
-    Raises WeightsError if the file is no such checkpoint or any weight is missing, unexpected or misshapen.
+    Raises WeightsError if the file is no such checkpoint or any weight is missing, unexpected, misshapen or not
+    finite.
     """
     checkpoint = read_checkpoint(path)
     config, weights = checkpoint.get("config"), checkpoint.get("model")
@@ -180,4 +181,5 @@ def load_encoder(path: str | Path) -> LatentAutoencoder:
         model = LatentAutoencoder(sizes)
     mend = f"the sizes come from the file's own config ({sizes}), so the file is damaged or mixed up: fetch it again"
     load_strict(model, weights, f"retrieval encoder {path}", mend)
+    refuse_non_finite(model.state_dict(), f"retrieval encoder {path}")
     return model.float().eval().requires_grad_(False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.lora import Lora, apply_lora
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest, unwrapped
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest, unwrapped
 from lrag_ray.wan.transformer import CausalWanTransformer
 
 __all__ = ["generator_weights", "load_transformer", "mapped_transformer", "state_dict_digest"]
@@ -41,12 +41,17 @@ def load_transformer(
     """Frozen generator from a checkpoint; `lora` is merged in float32 before the weights are cast to `dtype`.
 
     The module is built on the meta device and each tensor is read once, straight to its place: on the CPU a tensor
-    that already has `dtype` stays mapped to the file. Raises WeightsError with everything that does not fit.
+    that already has `dtype` stays mapped to the file. Raises WeightsError with everything that does not fit, and for
+    values that are not finite.
     """
     transformer = mapped_transformer(path, config, use_ema=use_ema)
     if lora is not None:
         apply_lora(transformer, lora, dtype)
-    return transformer.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    transformer = transformer.to(device=device, dtype=dtype)
+    merged = f" with LoRA {lora.path}" if lora is not None else ""
+    # What was copied on the way is looked at where it went, so the file is read once all the same.
+    refuse_non_finite(transformer.state_dict(), f"checkpoint {path}{merged}")
+    return transformer.eval().requires_grad_(False)
 
 
 def mapped_transformer(path: str | Path, config: WanConfig, *, use_ema: bool = False) -> CausalWanTransformer:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
+from pathlib import Path
 
 HEAD_BYTES = 512
 """How much of a file `no_weights` wants to see."""
 _SHOWN = 60
+
+
+def absence(path: Path) -> str:
+    """How a path that `Path.exists` denies is not there: links that lead nowhere are told apart."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a symbolic link that leads to itself"
+    if path.is_symlink():
+        return f"a symbolic link to {path.readlink()}, which is not there"
+    return "not there"
 
 
 def is_zip(head: bytes) -> bool:

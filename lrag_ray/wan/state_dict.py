@@ -22,11 +22,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.file_kinds import HEAD_BYTES, is_safetensors, is_zip, no_weights
+from lrag_ray.wan.file_kinds import HEAD_BYTES, absence, is_safetensors, is_zip, no_weights
 
 _NAMES_SHOWN = 8
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 """What FSDP, activation checkpointing, torch.compile and data-parallel training leave in names."""
+
+
+_STORED = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+"""Precisions that weights may be stored in: narrower ones are rounded for kernels and scales that are not here."""
+_STORED_AS = "bfloat16 or float32 (float16 and float64 load too)"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
+        what = "a folder" if path.is_dir() else absence(path)
         raise WeightsError(f"checkpoint {path} is {what}; expected a .pt or .safetensors file. Mend: correct the path")
     try:
         with path.open("rb") as file:
@@ -59,6 +64,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        if unknown := re.search(r"(?:Dtype not understood: |unknown variant `)(\w+)", str(error)):
+            raise WeightsError(
+                f"checkpoint {path} holds tensors of {unknown[1]}, expected {_STORED_AS}. "
+                "Mend: use the published file in one of these"
+            ) from error
         raise WeightsError(_damaged(path, f"a safetensors file that cannot be read ({error})")) from error
 
 
@@ -176,8 +186,8 @@ def _unusable(found: Tensor, expected: Tensor) -> str | None:
         return "sparse, expected a dense tensor"
     if found.device.type == "meta":
         return "without values"
-    if expected.is_floating_point() and not found.is_floating_point():
-        return f"{str(found.dtype).removeprefix('torch.')}, expected floating point"
+    if expected.is_floating_point() and found.dtype not in _STORED:
+        return f"{str(found.dtype).removeprefix('torch.')}, expected {_STORED_AS}"
     return None
 
 
@@ -196,6 +206,21 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str, m
         listed = "\n  ".join(wrong)
         raise WeightsError(f"{source} does not fit the model:\n  {listed}\nMend: {mend}")
     module.load_state_dict(tensors, strict=True, assign=True)
+
+
+@torch.no_grad()
+def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise WeightsError naming `source` and the tensors that hold NaN or infinities. Reads every value."""
+    broken = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
+    ]
+    if broken:
+        raise WeightsError(
+            f"{source} holds NaN or infinite values in {len(broken)} of {len(tensors)} tensors: {_shown(broken)}. "
+            "Mend: fetch the file again or use another one; training that diverged leaves such weights"
+        )
 
 
 def state_dict_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.diffusers_folder import model_of_folder, no_folder_of
 from lrag_ray.wan.random_weights import fill_random
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
 
 if TYPE_CHECKING:
     from transformers import UMT5Config
@@ -155,11 +155,12 @@ def load_text_encoder(
     `sizes` is for an original file of other than the released sizes; a Diffusers folder brings its own config.json.
 
     Raises:
-        WeightsError: missing, damaged or misfitting files.
+        WeightsError: missing, damaged or misfitting files, values that are not finite.
     """
     tokenize, tokenizer_id = load_tokenizer(Path(tokenizer), text_len)
-    model = mapped_text_encoder(path, sizes)
-    return TextEncoder(model.to(device=device, dtype=dtype), tokenize, tokenizer_id)
+    model = mapped_text_encoder(path, sizes).to(device=device, dtype=dtype)
+    refuse_non_finite(model.state_dict(), f"text encoder {path}")
+    return TextEncoder(model, tokenize, tokenizer_id)
 
 
 def mapped_text_encoder(path: str | Path, sizes: UMT5Sizes | None = None) -> nn.Module:
@@ -227,7 +228,13 @@ def _from_folder(path: Path) -> nn.Module:
     if not shards:
         raise WeightsError(no_folder_of(path, "umT5 encoder", "it holds no .safetensors file"))
     # Mapped shard by shard; from_pretrained would copy them, and only warn about what is missing.
-    state = {name: value for shard in shards for name, value in read_checkpoint(shard).items()}
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        held = read_checkpoint(shard)
+        if twice := sorted(held.keys() & state.keys()):
+            reason = f"{shard.name} and another file both hold {twice[0]} ({len(twice)} tensors are there twice)"
+            raise WeightsError(no_folder_of(path, "umT5 encoder", reason))
+        state |= held
     return _filled(model, state, f"text encoder {path}")
 
 

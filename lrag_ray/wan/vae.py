@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lrag_ray.wan.diffusers_folder import model_of_folder
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.soft_decoder import soften
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, state_dict_digest
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
 
 FRAMES_PER_LATENT = 4
 """Video frames per latent frame; the first latent frame gives one."""
@@ -125,10 +125,12 @@ def load_wan_vae(
     float32 is the default: in bfloat16 the decoder is visibly off (golden/vae/tiny_vae.json).
 
     Raises:
-        WeightsError: missing, damaged or misfitting files.
+        WeightsError: missing, damaged or misfitting files, values that are not finite.
     """
     # The module's own `to`: that of diffusers warns of parts to keep in float32 that this model does not have.
-    return WanVae(nn.Module.to(mapped_vae(path, config), device=device, dtype=dtype))
+    model = nn.Module.to(mapped_vae(path, config), device=device, dtype=dtype)
+    refuse_non_finite(model.state_dict(), f"VAE {path}")
+    return WanVae(model)
 
 
 def mapped_vae(path: str | Path, config: dict[str, Any] | None = None) -> Any:

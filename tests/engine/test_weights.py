@@ -327,6 +327,27 @@ def test_verify_tells_fit_damage_and_absence(hub: Hub, tmp_path: Path) -> None:
     assert verify(need, digests=False).ok, "shapes alone do not show a flipped bit"
 
 
+def test_verify_looks_at_values_where_it_reads_them(tmp_path: Path) -> None:
+    config = config_of(tmp_path, str(tmp_path), lora={"path": str(tmp_path / "lora.pt"), "rank": 2, "alpha": 2})
+    checkpoint(tmp_path / "self_forcing.pt", tmp_path / "lora.pt")
+    needs = [need_of(config, "transformer"), need_of(config, "lora")]
+    assert all(verify(need, sizes=False).ok for need in needs)
+    for need, key in zip(needs, ("generator_ema", "generator_lora"), strict=True):
+        content = torch.load(need.address, weights_only=True)
+        next(iter(content[key].values())).view(-1)[0] = float("nan")
+        torch.save(content, need.address)
+        assert verify(need, digests=False, sizes=False).ok, "the header alone does not show it"
+        verdict = verify(need, sizes=False)
+        assert not verdict.ok and "holds NaN or infinite values in 1 of" in verdict.detail
+
+
+def test_a_link_that_leads_nowhere_is_told_and_hides_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "self_forcing.pt").symlink_to("self_forcing.pt")
+    config = config_of(tmp_path, str(tmp_path))
+    assert "is a symbolic link that leads to itself" in verify(need_of(config, "transformer")).detail
+    assert [sizes_at(need.address) for need in needs_of(config)] == [{}, {}]
+
+
 def test_a_run_with_weights_that_do_not_fit_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "self_forcing.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:7c\nsize 5676\n")
     (tmp_path / "ae_latent_mem.pt").write_text("<html>not found</html>")

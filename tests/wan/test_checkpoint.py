@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import math
 import os
 import struct
 import zipfile
@@ -17,7 +19,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.checkpoint import load_transformer, state_dict_digest
+from lrag_ray.wan.checkpoint import load_transformer, mapped_transformer, state_dict_digest
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -91,6 +93,7 @@ ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "whole numbers": lambda x: x.long(),
     "truth values": lambda x: x > 0,
     "complex": lambda x: x.to(torch.complex64),
+    "eight bits": lambda x: x.to(torch.float8_e4m3fn),
     "sparse": lambda x: x.to_sparse(),
     "without values": lambda x: x.to("meta"),
 }
@@ -123,7 +126,8 @@ def broken(state: State, how: str) -> dict[str, Any]:
         ("no tensor", "misshapen 1: head.head.bias"),
         ("whole numbers", "of another kind 1: head.head.bias is int64"),
         ("truth values", "head.head.bias is bool"),
-        ("complex", "head.head.bias is complex64, expected floating point"),
+        ("complex", "head.head.bias is complex64, expected bfloat16 or float32"),
+        ("eight bits", "of another kind 1: head.head.bias is float8_e4m3fn, expected bfloat16 or float32"),
         ("sparse", "head.head.bias is sparse"),
         ("without values", "head.head.bias is without values"),
     ],
@@ -133,6 +137,45 @@ def test_a_misfit_is_named_and_never_loaded(tmp_path: Path, state: State, how: s
     torch.save(broken(state, how), path)
     with pytest.raises(WeightsError, match=said):
         load_transformer(path, CONFIG)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4", "F6_E2M3", "I8"])
+def test_another_precision_is_told_from_the_header_alone(tmp_path: Path, state: State, dtype: str) -> None:
+    path = tmp_path / "generator.safetensors"
+    whole = save(state)
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    bits, at = {"F4": 4, "F6_E2M3": 6}.get(dtype, 8), 0
+    for entry in header.values():
+        size = math.prod(entry["shape"]) * bits // 8
+        entry |= {"dtype": dtype, "data_offsets": [at, at + size]}
+        at += size
+    told = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(told)) + told + bytes(at))
+    with pytest.raises(WeightsError, match=r"expected bfloat16 or float32(.|\n)*Mend:") as refusal:
+        mapped_transformer(path, CONFIG)
+    assert "compare its size" not in str(refusal.value), "the file is whole"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, state: State, value: float, dtype: torch.dtype) -> None:
+    path = tmp_path / "generator.safetensors"
+    other = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
+    other["blocks.1.ffn.0.weight"][3, 4] = value
+    save_file(other, path)
+    said = rf"{path.name} holds NaN or infinite values in 1 of {len(state)} tensors: blocks.1.ffn.0.weight\. Mend:"
+    with pytest.raises(WeightsError, match=said):
+        load_transformer(path, CONFIG)
+
+
+def test_links_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    with pytest.raises(WeightsError, match=r"loop\.pt is a symbolic link that leads to itself;"):
+        load_transformer(tmp_path / "loop.pt", CONFIG)
+    (tmp_path / "lost.pt").symlink_to("old/generator.pt")
+    with pytest.raises(WeightsError, match=r"lost\.pt is a symbolic link to old/generator\.pt, which is not there;"):
+        load_transformer(tmp_path / "lost.pt", CONFIG)
 
 
 def test_other_sizes_are_told_from_the_file(tmp_path: Path, state: State) -> None:

@@ -88,6 +88,18 @@ def test_misfits_are_listed(tmp_path: Path, checkpoint: Path, transformer: Causa
     assert "unexpected 1: head.head.A" in str(caught.value)
 
 
+def test_an_update_that_is_not_finite_is_told(
+    tmp_path: Path, checkpoint: Path, transformer: CausalWanTransformer
+) -> None:
+    halves = updates(transformer)
+    halves["base_model.model.blocks.1.ffn.2.lora_B.weight"][0, 0] = float("nan")
+    path = save(tmp_path / "lora.pt", halves)
+    with pytest.raises(
+        WeightsError, match=r"with LoRA .*lora\.pt holds NaN or infinite .*: blocks\.1\.ffn\.2\.weight\."
+    ):
+        load_transformer(checkpoint, CONFIG, lora=Lora(path, rank=RANK, alpha=1.0))
+
+
 def test_the_rank_of_the_file_is_told(tmp_path: Path, checkpoint: Path, transformer: CausalWanTransformer) -> None:
     path = save(tmp_path / "lora.pt", updates(transformer))
     with pytest.raises(WeightsError, match="the file has rank 3"):

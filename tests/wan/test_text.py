@@ -89,6 +89,11 @@ def test_original_file_and_diffusers_folder_are_the_same_encoder(
     assert torch.equal(folder.encode(["a red fox"])[0], original.encode(["a red fox"])[0])
     other_length = load_text_encoder(tmp_path / "text_encoder", tokenizer_folder, text_len=9, dtype=torch.float32)
     assert other_length.digest != folder.digest
+    save_file(
+        {"encoder.final_layer_norm.weight": weights["norm.weight"]}, tmp_path / "text_encoder" / "old.safetensors"
+    )
+    with pytest.raises(WeightsError, match=r"old\.safetensors and another file both hold encoder\.final_layer_norm"):
+        mapped_text_encoder(tmp_path / "text_encoder")
 
 
 def test_tokenizer_folder_truncates_and_ends(
@@ -113,6 +118,9 @@ def test_bad_files_are_refused(weights: dict[str, Tensor], tokenizer_folder: Pat
         load_text_encoder(tmp_path / "half.pth", tokenizer_folder, sizes=sizes)
     with pytest.raises(WeightsError, match="misshapen"):
         load_text_encoder(tmp_path / "half.pth", tokenizer_folder)
+    torch.save(weights | {"norm.weight": weights["norm.weight"] / 0}, tmp_path / "wild.pth")
+    with pytest.raises(WeightsError, match=r"NaN or infinite .*: encoder\.final_layer_norm\.weight"):
+        load_text_encoder(tmp_path / "wild.pth", tokenizer_folder, sizes=sizes)
     with pytest.raises(WeightsError, match="no Diffusers folder"):
         load_text_encoder(tmp_path, tokenizer_folder)
     torch.save(weights, tmp_path / "whole.pth")

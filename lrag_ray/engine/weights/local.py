@@ -71,6 +71,9 @@ def sizes_at(address: str) -> dict[str, int]:
     Empty where there is nothing. Raises StorageError where the address cannot be asked.
     """
     storage, name = split(address)
+    if storage.is_local and not Path(storage.full(name)).exists():
+        # A link that leads to itself cannot even be listed.
+        return {}
     inside = storage.list_files(name)
     if inside:
         # A file that is asked for as a folder lists itself.

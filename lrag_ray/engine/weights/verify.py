@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
+from torch import Tensor, nn
 
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.weights.local import file_digest, is_remote, known_sizes, local_copy, record_at, sizes_at
@@ -13,7 +14,9 @@ from lrag_ray.engine.weights.needs import Kind, Need, needs_of
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.wan.checkpoint import mapped_transformer
+from lrag_ray.wan.file_kinds import absence
 from lrag_ray.wan.lora import Lora, fitting_lora
+from lrag_ray.wan.state_dict import refuse_non_finite
 from lrag_ray.wan.text import load_tokenizer, mapped_text_encoder
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import mapped_vae
@@ -43,7 +46,7 @@ def refuse_misfits(config: RunConfig, *kinds: Kind) -> None:
 
 
 def verify(need: Need, *, digests: bool = True, sizes: bool = True) -> Verdict:
-    """Check one need: presence, sizes in bytes and shapes; `digests` reads every byte."""
+    """Check one need: presence, sizes in bytes and shapes; `digests` reads every byte, so values too are looked at."""
     try:
         return Verdict(need, True, _checked(need, digests, sizes))
     except LragError as error:
@@ -64,7 +67,8 @@ def _checked(need: Need, digests: bool, sizes: bool) -> str:
                 "Mend: `lrag-ray weights pull CONFIG --again`"
             )
     path = local_copy(need.address)
-    found = [f"{sum(present.values()) / 1e9:.2f} GB", _digests(need, path) if digests else "", fits(need, path)]
+    digest = _digests(need, path) if digests else ""
+    found = [f"{sum(present.values()) / 1e9:.2f} GB", digest, fits(need, path, values=digests)]
     return ", ".join(part for part in found if part)
 
 
@@ -75,7 +79,9 @@ def missing(need: Need) -> str:
     mend = (
         "`lrag-ray weights pull CONFIG`, or put it there yourself" if published else "put it there, or correct the key"
     )
-    return f"{need.keys[0]}: nothing at {need.address}; {origin}. Mend: {mend}"
+    what = "not there" if is_remote(need.address) else absence(local_copy(need.address))
+    there = f"nothing at {need.address}" if what == "not there" else f"{need.address} is {what}"
+    return f"{need.keys[0]}: {there}; {origin}. Mend: {mend}"
 
 
 def _digests(need: Need, path: Path) -> str:
@@ -99,22 +105,25 @@ def _digests(need: Need, path: Path) -> str:
     return f"sha256 as {origin}"
 
 
-def fits(need: Need, path: Path) -> str:
-    """Load on the meta device: names and shapes are compared, no tensor is read. WeightsError where they do not fit."""
+def fits(need: Need, path: Path, *, values: bool = False) -> str:
+    """Load on the meta device: names and shapes are compared, and no tensor is read unless `values` are to be finite.
+
+    Raises WeightsError where they do not fit.
+    """
     backbone = need.backbone
     if need.kind == "prompts":
         return f"{len(path.read_text(encoding='utf-8').splitlines())} lines"
     if need.kind == "retrieval_encoder":
-        return _tensors(load_encoder(path))
+        return _tensors(need, load_encoder(path), values)
     assert backbone is not None, "everything else belongs to a backbone"
     if need.kind == "transformer":
-        return _tensors(mapped_transformer(path, backbone.transformer, use_ema=backbone.weights.use_ema))
+        return _tensors(need, mapped_transformer(path, backbone.transformer, use_ema=backbone.weights.use_ema), values)
     if need.kind == "lora":
         lora = backbone.weights.lora
         assert lora is not None, "the need comes from this key"
         with torch.device("meta"):
             transformer = CausalWanTransformer(backbone.transformer)
-        return f"{len(fitting_lora(transformer, Lora(path, lora.rank, lora.alpha)))} tensors fit"
+        return _tensors(need, fitting_lora(transformer, Lora(path, lora.rank, lora.alpha)), values)
     if need.kind == "text_encoder":
         model = mapped_text_encoder(path)
         width = next(model.parameters()).shape[-1]
@@ -123,12 +132,15 @@ def fits(need: Need, path: Path) -> str:
                 f"text encoder {path} makes features of width {width}, the transformer takes "
                 f"{backbone.transformer.text_dim}. Mend: set transformer.text_dim or give another encoder"
             )
-        return _tensors(model)
+        return _tensors(need, model, values)
     if need.kind == "tokenizer":
         tokenize, _ = load_tokenizer(path, backbone.transformer.text_len)
         return f"{len(tokenize('a red fox'))} tokens for 'a red fox'"
-    return _tensors(mapped_vae(path))
+    return _tensors(need, mapped_vae(path), values)
 
 
-def _tensors(model: torch.nn.Module) -> str:
-    return f"{len(model.state_dict())} tensors fit"
+def _tensors(need: Need, found: nn.Module | dict[str, Tensor], values: bool) -> str:
+    tensors = found.state_dict() if isinstance(found, nn.Module) else found
+    if values:
+        refuse_non_finite(tensors, f"{need.kind.replace('_', ' ')} {need.address}")
+    return f"{len(tensors)} tensors fit"
