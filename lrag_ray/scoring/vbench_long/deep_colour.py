@@ -1,8 +1,9 @@
-"""Video of more than 8 bits a colour, in RGB as decord gives it.
+"""Video of more than 8 bits a colour, and interlaced video, in RGB as decord gives it.
 
 decord converts with a swscale of 2018, newer decoders place the chroma of such frames elsewhere: of 4:2:0 it takes a
 chroma row for lying on the second of its two picture rows, and it mixes the last picture row from two chroma rows. The
-difference to PyAV's own conversion is 4 to 6 grey levels on average; here nothing is left of it.
+difference to PyAV's own conversion is 4 to 6 grey levels on average; here nothing is left of it. Nor does decord know
+of interlaced frames, whose two fields PyAV converts each by itself.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class DeepColour:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        halved = stream.codec_context.format.chroma_height(2) == 1
-        positions = [_SECOND_ROW, _BELOW] if halved else [None]
+        pixels = stream.codec_context.format
+        moved = pixels.chroma_height(2) == 1 and any(component.bits > 8 for component in pixels.components)
+        positions = [_SECOND_ROW, _BELOW] if moved else [None]
         self._graphs = [self._graph(position) for position in positions]
 
     def rgb(self, frame: Any) -> Frame:

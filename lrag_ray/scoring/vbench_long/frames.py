@@ -2,14 +2,15 @@
 
 PyAV with its default conversion equals both bit for bit on 8-bit video, colour tags (BT.709 and others) included; the
 conversion of `lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels. What PyAV does
-otherwise is done as decord does it: frames are turned as the file says, and deep colours converted (`deep_colour`).
-Not followed: decord repeats the last frame in place of frames that an edit list hides, and refuses AV1.
+otherwise is done as decord does it: frames are turned as the file says, deep and interlaced ones converted
+(`deep_colour`), and there are as many frames as packets. Not followed: decord refuses AV1.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ def probe(path: str | Path) -> Rate:
 def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
     """All frames in order, one pass; variable frame rates are taken frame by frame.
 
+    The last frame is repeated for every packet that shows none: a video that was cut without being encoded anew begins
+    with packets that its edit list hides.
+
     Raises:
         VideoError: damaged, changing its size, or without a frame.
     """
@@ -55,12 +59,12 @@ def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
         with av.open(opened) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
+            for frame in _shown(container, stream):
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) != size:
                     raise VideoError(f"{name} changes its size at frame {count}")
                 count += 1
-                if is_deep(frame):
+                if is_deep(frame) or frame.interlaced_frame:
                     deep = deep or DeepColour(stream)
                     rgb: Any = deep.rgb(frame)
                 else:
@@ -72,3 +76,16 @@ def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
         raise VideoError(f"{name} is damaged after {count} frames: {error}") from error
     if count == 0:
         raise VideoError(f"{name} holds no video frame")
+
+
+def _shown(container: Any, stream: Any) -> Iterator[Any]:
+    packets = frames = 0
+    last = None
+    for packet in container.demux(stream):
+        # The packet that ends the stream is empty: it asks the decoder for what it holds back.
+        packets += packet.size > 0
+        for last in packet.decode():
+            frames += 1
+            yield last
+    if frames:
+        yield from repeat(last, packets - frames)

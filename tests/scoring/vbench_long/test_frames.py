@@ -65,6 +65,44 @@ def test_every_pixel_format_is_converted_as_decord_does_it(pixels: str, make_vid
     assert np.array_equal(ours(path), by_decord(path))
 
 
+def test_interlaced_frames_are_converted_as_whole_pictures_as_decord_does_it(make_video: VideoMaker) -> None:
+    options = {"flags": "+ildct+ilme", "x264-params": "interlaced=1"}
+    path = make_video(frames=3, size=(96, 64), pixels="yuv420p", options=options)
+    with av.open(str(path)) as container:
+        assert next(container.decode(video=0)).interlaced_frame
+    assert np.array_equal(ours(path), by_decord(path))
+
+
+def cut_without_encoding(source: Path, path: Path, start_s: float) -> None:
+    """As ``ffmpeg -ss START -i SOURCE -c copy PATH``: from the key frame before; an edit list hides what is early."""
+    with av.open(str(source)) as whole, av.open(str(path), "w") as part:
+        stream = whole.streams.video[0]
+        copy = part.add_stream_from_template(stream)
+        assert stream.time_base is not None
+        start = round(start_s / stream.time_base)
+        whole.seek(start, stream=stream)
+        for packet in whole.demux(stream):
+            if packet.pts is not None and packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, copy
+                part.mux(packet)
+
+
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_video_cut_without_encoding_ends_as_it_does_for_decord(
+    b_frames: str, suffix: str, make_video: VideoMaker, tmp_path: Path
+) -> None:
+    """Given a cut 3 frames after a key frame, which an mp4 file hides: its last frame is repeated for them."""
+    whole = make_video(frames=20, options={"g": "8", "keyint_min": "8", "bf": b_frames, "b_strategy": "0"})
+    path = tmp_path / f"cut{suffix}"
+    cut_without_encoding(whole, path, 11 / 4)
+    found = ours(path)
+    assert np.array_equal(found, by_decord(path))
+    assert len(found) == 12
+    repeated = [np.array_equal(frame, found[-1]) for frame in found]
+    assert repeated == [False] * 8 + [True] * 4 if suffix == ".mp4" else [False] * 11 + [True]
+
+
 @pytest.mark.parametrize(
     ("matrix", "turns"),
     [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((-1, 0, 0, 1), 2)],
