@@ -115,7 +115,7 @@ def _work(plan: Plan) -> Table:
 
 
 def print_status(console: Console, status: RunStatus) -> None:
-    """Counts per cell, rate and ETA, failures and commits that do not count."""
+    """Counts per cell, rate and ETA, failures and records that do not count."""
     cells = table(
         status.uri, "backbone", "method", "duration", "done", "partial", "failed", "pending", "total", text_columns=2
     )
@@ -132,7 +132,7 @@ def print_status(console: Console, status: RunStatus) -> None:
         "Rollouts given up; the next start tries them again",
         (f"{failure.rollout.path}: {failure.reason} ({failure.path})" for failure in status.failures),
     )
-    _print_list(console, "Commits that do not count; the next start makes them again", status.problems)
+    _print_list(console, "Records that do not count; the next start makes again what is missing", status.problems)
 
 
 def print_outcome(console: Console, run: RunDirectory, outcome: RunOutcome) -> None:

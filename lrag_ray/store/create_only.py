@@ -8,6 +8,7 @@ truncated object.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from contextlib import suppress
@@ -56,7 +57,8 @@ def _holds(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
     try:
         return bool(fs.cat_file(path) == data)
     except FileNotFoundError:
-        return False
+        # It was removed since, or the store refuses what it has not: nobody has created it, so nobody was first.
+        raise BlockingIOError(errno.EAGAIN, "a create was refused, and nothing is there", path) from None
 
 
 def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:

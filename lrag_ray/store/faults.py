@@ -47,6 +47,8 @@ _TRANSIENT_TYPES = frozenset(
         "IncompleteRead",
         "ClientPayloadError",
         "ClientConnectionError",
+        # The bytes did not arrive as they are stored.
+        "FlexibleChecksumError",
     }
 )
 _TRANSIENT_ERRNO = frozenset(
@@ -69,6 +71,13 @@ _DENIED = (
     "The credentials are known but may not do this: allow them to list, get, put and delete there (s3:ListBucket, "
     "GetObject, PutObject, DeleteObject), or use others (AWS_* variables, storage.profile)"
 )
+_STORE_FULL = (
+    "The store is full or its quota is used up: free some space or raise it; the same command continues"
+)
+_NO_STORE = (
+    "That is no answer of an S3 store: check storage.endpoint_url (or AWS_ENDPOINT_URL), and whatever stands between "
+    "here and the store"
+)
 _REGION = "The bucket lies in another region: set storage.region (or AWS_DEFAULT_REGION)"
 _MENDS_BY_CODE = {
     "NoSuchBucket": "There is no such bucket: create it, or correct run.uri (and storage.endpoint_url)",
@@ -86,6 +95,12 @@ _MENDS_BY_CODE = {
     "ExpiredToken": _EXPIRED,
     "ExpiredTokenException": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,
+    "QuotaExceeded": _STORE_FULL,
+    "InsufficientStorage": _STORE_FULL,
+    "XMinioStorageFull": _STORE_FULL,
+    "XMinioAdminBucketQuotaExceeded": _STORE_FULL,
+    "507": _STORE_FULL,
+    "404": _NO_STORE,
     "PermanentRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
@@ -115,9 +130,11 @@ _MENDS_BY_ERRNO = {
 
 
 def error_code(error: BaseException | None) -> str | None:
-    """The store's own code for `error` (``SlowDown``; ``403`` where the answer had no body), or None."""
+    """The store's own code for `error` (``SlowDown``), or the HTTP status where the answer had none; or None."""
     response = _response(error)
-    code = response.get("Error", {}).get("Code") if response else None
+    if not response:
+        return None
+    code = response.get("Error", {}).get("Code") or response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return str(code) if code else None
 
 

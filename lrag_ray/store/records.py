@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def now_utc() -> str:
     """The time as records write it: UTC, ISO 8601, whole milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _a_time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without its zone")
+    return text
+
+
+UtcTime = Annotated[str, AfterValidator(_a_time)]
+"""What `now_utc` gives; a damaged one is refused with its record, before anybody sorts by it."""
+
+
+def _utc(text: str) -> str:
+    if datetime.fromisoformat(text).utcoffset() is None:
+        raise ValueError(f"{text!r} is a time without its offset from UTC")
+    return text
 
 
 class Record(BaseModel):
@@ -61,19 +77,19 @@ class Commit(Record):
     latent_parts: list[LatentPart]
     """In order, covering frames 0 .. latent_frames-1, of whichever attempt."""
     trace_parts: list[FileRecord]
-    """Parquet parts of the trace, in order (columns: the fields of `rollout.types.TraceRow`)."""
+    """Parquet parts of the trace, in order (columns: the fields of `context.trace.TraceRow`)."""
     video: FileRecord | None
     """The horizon's H.264 file, or None where videos are off."""
     video_frames: int
-    fps: int
+    fps: int = Field(ge=1)
     latents_digest: str
     """SHA-256 over the latent values in frame order."""
     device_kind: str
     """``cpu`` or the name of the GPU."""
     versions: dict[str, str]
     timings_s: dict[str, float]
-    """Seconds spent per stage up to this horizon (load, denoise, context, decode, store)."""
-    created_at: str
+    """Seconds spent per stage up to this horizon (load, replay, denoise, context, decode, store)."""
+    created_at: Annotated[str, AfterValidator(_utc)]
     """UTC, ISO 8601."""
 
 
@@ -87,13 +103,12 @@ class DecodedVideo(Record):
     """Of the commit whose latents were decoded."""
     video: FileRecord
     frames: int
-    fps: int
+    fps: int = Field(ge=1)
     settings: dict[str, Any]
     """What determines the pixels besides the latents: VAE by digest, fps, crf, cold_chunk."""
     device_kind: str
     """``cpu`` or the name of the GPU."""
-    created_at: str
-    """UTC, ISO 8601."""
+    created_at: UtcTime
 
 
 class PartRecord(Record):
@@ -136,7 +151,7 @@ class FailureRecord(Record):
     reason: str
     """One line."""
     traceback: str
-    created_at: str
+    created_at: UtcTime
 
     @property
     def path(self) -> str:

@@ -182,7 +182,7 @@ class RunDirectory:
         """
         files, commits = self._look(rollout.path) if rollout else self._look("rollouts", _METHOD_DEPTH)
         for folder in [folder for folder, states in commits.items() if any(s.problem for s in states.values())]:
-            files_again, commits_again = self._look(folder)
+            files_again, commits_again = self._look(folder, again=True)
             files.update(files_again)
             commits[folder] = commits_again.get(folder, {})
         parts: dict[str, list[str]] = {}
@@ -191,12 +191,20 @@ class RunDirectory:
                 parts.setdefault(match[1], []).append(path)
         return Inventory(files, commits, parts)
 
-    def _look(self, prefix: str, depth: int = 0) -> tuple[dict[str, int], dict[str, dict[int, CommitState]]]:
+    def _look(
+        self, prefix: str, depth: int = 0, *, again: bool = False
+    ) -> tuple[dict[str, int], dict[str, dict[int, CommitState]]]:
         files = self.storage.list_files_in_shares(prefix, depth)
         commit_paths = {path: match for path in files if (match := _COMMIT.match(path))}
         commits: dict[str, dict[int, CommitState]] = {}
         for path, data in self.storage.read_many(list(commit_paths)).items():
             match = commit_paths[path]
+            if again and len(data) != files[path]:
+                # No damage of the commit, which is never written again: it would be set aside for nothing.
+                raise StorageError(
+                    f"cannot read {self.uri}/{path}: the store gave {len(data)} bytes of {files[path]}, twice. What "
+                    "lies between here and the store cuts its answers; the same command continues once that is mended"
+                )
             commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
         return files, commits
 
@@ -253,11 +261,16 @@ class RunDirectory:
         """Write why an attempt failed."""
         self.storage.write(failure.path, _json(failure))
 
-    def failures(self) -> list[FailureRecord]:
-        """All failures, oldest first."""
+    def failures(self) -> tuple[list[FailureRecord], list[str]]:
+        """All failures, oldest first, and what is wrong with records that cannot be read."""
         paths = [path for path in self.storage.list_files("failures") if path.endswith(".json")]
-        records = [FailureRecord.model_validate_json(data) for data in self.storage.read_many(paths).values()]
-        return sorted(records, key=lambda record: record.created_at)
+        records, broken = [], []
+        for path, data in self.storage.read_many(paths).items():
+            try:
+                records.append(FailureRecord.model_validate_json(data))
+            except ValidationError as error:
+                broken.append(f"{path}: not a failure record: {error.errors()[0]['msg']}")
+        return sorted(records, key=lambda record: record.created_at), broken
 
 
 def new_attempt_id() -> str:

@@ -46,7 +46,7 @@ class RunStatus(Record):
     failures: list[FailureRecord]
     """The last failure of each rollout that is given up."""
     problems: list[str]
-    """Commits that do not count, with the reason; the next start makes them again."""
+    """Records that do not count, with the reason; the next start makes again what commits among them named."""
     held_by: str | None
     """The driver that works on the run, and its last sign of life by its own clock; None where there is none. One that
     died on another machine is named until the next start takes over."""
@@ -62,7 +62,8 @@ def run_status(run_dir: RunDirectory) -> RunStatus:
     """Status of the run at an address; StorageError where there is none."""
     identity = run_dir.require()
     inventory = run_dir.inventory()
-    given_up = {failure.rollout.path: failure for failure in run_dir.failures() if failure.quarantined}
+    failures, broken = run_dir.failures()
+    given_up = {failure.rollout.path: failure for failure in failures if failure.quarantined}
     counts, unfinished = _count(identity, inventory, given_up)
     cells = [
         CellStatus(
@@ -85,7 +86,7 @@ def run_status(run_dir: RunDirectory) -> RunStatus:
         commits_per_hour=rate,
         eta_s=None if not rate else left / rate * 3600,
         failures=[given_up[path] for path in sorted(given_up) if path in unfinished],
-        problems=[f"{state.path}: {state.problem}" for state in inventory.problems()],
+        problems=[*(f"{state.path}: {state.problem}" for state in inventory.problems()), *broken],
         held_by=_held_by(run_dir),
     )
 

@@ -19,7 +19,7 @@ from lrag_ray.engine.progress import (
     StageEnded,
     WorkerLost,
 )
-from lrag_ray.store.records import FailureRecord, RolloutId
+from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 
 
 class Clock:
@@ -50,7 +50,7 @@ def failed(number: int, quarantined: bool) -> AttemptFailed:
             quarantined=quarantined,
             reason="RuntimeError: no",
             traceback="",
-            created_at="",
+            created_at=now_utc(),
         )
     )
 

@@ -159,7 +159,7 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     (yielded,), (finished,) = recorder.of(RolloutYielded), recorder.of(RolloutFinished)
     assert recorder.of(AttemptFailed) == [] and recorder.of(WorkerLost) == []
     directory = RunDirectory(str(folder / "drained"))
-    assert directory.failures() == []
+    assert directory.failures() == ([], [])
     (commit,) = directory.commits()
     # Parts end at the end alone, but for the one that was flushed.
     flushed, rest = commit.latent_parts

@@ -110,7 +110,7 @@ def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) 
     assert (outcome.exit_code, outcome.commits_made) == (1, 2)
     assert {rollout.prompt_id for rollout in outcome.failed} == {PROMPTS[1].prompt_id}
     directory = RunDirectory(str(tmp_path))
-    failures = directory.failures()
+    failures, _ = directory.failures()
     assert [failure.counted_attempts for failure in failures if failure.rollout.method == "rag"] == [1, 2, 3]
     assert all("fail_on_prompt: the prompt contains 'river'" in failure.reason for failure in failures)
     assert all("rollout_work.py" in failure.traceback and "line" in failure.traceback for failure in failures)

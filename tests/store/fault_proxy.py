@@ -24,10 +24,14 @@ Fault = Literal[
     "ExpiredToken",
     "InvalidAccessKeyId",
     "RequestTimeTooSkewed",
+    "PreconditionFailed",
+    "QuotaExceeded",
+    "no store",
     "silence",
     "reset before",
     "reset after",
     "half an answer",
+    "other bytes",
 ]
 TRANSIENT: tuple[Fault, ...] = (
     "InternalError",
@@ -50,6 +54,9 @@ _STATUS = {
     "ExpiredToken": 400,
     "InvalidAccessKeyId": 403,
     "RequestTimeTooSkewed": 403,
+    "PreconditionFailed": 412,
+    "QuotaExceeded": 403,
+    "no store": 404,
 }
 
 Choose = Callable[[str, str], Fault | None]
@@ -106,6 +113,8 @@ class FaultProxy:
                 if fault == "reset after":
                     self._reset()
                     return
+                if fault == "other bytes":
+                    data = data[:-1] + bytes([data[-1] ^ 1])
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
@@ -122,6 +131,8 @@ class FaultProxy:
 
             def _refuse(self, code: str) -> None:
                 text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>made up by the test</Message></Error>"
+                if code == "no store":
+                    text = "<html>a machine that knows nothing of buckets</html>"
                 data = b"" if self.command == "HEAD" else text.encode()
                 self.send_response(_STATUS[code])
                 self.send_header("Content-Type", "application/xml")

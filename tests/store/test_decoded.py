@@ -15,7 +15,7 @@ OWN = own_settings(IDENTITY, "tiny")
 OTHER = decode_settings({"vae": "v0"}, {"fps": 16, "crf": 30, "cold_chunk": None})
 
 
-def store_decoded(run: RunDirectory, commit: Commit, settings: dict[str, object], created_at: str = "1") -> str:
+def store_decoded(run: RunDirectory, commit: Commit, settings: dict[str, object], day: int = 1) -> str:
     folder = f"{decoded_folder(settings, commit.rollout)}/attempt-one"
     video = FileRecord(path=f"{folder}/video-{commit.latent_frames}.mp4", size_bytes=3, sha256="s")
     run.storage.write(video.path, b"mp4")
@@ -28,7 +28,7 @@ def store_decoded(run: RunDirectory, commit: Commit, settings: dict[str, object]
         fps=16,
         settings=settings,
         device_kind="cpu",
-        created_at=created_at,
+        created_at=f"2026-11-{day:02}T00:00:00.000+00:00",
     )
     path = record_path(settings, commit.rollout, commit.latent_frames)
     assert run.storage.create(path, record.model_dump_json().encode())
@@ -64,12 +64,12 @@ def folder(settings: dict[str, object]) -> str:
 def test_videos_of_two_settings_are_never_shown_together(run: RunDirectory, commits: list[Commit]) -> None:
     assert shown_folders(run) == []
     older = decode_settings({"vae": "v1"}, {"fps": 16, "crf": 18})
-    store_decoded(run, commits[0], OTHER, "2")
-    store_decoded(run, commits[1], older, "1")
+    store_decoded(run, commits[0], OTHER, 2)
+    store_decoded(run, commits[1], older, 1)
     assert shown_folders(run) == [folder(older)]
-    store_decoded(run, commits[1], OTHER, "3")
+    store_decoded(run, commits[1], OTHER, 3)
     assert shown_folders(run) == [folder(OTHER)] * 2
-    store_decoded(run, commits[0], OWN, "4")
+    store_decoded(run, commits[0], OWN, 4)
     assert shown_folders(run) == [folder(OWN)]
 
 

@@ -81,6 +81,23 @@ def test_a_create_whose_answer_was_lost_is_known_as_our_own(proxy: FaultProxy, s
     assert storage.read_bytes("commit.json") == b"attempt one"
 
 
+def test_a_refused_create_is_no_lost_race_where_nothing_is_there(proxy: FaultProxy, storage: Storage) -> None:
+    proxy.choose = scripted(["PreconditionFailed"], method="PUT")
+    assert storage.create("commit.json", b"mine")
+    proxy.choose = scripted(["PreconditionFailed"] * 100, method="PUT")
+    with pytest.raises(StorageError, match="a create was refused, and nothing is there"):
+        storage.create("other.json", b"mine")
+
+
+def test_bytes_that_changed_on_their_way_are_read_again(proxy: FaultProxy, storage: Storage, tmp_path: Path) -> None:
+    storage.write("a.txt", b"written")
+    proxy.choose = scripted(["other bytes"], method="GET")
+    assert storage.read_bytes("a.txt") == b"written"
+    proxy.choose = scripted(["other bytes"], method="GET")
+    storage.get_file("a.txt", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == b"written" and proxy.injected["other bytes"] == 2
+
+
 def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
     proxy: FaultProxy, s3_bucket: str, tmp_path: Path
 ) -> None:
@@ -105,6 +122,7 @@ def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
         ("ExpiredToken", "expired: renew them"),
         ("InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
         ("RequestTimeTooSkewed", "clock of .* UTC.* differs"),
+        ("QuotaExceeded", "quota is used up: free some space"),
     ],
 )
 def test_lasting_trouble_is_told_at_once_with_its_mend(
@@ -118,6 +136,12 @@ def test_lasting_trouble_is_told_at_once_with_its_mend(
     with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
         storage.list_files()
     assert proxy.requests["PUT"] == 1
+
+
+def test_an_answer_of_no_store_is_told_as_such(proxy: FaultProxy, storage: Storage) -> None:
+    proxy.choose = scripted(["no store"] * 100)
+    with pytest.raises(StorageError, match=r"cannot read .*: 404: .*no answer of an S3 store: .*endpoint_url"):
+        storage.read_bytes("run.json")
 
 
 def test_who_forgot_to_name_a_store_is_told_that_amazon_was_asked(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,35 @@ def test_a_commit_that_cannot_be_read_does_not_count(run: RunDirectory) -> None:
     assert state.problem is not None and state.problem.startswith("not a commit record")
 
 
+@pytest.mark.parametrize(
+    ("was", "is_now"), [(r'"created_at": "2', '"created_at": "x'), (r"\+00:00", ""), (r'"fps": 16', '"fps": 0')]
+)
+def test_a_commit_with_a_damaged_value_does_not_count(run: RunDirectory, was: str, is_now: str) -> None:
+    store_commit(run, run.ensure(make_identity()), rollout_id("00001-bb"), 12)
+    path = f"{rollout_id('00001-bb').path}/commit-12.json"
+    text = run.storage.read_bytes(path).decode()
+    run.storage.write(path, re.sub(was, is_now, text).encode())
+    (problem,) = run_status(run).problems
+    assert problem.startswith(f"{path}: not a commit record")
+
+
+def test_a_store_that_gives_half_of_a_commit_is_an_error_and_no_broken_commit(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = store_commit(run, run.ensure(make_identity()), rollout_id(), 6)
+    whole, halves = run.storage.read_many, [True]
+
+    def halved(paths: list[str]) -> dict[str, bytes]:
+        half = halves.pop() if halves else False
+        return {path: data[: len(data) // 2] if half else data for path, data in whole(paths).items()}
+
+    monkeypatch.setattr(run.storage, "read_many", halved)
+    assert run.commits() == [commit]
+    halves += [True, True]
+    with pytest.raises(StorageError, match=r"commit-6\.json: the store gave \d+ bytes of \d+"):
+        run.commits()
+
+
 def test_a_commit_with_another_key_stops_the_run(run: RunDirectory) -> None:
     identity = run.ensure(make_identity())
     store_commit(run, make_identity(seed=3), rollout_id(), 6)
@@ -131,6 +161,9 @@ def test_status_counts_done_partial_failed_and_pending(run: RunDirectory) -> Non
     }
     assert not status.done
     assert [failure.reason for failure in status.failures] == ["boom"]
+    run.storage.write("failures/tiny/rag/00000-aa-0/four.json", b'{"rollout": ')
+    (problem,) = run_status(run).problems
+    assert problem.startswith("failures/tiny/rag/00000-aa-0/four.json: not a failure record")
 
     for horizon in (6, 12):
         store_commit(run, identity, failed, horizon)
