@@ -69,6 +69,9 @@ def _page_lock(slab: Tensor) -> None:
     """In place: torch's own pinned allocator would round 287.5 MB up to 512 MB."""
     status = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), len(slab), _PORTABLE))
     if status != 0:
+        with suppress(RuntimeError):
+            # CUDA keeps the error, and torch would blame the next kernel of this thread for it: this one takes it.
+            torch.ones((), device="cuda")
         raise MemoryError(
             f"cannot page-lock {len(slab):,} bytes of host memory for the history bank (CUDA error {status}). "
             "Mend: fewer actors on a node, shorter durations, or nodes with more memory"

@@ -16,7 +16,7 @@ from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import HostBank
-from lrag_ray.retrieval.slabs import SlabPool
+from lrag_ray.retrieval.slabs import PAGE_LOCKED, SlabPool
 from lrag_ray.wan.random_weights import fill_random
 from tests.tiny import LATENT, generate, start, tiny_transformer
 
@@ -68,6 +68,8 @@ def test_a_replayed_rollout_goes_on_with_the_same_bits(policy: type[ContextPolic
         assert torch.equal(result.latents, expected.latents)
 
 
+# torch says that the mode below may miss waits; warnings are errors here.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("policy", [Base, InfinityRope, Rag])
 def test_nothing_waits_for_the_device_inside_a_block(policy: type[ContextPolicy]) -> None:
     settings = RagSettings(descriptor="avg_pool") if policy is Rag else None
@@ -127,6 +129,16 @@ def test_the_next_bank_takes_the_slabs_of_the_last(monkeypatch: pytest.MonkeyPat
         del bank
         gc.collect()
     assert made == [4096 * 3] * 4
+
+
+def test_a_refused_page_lock_is_told_once_and_not_by_the_next_kernel() -> None:
+    slab = PAGE_LOCKED.take(4096)
+    lock = PAGE_LOCKED._lock
+    assert lock is not None
+    with pytest.raises(MemoryError, match="page-lock"):
+        lock(slab)  # locked already
+    assert float(torch.ones(4, device="cuda").sum()) == 4
+    PAGE_LOCKED.give_back([slab])
 
 
 def test_descriptors_are_exact_although_convolutions_are_not() -> None:
