@@ -39,5 +39,7 @@ def stored_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
     except UnicodeDecodeError:
         raise ConfigError(f"{name} is damaged; give the run's configuration with --config") from None
     document = parse_document(name, text)
-    document.data["run"] = {**document.data.get("run", {}), "uri": run.storage.address}
+    section = document.data.setdefault("run", {})
+    if isinstance(section, dict):
+        section["uri"] = run.storage.address
     return complete(document, overrides)

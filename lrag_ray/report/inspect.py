@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lrag_ray.config.redaction import redact
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.errors import StorageError, UsageError
-from lrag_ray.store.parts import read_trace
+from lrag_ray.store.parts import BrokenPartError, read_trace
 from lrag_ray.store.records import Commit, RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 
@@ -28,7 +28,8 @@ class InspectedRollout(NamedTuple):
 def inspect_rollout(address: str) -> InspectedRollout:
     """Trace of the rollout at ``RUN/rollouts/<backbone>/<method>/<prompt_id>-<sample>``, up to its longest commit.
 
-    Raises UsageError for another kind of address, StorageError where the run, the rollout or a trace file is missing.
+    Raises UsageError for another kind of address, StorageError where the run, the rollout or a trace file is missing or
+    damaged.
     """
     match = _ADDRESS.match(address)
     if match is None:
@@ -50,7 +51,8 @@ def inspect_rollout(address: str) -> InspectedRollout:
     commit = commits[max(commits)]
     try:
         rows = [row for part in commit.trace_parts for row in read_trace(run_dir.storage.read_bytes(part.path))]
-    except FileNotFoundError as error:
-        raise StorageError(f"{run_dir.uri}/{rollout.path}: a trace file of its commit is missing ({error})") from None
+    except (FileNotFoundError, BrokenPartError) as error:
+        text = f"{run_dir.uri}/{rollout.path}: a trace file of its commit is missing or damaged ({error})"
+        raise StorageError(text) from None
     prompt = identity.prompts[rollout.prompt_id].text if rollout.prompt_id in identity.prompts else ""
     return InspectedRollout(commit, prompt, rows)

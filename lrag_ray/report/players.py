@@ -112,7 +112,7 @@ def _player(method: str, shown: ShownRollout | None, page_folder: Storage, maps:
 
 
 def _trace(shown: ShownRollout) -> list[TraceRow]:
-    """Trace up to the longest committed duration, its layers added up; empty where a part is missing.
+    """Trace up to the longest committed duration, its layers added up; empty where a part is missing or damaged.
 
     A method that chooses per layer has millions of rows, and the map shows the mean over layers: shares of a frame's
     tokens stay what they are where all tokens are added up alike.
@@ -121,7 +121,10 @@ def _trace(shown: ShownRollout) -> list[TraceRow]:
     contents = shown.run_dir.storage.read_many(paths)
     if not paths or not all(path in contents for path in paths):
         return []
-    rows = pa.concat_tables([pq.read_table(io.BytesIO(contents[path]), schema=TRACE_SCHEMA) for path in paths])
+    try:
+        rows = pa.concat_tables([pq.read_table(io.BytesIO(contents[path]), schema=TRACE_SCHEMA) for path in paths])
+    except pa.ArrowException:
+        return []
     in_all_layers = pc.equal(rows["layer"], ALL_LAYERS)
     layers = pc.count_distinct(rows["layer"].filter(pc.invert(in_all_layers))).as_py()
     times = pc.if_else(in_all_layers, max(1, layers), 1)

@@ -22,7 +22,7 @@ class Horizon(Record):
     """A duration of the configuration in latent frames of one backbone."""
 
     duration_s: float
-    latent_frames: int
+    latent_frames: int = Field(ge=1)
 
 
 class BackboneIdentity(Record):
@@ -34,8 +34,8 @@ class BackboneIdentity(Record):
     """What determines the pixels besides: the VAE."""
     label: str
     """Shown beside the name; free to change."""
-    frames_per_block: int
-    horizons: list[Horizon]
+    frames_per_block: int = Field(ge=1)
+    horizons: list[Horizon] = Field(min_length=1)
     """By duration; grows."""
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -156,8 +157,11 @@ def read_chain(
 
 
 def read_trace(data: bytes) -> list[TraceRow]:
-    """Rows of a trace part."""
-    table = pq.read_table(io.BytesIO(data), schema=TRACE_SCHEMA)
+    """Rows of a trace part; BrokenPartError where it is none."""
+    try:
+        table = pq.read_table(io.BytesIO(data), schema=TRACE_SCHEMA)
+    except pa.ArrowException as error:
+        raise BrokenPartError(f"no trace part: {error}") from error
     return [TraceRow(**row) for row in table.to_pylist()]
 
 
@@ -169,7 +173,10 @@ def _trace_bytes(rows: Sequence[TraceRow]) -> bytes:
 
 
 def _read_tensors(storage: Storage, part: LatentPart) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = load_safetensors(_read_checked(storage, part))
+    try:
+        tensors: dict[str, Tensor] = load_safetensors(_read_checked(storage, part))
+    except SafetensorError as error:
+        raise BrokenPartError(f"{part.path} is no safetensors file: {error}") from error
     latents = tensors.get("latents")
     if latents is None or latents.dim() != 4 or latents.shape[0] != part.frames:
         raise BrokenPartError(f"{part.path} does not hold {part.frames} latent frames")

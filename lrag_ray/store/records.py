@@ -23,12 +23,6 @@ UtcTime = Annotated[str, AfterValidator(_a_time)]
 """What `now_utc` gives; a damaged one is refused with its record, before anybody sorts by it."""
 
 
-def _utc(text: str) -> str:
-    if datetime.fromisoformat(text).utcoffset() is None:
-        raise ValueError(f"{text!r} is a time without its offset from UTC")
-    return text
-
-
 class Record(BaseModel):
     """Base of everything written to run storage: frozen, unknown keys refused."""
 
@@ -89,8 +83,7 @@ class Commit(Record):
     versions: dict[str, str]
     timings_s: dict[str, float]
     """Seconds spent per stage up to this horizon (load, replay, denoise, context, decode, store)."""
-    created_at: Annotated[str, AfterValidator(_utc)]
-    """UTC, ISO 8601."""
+    created_at: UtcTime
 
 
 class DecodedVideo(Record):

@@ -1,0 +1,81 @@
+"""Run directories from strangers: what is wrong in them is told or left out, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrag_ray.engine.stored_config import stored_config
+from lrag_ray.errors import ConfigError, StorageError
+from lrag_ray.report import build_report
+from lrag_ray.report.inspect import inspect_rollout
+from lrag_ray.store.parts import BrokenPartError, read_part
+from lrag_ray.store.records import PartRecord
+from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.status import run_status
+from tests.report.make_run import FRAMES_PER_BLOCK, make_run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "run"
+    make_run(str(folder), ["a fox"], ["rag"])
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_trace_that_is_none_leaves_the_page_without_its_map(run: Path) -> None:
+    for trace in run.rglob("*.trace.parquet"):
+        trace.write_bytes(b"x" * trace.stat().st_size)
+    build_report(RunDirectory(str(run)))
+    page = (run / "summary" / "report.html").read_text()
+    assert "<video" in page and 'class="map"' not in page
+    (commit,) = run.rglob("commit-12.json")
+    with pytest.raises(StorageError, match="missing or damaged"):
+        inspect_rollout(str(commit.parent))
+
+
+@pytest.mark.parametrize("kind", ["latents", "trace"])
+def test_a_part_whose_checksum_fits_and_whose_content_does_not_is_broken(run: Path, kind: str) -> None:
+    storage = RunDirectory(str(run)).storage
+    part = PartRecord.model_validate_json(next(run.rglob("part-*.json")).read_bytes())
+    other = getattr(part, "trace" if kind == "latents" else "latents")
+    swapped = {"path": other.path, "size_bytes": other.size_bytes, "sha256": other.sha256}
+    forged = part.model_copy(update={kind: getattr(part, kind).model_copy(update=swapped)})
+    with pytest.raises(BrokenPartError):
+        read_part(storage, forged, FRAMES_PER_BLOCK)
+
+
+def test_a_run_whose_backbone_has_no_duration_is_refused(run: Path) -> None:
+    change(run / "run.json", lambda content: content["backbones"]["tiny"].update(horizons=[]))
+    with pytest.raises(StorageError, match=r"horizons.*damaged"):
+        run_status(RunDirectory(str(run)))
+
+
+def test_a_commit_without_a_frame_rate_does_not_count(run: Path) -> None:
+    for commit in run.rglob("commit-*.json"):
+        change(commit, lambda content: content.update(fps=0))
+    status = run_status(RunDirectory(str(run)))
+    assert len(status.problems) == 2 and not status.done
+    build_report(RunDirectory(str(run)))
+
+
+def test_a_stored_configuration_whose_run_is_no_section_is_refused_by_its_key(run: Path) -> None:
+    (run / "config.json").write_text('{"run": 3}')
+    with pytest.raises(ConfigError, match="run: expected a section"):
+        stored_config(str(run))
