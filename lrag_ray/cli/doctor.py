@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli.output import console, print_json, printable, tells_errors
+from lrag_ray.cli.output import console, print_json, say, tells_errors
 from lrag_ray.errors import RunEnvironmentError
+
+_FOUND_AT = 25
+"""Column at which findings begin."""
 
 
 def register(app: typer.Typer) -> None:
@@ -41,9 +44,9 @@ def doctor(
     for row in examine(loaded):
         rows.append(row)
         if not as_json:
-            console().print(f"{row.state:<5} {row.check:<18} {printable(row.found)}", soft_wrap=True)
+            say(console(), f"{row.state:<5} {row.check:<18} {row.found}", _FOUND_AT)
             if row.mend:
-                console().print(f"{'':<24} mend: {row.mend}", soft_wrap=True)
+                say(console(), f"{'':<{_FOUND_AT}}mend: {row.mend}", _FOUND_AT)
     if as_json:
         print_json({"healthy": healthy(rows), "rows": [row._asdict() for row in rows]})
     if not healthy(rows):

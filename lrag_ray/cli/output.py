@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -73,6 +74,30 @@ def printable(text: str) -> str:
     """`text` without control characters but line breaks: prompts and records of strangers must not steer a terminal."""
     kept = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return "".join(kept)
+
+
+def say(to: Console, line: str, indent: int = 6) -> None:
+    """Print a line: on a terminal broken between words, the rest indented; elsewhere in one piece, for other programs.
+
+    What cannot be broken (paths, addresses) stays whole, so that it can be copied.
+    """
+    shown = printable(line)
+    if to.is_terminal:
+        hang = " " * indent
+        parts = shown.split("\n")
+        folded = (
+            textwrap.fill(
+                part.strip() if position else part,
+                to.width,
+                initial_indent=hang if position else "",
+                subsequent_indent=hang,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for position, part in enumerate(parts)
+        )
+        shown = "\n".join(folded)
+    to.print(shown, soft_wrap=True)
 
 
 def count(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lrag_ray.cli.output import count, duration, printable, quantity
+from lrag_ray.cli.output import count, duration, printable, quantity, say
 
 if TYPE_CHECKING:
     from lrag_ray.config.plan import Plan
@@ -28,7 +28,9 @@ def table(title: str, *columns: str, text_columns: int = 1) -> Table:
     """A plain table whose first columns hold text and whose others hold numbers."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False)
     for position, column in enumerate(columns):
-        made.add_column(column, justify="left" if position < text_columns else "right", no_wrap=position > 0)
+        # Text folds where the terminal is narrow; a number is whole or worth nothing.
+        text = position < text_columns
+        made.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     return made
 
 
@@ -55,36 +57,19 @@ def print_plan(console: Console, plan: Plan) -> None:
             count(cell.video_frames),
             count(cell.videos),
         )
-    methods = table(
-        "Rollouts",
-        "backbone",
-        "method",
-        "rollouts",
-        "latent frames",
-        "passes",
-        "per block",
-        "all passes",
-        "decoding",
-        "stored",
-        "history/rollout",
-        "GPU/actor",
-        text_columns=2,
-    )
+    # Three tables: eleven columns fit on no common terminal.
+    both = ("backbone", "method")
+    rollouts = table("Rollouts", *both, "rollouts", "latent frames", "passes", "stored", text_columns=2)
+    work = table("Work of these rollouts", *both, "last block", "all passes", "decoding", text_columns=2)
+    memory = table("Memory at the end of a rollout", *both, "history (host)", "actor (GPU)", text_columns=2)
     for each in plan.methods:
-        methods.add_row(
-            each.backbone,
-            each.method,
-            count(each.rollouts),
-            count(each.latent_frames),
-            count(each.passes),
-            quantity(each.block_flops, "FLOP"),
-            quantity(each.transformer_flops, "FLOP"),
-            quantity(each.decode_flops, "FLOP"),
-            quantity(each.latent_bytes + each.video_bytes, "B"),
-            quantity(each.history_bytes, "B"),
-            quantity(each.gpu_bytes, "B"),
-        )
-    for shown in (backbones, cells, methods):
+        names = (each.backbone, each.method)
+        stored = quantity(each.latent_bytes + each.video_bytes, "B")
+        rollouts.add_row(*names, count(each.rollouts), count(each.latent_frames), count(each.passes), stored)
+        flops = (each.block_flops, each.transformer_flops, each.decode_flops)
+        work.add_row(*names, *(quantity(value, "FLOP") for value in flops))
+        memory.add_row(*names, quantity(each.history_bytes, "B"), quantity(each.gpu_bytes, "B"))
+    for shown in (backbones, cells, rollouts, work, memory):
         console.print(shown)
         console.print()
     totals = plan.totals
@@ -93,16 +78,17 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"frames, {count(totals.passes)} transformer passes, {count(totals.video_frames)} video frames, about "
         f"{quantity(totals.latent_bytes, 'B')} of latents and {quantity(totals.video_bytes, 'B')} of video stored.\n"
     )
-    console.print(_work(plan))
+    console.print(_totals(plan))
     for note in plan.notes:
         console.print(f"Note: {printable(note)}")
 
 
-def _work(plan: Plan) -> Table:
+def _totals(plan: Plan) -> Table:
     """Operations by kind of work, and GPU-hours where there are enough to speak of."""
     hours = [plan.gpu_hours[name] for name in _GPUS_SHOWN]
     long = max(each.generation + each.decoding + each.scoring for each in hours) >= _LEAST_GPU_HOURS
-    made = table("Work", "", "operations", *(("of peak", *(f"{name} hours" for name in _GPUS_SHOWN)) if long else ()))
+    title = "Work in all, and hours of one GPU" if long else "Work in all"
+    made = table(title, "", "operations", *(("of peak", *_GPUS_SHOWN) if long else ()))
     totals = plan.totals
     for kind, flops, utilisation, each in (
         ("generation", totals.transformer_flops, plan.utilisation, [hour.generation for hour in hours]),
@@ -203,7 +189,7 @@ def print_results(console: Console, results: Iterable[CaseResult]) -> list[CaseR
             if difference
             else f"{result.status}  {result.folder}/{result.case}  {result.tensor}"
         )
-        console.print(printable(f"{line}  {result.reason}".rstrip()), soft_wrap=True)
+        say(console, f"{line}  {result.reason}".rstrip())
     counts = Counter(result.status for result in found)
     console.print(", ".join(f"{counts[status]} {status}" for status in ("pass", "skip", "fail")))
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from lrag_ray.cli.output import console, print_json, printable, quantity, tells_errors
+from lrag_ray.cli.output import console, print_json, quantity, say, tells_errors
 from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 _KIND = 26
 """Columns for the kind of a file."""
+_INDENT = " " * 6
 
 weights = typer.Typer(
     no_args_is_help=True,
@@ -108,12 +109,13 @@ def list_needs(
         return
     for row in rows:
         size = quantity(row["published_bytes"], "B") if row["published_bytes"] else "size unknown"
-        source = f"{row['source']} ({size}, licence {row['licence']})" if row["source"] else "not published so named"
         here = quantity(row["present_bytes"], "B") if row["present_bytes"] else "missing"
-        console().print(
-            f"{row['kind']:<{_KIND}} {here:<10} {printable(row['address'])}\n{'':<{_KIND + 11}} from {source}",
-            soft_wrap=True,
-        )
+        _say(f"{row['kind']:<{_KIND}} {here:<10} {row['address']}")
+        if row["source"]:
+            _say(f"{_INDENT}from {row['source']}")
+            _say(f"{_INDENT}{size}, licence {row['licence']}")
+        else:
+            _say(f"{_INDENT}no published file has this name: it is your own")
     if not rows:
         console().print("nothing: every backbone of this configuration has random weights")
 
@@ -268,7 +270,7 @@ def _selected(config: str | None, overrides: list[str] | None, suite: str | None
 
 
 def _say(line: str) -> None:
-    console().print(printable(line), soft_wrap=True)
+    say(console(), line, len(_INDENT))
 
 
 def _finish(result: dict[str, Any], as_json: bool, *, failed: bool) -> None:

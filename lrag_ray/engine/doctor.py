@@ -159,7 +159,8 @@ def _weights(config: RunConfig) -> Iterator[Row]:
         if need.kind == "prompts":
             continue
         verdict = verify(need, digests=False)
-        yield Row(need.kind.replace("_", " "), "ok" if verdict.ok else "fail", f"{need.address}: {verdict.detail}")
+        named = verdict.detail if need.address in verdict.detail else f"{need.address}: {verdict.detail}"
+        yield Row(need.kind.replace("_", " "), "ok" if verdict.ok else "fail", named)
 
 
 def _scoring_networks(config: RunConfig) -> Iterator[Row]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 
 import pytest
+from rich.console import Console
 
-from lrag_ray.cli.output import count, duration, plain, print_json, quantity
+from lrag_ray.cli.output import count, duration, plain, print_json, quantity, say
 from lrag_ray.store.records import RolloutId
 
 
@@ -54,3 +56,26 @@ def test_json_goes_through_dataclasses_and_records(capsys: pytest.CaptureFixture
     assert plain(value) == {"rollouts": [{"backbone": "b", "method": "m", "prompt_id": "p", "sample": 0}], "note": "ü"}
     print_json(value)
     assert json.loads(capsys.readouterr().out) == plain(value)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shown"),
+    [
+        (
+            True,
+            "fail  vae  a message that is\n      longer than the line:\n"
+            "      /a/very/long/path/that/must/stay/whole.pth\n      Mend: one\n",
+        ),
+        (
+            False,
+            "fail  vae  a message that is longer than the line: /a/very/long/path/that/must/stay/whole.pth\n"
+            "  Mend: one\n",
+        ),
+    ],
+)
+def test_a_line_is_broken_between_words_on_a_terminal_alone(terminal: bool, shown: str) -> None:
+    out = io.StringIO()
+    to = Console(file=out, width=30, force_terminal=terminal, color_system=None)
+    text = "a message that is longer than the line: /a/very/long/path/that/must/stay/whole.pth\n  Mend: one"
+    say(to, f"fail  vae  {text}")
+    assert out.getvalue() == shown

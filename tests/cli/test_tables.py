@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lrag_ray.cli.tables import print_outcome
+from lrag_ray.cli.tables import print_outcome, print_plan
+from lrag_ray.config.load import load_config
+from lrag_ray.config.plan import make_plan
+from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.engine.run import RunOutcome
 from lrag_ray.errors import INTERRUPTED
 from lrag_ray.store.run_dir import RunDirectory
+from tests.conftest import REPOSITORY
 from tests.store.make import make_identity, rollout_id, store_commit
 
 
@@ -54,3 +58,26 @@ def test_an_interrupted_run_names_no_summary_that_it_has_not_written(tmp_path: P
     text = shown(tmp_path, INTERRUPTED)
     assert place not in text
     assert "lrag-ray status" in text
+
+
+def test_the_plan_of_the_paper_is_whole_on_a_narrow_terminal() -> None:
+    config = load_config(str(REPOSITORY / "configs" / "table2.yaml"), ["prompts.count=128", "prompts.path=null"])
+    out = io.StringIO()
+    print_plan(Console(file=out, width=80, markup=False), make_plan(config, plan_prompts(config.prompts)))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+    of_rag = [line.split() for line in lines if line.startswith("causal_forcing  rag ")]
+    assert of_rag[3:] == [
+        ["causal_forcing", "rag", "128", "61,440", "102,400", "16.55", "GB"],
+        ["causal_forcing", "rag", "141.5", "TFLOP", "2.882", "EFLOP", "832.5", "PFLOP"],
+        ["causal_forcing", "rag", "134.6", "GB", "20.71", "GB"],
+    ]
+    assert "RTX 4090" in out.getvalue() and any(line.startswith("VBench-Long, if run  ") for line in lines)
+
+
+def test_long_names_fold_and_numbers_stay_whole() -> None:
+    name = "a_backbone_with_a_name_of_the_longest_kind_that_is_allowed_here"
+    config = load_config(str(REPOSITORY / "configs" / "demo.yaml"), [f"backbones.{name}.preset=tiny"])
+    out = io.StringIO()
+    print_plan(Console(file=out, width=80, markup=False), make_plan(config, plan_prompts(config.prompts)))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out.getvalue()
