@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from lrag_ray.engine.horizon_videos import HorizonVideos, put_video, value_bytes
 from lrag_ray.engine.run_identity import versions
+from lrag_ray.errors import StorageError
 from lrag_ray.store.parts import FinishedBlock, StoredPart, write_part
 from lrag_ray.store.records import Commit, PartRecord, RolloutId, now_utc
 from lrag_ray.store.run_dir import RunDirectory
@@ -156,7 +157,12 @@ class BlockWriter:
     def _compare_with_winner(self, record: Commit) -> None:
         """Another attempt committed first and stands; say so if it found other latents."""
         winner = self._run.inventory(record.rollout).valid_commits(record.rollout).get(record.latent_frames)
-        if winner is not None and winner.latents_digest != record.latents_digest:
+        if winner is None:
+            raise StorageError(
+                f"{self._run.uri}/{record.rollout.path} has a commit for {record.latent_frames} frames that does not "
+                "count, so this one cannot be made. The next start sets it aside and makes it again from the parts"
+            )
+        if winner.latents_digest != record.latents_digest:
             self.notes.append(
                 f"{record.rollout.path}: attempt {winner.attempt} ({winner.device_kind}) committed other latents for "
                 f"{record.latent_frames} frames than attempt {record.attempt} ({record.device_kind}) made"

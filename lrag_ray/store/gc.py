@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lrag_ray.errors import StorageError
 from lrag_ray.store.address import PROBE_PREFIX, FileDetails
 from lrag_ray.store.create_only import TEMPORARY_PREFIX
 from lrag_ray.store.decoded import FOLDER as DECODED
-from lrag_ray.store.decoded import read_decoded
+from lrag_ray.store.decoded import DecodedVideos, read_decoded
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import Record, RolloutId
 from lrag_ray.store.run_dir import Inventory, RunDirectory, without_cycle_search
@@ -63,15 +64,16 @@ class Leftovers(NamedTuple):
 def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) -> Leftovers:
     """Leftovers that were last written more than `older_than_s` ago; with `unfinished` parts of open rollouts too.
 
-    What commands write that hold no lease is kept for `WITHOUT_LEASE_S` at least. StorageError where there is no run.
+    What commands write that hold no lease is kept for `WITHOUT_LEASE_S` at least. StorageError where there is no run,
+    and where the listing does not show a record that is there.
     """
     identity = run.require()
     files = run.storage.list_details()
-    inventory = run.inventory()
+    inventory, decoded = run.inventory(), read_decoded(run)
     candidates = [
         *_top_level(files),
         *_of_attempts(files, inventory, identity, unfinished=unfinished),
-        *_of_decoding(files, run),
+        *_of_decoding(files, decoded),
     ]
     now = time.time()
 
@@ -80,6 +82,8 @@ def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) 
         return written_s is not None and written_s < now - least_s
 
     old = [one for one in candidates if is_old(one.path, files[one.path].modified_s)]
+    listed_commits = (state.path for states in inventory.commits.values() for state in states.values())
+    _refuse_hidden_records(run, old, identity, {*listed_commits, *decoded.records})
     too_young, notes = len(candidates) - len(old), []
     try:
         for upload in unfinished_uploads(run.storage):
@@ -97,6 +101,28 @@ def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) 
     except StorageError as error:
         notes.append(f"unfinished uploads were not looked for: {error}")
     return Leftovers(sorted(old, key=lambda one: one.path), too_young, notes)
+
+
+def _refuse_hidden_records(
+    run: RunDirectory, leftovers: Iterable[Leftover], identity: RunIdentity, listed: Container[str]
+) -> None:
+    """StorageError if a commit or record beside a leftover is there that was not listed: it may name the leftover.
+
+    A store whose listings lag behind, or a proxy that cuts them, would else have finished work deleted.
+    """
+    asked = set[str]()
+    for leftover in leftovers:
+        if match := _ATTEMPT_FILE.match(leftover.path):
+            backbone = identity.backbones.get(leftover.path.split("/")[1])
+            horizons = backbone.horizons if backbone is not None else []
+            asked.update(f"{match['rollout']}/commit-{horizon.latent_frames}.json" for horizon in horizons)
+        elif match := _DECODED_FILE.match(leftover.path):
+            asked.add(f"{match['rollout']}/{Path(leftover.path).stem}.json")
+    for path in run.storage.read_many([path for path in sorted(asked) if path not in listed]):
+        raise StorageError(
+            f"{run.uri}/{path} is there, but a listing does not show it: what nothing needs cannot be told. Nothing "
+            "was removed; try again later, when the store lists all that it holds"
+        )
 
 
 def remove_leftovers(run: RunDirectory, leftovers: Iterable[Leftover]) -> None:
@@ -151,8 +177,7 @@ def _of_attempts(
         yield Leftover(path=path, kind=kind, size_bytes=details.size_bytes)
 
 
-def _of_decoding(files: Mapping[str, FileDetails], run: RunDirectory) -> Iterator[Leftover]:
-    decoded = read_decoded(run)
+def _of_decoding(files: Mapping[str, FileDetails], decoded: DecodedVideos) -> Iterator[Leftover]:
     named = {record.video.path for record in decoded.records.values()}
     doubtful = {path.rsplit("/", 1)[0] for path in decoded.problems}
     for path, details in files.items():

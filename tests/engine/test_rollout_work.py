@@ -19,7 +19,7 @@ from lrag_ray.engine.run_identity import build_identity
 from lrag_ray.engine.text import encode_and_store
 from lrag_ray.engine.waiting import Yielded
 from lrag_ray.engine.work import open_work
-from lrag_ray.errors import WeightsError
+from lrag_ray.errors import StorageError, WeightsError
 from lrag_ray.store.records import Commit
 from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
 from lrag_ray.video.mp4 import read_video
@@ -291,6 +291,17 @@ def test_of_two_attempts_the_first_commit_stands(tmp_path: Path) -> None:
     again = run.worker.work(task, "second")
     assert (first.committed, again.committed) == ((6, 12), ())
     assert {commit.attempt for commit in run.commits().values()} == {"first"}
+
+
+def test_a_commit_that_came_to_harm_meanwhile_is_not_taken_for_done(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    run.run.storage.write(f"{task.rollout.path}/commit-12.json", b"{}")
+    with pytest.raises(StorageError, match="a commit for 12 frames that does not count"):
+        run.worker.work(task, "first")
+    (state,) = run.run.inventory().problems()
+    run.run.set_aside(state)
+    assert run.work().blocks_generated == 0 and run.commits().keys() == {6, 12}
 
 
 def test_a_prompt_can_be_made_to_fail(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lrag_ray.store.parts import write_part
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
 from tests.store.make import FRAMES_PER_BLOCK, make_blocks, make_identity, rollout_id, store_commit, store_part
+from tests.store.test_decoded import store_decoded
 
 FINISHED, OPEN = rollout_id("00000-aa"), rollout_id("00001-bb")
 
@@ -105,6 +106,36 @@ def test_a_file_that_only_a_broken_commit_names_stays(run: RunDirectory) -> None
     assert not [path for path in kinds(run, unfinished=True) if path.startswith(f"{FINISHED.path}/attempt-")]
 
 
+def test_nothing_is_removed_where_a_listing_hides_a_record(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store whose listings lag behind its files shows the video of a commit and not the commit."""
+    hidden = f"{OPEN.path}/commit-6.json"
+    whole = run.storage.list_details
+    monkeypatch.setattr(
+        run.storage, "list_details", lambda prefix="": {p: d for p, d in whole(prefix).items() if p != hidden}
+    )
+    before = whole().keys()
+    with pytest.raises(StorageError, match=r"commit-6\.json is there, but a listing does not show it"):
+        collect_garbage(run, remove=True, older_than_s=-1)
+    assert before <= whole().keys()
+
+
+def test_nothing_is_removed_where_a_listing_hides_the_record_of_a_decoded_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(str(tmp_path))
+    commit = store_commit(run, run.ensure(make_identity()), FINISHED, 6)
+    record = store_decoded(run, commit, {"vae": "v0"})
+    whole = run.storage.list_details
+    for path in whole("decoded"):
+        os.utime(tmp_path / path, (time.time() - WITHOUT_LEASE_S - 60,) * 2)
+    assert kinds(run) == {}
+    monkeypatch.setattr(
+        run.storage, "list_details", lambda prefix="": {p: d for p, d in whole(prefix).items() if p != record}
+    )
+    with pytest.raises(StorageError, match=r"video-6\.json is there, but a listing does not show it"):
+        kinds(run)
+
+
 def test_a_run_that_grows_later_continues_from_the_parts_that_commits_name(run: RunDirectory) -> None:
     collect_garbage(run, remove=True, older_than_s=-1)
     records, broken = run.part_records(run.inventory(), FINISHED)
@@ -128,8 +159,8 @@ def test_what_decoding_and_scoring_are_writing_at_this_moment_stays(tmp_path: Pa
 def test_unfinished_writes_of_a_folder_are_found_and_hidden_from_everybody_else(tmp_path: Path) -> None:
     run = RunDirectory(str(tmp_path))
     run.ensure(make_identity())
-    temporary = tmp_path / "scores" / ".tmp-0123"
-    temporary.parent.mkdir()
+    temporary = tmp_path / "rollouts" / "strangers" / "own" / "folder" / "attempt-x" / ".tmp-0123"
+    temporary.parent.mkdir(parents=True)
     temporary.write_bytes(b"half")
     os.utime(temporary, (time.time() - 7200,) * 2)
     assert run.storage.list_files().keys() == {"run.json"}
