@@ -71,6 +71,8 @@ class MethodPlan:
     """Transformer passes."""
     block_flops: int
     """Operations of the last, most expensive block of the longest rollout."""
+    block_decode_flops: int
+    """Operations to decode a block; 0 where videos are off."""
     transformer_flops: int
     """Operations of all passes; a multiply-add counts as two."""
     decode_flops: int
@@ -231,6 +233,7 @@ def _method_plan(
         for first in range(0, longest, n)
     ]
     generated = videos * sum(runs)
+    frame_decode_flops = decode_flops(vae, latent.height, latent.width) if vae else 0
     lengths = [video_frames(frames, config.video.cold_chunk) for frames in horizons] if vae else []
     # Nested durations share their clips.
     scored = [lengths] if nested else [[length] for length in lengths]
@@ -257,7 +260,8 @@ def _method_plan(
         passes=generated // n * sampler.passes_per_block,
         block_flops=per_block[-1],
         transformer_flops=videos * sum(text_flops(sizes) + sum(per_block[: frames // n]) for frames in runs),
-        decode_flops=generated * decode_flops(vae, latent.height, latent.width) if vae else 0,
+        block_decode_flops=n * frame_decode_flops,
+        decode_flops=generated * frame_decode_flops,
         scoring_flops=videos
         * sum(vbench_flops(group, config.video.fps, 8 * latent.height, 8 * latent.width) for group in scored),
         video_frames=shown,
