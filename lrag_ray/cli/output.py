@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from lrag_ray.errors import INTERRUPTED, LragError
+from lrag_ray.store.waits import told_of_waits
 
 P = ParamSpec("P")
 
@@ -49,13 +50,14 @@ def plain(value: Any) -> Any:
 def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
     """A command whose LragErrors become a message on stderr and their exit code, and Ctrl-C code 130.
 
-    Bugs keep their traceback.
+    Bugs keep their traceback. Where it waits for storage, that is told on stderr.
     """
 
     @functools.wraps(command)
     def told(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with told_of_waits(_say):
+                command(*args, **kwargs)
         except LragError as error:
             if kwargs.get("as_json"):
                 told = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
@@ -68,6 +70,10 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return told
+
+
+def _say(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

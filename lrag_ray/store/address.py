@@ -24,6 +24,7 @@ from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic
 from lrag_ray.store.faults import error_code, mend_of
 from lrag_ray.store.retry import GivenUpError, with_retries
 from lrag_ray.store.s3 import READERS, client_options
+from lrag_ray.store.waits import waiting
 
 T = TypeVar("T")
 
@@ -240,7 +241,8 @@ class Storage:
         Only reading and listing find that nothing is there: FileNotFoundError then passes as it is.
         """
         try:
-            return with_retries(operation, self.options)
+            with waiting(f"{action} {self._place(path)}", self.options.retry_for_s) as wait:
+                return with_retries(operation, self.options, wait.failed)
         except StorageError:
             raise
         except FileNotFoundError as error:
@@ -252,12 +254,16 @@ class Storage:
         except Exception as error:
             raise StorageError(self._complaint(action, path, error)) from error
 
+    def _place(self, path: str) -> str:
+        return f"{self.uri}/{path}" if path else self.uri
+
     def _complaint(self, action: str, path: str, error: Exception, tries: str = "") -> str:
-        place = f"{self.uri}/{path}" if path else self.uri
         reason = redact(str(error)) or type(error).__name__
         client = getattr(self.fs, "_s3", None)
         mend = mend_of(error, local=self.is_local, endpoint=client.meta.endpoint_url if client else "")
-        return f"cannot {action} {place}: {error_code(error) or type(error).__name__}: {reason}{tries}. {mend}"
+        return (
+            f"cannot {action} {self._place(path)}: {error_code(error) or type(error).__name__}: {reason}{tries}. {mend}"
+        )
 
 
 def _is_s3(uri: str) -> bool:

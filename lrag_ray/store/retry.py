@@ -28,8 +28,10 @@ class GivenUpError(Exception):
         self.last = last
 
 
-def with_retries(operation: Callable[[], T], options: StorageSection) -> T:
-    """Result of `operation`, which must be safe to repeat.
+def with_retries(
+    operation: Callable[[], T], options: StorageSection, failed: Callable[[Exception], None] = lambda _: None
+) -> T:
+    """Result of `operation`, which must be safe to repeat; `failed` is told of each try that another one follows.
 
     Tries up to `options.attempts` times and begins none later than `options.retry_for_s` after the first. Raises what
     the operation raises if that is not transient, else GivenUpError.
@@ -46,5 +48,6 @@ def with_retries(operation: Callable[[], T], options: StorageSection) -> T:
             spent = time.monotonic() - began
             if tries >= options.attempts or spent + pause > options.retry_for_s:
                 raise GivenUpError(error, tries, spent) from error
+            failed(error)
         time.sleep(pause)
         tries += 1

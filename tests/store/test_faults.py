@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from lrag_ray.store import retry
 from lrag_ray.store.address import Storage
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
+from lrag_ray.store.waits import told_of_waits
 from tests.store.fault_proxy import TRANSIENT, Fault, FaultProxy, scripted, seeded
 from tests.store.make import make_identity, rollout_id, store_commit
 
@@ -96,6 +99,31 @@ def test_bytes_that_changed_on_their_way_are_read_again(proxy: FaultProxy, stora
     proxy.choose = scripted(["other bytes"], method="GET")
     storage.get_file("a.txt", tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_bytes() == b"written" and proxy.injected["other bytes"] == 2
+
+
+def test_a_wait_is_told_with_its_trouble_and_its_end(
+    proxy: FaultProxy, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store recovers once the person before the command has been told what ails it."""
+    monkeypatch.setattr("lrag_ray.store.waits.TELL_AFTER_S", 0.04)
+    monkeypatch.setattr("lrag_ray.store.waits._TELL_AGAIN_S", 0.0)
+    told: list[str] = []
+    heard = threading.Event()
+
+    def hear(text: str) -> None:
+        told.append(text)
+        if "SlowDown" in text:
+            heard.set()
+
+    def choose(method: str, path: str) -> Fault | None:
+        return None if heard.is_set() else "SlowDown"
+
+    proxy.choose = choose
+    slow = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=10_000))
+    with told_of_waits(hear):
+        slow.write("a.txt", b"x")
+    assert heard.is_set() and all(text.startswith(f"still waiting to write {slow.uri}/a.txt after ") for text in told)
+    assert any(re.search(r"the last try ended with SlowDown; it is tried for up to \d+ s more$", text) for text in told)
 
 
 def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
