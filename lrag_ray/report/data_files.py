@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrag_ray.report.collect import ReportData
+from lrag_ray.report.csv_text import csv_text
 from lrag_ray.report.tables import AVERAGE
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.scoring.table import to_parquet
@@ -45,7 +44,7 @@ def ranks_csv(data: ReportData) -> str:
             lines.append(shared | counts | {"method": FROZEN} | frozen)
     columns = [*_BLOCK_COLUMNS, "prompts", "videos_per_method", "prompts_left_out", "method", AVERAGE, *names]
     columns += [f"rank_{name}" for name in names] + [f"video_mean_{name}" for name in names]
-    return _csv(columns, lines)
+    return csv_text(columns, lines)
 
 
 def differences_csv(data: ReportData) -> str:
@@ -67,7 +66,7 @@ def differences_csv(data: ReportData) -> str:
         for name, found in contrast.intervals.items()
     ]
     columns = ["prompts", "method", "reference", "measure", "difference", "lower", "upper", "sample_deviation"]
-    return _csv([*_BLOCK_COLUMNS, *columns], lines)
+    return csv_text([*_BLOCK_COLUMNS, *columns], lines)
 
 
 def drift_table(data: ReportData) -> pa.Table:
@@ -93,7 +92,7 @@ def drift_table(data: ReportData) -> pa.Table:
 
 def drift_csv(data: ReportData) -> str:
     """`drift_table` as CSV."""
-    return _csv(_DRIFT_SCHEMA.names, drift_table(data).to_pylist())
+    return csv_text(_DRIFT_SCHEMA.names, drift_table(data).to_pylist())
 
 
 def drift_parquet(data: ReportData) -> bytes:
@@ -160,14 +159,6 @@ def _block_columns(data: ReportData, block: RankBlock) -> dict[str, Any]:
         "duration_s": data.duration_s(block.backbone, block.latent_frames),
         "latent_frames": block.latent_frames,
     }
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def _parquet(table: pa.Table) -> bytes:
