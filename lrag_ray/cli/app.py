@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lrag_ray.cli import bench, decode, doctor, gc, inspect, report, score, weights
-from lrag_ray.cli.options import AsJson, Config, Overrides
+from lrag_ray.cli.options import AsJson, Config, Overrides, Run
 from lrag_ray.cli.output import console, print_json, tells_errors
 from lrag_ray.errors import INTERRUPTED
 
@@ -87,10 +87,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
 @app.command()
 @tells_errors
-def status(
-    run_uri: Annotated[str, typer.Argument(metavar="RUN", help="Address of the run directory (run.uri).")],
-    as_json: AsJson = False,
-) -> None:
+def status(run_uri: Run, as_json: AsJson = False) -> None:
     """Tell how far a run is, from its storage alone: done, partial, failed and pending per cell, rate, failures.
 
     \b
@@ -111,7 +108,7 @@ def status(
 @app.command()
 @tells_errors
 def verify(
-    folder: Annotated[str | None, typer.Argument(metavar="[DIR]", help="Folder of golden vectors.")] = None,
+    folder: Annotated[str | None, typer.Argument(metavar="DIR", help="Folder of golden vectors.")] = None,
     run_uri: Annotated[
         str | None, typer.Option("--run", metavar="RUN", help="Check a run against itself: base and infinity_rope.")
     ] = None,

@@ -42,7 +42,7 @@ def scoring(
         ),
     ] = None,
     dimensions: Annotated[
-        str | None, typer.Option("--dimensions", metavar="NAME,…", help="Dimensions to score [default: all six].")
+        str | None, typer.Option("--dimensions", metavar="A,B", help="Only these dimensions [default: all six].")
     ] = None,
     official: Annotated[
         bool, typer.Option("--official", help="Also do what the official code does, with the same networks and clips.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli.options import AsJson, Overrides
+from lrag_ray.cli.options import AsJson, Overrides, Run
 from lrag_ray.cli.output import console, print_json, tells_errors
 
 
@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 @tells_errors
 def decode(
-    run_uri: Annotated[str, typer.Argument(metavar="RUN", help="Address of the run directory (run.uri).")],
+    run_uri: Run,
     config: Annotated[
         str | None,
         typer.Option("--config", metavar="CONFIG", help="Use this file instead of the run's last configuration."),

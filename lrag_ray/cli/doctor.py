@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lrag_ray.cli.options import AsJson, Overrides
 from lrag_ray.cli.output import console, print_json, say, tells_errors
 from lrag_ray.errors import RunEnvironmentError
 
@@ -20,12 +21,9 @@ def register(app: typer.Typer) -> None:
 
 @tells_errors
 def doctor(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Check what this run needs as well.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="Check what this run needs as well.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check this machine: packages, Ray, GPUs, video codec; with CONFIG also its weights, storage, disk and memory.
 

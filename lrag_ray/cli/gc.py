@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lrag_ray.cli.options import AsJson
+from lrag_ray.cli.options import AsJson, Run
 from lrag_ray.cli.output import console, count, print_json, printable, quantity, tells_errors
 from lrag_ray.cli.tables import table
 
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 @tells_errors
 def gc(
-    run_uri: Annotated[str, typer.Argument(metavar="RUN", help="Address of the run directory (run.uri).")],
+    run_uri: Run,
     remove: Annotated[bool, typer.Option("--remove", help="Delete what is found; without it nothing changes.")] = False,
     older_than_h: Annotated[
         float, typer.Option("--older-than", metavar="HOURS", min=0, help="Leave alone what was written later.")
@@ -40,8 +40,9 @@ def gc(
 ) -> None:
     """List what died attempts, interrupted writes and probes left in a run, or delete it.
 
-    Never touches what a commit names, nor the parts from which unfinished rollouts continue. Deletes only while no
-    driver works on the run; decoding and scoring may go on meanwhile: what they wrote within the last hour stays.
+    Never touches what a commit names, nor, without --unfinished, the parts from which unfinished rollouts continue.
+    Deletes only while no driver works on the run; decoding and scoring may go on meanwhile: what they wrote within the
+    last hour stays.
 
     \b
     Examples:

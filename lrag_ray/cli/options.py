@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Address of the run directory (run.uri).")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),

@@ -23,11 +23,13 @@ def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Addresses of run directories (run.uri).")],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="FOLDER", help="Where the page and its files go; one run: its own summary."),
+        typer.Option(
+            "--to", metavar="FOLDER", help="Where the page and its files go [default: the summary of a single run]."
+        ),
     ] = None,
     suite: Annotated[
         Literal["preview", "vbench_long"] | None,
-        typer.Option("--suite", help="Which scores; without it those that compare best."),
+        typer.Option("--suite", help="Which scores [default: those that compare best]."),
     ] = None,
     mode: Annotated[
         Literal["compat", "direct"] | None,
@@ -35,7 +37,9 @@ def report(
     ] = None,
     strips: Annotated[
         int | None,
-        typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone that get timestamp strips (3)."),
+        typer.Option(
+            "--strips", metavar="N", min=0, help="Prompts per backbone that get timestamp strips [default: 3]."
+        ),
     ] = None,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print the rank tables as CSV (values unrounded) and write nothing.")

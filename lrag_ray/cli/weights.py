@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, print_json, quantity, say, tells_errors
 from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
 
@@ -15,13 +16,8 @@ if TYPE_CHECKING:
     from lrag_ray.engine.weights.needs import Need
     from lrag_ray.scoring.vbench_long import WeightFiles
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),
-]
 OptionalConfig = Annotated[
-    str | None, typer.Argument(metavar="[CONFIG]", help="YAML file that describes the run; or give --suite.")
+    str | None, typer.Argument(metavar="CONFIG", help="YAML file that describes the run; or give --suite.")
 ]
 Suite = Annotated[
     Literal["vbench_long"] | None,
@@ -35,7 +31,6 @@ FolderOption = Annotated[
         help="Folder of the suite's networks [default: scoring.weights of CONFIG, else VBench's own cache].",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; errors as JSON on stderr.")]
 
 _KIND = 26
 """Columns for the kind of a file."""

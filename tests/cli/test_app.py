@@ -24,7 +24,7 @@ SURFACE = {
     "run": ["CONFIG", "--set", "--json"],
     "plan": ["CONFIG", "--set", "--json"],
     "status": ["RUN", "--json"],
-    "verify": ["[DIR]", "--run", "--json"],
+    "verify": ["DIR", "--run", "--json"],
     "decode": ["RUN", "--config", "--set", "--other-vae", "--json"],
     "score": [
         "RUN|VIDEOS",
@@ -41,10 +41,10 @@ SURFACE = {
     "report": ["RUN", "--to", "--suite", "--mode", "--strips", "--csv", "--latex", "--json"],
     "inspect": ["ROLLOUT", "--png", "--json"],
     "gc": ["RUN", "--remove", "--older-than", "--unfinished", "--json"],
-    "doctor": ["[CONFIG]", "--set", "--json"],
-    "weights list": ["[CONFIG]", "--suite", "--folder", "--set", "--json"],
-    "weights pull": ["[CONFIG]", "--suite", "--folder", "--set", "--again", "--json"],
-    "weights verify": ["[CONFIG]", "--suite", "--folder", "--set", "--digests", "--json"],
+    "doctor": ["CONFIG", "--set", "--json"],
+    "weights list": ["CONFIG", "--suite", "--folder", "--set", "--json"],
+    "weights pull": ["CONFIG", "--suite", "--folder", "--set", "--again", "--json"],
+    "weights verify": ["CONFIG", "--suite", "--folder", "--set", "--digests", "--json"],
     "bench scoring": [
         "--video",
         "--weights",
