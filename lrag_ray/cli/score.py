@@ -14,10 +14,13 @@ from lrag_ray.cli.output import console, count, duration, print_json, printable,
 
 if TYPE_CHECKING:
     from lrag_ray.engine.score_run import RunScores
-    from lrag_ray.engine.score_videos import VideoScores
+    from lrag_ray.engine.score_videos import GroupResult, VideoScores
     from lrag_ray.store.run_dir import RunDirectory
 
 _MOST_VIDEOS_SHOWN = 40
+_LEAST_NAME = 12
+_MEANS = {"Mean over clips (official)": "mean_over_clips", "Mean of the videos' means": "mean_of_video_means"}
+"""Both global means, by field."""
 
 
 def register(app: typer.Typer) -> None:
@@ -132,37 +135,52 @@ def print_run_scores(shown: Console, run: RunDirectory, outcome: RunScores) -> N
 
 
 def print_video_scores(shown: Console, outcome: VideoScores) -> None:
-    """A table per method where a manifest names several, else per video; both global means; what failed."""
+    """Per video where no manifest names several methods; both global means of every backbone and duration; what failed.
+
+    Methods stand in columns and dimensions below one another, as in the rank tables of a run: a terminal of 80 columns
+    holds them.
+    """
     from lrag_ray.cli.tables import table
     from lrag_ray.scoring.vbench_long.measures import vbench_long
 
     measures = vbench_long(outcome.mode, outcome.dimensions).measures
-    title = f"VBench-Long, {outcome.mode} mode"
+    title = f"VBench-Long, {outcome.mode} mode, from 0 to 100"
     if outcome.untrained:
         title += ", RANDOM WEIGHTS: the numbers mean nothing"
-    columns = [measure.title for measure in measures]
-    names = [measure.name for measure in measures]
 
-    def values(scores: Mapping[str, float]) -> list[str]:
-        return [f"{100 * scores[name]:.2f}" if name in scores else "-" for name in names]
+    def value(scores: Mapping[str, float], name: str) -> str:
+        return f"{100 * scores[name]:.2f}" if name in scores else "-"
 
     if len(outcome.groups) == 1 and len(outcome.videos) <= _MOST_VIDEOS_SHOWN:
-        made = table(f"{title}: mean over the clips of each video", "video", "clips", *columns)
+        # The first word tells the dimensions apart; the next table has their names in the same order.
+        heads = [measure.title.partition(" ")[0] for measure in measures]
+        made = table(f"{title}: mean over the clips of each video", "video", "clips", *heads)
+        made.columns[0].min_width = _LEAST_NAME
         for video in outcome.videos:
-            made.add_row(printable(video.path), count(video.clips), *values(video.scores))
+            values = [value(video.scores, measure.name) for measure in measures]
+            made.add_row(printable(video.path), count(video.clips), *values)
         shown.print(made)
         shown.print()
-    heads = ("backbone", "duration", "method", "mean", "videos", "clips")
-    means = table(f"{title}: all videos", *heads, *columns, "avg. rank", text_columns=4)
+    blocks: dict[tuple[str, float | None], list[GroupResult]] = {}
     for group in outcome.groups:
-        seconds = "" if group.duration_s is None else f"{group.duration_s:g} s"
-        rank = "-" if group.average_rank is None else f"{group.average_rank:.2f} ({group.prompts_ranked} prompts)"
-        labels = (printable(group.backbone), seconds, printable(group.method))
-        counts = (count(group.videos), count(group.clips))
-        means.add_row(*labels, "over clips (official)", *counts, *values(group.mean_over_clips), rank)
-        means.add_row(*labels, "of the videos' means", *counts, *values(group.mean_of_video_means), "")
-    shown.print(means)
-    shown.print()
+        blocks.setdefault((group.backbone, group.duration_s), []).append(group)
+    for (backbone, duration_s), groups in blocks.items():
+        names = [backbone, "" if duration_s is None else f"{duration_s:g} s"]
+        label = printable(", ".join(filter(None, names))) or "all videos"
+        means = table(f"{title}: {label}", "", *(printable(group.method) or "score" for group in groups))
+        for kind, which in _MEANS.items():
+            means.add_row(kind)
+            for measure in measures:
+                cells = [value(getattr(group, which), measure.name) for group in groups]
+                means.add_row(f"  {measure.title}", *cells)
+        if any(group.average_rank is not None for group in groups):
+            ranks = ["-" if group.average_rank is None else f"{group.average_rank:.2f}" for group in groups]
+            prompts = max(group.prompts_ranked for group in groups)
+            means.add_row(f"Average rank, over {count(prompts)} prompt{'' if prompts == 1 else 's'}", *ranks)
+        means.add_row("Videos", *(count(group.videos) for group in groups))
+        means.add_row("Clips", *(count(group.clips) for group in groups))
+        shown.print(means)
+        shown.print()
     shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
     _print_failed(shown, outcome.failed)
     shown.print(f"{outcome.to}/{outcome.csv}", soft_wrap=True)

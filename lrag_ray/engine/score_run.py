@@ -40,8 +40,10 @@ class RunScores:
 
 def is_run(address: str) -> bool:
     """Whether there is a run at `address`; StorageError if it cannot be told."""
-    if "://" not in address and Path(address).expanduser().is_file():
-        return False
+    if "://" not in address:
+        place = Path(address).expanduser()
+        if place.exists() and not place.is_dir():
+            return False
     return RunDirectory(address).read() is not None
 
 

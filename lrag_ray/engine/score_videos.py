@@ -162,7 +162,7 @@ def _score(listed: VideoList, config: VideosConfig, out: Storage, progress: Prog
     present = out.list_files(scoring.mode)
     tasks = [_task(video, scoring.mode, scoring.dimensions) for video in listed.videos if video.stamp]
     items = [Item(task.name, task) for task in tasks if f"{task.folder}/{task.last_file}" not in present]
-    missing = {video.name: "there is no such file" for video in listed.videos if not video.stamp}
+    missing = {video.name: video.problem for video in listed.videos if not video.stamp}
     if not items:
         return ScoringOutcome(0, missing)
     _check_that_networks_load(scoring)

@@ -6,11 +6,13 @@ Names are only ever shown and hashed, never taken apart: what belongs together c
 from __future__ import annotations
 
 import csv
+import errno
 import fnmatch
 import glob
 import itertools
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.engine.scoring.local_copy import sha256_of
 from lrag_ray.errors import UsageError
 from lrag_ray.store.address import Storage
+from lrag_ray.wan.file_kinds import absence
 
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv"})
 """Files of a folder that are taken for videos, in any case; a glob or a manifest may name others."""
@@ -48,10 +51,12 @@ class ListedVideo:
     path: str
     """Where workers open it: on this machine, or in the listing's storage."""
     stamp: str
-    """What changes with the content: SHA-256 of a local file; size and time of an object; empty where it is missing."""
+    """What changes with the content: SHA-256 of a local file; size and time of an object; empty if it cannot be had."""
     labels: Labels = Labels()
     durations_s: tuple[float, ...] = ()
     """Under which lengths it counts, ascending; the last one is the whole file."""
+    problem: str = "there is no such file"
+    """Why there is no stamp."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,11 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
         UsageError: nothing is there, or the manifest cannot be used.
         StorageError: a bucket cannot be listed.
     """
+    notes: list[str] = []
     if "://" in target:
         storage, found = _in_bucket(target, options)
     else:
-        storage, found = None, _on_disk(target, every_file=manifest is not None)
-    notes: list[str] = []
+        storage, found = None, _on_disk(target, notes, every_file=manifest is not None)
     if manifest is not None:
         rows, unused = _read_manifest(Path(manifest))
         if unused:
@@ -89,18 +94,17 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
         )
     if storage is None:
         with ThreadPoolExecutor(4) as pool:
-            stamps = pool.map(lambda video: sha256_of(Path(video.path)) if video.path else "", found)
-            found = [replace(video, stamp=stamp) for video, stamp in zip(found, stamps, strict=True)]
+            found = list(pool.map(_stamped, found))
     return VideoList(storage, found, notes)
 
 
-def _on_disk(target: str, *, every_file: bool) -> list[ListedVideo]:
+def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedVideo]:
     place = Path(target).expanduser()
     paths: Iterable[Path]
     if place.is_dir():
         base = place
-        paths = (path for path in _below(place) if every_file or _is_video(path.relative_to(place)))
-    elif place.is_file():
+        paths = (path for path in _below(place, notes) if every_file or _is_video(path.relative_to(place)))
+    elif place.exists():
         base, paths = place.parent, [place]
     else:
         base = Path(*_before_magic(place.parts))
@@ -113,25 +117,43 @@ def _on_disk(target: str, *, every_file: bool) -> list[ListedVideo]:
         wanted = any(part.startswith(".") for part in rest)
         visible = (path for path in matches if wanted or not _is_hidden(path.relative_to(base)))
         paths = (path for path in visible if not place.name.endswith("*") or _is_video(path.relative_to(base)))
-    # A link to nothing is a video that is missing, which is told.
-    files = sorted({path.absolute() for path in paths if path.is_file() or (path.is_symlink() and not path.exists())})
+    # What is neither file nor folder, a link to nothing say, is a video that cannot be had, which is told.
+    files = sorted({path.absolute() for path in paths if not _is_folder(path)})
     base = base.absolute()
-    return [ListedVideo(_shown(path.relative_to(base)), str(path) if path.is_file() else "", "") for path in files]
+    return [ListedVideo(_shown(path.relative_to(base)), str(path), "") for path in files]
 
 
-def _below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Files in a folder at any depth. Links to folders are followed, but not back to one that is being listed."""
+def _stamped(video: ListedVideo) -> ListedVideo:
+    """A video on this machine with its checksum, or with what keeps it from having one."""
+    if not video.path:
+        return video
+    path = Path(video.path)
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return replace(video, stamp=sha256_of(path))
+        # Not opened: a pipe would wait for who writes into it.
+        return replace(video, problem="it is no file, but a pipe, a socket or a device")
+    except OSError as error:
+        gone = error.errno in (errno.ENOENT, errno.ELOOP)
+        return replace(video, problem=f"it is {absence(path)}" if gone else f"it cannot be read: {error.strerror}")
+
+
+def _below(folder: Path, notes: list[str], above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Files in a folder at any depth. Links to folders are followed, but not back to one that is being listed.
+
+    A folder that may not be listed, such as lost+found of a mounted disk, goes to `notes`.
+    """
     real = folder.resolve()
     if real in above:
         return
     try:
         entries = sorted(folder.iterdir())
-    except PermissionError:
-        # Such as lost+found of a mounted disk.
+    except PermissionError as error:
+        notes.append(f"{_shown(folder)}: not looked into: {error.strerror}")
         return
     for entry in entries:
-        if entry.is_dir():
-            yield from _below(entry, above | {real})
+        if _is_folder(entry):
+            yield from _below(entry, notes, above | {real})
         else:
             yield entry
 
@@ -158,6 +180,14 @@ def _before_magic(parts: Sequence[str]) -> list[str]:
 
 def _is_video(path: PurePosixPath | Path) -> bool:
     return not _is_hidden(path) and path.suffix.lower() in SUFFIXES
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PermissionError:
+        # A folder that may be listed and not entered: that its files cannot be read is told with them.
+        return False
 
 
 def _is_hidden(path: PurePosixPath | Path) -> bool:

@@ -200,7 +200,7 @@ def _decoded(path: str | Path) -> Iterator[Any]:
                 yield frame
                 count += 1
         except av.error.FFmpegError as error:
-            raise VideoError(f"{path} is damaged after {count} frames: {error}") from error
+            raise VideoError(f"{path} is damaged after {count} frames: {error.strerror}") from error
     if count == 0:
         raise VideoError(f"{path} holds no video frame")
 
@@ -238,7 +238,9 @@ class _Opened:
         try:
             self._container = av.open(str(self._path))
         except av.error.FFmpegError as error:
-            raise VideoError(f"{self._path} is no video, or is truncated: {error}") from error
+            raise VideoError(
+                f"{self._path} is no video, or is truncated: {_found_instead(self._path) or error.strerror}"
+            ) from error
         if not self._container.streams.video:
             self._container.close()
             raise VideoError(f"{self._path} has no video stream")
@@ -253,3 +255,17 @@ class _Opened:
 
     def __exit__(self, *_: object) -> None:
         self._container.close()
+
+
+def _found_instead(path: Path) -> str:
+    """What a person sees in a file that FFmpeg does not open; empty where that is nothing."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[4:8] == b"ftyp":
+        return "an mp4 file whose index (moov), often written last, is missing or damaged"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file. Mend: `git lfs pull`"
+    text = " ".join(head.decode("latin-1").split())
+    if text.isascii() and text.isprintable():
+        return f"text that begins with '{text[:32]}'"
+    return ""

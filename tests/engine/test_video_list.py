@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from lrag_ray.config.schema import StorageSection
+from lrag_ray.engine.score_run import is_run
 from lrag_ray.engine.video_list import Labels, ListedVideo, VideoList, list_videos
 from lrag_ray.errors import UsageError
 from tests.conftest import REPOSITORY
@@ -70,9 +72,52 @@ def test_links_are_followed_though_not_in_circles_and_those_to_nothing_are_missi
     found = list_videos(str(folder), None, HERE).videos
     there = ["[odd].mkv", "a/clip.mp4", "b/clip.mp4", "linked too/far.mp4", "linked/far.mp4", "ünï code.MOV"]
     assert sorted(video.name for video in found if video.stamp) == there
-    assert {video.name for video in found if not video.stamp} == {"gone.mp4", "itself.mp4"}
+    assert {video.name: video.problem for video in found if not video.stamp} == {
+        "gone.mp4": "it is a symbolic link to nowhere.mp4, which is not there",
+        "itself.mp4": "it is a symbolic link that leads to itself",
+    }
     # Below a ** the two circles would make thousands of paths of two files.
     assert names(list_videos(f"{folder}/**/clip.mp4", None, HERE)) == ["a/clip.mp4", "b/clip.mp4"]
+
+
+def test_what_is_no_file_is_a_video_that_cannot_be_had_and_is_not_waited_for(tmp_path: Path) -> None:
+    """Given a pipe into which nobody writes: to open it would be to wait for ever."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "device.mp4").symlink_to("/dev/zero")
+    for target in (tmp_path, tmp_path / "*.mp4", tmp_path / "pipe.mp4"):
+        for video in list_videos(str(target), None, HERE).videos:
+            assert (video.stamp, video.problem) == ("", "it is no file, but a pipe, a socket or a device")
+    assert not is_run(str(tmp_path / "pipe.mp4"))
+
+
+AS_NOBODY = """
+import os, sys
+from lrag_ray.config.schema import StorageSection
+from lrag_ray.engine.video_list import list_videos
+if os.geteuid() == 0:
+    os.seteuid(65534)
+found = list_videos(sys.argv[1], None, StorageSection())
+print({video.name: video.problem for video in found.videos if not video.stamp}, *found.notes)
+"""
+
+
+def test_what_may_not_be_read_is_told() -> None:
+    """Given a file, a folder, and a folder that may be listed only; permissions hold back nobody who is root."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for video in ("good.mp4", "locked.mp4", "locked/in.mp4", "listed/in.mp4"):
+            (folder / video).parent.mkdir(exist_ok=True)
+            (folder / video).write_bytes(b"x")
+        for path, mode in (("locked.mp4", 0), ("locked", 0), ("listed", 0o444)):
+            (folder / path).chmod(mode)
+        told = subprocess.run([sys.executable, "-c", AS_NOBODY, name], capture_output=True, text=True, check=False)
+        for path in ("locked", "listed"):
+            (folder / path).chmod(0o700)
+    denied = "it cannot be read: Permission denied"
+    assert told.stdout == (
+        f"{ {'listed/in.mp4': denied, 'locked.mp4': denied} } {name}/locked: not looked into: Permission denied\n"
+    ), told.stderr
 
 
 def test_names_that_are_no_text_can_be_shown(folder: Path) -> None:

@@ -138,8 +138,28 @@ def test_files_that_are_no_video_are_refused(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="is empty"):
         read_video(tmp_path / "empty.mp4")
     (tmp_path / "text.mp4").write_text("not a video " * 100)
-    with pytest.raises(VideoError, match="is no video"):
+    with pytest.raises(VideoError, match=r"is no video, .*: text that begins with 'not a video not a video"):
         read_video(tmp_path / "text.mp4")
+    (tmp_path / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(VideoError, match="Git LFS pointer"):
+        read_video(tmp_path / "pointer.mp4")
+    (tmp_path / "zeros.mp4").write_bytes(bytes(1000))
+    with pytest.raises(VideoError, match=r"truncated: Invalid data found when processing input$"):
+        read_video(tmp_path / "zeros.mp4")
+
+
+def test_an_index_that_was_never_written_is_named(video: Path) -> None:
+    """Given a file whose writer died before the end: the index comes last unless it is moved to the front."""
+    with av.open(str(video)) as whole, av.open(str(video.with_name("last.mp4")), "w") as written:
+        stream = written.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(whole.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                written.mux(packet)
+    path = video.with_name("last.mp4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError, match=r"whose index \(moov\), often written last, is missing"):
+        video_info(path)
 
 
 def test_other_codecs_and_odd_names_are_read(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
                 turns = round(frame.rotation / 90) % 4
                 yield np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
     except av.error.FFmpegError as error:
-        raise VideoError(f"{name} is damaged after {count} frames: {error}") from error
+        raise VideoError(f"{name} is damaged after {count} frames: {error.strerror}") from error
     if count == 0:
         raise VideoError(f"{name} holds no video frame")
 
