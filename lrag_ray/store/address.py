@@ -60,6 +60,8 @@ class Storage:
     """
 
     def __init__(self, uri: str, options: StorageSection = StorageSection()) -> None:  # noqa: B008 - frozen
+        if mistake := _mistake(uri):
+            raise StorageError(f"run.uri {redact(uri)!r} cannot be opened: {mistake}")
         try:
             self.fs, root = fsspec.url_to_fs(_absolute(uri), **(client_options(options) if _is_s3(uri) else {}))
         except (ValueError, ImportError) as error:
@@ -270,8 +272,19 @@ def _is_s3(uri: str) -> bool:
     return uri.startswith(("s3://", "s3a://"))
 
 
+def _mistake(uri: str) -> str | None:
+    """What is wrong with an address that would be understood as another than it looks."""
+    if not uri.strip():
+        return "it is empty. Name a folder or s3://bucket/path"
+    if "::" in uri and "://" not in uri:
+        return "fsspec would take what stands behind '::' for an address of its own. Use a name without it"
+    if _is_s3(uri) and uri.partition("://")[2].partition("/")[2].startswith("/"):
+        return "the key would begin with '/', under which listings find nothing. Remove the second '/' after the bucket"
+    return None
+
+
 def _absolute(uri: str) -> str:
-    if "://" in uri or "::" in uri:
+    if "://" in uri:
         return uri
     return os.path.abspath(os.path.expanduser(uri))  # noqa: PTH100, PTH111 - the folder need not exist
 

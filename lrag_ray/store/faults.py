@@ -71,9 +71,7 @@ _DENIED = (
     "The credentials are known but may not do this: allow them to list, get, put and delete there (s3:ListBucket, "
     "GetObject, PutObject, DeleteObject), or use others (AWS_* variables, storage.profile)"
 )
-_STORE_FULL = (
-    "The store is full or its quota is used up: free some space or raise it; the same command continues"
-)
+_STORE_FULL = "The store is full or its quota is used up: free some space or raise it; the same command continues"
 _NO_STORE = (
     "That is no answer of an S3 store: check storage.endpoint_url (or AWS_ENDPOINT_URL), and whatever stands between "
     "here and the store"
@@ -124,7 +122,13 @@ _MENDS_BY_ERRNO = {
     errno.EROFS: "The file system is mounted read-only: mount it for writing, or set run.uri to another folder",
     errno.EACCES: _PERMISSION,
     errno.EPERM: f"{_PERMISSION}. Commits need hard links, which some file systems refuse",
-    errno.EOPNOTSUPP: "Commits need hard links, which this file system does not have: set run.uri to another",
+    **dict.fromkeys(
+        (errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK),
+        "Commits need hard links, which this file system does not have: set run.uri to another",
+    ),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR), "A file lies where a folder is to be: set run.uri to another folder"
+    ),
     errno.EMFILE: "This process may open no more files: raise the limit (`ulimit -n`)",
 }
 

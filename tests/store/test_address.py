@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import threading
 from datetime import UTC, datetime
@@ -80,6 +82,35 @@ def test_an_unknown_scheme_is_refused_without_its_credentials() -> None:
     with pytest.raises(StorageError, match="nosuch") as caught:
         Storage("nosuch://user:hunter2@host/run")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "mistake"), [(" ", "it is empty"), ("runs/a::b", "an address of its own"), ("s3://runs//x", "second '/'")]
+)
+def test_an_address_that_would_be_taken_for_another_is_refused(uri: str, mistake: str) -> None:
+    with pytest.raises(StorageError, match=f"run.uri '{uri}' cannot be opened: .*{mistake}"):
+        Storage(uri)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "run"
+    in_the_way.touch()
+    for uri in (in_the_way, in_the_way / "below"):
+        with pytest.raises(StorageError, match="A file lies where a folder is to be"):
+            Storage(str(uri)).probe()
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_a_folder_without_hard_links_is_told_by_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="Commits need hard links"):
+        Storage(str(tmp_path)).probe()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../b", "a\\b"])
