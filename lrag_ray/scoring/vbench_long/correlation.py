@@ -17,6 +17,16 @@ MIN_POSITIONS = 2**LEVELS
 """Shortest side of a feature map. Below it the coarsest scale has a side of one position, hence no extent: the official
 code divides by it, and then all numbers of the network are NaN."""
 
+_STRIDE = 8
+"""Of the feature maps, in pixels."""
+_MOST_POSITIONS = 65_535
+"""Each position of a pair is an image to cuDNN's sampler, which refuses more than these at once."""
+
+
+def pairs_at_once(wanted: int, height: int, width: int) -> int:
+    """As many of the `wanted` pairs of padded frames as one lookup on a GPU can take, at least one."""
+    return max(1, min(wanted, _MOST_POSITIONS // (height // _STRIDE * (width // _STRIDE))))
+
 
 class Correlation:
     """All-pairs correlation of feature maps [B, C, h, w], looked up in windows of (2 radius + 1)² positions."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from lrag_ray.scoring.vbench_long.correlation import pairs_at_once
 from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.official import NetworkName
@@ -42,7 +43,7 @@ def radii(frames: ClipFrames, networks: Networks) -> Iterator[list[float]]:
     padded, _ = pad_to_multiple(used.float(), STRIDE)
     if min(padded.shape[2:]) < MIN_SIDE:
         raise UnscorableError(f"frames of {width}x{height} are too small for RAFT, which needs sides of {MIN_SIDE}")
-    for flow in networks.raft.flows(padded, networks.batch.pairs):
+    for flow in networks.raft.flows(padded, pairs_at_once(networks.batch.pairs, *padded.shape[2:])):
         yield _radius(flow)
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long.correlation import MIN_POSITIONS
+from lrag_ray.scoring.vbench_long.correlation import MIN_POSITIONS, pairs_at_once
 from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.official import NetworkName
@@ -25,7 +25,7 @@ def middle_frames(frames: ClipFrames, networks: Networks) -> Tensor:
     padded, (top, left) = pad_to_multiple(frames.uint8[::2].float() / 255, MULTIPLE)
     if min(padded.shape[2:]) < MIN_SIDE:
         raise UnscorableError(f"frames of {width}x{height} are too small for AMT-S, which needs sides of {MIN_SIDE}")
-    pairs = networks.batch.pairs
+    pairs = pairs_at_once(networks.batch.pairs, *padded.shape[2:])
     predicted = []
     for before, after in zip(padded[:-1].split(pairs), padded[1:].split(pairs), strict=True):
         images = networks.amt.middle(before, after)[:, :, top : top + height, left : left + width]

@@ -77,7 +77,8 @@ class BatchSizes:
     frames: int
     """Frames per batch of the vision transformers and MUSIQ."""
     pairs: int
-    """Frame pairs per batch of RAFT and AMT-S (a pair at 832x480 takes about 0.5 GB of correlations)."""
+    """Frame pairs per batch of RAFT and AMT-S (a pair at 832x480 takes about 0.5 GB of correlations); fewer where the
+    frames are too large for one lookup (see `correlation.pairs_at_once`)."""
 
     @classmethod
     def for_device(cls, device: torch.device, frames: int | None = None, pairs: int | None = None) -> BatchSizes:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +24,7 @@ from lrag_ray.scoring.vbench_long import (
     Weights,
     aesthetic_quality,
     background_consistency,
+    dynamic_degree,
     imaging_quality,
     motion_smoothness,
     subject_consistency,
@@ -115,6 +117,30 @@ def test_the_packages_own_loops_wait_for_the_host(networks: Networks) -> None:
     with host_work() as seen:
         networks.musiq.network(image)
     assert seen
+
+
+@pytest.mark.parametrize("dimension", ["motion", "dynamic"])
+def test_no_lookup_has_more_images_than_cudnn_takes(
+    dimension: str, networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses 65,536 and more, which eight pairs of 1088x1920 would be."""
+    counts: list[int] = []
+    sample = F.grid_sample
+
+    def counted(images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        counts.append(len(images))
+        return sample(images, *args, **kwargs)
+
+    monkeypatch.setattr(F, "grid_sample", counted)
+    monkeypatch.setattr(networks, "batch", BatchSizes(8, 8))
+    frames = ClipFrames([np.zeros((1088, 1920, 3), dtype=np.uint8)] * 9, 8, META)
+    with torch.inference_mode():
+        if dimension == "motion":
+            motion_smoothness.middle_frames(frames, networks)
+        else:
+            with pytest.raises(NotImplementedError):  # behind the lookups the radii have no values
+                next(dynamic_degree.radii(frames, networks))
+    assert 32_640 < max(counts) < 65_536
 
 
 def test_frames_are_sent_as_bytes(frames: ClipFrames) -> None:
