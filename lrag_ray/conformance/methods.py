@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from lrag_ray.conformance.token_rows import TokenRows, token_rows
 from lrag_ray.errors import UsageError
 from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
 from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.wan.schedule import FlowMatchSchedule
 
 LATENTS = Bound(absolute=1e-4)
 TIMESTEPS = Bound(relative=1e-6)
@@ -105,6 +107,11 @@ def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None
         return
     inputs = find_inputs(folder.path, vectors.shapes["latents"])
     sampler = _sampler(inputs, settings)
+    if "warped_timesteps" in inputs.sampler:
+        shared = torch.tensor(_timesteps(sampler)[:-1])
+        sheet.close("timesteps of the inputs", shared, torch.tensor(inputs.sampler["warped_timesteps"]), TIMESTEPS)
+    if "timesteps" in golden:
+        sampler = _own_timesteps(sampler, golden["timesteps"], vectors.shapes.get("x0_pred"))
     own, encoder = _settings(settings, folder)
     frames = int(settings.get("frames", golden.get("frames", vectors.shapes["latents"][1])))
     step_noise = inputs.tensors["step_noise"]
@@ -116,8 +123,8 @@ def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None
         own,
         inputs.tensors["prompt_embeds"],
         inputs.tensors["noise"][:, :frames],
-        # Batch and frames may be stored as one axis or as two.
-        step_noise.flatten(2, 3) if step_noise.dim() == 7 else step_noise,
+        # Batch and frames may be stored as one axis or as two; a case may use fewer passes than the inputs provide for.
+        (step_noise.flatten(2, 3) if step_noise.dim() == 7 else step_noise)[:, : last - 1],
         encoder=encoder,
         wanted=lambda block, step, layer: (block, step) == (blocks - 1, last),
     )
@@ -146,6 +153,25 @@ def _sampler(inputs: Inputs, settings: Mapping[str, Any]) -> SamplerConfig:
         context_timestep=golden.get("context_noise_timestep", 0.0),
         frames_per_block=settings.get("frames_per_block", golden.get("num_frame_per_block", 3)),
     )
+
+
+def _timesteps(sampler: SamplerConfig) -> list[float]:
+    """Timestep of every pass of a block, the clean-context pass last."""
+    steps = sampler.denoising_steps
+    warped = FlowMatchSchedule(sampler.shift).warp(steps) if sampler.warp else [float(t) for t in steps]
+    return [*warped, sampler.context_timestep]
+
+
+def _own_timesteps(sampler: SamplerConfig, golden: list[Any], passes: tuple[int, ...] | None) -> SamplerConfig:
+    """The sampler with the case's own timesteps, where they are not those of the shared inputs.
+
+    The clean-context pass's comes last; it may be left out, as the number of stored passes [blocks, passes, …] shows.
+    """
+    shared = _timesteps(sampler)
+    whole = golden if passes is None or passes[1] == len(golden) else [*golden, sampler.context_timestep]
+    if len(whole) == len(shared) and torch.allclose(torch.tensor(whole), torch.tensor(shared), rtol=1e-6, atol=0):
+        return sampler
+    return replace(sampler, denoising_steps=tuple(whole[:-1]), warp=False, context_timestep=float(whole[-1]))
 
 
 def _settings(golden: Mapping[str, Any], folder: Folder) -> tuple[dict[str, Any], LatentAutoencoder | None]:

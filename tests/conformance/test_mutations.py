@@ -218,14 +218,14 @@ MUTATIONS = {
             "x0_pred": method_tensor(BASE_STEM, "x0_pred"),
             "kv_cache k": method_tensor(BASE_STEM, "kv_cache.2.k"),
             "kv_cache v": method_tensor(BASE_STEM, "kv_cache.1.v"),
-            "timesteps": in_meta(BASE_STEM, 900.0, "timesteps", 1),
         },
     ),
+    "methods timesteps of the case": Mutation(BASE, {"latents": in_meta(BASE_STEM, 900.0, "timesteps", 1)}),
     "methods sink": Mutation(BASE, {"latents": in_meta(BASE_STEM, 1, "settings", "sink")}),
     "methods method": Mutation(BASE, {"kv_cache k": in_meta(BASE_STEM, "infinity_rope", "settings", "method")}),
     "methods unknown setting": Mutation(BASE, {"*": in_meta(BASE_STEM, 3, "settings", "windows")}),
     "methods sampler": Mutation(
-        BASE, {"timesteps": entry("methods/tiny/config.json", 8.0, "sampler", "timestep_shift")}
+        BASE, {"timesteps of the inputs": entry("methods/tiny/config.json", 8.0, "sampler", "timestep_shift")}
     ),
     "methods rows": Mutation(
         INFINITY,

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lrag_ray.conformance.methods import _own_timesteps, _timesteps
 from lrag_ray.conformance.verify import failed, verify_path
 from lrag_ray.errors import UsageError
+from lrag_ray.wan.config import SamplerConfig
 from tests.conformance.plain_rollout import make_case
 
 
@@ -75,6 +77,24 @@ def test_other_settings_agree_with_the_plain_rollout(tmp_path: Path, name: str) 
     assert not failed(results)
     assert {"output", "timesteps", "descriptors", "retrieved frames"} <= {row.tensor for row in results}
     assert bool(json.loads(path.read_text())["memory_indices_log"]) == made.retrieves
+
+
+@pytest.mark.parametrize(
+    ("golden", "passes", "steps", "context"),
+    [
+        ([1000.0, 937.5, 833.3333129882812, 625.0, 0.0], 5, (1000, 750, 500, 250), 0.0),
+        ([1000.0, 937.5, 833.3333129882812, 625.0], 5, (1000, 750, 500, 250), 0.0),
+        ([1000.0, 833.3333129882812, 0.0], 3, (1000.0, 833.3333129882812), 0.0),
+        ([1000.0, 833.3333129882812], 3, (1000.0, 833.3333129882812), 0.0),
+        ([1000.0, 937.5, 833.3333129882812, 625.0, 100.0], 5, (1000.0, 937.5, 833.3333129882812, 625.0), 100.0),
+    ],
+)
+def test_a_case_of_methods_may_have_timesteps_of_its_own(
+    golden: list[float], passes: int, steps: tuple[float, ...], context: float
+) -> None:
+    sampler = _own_timesteps(SamplerConfig(), golden, (12, passes, 3, 16, 8, 12))
+    assert (sampler.denoising_steps, sampler.context_timestep) == (steps, context)
+    assert _timesteps(sampler) == pytest.approx([*golden, context][:passes])
 
 
 def test_a_wrong_element_of_a_batch_fails(tmp_path: Path) -> None:
