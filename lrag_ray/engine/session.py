@@ -9,14 +9,16 @@ import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.head_watch import head_watch
 from lrag_ray.errors import ClusterError
 
 _CONNECT_TIMEOUT_S = 20.0
@@ -63,11 +65,19 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
         # Ray's own would end the process with a crash report.
         signal.signal(signal.SIGTERM, signal.default_int_handler if on_sigterm == signal.SIG_DFL else on_sigterm)
     try:
-        yield
+        # A client (ray://) knows no head.
+        is_client = ray.util.client.ray.is_connected()
+        with nullcontext() if is_client else head_watch(ray.get_runtime_context().gcs_address, _warn):
+            yield
     finally:
         ray.shutdown()
         if handles:
             signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _warn(text: str) -> None:
+    # Not through the receiver of events, which belongs to the main thread: that may be the one that waits for Ray.
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _see_somebody(address: str) -> None:
