@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, check_whole_block, resolve_method, settings_keys, settings_model
-from lrag_ray.config.overrides import apply_override
+from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
 from lrag_ray.config.schema import RunConfig
@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
     """What `load_config` does after reading; changes `document`."""
-    refused = [*_apply(document, overrides)]
+    refused = [*apply_overrides(document, overrides)]
     problems = [*_name_methods(document), *_merge_presets(document)]
     if document.data.get("preset") == "as_released":
         _merge_released(document.data)
@@ -55,14 +55,6 @@ def config_keys() -> list[str]:
     """Every key path that a configuration may have; ``*`` stands for a name of the user's."""
     settings = {key for name in registered() for key in settings_keys(policy_class(name))}
     return key_paths(RunConfig, lambda section: sorted(settings) if section == "methods.*" else ())
-
-
-def _apply(document: Document, overrides: Sequence[str]) -> Iterator[str]:
-    for override in overrides:
-        try:
-            apply_override(document, override)
-        except ValueError as error:
-            yield f"--set {override}: {error}"
 
 
 def _sections(data: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lrag_ray.config.source import Document, KeyPath, dotted, parse_value
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> Iterator[str]:
+    """Set all of `overrides` while this is iterated over, to its end; yields a line for each that is wrong."""
+    for override in overrides:
+        try:
+            apply_override(document, override)
+        except ValueError as error:
+            yield f"--set {override}: {error}"
 
 
 def apply_override(document: Document, override: str) -> None:

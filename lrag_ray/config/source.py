@@ -30,7 +30,7 @@ class Document:
     """The file as the user named it."""
     data: dict[str, Any]
     origins: dict[KeyPath, str] = field(default_factory=dict)
-    """By key path: ``file:line``, or the override or preset that set the value."""
+    """By key path: ``file:line``, or the override that set the value."""
 
     def origin(self, path: KeyPath) -> str:
         """Where `path` was written; for what is missing, where the section around it was."""

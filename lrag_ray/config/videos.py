@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from lrag_ray.config.overrides import apply_override
+from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.problems import raise_problems, translate
 from lrag_ray.config.schema import EngineSection, ScoringSection, Section, StorageSection
 from lrag_ray.config.source import Document
@@ -31,7 +31,7 @@ def videos_config(overrides: Sequence[str]) -> VideosConfig:
         ConfigError: names each override that is wrong and what was expected.
     """
     document = Document("--set", {"scoring": {"suite": "vbench_long"}})
-    refused = [*_apply(document, overrides)]
+    refused = [*apply_overrides(document, overrides)]
     try:
         config = VideosConfig.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
@@ -39,11 +39,3 @@ def videos_config(overrides: Sequence[str]) -> VideosConfig:
         raise
     raise_problems(document, [], refused)
     return config
-
-
-def _apply(document: Document, overrides: Sequence[str]) -> Iterator[str]:
-    for override in overrides:
-        try:
-            apply_override(document, override)
-        except ValueError as error:
-            yield f"--set {override}: {error}"

@@ -111,9 +111,6 @@ class ContextPolicy(ABC):
         self.layout = inputs.layout
         self.rope = inputs.rope
 
-    def on_event(self, kind: str, block: int) -> None:
-        """Something outside the rollout happened before this block, e.g. ``prompt`` (a prompt switch)."""
-
     def max_context_rows(self) -> int | None:
         """Most rows that `expose` will ever return, so that buffers are allocated once; None where it is not known."""
         return None

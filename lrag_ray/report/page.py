@@ -98,7 +98,6 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
         blocks=[
             {
                 "block": block,
-                "heading": tables.heading(data, block),
                 "marks": tables.places(block, suite.measures),
                 "note": tables.comparison_note(block),
                 "interval_note": tables.interval_note(block.prompts),
