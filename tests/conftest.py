@@ -15,6 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Clusters of the tests answer to this session alone, and Ray writes no token into the home folder.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# By default whatever else runs on the machine takes precedence over Ray's workers, by far.
+os.environ.setdefault("RAY_worker_niceness", "0")
+# Ray kills workers where the whole machine's memory is nearly full, whoever has filled it.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+# A hub of the tests that is slow to answer is only busy.
+for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+    os.environ.setdefault(name, "300")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A session that a script put into the background ignores Ctrl-C, and so would the commands that tests interrupt.

@@ -201,9 +201,12 @@ def _wait_for_end(storage: Storage, found: LeaseHolder, ttl_s: float, tell: Call
         f"{storage.uri} is held by {found}. Waiting for a sign of life; without one this driver takes over in "
         f"{ttl_s:g} s"
     )
-    deadline = time.monotonic() + ttl_s
-    while (left := deadline - time.monotonic()) > 0:
-        time.sleep(min(left, _LOOK_EVERY_S, ttl_s / BEATS_PER_TTL))
+    left = ttl_s
+    while left > 0:
+        nap = min(left, _LOOK_EVERY_S, ttl_s / BEATS_PER_TTL)
+        time.sleep(nap)
+        # Not by the clock: while this machine or its storage stood still, the holder's signs could not be seen either.
+        left -= nap
         now = holder(storage)
         if now is None or now.epoch != found.epoch or now.is_free:
             return

@@ -9,20 +9,24 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from tests.cluster.nodes import patiently
+
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's sockets lie below its folder and their paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="lr") as folder:
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=folder,
-            _node_ip_address="127.0.0.1",
+    with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as folder:
+        patiently(
+            lambda: ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=folder,
+                _node_ip_address="127.0.0.1",
+            )
         )
         yield
         ray.shutdown()

@@ -45,14 +45,14 @@ class Driver:
         """All that it wrote so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def wait(self, timeout_s: float = 240) -> int:
+    def wait(self, timeout_s: float = 400) -> int:
         """Exit code."""
         try:
             return self.process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             pytest.fail(f"the driver did not end in {timeout_s} s: {self.text}")
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 240) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 400) -> None:
         """Wait for something that the driver brings about; fails when it ends first."""
         deadline = time.monotonic() + timeout_s
         while not condition():

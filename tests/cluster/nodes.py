@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -24,14 +24,26 @@ from ray.cluster_utils import Cluster
 
 from tests.cluster.drivers import actors_below
 
+T = TypeVar("T")
 _MARK = "LRAG_TEST_CLUSTER"
 
 _NOTICE_DEATHS_QUICKLY = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 5000,
+    # A raylet that was killed refuses at once; one that is only slow answers some time.
+    "health_check_timeout_ms": 30000,
     "health_check_failure_threshold": 3,
 }
+
+
+class PatientCluster(Cluster):  # type: ignore[misc]
+    """Ray's cluster of several nodes, on a machine that may be slow."""
+
+    def add_node(self, wait: bool = True, **node_args: Any) -> Any:
+        return patiently(lambda: super(PatientCluster, self).add_node(wait, **node_args))
+
+    def _wait_for_node(self, node: Any, timeout: float = 30) -> None:
+        super()._wait_for_node(node, timeout=10 * timeout)
 
 
 class Nodes:
@@ -60,15 +72,13 @@ class Nodes:
 
     def start_head(self) -> None:
         """A new head; after `kill_head` that is another cluster."""
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "temp_dir": self._folder,
-                "include_dashboard": False,
-                "_system_config": _NOTICE_DEATHS_QUICKLY,
-            },
-        )
+        head = {
+            "num_cpus": 0,
+            "temp_dir": self._folder,
+            "include_dashboard": False,
+            "_system_config": _NOTICE_DEATHS_QUICKLY,
+        }
+        self._cluster = PatientCluster(initialize_head=True, head_node_args=head)
 
     def add(self, cpus: int = 1) -> Any:
         """A node joins."""
@@ -76,22 +86,14 @@ class Nodes:
         return self._cluster.add_node(num_cpus=cpus)
 
     def kill(self, node: Any) -> None:
-        """SIGKILL to a node's raylet and what Ray started beside it; its actors notice and end.
-
-        A stopped actor cannot notice anything: it gets its own SIGKILL, as with a machine that loses its power.
-        """
+        """SIGKILL to a node's raylet and all below it, as when a machine loses its power."""
         assert self._cluster is not None
-        actors, below = actors_on(node), psutil.Process(raylet(node)).children(recursive=True)
+        below = psutil.Process(raylet(node)).children(recursive=True)
         self._cluster.remove_node(node, allow_graceful=False)
-        for actor in actors:
-            with suppress(psutil.NoSuchProcess):
-                if actor.status() == psutil.STATUS_STOPPED:
-                    actor.kill()
-        _, left = psutil.wait_procs(actors, timeout=30)
-        assert not left, f"actors outlive their node: {left}"
         for process in below:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        wait_for_end(below)
 
     def kill_head(self) -> None:
         """SIGKILL to the head with all that it knew; the other nodes go as well, as they do without a head."""
@@ -117,27 +119,19 @@ def actors_on(node: Any) -> list[psutil.Process]:
     return actors_below(raylet(node))
 
 
-def stop_at_work(
-    wait_until: Callable[[Callable[[], bool]], None],
-    actors: Callable[[], Iterable[psutil.Process]],
-    ripe: Callable[[], bool],
-) -> psutil.Process:
-    """Stop (SIGSTOP) one of `actors` in the middle of a rollout, once `ripe`."""
+def wait_for_end(processes: Iterable[psutil.Process], timeout_s: float = 120) -> None:
+    """Wait until all have ended, whether or not somebody has reaped them."""
+    deadline = time.monotonic() + timeout_s
+    while left := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, f"they live on: {left}"
+        time.sleep(0.05)
 
-    def find() -> bool:
-        for actor in filter(is_at_work, actors()):
-            with suppress(psutil.NoSuchProcess):
-                actor.suspend()
-                # Looked at again: it may have ended its rollout just before.
-                if is_at_work(actor) and ripe():
-                    found.append(actor)
-                    return True
-                actor.resume()
-        return False
 
-    found: list[psutil.Process] = []
-    wait_until(find)
-    return found[0]
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process can still do something, now or when it is woken up."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    return False
 
 
 def is_at_work(actor: psutil.Process) -> bool:
@@ -185,18 +179,27 @@ def private_folder() -> Iterator[str]:
 
 @contextmanager
 def ray_start(*arguments: str, prefix: Sequence[str] = (), **environment: str) -> Iterator[psutil.Process]:
-    """``ray start --block``: a node (or a head) as people start it; its raylet."""
+    """``ray start --block``: a node (or a head) as people start it, once it says that it runs; its raylet."""
     command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    with subprocess.Popen(
-        [*command, *arguments], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+
+    def start() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [*command, *arguments], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert process.stdout is not None
+        said = b""
+        for line in process.stdout:
+            said += line
+            if b"Ray runtime started" in line:
+                return process
+        process.wait()
+        process.stdout.close()
+        raise RuntimeError(f"ray start came to nothing: {said.decode(errors='replace')}")
+
+    with patiently(start) as process:
         try:
-            deadline = time.monotonic() + 240
-            while not (raylets := _children_named(process.pid, "raylet")):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail("ray start came to nothing")
-                time.sleep(0.1)
-            yield raylets[0]
+            (raylet,) = _children_named(process.pid, "raylet")
+            yield raylet
         finally:
             if process.poll() is not None:
                 print(f"ray start ended with {process.returncode}: {process.communicate()[0].decode()}")
@@ -205,6 +208,23 @@ def ray_start(*arguments: str, prefix: Sequence[str] = (), **environment: str) -
             for child in [*started, process]:
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
+
+
+def patiently(start: Callable[[], T]) -> T:
+    """Do `start` again where Ray gave a node up because it was not there within half a minute, which cannot be set."""
+    for _ in range(2):
+        before = psutil.Process().children()
+        try:
+            return start()
+        except Exception as error:
+            # Ray raises no other.
+            if "timed out during startup" not in str(error):
+                raise
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                for process in [*child.children(recursive=True), child] if child not in before else ():
+                    process.kill()
+    return start()
 
 
 def free_port() -> int:

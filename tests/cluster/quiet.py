@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,42 @@ DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink":
 ALL_METHODS = {**METHODS, "deep_forcing": DEEP}
 
 
-def make_config(folder: Path, address: str | None = None, prompts: int = 4, **changes: Any) -> RunConfig:
-    """A run below `folder` with horizons of 24 and 48 latent frames, a part every 6 and no videos."""
+class Gate:
+    """A method whose rollouts wait in their middle until a test opens the gate, however quick all else is.
+
+    By then the first of the two horizons is committed where `behind_commit`, and parts beyond the last commit are there
+    in either case.
+    """
+
+    def __init__(self, folder: Path, *, behind_commit: bool = False, opened: bool = False) -> None:
+        self._folder = folder
+        folder.mkdir()
+        at_block = 11 if behind_commit else 3
+        marker = str(folder)
+        self.method = {"method": "tests.engine.disturbed:Disturbed", "how": "wait", "marker": marker, "window": 9}
+        self.method |= {"at_block": at_block}
+        if opened:
+            self.open()
+
+    def open(self) -> None:
+        """Let all rollouts through, now and later."""
+        (self._folder / "open").touch()
+
+
+def make_config(
+    folder: Path, address: str | None = None, prompts: int = 4, gates: Sequence[Gate] = (), **changes: Any
+) -> RunConfig:
+    """A run below `folder` with horizons of 24 and 48 latent frames, a part every 6 and no videos.
+
+    Of every prompt, the rollouts of `gates` are begun before the others.
+    """
     folder.mkdir(exist_ok=True)
     texts = [f"{SUBJECTS[i % len(SUBJECTS)]}, take {i}" for i in range(prompts)]
     (folder / "prompts.txt").write_text("\n".join(texts), encoding="utf-8")
     engine = {"address": address, "actors": 2, "checkpoint_every_blocks": 2, **changes.pop("engine", {})}
-    fields = {"durations_s": [6, 12], "methods": ALL_METHODS, "video": {"enabled": False}, **changes}
+    # Methods are begun in the order of the file, which sorts them.
+    methods = {f"a_gate_{number}": gate.method for number, gate in enumerate(gates)} | ALL_METHODS
+    fields = {"durations_s": [6, 12], "methods": methods, "video": {"enabled": False}, **changes}
     return make.make_config(folder / "run", prompts={"path": str(folder / "prompts.txt")}, engine=engine, **fields)
 
 
@@ -86,8 +116,10 @@ def open_parts(run: RunDirectory) -> list[str]:
 
     So whoever made them is in the middle of something, and not only about to commit it.
     """
+    if (identity := run.read()) is None:
+        return []
     inventory = run.inventory()
-    longest = max(horizon.latent_frames for b in run.require().backbones.values() for horizon in b.horizons)
+    longest = max(horizon.latent_frames for b in identity.backbones.values() for horizon in b.horizons)
     found = []
     for folder, paths in inventory.part_records.items():
         committed = max(inventory.commits.get(folder, ()), default=0)

@@ -16,11 +16,12 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from lrag_ray.engine.pool import ActorPool
-from lrag_ray.engine.progress import AttemptFailed, Notice, RolloutAdvanced, RolloutFinished, RolloutYielded, WorkerLost
+from lrag_ray.engine.progress import AttemptFailed, Notice, RolloutFinished, RolloutStarted, RolloutYielded, WorkerLost
 from lrag_ray.engine.run import run
 from lrag_ray.engine.sizing import PoolSize, WorkerShape, draining_nodes
 from lrag_ray.engine.waiting import WorkItem
 from lrag_ray.store.run_dir import RunDirectory
+from tests.cluster.nodes import PatientCluster
 from tests.cluster.test_pool import Diary, Job, Sleeper
 from tests.cluster.test_run import NO_VIDEO, Recorder
 from tests.engine.make import digests, make_config, make_prompts
@@ -115,14 +116,27 @@ def drain(cluster: Cluster, node: str) -> None:
     deadline_ms = int(time.time() * 1000) + 60_000
     client = ray._raylet.GcsClient(address=cluster.gcs_address)
     assert client.drain_node(node, reason, "a test", deadline_ms)[0]
+    wait_for(lambda: node in draining_nodes())
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 200) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
 
 
 def busy_node() -> str:
     """The node of the one actor, by the memory that it has reserved."""
     has = {node["NodeID"]: node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]}
-    left = ray._private.state.available_resources_per_node()
-    (node,) = [node for node, memory in has.items() if left[node].get("memory", 0) < memory]
-    return node
+
+    def busy() -> list[str]:
+        left = ray._private.state.available_resources_per_node()
+        return [node for node, memory in has.items() if left[node].get("memory", 0) < memory]
+
+    # Nodes tell the head now and then.
+    wait_for(lambda: len(busy()) == 1)
+    return busy()[0]
 
 
 def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None:
@@ -130,7 +144,9 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     nodes = [cluster.add_node(num_cpus=1, memory=500 * MB) for _ in range(2)]
     prompts = make_prompts("a red fox in the snow")
     rag = {"method": "tests.engine.disturbed:Remembering", "window": 9, "top_k": 2, "recent_exclude": 0}
-    slow = {**rag, "descriptor": "avg_pool", "block_s": 0.5}
+    gate = folder / "gate"
+    gate.mkdir()
+    held = {**rag, "descriptor": "avg_pool", "at_block": 3, "marker": str(gate)}
 
     def config(name: str, method: dict[str, Any]) -> Any:
         engine = {"actors": 1, "checkpoint_every_blocks": 100}
@@ -148,11 +164,13 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
 
     def progress(event: Any) -> None:
         recorder(event)
-        if isinstance(event, RolloutAdvanced) and event.blocks >= 2 and not drained:
+        if isinstance(event, RolloutStarted) and not drained:
+            wait_for((folder / "gate.waiting").exists)
             drained.append(busy_node())
             drain(cluster, drained[0])
+            (gate / "open").touch()
 
-    assert run(config("drained", slow), prompts, progress=progress).exit_code == 0
+    assert run(config("drained", held), prompts, progress=progress).exit_code == 0
     # An idle draining node goes.
     staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
     assert len(drained) == 1 and drained[0] not in staying
@@ -166,7 +184,7 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     assert (finished.blocks_resumed, finished.blocks_generated) == (flushed.frames // 3, rest.frames // 3)
     assert f"{finished.blocks_resumed} blocks are stored" in yielded.reason
 
-    assert run(config("quiet", {**slow, "block_s": 0.0}), prompts).exit_code == 0
+    assert run(config("quiet", held), prompts).exit_code == 0
     assert digests([commit]) == digests(RunDirectory(str(folder / "quiet")).commits())
     for node in nodes:
         cluster.remove_node(node)
@@ -187,11 +205,13 @@ def a_hanging_rollout_is_taken_from_its_actor(cluster: Cluster, folder: Path) ->
     recorder = Recorder()
     made = make_config(folder / "run", methods={"m": method}, video=NO_VIDEO, durations_s=[3], engine=engine)
     assert run(made, make_prompts("a river"), progress=recorder).exit_code == 0
-    (failed,) = recorder.of(AttemptFailed)
-    assert (failed.failure.kind, failed.failure.counted) == ("death", False)
-    assert "no new block for 15 s (engine.stall_timeout_s)" in failed.failure.reason, failed
+    # On a machine that stands still now and then itself, more than the one that hangs.
+    assert recorder.of(AttemptFailed)
+    for failed in recorder.of(AttemptFailed):
+        assert (failed.failure.kind, failed.failure.counted) == ("death", False)
+        assert "no new block for 15 s (engine.stall_timeout_s)" in failed.failure.reason, failed
     (finished,) = recorder.of(RolloutFinished)
-    assert (finished.blocks_resumed, finished.blocks_generated) == (2, 2)
+    assert finished.blocks_resumed >= 2 and finished.blocks_resumed + finished.blocks_generated == 4
     assert not [notice for notice in recorder.of(Notice) if notice.warning]
     cluster.remove_node(node)
 
@@ -209,7 +229,7 @@ def main(names: list[str]) -> None:
     # Ray's sockets lie below its folder and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as temporary:
         head = {"num_cpus": 0, "memory": 0, "include_dashboard": False, "temp_dir": temporary}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = PatientCluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         try:
             for scene in SCENES:

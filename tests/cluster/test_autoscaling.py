@@ -11,9 +11,9 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from lrag_ray.store.run_dir import RunDirectory
 from tests.cluster.drivers import REPOSITORY, actors_below, driver, write_config
-from tests.cluster.nodes import free_port, private_folder, ray_start, stop_at_work
+from tests.cluster.nodes import free_port, private_folder, ray_start
 from tests.cluster.pretended_nodes import PretendedNodes
-from tests.cluster.quiet import assert_equal, make_config, quiet_run
+from tests.cluster.quiet import Gate, assert_equal, make_config, quiet_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -55,7 +55,7 @@ def autoscaling(address: str) -> dict[str, object]:
 
 
 def test_actors_without_room_bring_nodes_and_are_placed_there(tmp_path: Path) -> None:
-    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2))
+    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2, gates=[Gate(tmp_path / "open", opened=True)]))
     port = free_port()
     address = f"{get_node_ip_address()}:{port}"
     (tmp_path / "autoscaling.json").write_text(json.dumps(autoscaling(address)), encoding="utf-8")
@@ -78,12 +78,12 @@ def test_actors_without_room_bring_nodes_and_are_placed_there(tmp_path: Path) ->
     ):
         started_all = head.parent()
         assert started_all is not None
-        config = make_config(tmp_path / "run", address, prompts=2)
+        # Of each prompt a rollout waits, so that there is work until both nodes are there.
+        gate = Gate(tmp_path / "gate")
+        config = make_config(tmp_path / "run", address, prompts=2, gates=[gate])
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
-            # Asleep, so that it does not do all the work before the second node is there.
-            first = stop_at_work(started.wait_until, lambda: actors_below(started_all.pid), lambda: True)
             started.wait_until(lambda: len(actors_below(started_all.pid)) == 2)
             assert actors_below(head.pid) == []
-            first.resume()
+            gate.open()
             assert started.wait() == 0, started.text
     assert_equal(RunDirectory(config.run.uri), quiet)

@@ -27,7 +27,7 @@ from tests.cluster.drivers import Driver, driver, write_config
 from tests.cluster.nodes import Nodes, actors_on, is_at_work, nodes
 from tests.cluster.quiet import ALL_METHODS, assert_equal, attempts, by_horizon, make_config, quiet_run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 Victim = Literal["worker", "node", "driver"]
 
@@ -40,8 +40,9 @@ class Scene:
     """A run and what happens to it."""
 
     prompts: int
-    """To begin with; a run that is done before all kills were made grows by as many again."""
+    """To begin with; a run that is done before all was seen that is to be seen grows by as many again."""
     kills: dict[Victim, int]
+    """At least; workers more often where no rollout had to be continued by another one."""
     video: bool
     seed: int
 
@@ -85,7 +86,9 @@ class Monkey:
             assert current.process.returncode in (0, 1, -9), current.text
             if current.process.returncode == 0:
                 if not self._list:
-                    return
+                    if any(len(attempts(commit)) > 1 for commit in self.run.commits()):
+                        return
+                    self._list.append("worker")
                 self._grow()
 
     def _grow(self) -> None:
@@ -135,7 +138,7 @@ def survive(cluster: Nodes, folder: Path, scene: Scene, timeout_s: float) -> Mon
     """Run a scene with kills and quietly, and compare."""
     monkey = Monkey(cluster, folder / "chaos", scene)
     monkey.rampage(timeout_s)
-    assert dict(monkey.killed) == scene.kills
+    assert all(monkey.killed[victim] >= count for victim, count in scene.kills.items())
     found = monkey.run
     quiet = quiet_run(make_config(folder / "quiet", None, monkey.prompts, video={"enabled": scene.video}))
 
@@ -165,13 +168,13 @@ def assert_only_what_counts_is_left(run: RunDirectory) -> None:
 
 
 def test_a_run_survives_what_is_killed_at_random_and_equals_a_quiet_one(cluster: Nodes, tmp_path: Path) -> None:
-    monkey = survive(cluster, tmp_path, SHORT, timeout_s=600)
+    monkey = survive(cluster, tmp_path, SHORT, timeout_s=900)
     assert monkey.killed.total() >= 20
     assert monkey.prompts * len(ALL_METHODS) >= 24
 
 
 def test_videos_survive_as_well(cluster: Nodes, tmp_path: Path) -> None:
-    survive(cluster, tmp_path, FILMED, timeout_s=300)
+    survive(cluster, tmp_path, FILMED, timeout_s=600)
 
 
 @pytest.mark.nightly

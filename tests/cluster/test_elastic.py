@@ -1,6 +1,6 @@
 """Nodes join and die while a run goes on: the speed changes, the results do not, and little is done twice.
 
-The actor that is at work is stopped (SIGSTOP) where a test needs time, so that nothing depends on how fast it is.
+The first rollout waits at a gate until a test has done what it does to it, so that nothing depends on speed.
 """
 
 from __future__ import annotations
@@ -13,32 +13,43 @@ import pytest
 
 from lrag_ray.store.run_dir import RunDirectory
 from tests.cluster.drivers import driver, write_config
-from tests.cluster.nodes import actors_on, nodes, stop_at_work
-from tests.cluster.quiet import assert_equal, attempts, by_horizon, make_config, open_parts, part_records, quiet_run
+from tests.cluster.nodes import actors_on, is_alive, nodes
+from tests.cluster.quiet import (
+    Gate,
+    assert_equal,
+    attempts,
+    by_horizon,
+    make_config,
+    open_parts,
+    part_records,
+    quiet_run,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_last_part(tmp_path: Path) -> None:
-    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2))
+    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2, gates=[Gate(tmp_path / "open", opened=True)]))
     with nodes() as cluster:
-        first = cluster.add()
-        config = make_config(tmp_path / "elastic", cluster.address, prompts=2, engine={"actors": {"min": 1, "max": 3}})
+        first, gate = cluster.add(), Gate(tmp_path / "gate")
+        engine = {"actors": {"min": 1, "max": 3}}
+        config = make_config(tmp_path / "elastic", cluster.address, prompts=2, gates=[gate], engine=engine)
         run = RunDirectory(config.run.uri)
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
-            stop_at_work(started.wait_until, cluster.actors, lambda: bool(open_parts(run)))
-            before = len(run.commits())
+            started.wait_until(lambda: bool(open_parts(run)))
+            assert len(actors_on(first)) == 1 and run.commits() == []
             second = cluster.add()
-            started.wait_until(lambda: len(run.commits()) > before)
-            assert actors_on(second), "the results came from elsewhere"
+            # The only actor that the first has room for waits in the middle of a rollout.
+            started.wait_until(lambda: bool(run.commits()))
+            assert len(actors_on(second)) == 1, "the results came from elsewhere"
 
-            # The actor there has been asleep in the middle of a rollout all the time.
             cluster.kill(first)
+            gate.open()
             assert started.wait() == 0, started.text
     assert_equal(run, quiet)
     continued = [commit for commit in by_horizon(run).values() if len(attempts(commit)) > 1]
     assert continued, "the rollout of the dead node was begun again"
-    # A part is stored once its record is: the actor may have been put to sleep between the two.
+    # A part is stored once its record is: the actor may have been killed between the two.
     parts = Counter(re.sub(r"/attempt-[^/]+/", "/", path) for path in part_records(run))
     assert max(parts.values()) == 1, "a stored part was made again"
 
@@ -48,23 +59,25 @@ def test_a_dead_head_takes_the_cluster_along_and_a_new_one_continues(
 ) -> None:
     # Ray ends what cannot reach its head for so long; a minute by default.
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
-    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2))
+    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2, gates=[Gate(tmp_path / "open", opened=True)]))
     with nodes() as cluster:
-        cluster.add()
-        config = make_config(tmp_path / "run", cluster.address, prompts=2)
+        first, gate = cluster.add(), Gate(tmp_path / "gate")
+        config = make_config(tmp_path / "run", cluster.address, prompts=2, gates=[gate])
         run = RunDirectory(config.run.uri)
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
-            actor = stop_at_work(started.wait_until, cluster.actors, lambda: bool(open_parts(run)))
+            started.wait_until(lambda: bool(open_parts(run)))
+            (actor,) = actors_on(first)
             stored = run.storage.list_files("rollouts")
             cluster.kill_head()
             assert started.wait() != 0
-            assert not actor.is_running()
+            assert not is_alive(actor)
         assert stored.items() <= run.storage.list_files("rollouts").items()
         assert len(run.commits()) < len(quiet.commits())
 
+        gate.open()
         cluster.start_head()
         cluster.add()
-        config = make_config(tmp_path / "run", cluster.address, prompts=2)
+        config = make_config(tmp_path / "run", cluster.address, prompts=2, gates=[gate])
         with driver(write_config(tmp_path / "config.yaml", config)) as again:
             assert again.wait() == 0, again.text
         assert "Waiting for a sign of life" not in again.text

@@ -19,14 +19,14 @@ import pytest
 
 from lrag_ray.store.run_dir import RunDirectory
 from tests.cluster.drivers import actors_below, driver, write_config
-from tests.cluster.nodes import free_port, private_folder, ray_start, stop_at_work
-from tests.cluster.quiet import assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
+from tests.cluster.nodes import free_port, is_alive, private_folder, ray_start
+from tests.cluster.quiet import Gate, assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
 from tests.cluster.test_run import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 DEATHS_QUICKLY = (
-    '{"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000, '
+    '{"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 4000, '
     # A node that is cut off ends itself after this; by then a slow machine may not have finished the run.
     '"health_check_failure_threshold": 3, "gcs_rpc_server_reconnect_timeout_s": 600}'
 )
@@ -90,7 +90,7 @@ def network() -> Iterator[Network]:
 
 
 def test_a_cut_off_node_that_writes_on_does_no_harm(tmp_path: Path) -> None:
-    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2))
+    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2, gates=[Gate(tmp_path / "open", opened=True)]))
     port = free_port()
     with network() as net, private_folder() as folder:
         address = f"{net.addresses}.1:{port}"
@@ -102,10 +102,14 @@ def test_a_cut_off_node_that_writes_on_does_no_harm(tmp_path: Path) -> None:
             return [f"--address={address}", f"--node-ip-address={net.addresses}.{host}", "--num-cpus=1", store]
 
         with ray_start(*head), ray_start(*node(2), prefix=["ip", "netns", "exec", net.space(2)]) as first:
-            config = make_config(tmp_path / "run", address, prompts=2, engine={"actors": 1})
+            gate = Gate(tmp_path / "gate")
+            config = make_config(tmp_path / "run", address, prompts=2, gates=[gate], engine={"actors": 1})
             run = RunDirectory(config.run.uri)
             with driver(write_config(tmp_path / "config.yaml", config)) as started:
-                actor = stop_at_work(started.wait_until, lambda: actors_below(first.pid), lambda: bool(open_parts(run)))
+                started.wait_until(lambda: bool(open_parts(run)))
+                (actor,) = actors_below(first.pid)
+                actor.suspend()
+                gate.open()
                 (attempt,) = {path.rsplit("/", 1)[0] for path in open_parts(run)}
                 before = run.storage.list_files(attempt).keys()
                 with ray_start(*node(3), prefix=["ip", "netns", "exec", net.space(3)]):
@@ -117,6 +121,6 @@ def test_a_cut_off_node_that_writes_on_does_no_harm(tmp_path: Path) -> None:
                     wait_until(lambda: run.storage.list_files(attempt).keys() > before)
                     assert started.wait() == 0, started.text
                     time.sleep(1)
-                    assert actor.is_running(), "it was not cut off"
+                    assert is_alive(actor), "it was not cut off"
     assert_equal(run, quiet)
     assert any(len(attempts(commit)) > 1 for commit in by_horizon(run).values())

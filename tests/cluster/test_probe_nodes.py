@@ -18,13 +18,12 @@ from tests.store.make import make_identity
 from tests.store.namespaces import unshare_command
 
 DRIVER = """
-import subprocess, sys, tempfile, time
-from contextlib import contextmanager
-from pathlib import Path
+import sys, tempfile
 import ray
 from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.errors import StorageError
 from lrag_ray.store.run_dir import RunDirectory
+from tests.cluster.nodes import ray_start
 from tests.engine.make import make_config
 from tests.store.make import make_identity
 
@@ -34,29 +33,13 @@ for run in runs:
 mount = ["sh", "-c", f'mount -t tmpfs none {runs[1].uri} && exec "$@"', "sh"]
 before = [*sys.argv[2:], *mount] if sys.argv[2:] else []
 
-@contextmanager
-def node(*before):
-    known = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-    address = ray.get_runtime_context().gcs_address
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--block", "--num-cpus=1",
-             "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    process = subprocess.Popen([*before, *start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not (new := {n["NodeID"] for n in ray.nodes() if n["Alive"]} - known):
-            assert process.poll() is None and time.monotonic() < deadline, "the node does not come"
-            time.sleep(0.1)
-        yield new.pop()
-    finally:
-        process.terminate()
-        process.wait(60)
-
-with tempfile.TemporaryDirectory(prefix="lr") as temporary:
+with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as temporary:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
              _temp_dir=temporary, _node_ip_address="127.0.0.1")
     notices = []
     probe_nodes(runs[1], make_config(runs[1].uri), notices.append)
-    with node(*before):
+    address = ray.get_runtime_context().gcs_address
+    with ray_start(f"--address={address}", "--num-cpus=1", "--node-ip-address=127.0.0.1", prefix=before):
         probe_nodes(runs[0], make_config(runs[0].uri), notices.append)
         print("shared", notices)
         try:
@@ -78,7 +61,7 @@ def test_a_folder_that_a_node_does_not_share_is_refused_and_one_that_is_shared_i
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     assert "shared []" in done.stdout

@@ -21,10 +21,10 @@ from lrag_ray.errors import ClusterError, IdentityError, StorageError
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
 from tests.cluster.drivers import Driver, actors_below, driver, write_config
-from tests.cluster.nodes import stop_at_work
+from tests.cluster.nodes import is_at_work, wait_for_end
+from tests.cluster.quiet import Gate, open_parts, quiet_run
 from tests.cluster.quiet import assert_equal as same_results
 from tests.cluster.quiet import make_config as long_config
-from tests.cluster.quiet import open_parts, quiet_run
 from tests.engine import make
 from tests.engine.make import BACKBONE, METHODS, digests, make_prompts, part_bytes
 
@@ -172,15 +172,20 @@ def test_a_run_grows_by_methods_prompts_and_durations(quiet: RunDirectory, tmp_p
 
 def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -> None:
     """SIGKILL to the actor's own process as soon as it has stored a part that no commit names."""
-    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", prompts=1))
-    config = long_config(tmp_path / "disturbed", prompts=1, engine={"actors": 1})
+    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, [Gate(tmp_path / "open", opened=True)]))
+    gate = Gate(tmp_path / "gate")
+    config = long_config(tmp_path / "disturbed", None, 1, [gate], engine={"actors": 1})
     directory, progress = RunDirectory(config.run.uri), Recorder()
     killed: list[int] = []
 
     def kill() -> None:
-        actor = stop_at_work(wait_until, lambda: actors_below(os.getpid()), lambda: bool(open_parts(directory)))
-        actor.kill()
-        killed.append(actor.pid)
+        try:
+            wait_until(lambda: bool(open_parts(directory)))
+            (actor,) = filter(is_at_work, actors_below(os.getpid()))
+            actor.kill()
+            killed.append(actor.pid)
+        finally:
+            gate.open()
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -216,7 +221,7 @@ def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path:
     assert progress.of(StageBegan) == []
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -224,27 +229,29 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
 
 
 def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(cluster: None, tmp_path: Path) -> None:
-    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", prompts=2))
-    config = long_config(tmp_path / "disturbed", prompts=2, engine={"actors": 1})
+    opened = [Gate(tmp_path / f"open-{number}", opened=True) for number in range(2)]
+    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, opened))
+    gates = [Gate(tmp_path / f"gate-{number}", behind_commit=True) for number in range(2)]
+    config = long_config(tmp_path / "disturbed", None, 1, gates, engine={"actors": 1})
     path, directory = write_config(tmp_path / "config.yaml", config), RunDirectory(config.run.uri)
 
-    def stop_actor(of: Driver) -> list[psutil.Process]:
-        """Put the actor to sleep after a commit, so that the run cannot end; all processes of the driver."""
-        before, pid = len(directory.commits()), of.process.pid
-        stop_at_work(of.wait_until, lambda: actors_below(pid), lambda: len(directory.commits()) > before)
-        return psutil.Process(pid).children(recursive=True)
+    def in_the_middle(of: Driver) -> list[psutil.Process]:
+        """Wait for the next commit, after which a gate is closed; all processes of the driver."""
+        before = len(directory.commits())
+        of.wait_until(lambda: len(directory.commits()) > before)
+        return psutil.Process(of.process.pid).children(recursive=True)
 
     with driver(path) as interrupted:
-        started = stop_actor(interrupted)
+        started = in_the_middle(interrupted)
         interrupted.process.send_signal(signal.SIGINT)
         assert interrupted.wait() == 130
         assert "Traceback" not in interrupted.text and "the same command continues" in interrupted.text
-    _, left = psutil.wait_procs(started, timeout=60)
-    assert not left, "processes outlive their driver"
+    wait_for_end(started)
     done = len(directory.commits())
 
+    gates[0].open()
     with driver(path) as killed:
-        started = stop_actor(killed)
+        started = in_the_middle(killed)
         killed.process.kill()
         killed.wait()
     for process in psutil.wait_procs(started, timeout=5)[1]:
@@ -252,6 +259,7 @@ def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(clust
             process.kill()
     assert 1 <= done < len(directory.commits()) < len(undisturbed.commits())
 
+    gates[1].open()
     outcome = run(config)
     assert (outcome.exit_code, outcome.commits_total) == (0, len(undisturbed.commits()))
     same_results(directory, undisturbed)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,14 @@ from typer.testing import CliRunner
 from lrag_ray.cli.app import app
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.config.videos import videos_config
+from lrag_ray.engine import score_videos as module
 from lrag_ray.engine.score_videos import VideoScores, score_videos
 from lrag_ray.engine.scoring.vbench_work import VbenchTask, VbenchWork, stored_rows
 from lrag_ray.engine.video_list import list_videos
-from lrag_ray.scoring.vbench_long.rows import RowKey
+from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
 from lrag_ray.store.address import Storage
+from tests.cluster.drivers import REPOSITORY
+from tests.cluster.nodes import wait_for_end
 from tests.engine.odd_videos import BROKEN, encode, make_folder
 from tests.report.make_run import moving_frames
 
@@ -108,7 +110,7 @@ def test_a_manifest_names_methods_and_durations(tmp_path: Path) -> None:
     assert len(scores_of(tmp_path / "scores")) == 6, "durations share their clips"
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 250) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
@@ -149,30 +151,51 @@ def row_files(to: Path) -> set[Path]:
     return set(to.glob("direct/*/rows-*.parquet"))
 
 
+class Held(VbenchWork):
+    """Stops behind its first file of rows until the file ``go-on`` lies beside the scores."""
+
+    def _keep(self, task: VbenchTask, rows: Sequence[ScoreRow]) -> None:
+        super()._keep(task, rows)
+        while not Path(self._rows.full("go-on")).exists():
+            time.sleep(0.05)
+
+
+HELD = """
+from lrag_ray.cli.app import main
+from lrag_ray.engine import score_videos
+from tests.cluster.test_score_videos import Held
+score_videos.VbenchWork = Held
+main()
+"""
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
     undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path
 ) -> None:
-    program = [sys.executable, "-c", "from lrag_ray.cli.app import main; main()"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     driver = subprocess.Popen(
-        [*program, "score", str(long_video), *OPTIONS, "--to", str(tmp_path)],
+        [sys.executable, "-c", HELD, "score", str(long_video), *OPTIONS, "--to", str(tmp_path)],
+        cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: row_files(tmp_path) or driver.poll() is not None)
-    cluster = psutil.Process(driver.pid).children(recursive=True)
-    workers = list(filter(is_worker, cluster))
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
-    assert workers and not alive
+    try:
+        wait_for(lambda: row_files(tmp_path) or driver.poll() is not None)
+        cluster = psutil.Process(driver.pid).children(recursive=True)
+        workers = list(filter(is_worker, cluster))
+    finally:
+        driver.kill()
+        driver.wait()
+    assert workers
+    wait_for_end(workers)
     for process in psutil.wait_procs(cluster, timeout=1)[1]:
         # Ray's own agents see later that they are alone.
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     committed = row_files(tmp_path)
-    assert 0 < len(scores_of(tmp_path)) < len(undisturbed), "the driver was killed too late to show anything"
+    assert 0 < len(scores_of(tmp_path)) < len(undisturbed)
 
     assert score(long_video, tmp_path).exit_code == 0
     assert scores_of(tmp_path) == undisturbed
@@ -181,19 +204,24 @@ def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
 
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_is_replaced_and_goes_on_from_its_rows(
-    undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path
+    undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill() -> None:
-        wait_for(lambda: row_files(tmp_path))
-        for process in filter(is_worker, psutil.Process().children(recursive=True)):
-            process.kill()
-            killed.append(len(row_files(tmp_path)))
+        try:
+            wait_for(lambda: row_files(tmp_path))
+            for process in filter(is_worker, psutil.Process().children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    killed.append(len(row_files(tmp_path)))
+        finally:
+            (tmp_path / "go-on").touch()
 
+    monkeypatch.setattr(module, "VbenchWork", Held)
     killed: list[int] = []
     killer = threading.Thread(target=kill)
     killer.start()
     outcome = score(long_video, tmp_path)
     killer.join()
     assert outcome.exit_code == 0, outcome.failed
-    assert killed and min(killed) < 15
+    assert set(killed) == {1}
     assert scores_of(tmp_path) == undisturbed

@@ -27,6 +27,7 @@ from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 from tests.engine.make import METHODS, make_config, make_prompts
 
+WAITING = {"method": "tests.engine.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
 PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
 
 
@@ -60,8 +61,7 @@ def scored_config(folder: Path, **methods: Any) -> Any:
 @pytest.mark.usefixtures("cluster", "often")
 def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path: Path) -> None:
     # Its rollouts last until there are scores, however quick the rollouts are and however slow the first wave.
-    waiting = {"method": "tests.engine.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
-    config, progress = scored_config(tmp_path, waiting={**waiting, "marker": str(tmp_path / "scores")}), Recorder()
+    config, progress = scored_config(tmp_path, waiting={**WAITING, "marker": str(tmp_path / "scores")}), Recorder()
     outcome = run(config, PROMPTS[:2], progress=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 12)
     assert pending_scores(RunDirectory(str(tmp_path)), config) == []
@@ -78,13 +78,21 @@ def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster", "often")
 def test_trouble_of_a_wave_is_told_and_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, calls = tmp_path / "gate", []
+
     def unreachable(*_: object, **__: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            # By now the trouble of the first is told.
+            (gate / "open").touch()
         raise StorageError("the bucket is away")
 
+    gate.mkdir()
     monkeypatch.setattr(waves, "score_pending", unreachable)
     progress = Recorder()
-    outcome = run(scored_config(tmp_path), PROMPTS[:1], progress=progress)
-    assert (outcome.exit_code, outcome.videos_scored) == (0, 4)
+    config = scored_config(tmp_path / "run", waiting={**WAITING, "marker": str(gate)})
+    outcome = run(config, PROMPTS[:1], progress=progress)
+    assert (outcome.exit_code, outcome.videos_scored) == (0, 6)
     told = [event.text for event in progress.of(Notice) if "bucket" in event.text]
     assert told == ["videos cannot be scored yet: the bucket is away"]
 

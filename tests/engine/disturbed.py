@@ -1,4 +1,4 @@
-"""A context method for tests of the runner: attends like infinity_rope, and is slow, hangs or fails when told."""
+"""A context method for tests of the runner: attends like infinity_rope, and waits, hangs or fails when told."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from lrag_ray.context.rag import Rag, RagSettings
 class DisturbedSettings(BaseSettings):
     """When and how to disturb; once per `marker`."""
 
-    block_s: float = 0.0
-    """Every block takes so much longer."""
     at_block: int = -1
     """The block at whose beginning it happens."""
     how: str = ""
     """hang, gpu_memory, or wait."""
     marker: str = ""
     """File that says that it happened; or the folder in which a file is waited for."""
+
+
+def wait_for_a_file(folder: str) -> None:
+    """Return when there is any file below `folder`; a file ``<folder>.waiting`` tells that somebody waits."""
+    Path(f"{folder}.waiting").touch()
+    while not any(path.is_file() for path in Path(folder).rglob("[!.]*")):
+        time.sleep(0.05)
 
 
 class Disturbed(InfinityRope):
@@ -35,10 +40,9 @@ class Disturbed(InfinityRope):
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         settings = self.settings
-        time.sleep(settings.block_s)
         if settings.how == "wait":
-            while block == settings.at_block and not any(p.is_file() for p in Path(settings.marker).rglob("[!.]*")):
-                time.sleep(0.05)
+            if block == settings.at_block:
+                wait_for_a_file(settings.marker)
         elif block == settings.at_block and not Path(settings.marker).exists():
             Path(settings.marker).touch()
             if settings.how == "hang":
@@ -51,15 +55,18 @@ class Disturbed(InfinityRope):
 class RememberingSettings(RagSettings):
     """Of `Remembering`."""
 
-    block_s: float = 0.0
-    """Every block takes so much longer."""
+    at_block: int = -1
+    """The block at whose beginning it waits."""
+    marker: str = ""
+    """The folder in which a file is waited for."""
 
 
 class Remembering(Rag):
-    """A slow method with a history."""
+    """A method with a history that waits when told."""
 
     Settings = RememberingSettings
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
-        time.sleep(self.settings.block_s)
+        if block == self.settings.at_block:
+            wait_for_a_file(self.settings.marker)
         super().begin_block(block, state)

@@ -66,14 +66,13 @@ def test_the_lease_is_renewed_and_given_back_however_the_block_ends(storage: Sto
 
 def test_a_driver_that_was_replaced_is_stopped_with_the_name_of_the_other(storage: Storage) -> None:
     before = signal.getsignal(signal.SIGURG)
-    began = time.monotonic()
     with (
         pytest.raises(LeaseError, match=r"was taken over by ada on .* so this driver .* stops"),
         keep_lease(storage, "run", ttl_s=TTL_S, progress=silent),
     ):
         take_over(storage)
-        time.sleep(60)
-    assert time.monotonic() - began < 30
+        time.sleep(120)
+        pytest.fail("it was not stopped")
     assert signal.getsignal(signal.SIGURG) == before
     found = holder(storage)
     assert found is not None and found.epoch == 2 and not found.is_free, "the other's lease was touched"
@@ -86,14 +85,15 @@ def test_a_driver_in_another_thread_is_stopped_as_well(storage: Storage) -> None
         try:
             with keep_lease(storage, "run", ttl_s=TTL_S, progress=silent):
                 take_over(storage)
-                for _ in range(600):
+                for _ in range(1200):
                     time.sleep(0.1)
+                errors.append(AssertionError("it was not stopped"))
         except LeaseError as error:
             errors.append(error)
 
     thread = threading.Thread(target=drive)
     thread.start()
-    thread.join(timeout=30)
+    thread.join()
     assert len(errors) == 1 and "was taken over by ada" in str(errors[0])
 
 
@@ -102,13 +102,11 @@ def test_a_lease_that_cannot_be_renewed_stops_the_driver_after_its_ttl(storage: 
         pytest.raises(LeaseError, match=r"could not be renewed for 2 s.*cannot (write|list)"),
         keep_lease(storage, "run", ttl_s=2, progress=silent),
     ):
-        switch(tmp_path, "file")
         began = time.monotonic()
-        try:
-            time.sleep(60)
-        finally:
-            waited = time.monotonic() - began
-    assert 1 < waited < 30
+        switch(tmp_path, "file")
+        time.sleep(120)
+        pytest.fail("it was not stopped")
+    assert time.monotonic() - began > 1
 
 
 def test_a_short_trouble_of_the_storage_is_borne(storage: Storage, tmp_path: Path) -> None:
@@ -165,7 +163,7 @@ def test_a_driver_that_does_not_stop_is_ended_the_hard_way(storage: Storage) -> 
     ) as driver:
         assert driver.stdout is not None and driver.stdout.readline() == b"held\n"
         take_over(storage)
-        _, errors = driver.communicate(timeout=60)
+        _, errors = driver.communicate(timeout=240)
     assert driver.returncode == 3
     assert b"error: " in errors and b"was taken over by ada" in errors
 

@@ -25,6 +25,7 @@ from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
+from tests.cluster.nodes import patiently
 from tests.report.make_run import make_identity, make_run, store_rollout
 
 pytestmark = pytest.mark.cluster
@@ -33,8 +34,9 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     # A socket path may have 107 characters; pytest's own folders are too deep.
-    with TemporaryDirectory(prefix="ray-") as temporary:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=temporary, log_to_driver=False)
+    with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
+        settings = {"include_dashboard": False, "log_to_driver": False, "_temp_dir": temporary}
+        patiently(lambda: ray.init(address="local", num_cpus=2, **settings))
         yield
         ray.shutdown()
 

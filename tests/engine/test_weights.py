@@ -165,9 +165,9 @@ pull(needs_of(load_config(sys.argv[1]))[0])
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not true():
-        assert time.monotonic() < deadline, "waited for a minute"
+        assert time.monotonic() < deadline, "waited for four minutes"
         time.sleep(0.05)
 
 

@@ -28,7 +28,7 @@ def test_the_script_takes_over_and_tells_what_cannot_be_played(tmp_path: Path) -
     page = (tmp_path / "run" / "summary" / "report.html").as_uri()
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
-        [str(BROWSER), *FLAGS.split(), profile, page], check=True, capture_output=True, text=True, timeout=100
+        [str(BROWSER), *FLAGS.split(), profile, page], check=True, capture_output=True, text=True, timeout=280
     )
     base, rag = re.findall(r'<figure class="player">.*?</figure>', done.stdout, flags=re.DOTALL)
     for player in (base, rag):

@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from lrag_ray.errors import LeaseError
+from lrag_ray.store import lease as lease_module
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import FOLDER, Lease, LeaseRecord, holder, new_record, take_lease
 from lrag_ray.store.process import ProcessIdentity, this_process
@@ -98,6 +100,22 @@ def test_a_driver_without_a_sign_of_life_is_replaced_after_its_ttl_and_finds_out
         silent.renew()
     assert sorted(storage.list_files(FOLDER)) == ["lease/00000002.beat", "lease/00000002.json"]
     successor.renew()
+
+
+def test_a_machine_that_stood_still_as_a_whole_takes_no_lease_from_a_driver_that_lives(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both drivers were asleep (a virtual machine that was moved): the one that waits wakes up first."""
+    alive, now = take(storage, elsewhere(ttl_s=60)), [0.0]
+
+    def sleep(_: float) -> None:
+        if now[0]:
+            alive.renew()
+        now[0] += 1000
+
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    with pytest.raises(LeaseError, match="worked on by ada"):
+        take(storage)
 
 
 def test_a_process_of_this_machine_that_has_ended_is_replaced_at_once(storage: Storage) -> None:

@@ -18,7 +18,7 @@ def test_the_next_item_is_made_while_the_last_is_used_and_no_more() -> None:
 
     working = ahead(items())
     assert next(working) == 0
-    assert made[1].wait(10)
+    assert made[1].wait(120)
     assert not made[2].wait(0.2)
     assert list(working) == [1, 2, 3]
 
