@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +26,7 @@ from lrag_ray.engine.scoring.vbench_work import RANDOM, VbenchTask, VbenchWork, 
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.video_list import ListedVideo, VideoList, list_videos
 from lrag_ray.errors import INTERRUPTED, ConfigError
+from lrag_ray.report.csv_text import csv_text
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.vbench_long.aggregate import Aggregate, aggregate
 from lrag_ray.scoring.vbench_long.measures import vbench_long
@@ -305,10 +304,9 @@ def _milliseconds(duration_s: float | None) -> int:
 def _csv(videos: Sequence[VideoResult], dimensions: Sequence[Dimension]) -> str:
     labels = ("path", "method", "backbone", "prompt", "sample", "duration_s", "clips")
     names = [name for name in DIMENSIONS if name in dimensions]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*labels, *names, "reason"])
-    for video in videos:
-        values = [video.scores.get(name, "") for name in names]
-        writer.writerow([*(getattr(video, label) for label in labels), *values, video.reason])
-    return text.getvalue()
+    rows = (
+        {label: getattr(video, label) for label in (*labels, "reason")}
+        | {name: video.scores[name] for name in names if name in video.scores}
+        for video in videos
+    )
+    return csv_text([*labels, *names, "reason"], rows)
