@@ -37,8 +37,8 @@ class _Files(NamedTuple):
 
 
 def cases(folder: Folder) -> list[GoldenCase]:
-    """A case per JSON with rank, alpha and targets."""
-    records = [record for record in folder.records if record.holds("rank", "alpha", "model")]
+    """A case per JSON with a rank and a model."""
+    records = [record for record in folder.records if record.holds("rank", "model")]
     return [
         GoldenCase(record.path.stem, partial(_check, record, _files(folder, record, alone=len(records) == 1)))
         for record in records
@@ -79,7 +79,9 @@ def _check(record: Record, files: _Files | None, sheet: Sheet) -> None:
         sheet.same("target layers", sorted(lora_targets(base)), sorted(golden["target_modules"]))
     models = {"base": base}
     for path in files.loras:
-        lora = Lora(path, rank=int(golden["rank"]), alpha=float(golden["alpha"]))
+        # Without alpha the update counts once, or as `scaling` says.
+        alpha = golden.get("alpha", golden.get("scaling", 1) * golden["rank"])
+        lora = Lora(path, rank=int(golden["rank"]), alpha=float(alpha))
         merged = load_transformer(files.base.path, config, dtype=torch.float32, lora=lora)
         models[path.stem] = merged
         if files.merged is not None:

@@ -115,8 +115,14 @@ def run_case(folder: str, case: GoldenCase) -> list[CaseResult]:
 
 
 def _folders(root: Path) -> Iterator[Folder]:
-    """The folder and those under it that hold data, in order of their names."""
-    for place, names, _ in os.walk(root):
+    """The folder and those under it that hold data, in order of their names; linked ones too, each folder once."""
+    seen: set[str] = set()
+    for place, names, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
         names[:] = sorted(name for name in names if not name.startswith((".", "__")))
         folder = Folder(Path(place))
         if folder.holds_data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,6 +147,40 @@ def test_tensors_in_no_known_format_are_said_to_be_skipped(tmp_path: Path) -> No
     (row,) = [row for row in verify_path(tmp_path) if row.folder == "strange"]
     assert row.status == "skip"
     assert "no golden vectors" in row.reason
+
+
+def test_linked_folders_are_verified_and_none_twice(tmp_path: Path) -> None:
+    make_case(tmp_path / "real", "case", *ONE_STEP[:3])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "real")
+    results = verify_path(tmp_path / "set")
+    assert {row.folder for row in results} == {"linked"}
+    assert not failed(results)
+
+
+def test_a_lora_without_alpha_counts_once(golden: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(golden / "lora", tmp_path / "lora")
+    path = folder / "lora_rank4.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "alpha"}))
+    results = verify_path(folder)
+    assert results and not failed(results)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_checkpoint_without_a_top_level_must_hold_all_or_be_refused(
+    golden: Path, tmp_path: Path, complete: bool
+) -> None:
+    source = golden / "checkpoints"
+    for name in ("variants.json", "expected_weights.safetensors"):
+        shutil.copy(source / name, tmp_path / name)
+    state = dict(torch.load(source / "ckpt_generator.pt", weights_only=True)["generator"])
+    if not complete:
+        state.popitem()
+    torch.save(state, tmp_path / "ckpt_bare.pt")
+    rows = [row for row in verify_path(tmp_path) if row.case == "ckpt_bare"]
+    assert {row.status for row in rows} == {"pass"}
+    assert any(row.reason.startswith("refused") for row in rows) != complete
 
 
 def test_a_path_without_golden_vectors_is_wrong_use(tmp_path: Path) -> None:
