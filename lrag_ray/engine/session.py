@@ -22,6 +22,7 @@ from lrag_ray.engine.head_watch import head_watch
 from lrag_ray.errors import ClusterError
 
 _CONNECT_TIMEOUT_S = 20.0
+_START_TRIES = 3
 
 
 @contextmanager
@@ -91,14 +92,21 @@ def _start_local(engine: EngineSection) -> None:
     # Without one in the environment Ray would write it into the home folder, which switches later clusters to tokens.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, math.ceil(engine.cpus_per_actor)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    for tries_left in reversed(range(_START_TRIES)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, math.ceil(engine.cpus_per_actor)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+            break
+        except Exception as error:
+            # Ray gives a node half a minute, which cannot be set; a machine that is busy for a while needs more.
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus < engine.gpus_per_actor:
         ray.shutdown()

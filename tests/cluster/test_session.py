@@ -43,7 +43,10 @@ else:
     raise AssertionError("no machine has 64 GPUs")
 assert not ray.is_initialized()
 
+tries = []
+
 def slow(**_):
+    tries.append("local")
     raise Exception("The current node timed out during startup.")
 
 ray.init, init = slow, ray.init
@@ -52,6 +55,7 @@ try:
         pass
 except ClusterError as error:
     assert "no local Ray cluster can be started: The current node timed out" in str(error), error
+assert len(tries) == 3
 ray.init = init
 
 for address in ("not an address", "127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"):
