@@ -3,7 +3,7 @@
 ::
 
     LragError                 exit code 1
-    ├── VideoError            a video file that cannot be read or written (lrag_ray.video.mp4)
+    ├── VideoError            a video that cannot be read or re-encoded (lrag_ray.video.mp4)
     ├── UsageError            exit code 2: the user asked for something that cannot be
     │   ├── ConfigError       a key or value of the run configuration
     │   ├── PromptError       a prompt file

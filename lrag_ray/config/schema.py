@@ -393,7 +393,7 @@ class ScoringSection(Section):
     workers: int | None = Field(default=None, ge=1)
     """Scoring workers; None takes as many as fit the cluster when a wave begins."""
     cpus_per_worker: float = Field(default=1, gt=0)
-    """CPUs that each scoring worker reserves; also its torch threads, rounded down."""
+    """CPUs that each scoring worker reserves; of vbench_long also its torch threads, rounded down."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs, or the share of one, that each worker of vbench_long reserves; 0 scores on the CPU."""
     during_generation: bool = True

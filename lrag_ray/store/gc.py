@@ -71,7 +71,7 @@ def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) 
     files = run.storage.list_details()
     inventory, decoded = run.inventory(), read_decoded(run)
     candidates = [
-        *_top_level(files),
+        *_by_name(files),
         *_of_attempts(files, inventory, identity, unfinished=unfinished),
         *_of_decoding(files, decoded),
     ]
@@ -137,7 +137,7 @@ def remove_leftovers(run: RunDirectory, leftovers: Iterable[Leftover]) -> None:
     run.storage.remove_many([path for path in files if not path.endswith(".json")])
 
 
-def _top_level(files: Mapping[str, FileDetails]) -> Iterator[Leftover]:
+def _by_name(files: Mapping[str, FileDetails]) -> Iterator[Leftover]:
     for path, details in files.items():
         if path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
             yield Leftover(path=path, kind="unfinished write", size_bytes=details.size_bytes)

@@ -29,7 +29,7 @@ _ENCODER_THREADS = 1
 
 
 class VideoError(LragError):
-    """A video file cannot be read."""
+    """A video cannot be read, or not be re-encoded."""
 
 
 class VideoInfo(NamedTuple):
@@ -38,8 +38,6 @@ class VideoInfo(NamedTuple):
     width: int
     height: int
     fps: float
-    declared_frames: int
-    """0 where the container does not say."""
 
 
 class Mp4Writer:
@@ -147,7 +145,7 @@ class Mp4Writer:
 
 
 def video_info(path: str | Path) -> VideoInfo:
-    """Size, rate and declared length, without decoding.
+    """Size and rate, without decoding.
 
     Raises:
         VideoError: no readable video.
@@ -155,7 +153,7 @@ def video_info(path: str | Path) -> VideoInfo:
     with _Opened(path) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate or 0
-        return VideoInfo(stream.width, stream.height, float(rate), stream.frames)
+        return VideoInfo(stream.width, stream.height, float(rate))
 
 
 def iterate_frames(path: str | Path) -> Iterator[Frames]:
