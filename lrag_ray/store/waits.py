@@ -73,12 +73,14 @@ def told_of_waits(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _watch(tell: Callable[[str], None], ended: threading.Event) -> None:
-    tell_at_s = 0.0
+    tell_at_s, seen, looks = 0.0, None, 0
     while not ended.wait(TELL_AFTER_S / 4):
         now_s = time.monotonic()
         # A copy, made in one step: other threads begin and end operations meanwhile.
         oldest = min(list(_under_way.values()), key=lambda wait: wait.began_s, default=None)
-        if oldest is None or now_s - oldest.began_s < TELL_AFTER_S:
+        # Counted as well: while this process stood still itself, it did not wait for storage.
+        seen, looks = oldest, looks + 1 if oldest is seen else 1
+        if oldest is None or looks < 4 or now_s - oldest.began_s < TELL_AFTER_S:
             tell_at_s = 0.0
         elif now_s >= tell_at_s:
             tell_at_s = now_s + _TELL_AGAIN_S

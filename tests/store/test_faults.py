@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
-from lrag_ray.store import retry
+from lrag_ray.store import retry, waits
 from lrag_ray.store.address import Storage
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
@@ -126,6 +128,16 @@ def test_a_wait_is_told_with_its_trouble_and_its_end(
     assert any(re.search(r"the last try ended with SlowDown; it is tried for up to \d+ s more$", text) for text in told)
 
 
+def test_a_process_that_stood_still_itself_does_not_blame_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    looks = iter([False, False, True])
+    ended = SimpleNamespace(wait=lambda _: next(looks))
+    with waits.waiting("write a.txt", 60):
+        monkeypatch.setattr(waits, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 1000))
+        waits._watch(told.append, ended)  # type: ignore[arg-type]
+    assert told == []
+
+
 def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
     proxy: FaultProxy, s3_bucket: str, tmp_path: Path
 ) -> None:
@@ -164,6 +176,14 @@ def test_lasting_trouble_is_told_at_once_with_its_mend(
     with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
         storage.list_files()
     assert proxy.requests["PUT"] == 1
+
+
+def test_a_listing_that_is_refused_is_no_empty_folder(proxy: FaultProxy, storage: Storage) -> None:
+    assert storage.list_files() == storage.list_files_in_shares("", 1) == {}
+    proxy.choose = scripted(["NoSuchKey"] * 100)
+    for listing in (storage.list_files, lambda: storage.list_files_in_shares("", 1)):
+        with pytest.raises(StorageError, match="cannot list .*: NoSuchKey"):
+            listing()
 
 
 def test_an_answer_of_no_store_is_told_as_such(proxy: FaultProxy, storage: Storage) -> None:
