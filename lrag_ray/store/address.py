@@ -248,7 +248,9 @@ class Storage:
         except StorageError:
             raise
         except FileNotFoundError as error:
-            if action in ("read", "list") and error_code(error) != "NoSuchBucket":
+            code = error_code(error)
+            # An empty folder is found out by s3fs itself; a store that answers a listing so means something else.
+            if (action == "read" and code != "NoSuchBucket") or (action == "list" and code is None):
                 raise
             raise StorageError(self._complaint(action, path, error)) from error
         except GivenUpError as error:

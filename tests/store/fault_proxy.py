@@ -26,6 +26,7 @@ Fault = Literal[
     "RequestTimeTooSkewed",
     "PreconditionFailed",
     "QuotaExceeded",
+    "NoSuchKey",
     "no store",
     "silence",
     "reset before",
@@ -56,6 +57,7 @@ _STATUS = {
     "RequestTimeTooSkewed": 403,
     "PreconditionFailed": 412,
     "QuotaExceeded": 403,
+    "NoSuchKey": 404,
     "no store": 404,
 }
 

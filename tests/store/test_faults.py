@@ -182,7 +182,7 @@ def test_a_listing_that_is_refused_is_no_empty_folder(proxy: FaultProxy, storage
     assert storage.list_files() == storage.list_files_in_shares("", 1) == {}
     proxy.choose = scripted(["NoSuchKey"] * 100)
     for listing in (storage.list_files, lambda: storage.list_files_in_shares("", 1)):
-        with pytest.raises(StorageError, match="cannot list .*: NoSuchKey"):
+        with pytest.raises(StorageError, match=r"cannot list .*: NoSuchKey"):
             listing()
 
 
