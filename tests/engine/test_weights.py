@@ -359,6 +359,12 @@ def test_a_run_with_weights_that_do_not_fit_is_refused_before_anything_starts(tm
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_what_is_not_there_cannot_be_converted_and_is_told_with_its_source(tmp_path: Path) -> None:
+    need = need_of(config_of(tmp_path, str(tmp_path / "w")), "transformer")
+    with pytest.raises(WeightsError, match=r"nothing at .*; it is published as .*Mend: `lrag-ray weights pull CONFIG`"):
+        convert(need, tmp_path / "converted")
+
+
 def test_converted_generator_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     checkpoint(tmp_path / "self_forcing.pt", tmp_path / "lora.pt")
     lora = {"path": str(tmp_path / "lora.pt"), "rank": 2, "alpha": 4.0}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lrag_ray.engine.weights.local import local_copy
 from lrag_ray.engine.weights.needs import Need
+from lrag_ray.engine.weights.verify import missing
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.lora import Lora
@@ -46,6 +47,8 @@ def convert(need: Need, folder: Path) -> Conversion | None:
     source = local_copy(need.address)
     if source.is_dir():
         return None
+    if not source.exists():
+        raise WeightsError(missing(need))
     target = folder / f"{_stem(need)}.safetensors"
     if target.exists() and source.exists() and target.samefile(source):
         return None
