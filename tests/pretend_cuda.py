@@ -1,0 +1,267 @@
+"""A CUDA device without a GPU: tensors that say cuda:0 and compute on the CPU.
+
+A kernel that gets tensors of both devices raises. Noted is what a real device would wait for or not forgive:
+
+- `waits`: what stops the host until the device is done: blocking copies, copies from pageable memory, asked values;
+- `races`: memory that one stream uses while another may still write it, or that is given back without `record_stream`.
+
+It cannot tell whether a kernel exists, is quick, or computes what the CPU does: tests/rollout/test_gpu.py does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_NEEDS_VALUES = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default")
+_attention = F.scaled_dot_product_attention
+
+
+class OnDevice(Tensor):
+    """Says cuda:0; its values are `held` on the CPU."""
+
+    held: Tensor
+    device_of: Device
+
+    @staticmethod
+    def __new__(cls, held: Tensor, device_of: Device) -> OnDevice:
+        shape: Any = (held.shape, held.stride(), held.storage_offset())
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made: OnDevice = make(cls, *shape, dtype=held.dtype, device="cuda:0")
+        made.held, made.device_of = held, device_of
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)).device_of
+        return device.call(func, args, kwargs or {})
+
+
+class Event:
+    """A moment of a stream; for the host nothing is ever done but what it waited for."""
+
+    def __init__(self, **_: Any) -> None:
+        self.done: dict[Stream, int] = {}
+
+    def record(self, stream: Stream) -> None:
+        self.done = dict(stream.done)
+
+    def synchronize(self) -> None:
+        _learn(Stream.host, self.done)
+
+    def query(self) -> bool:
+        return False
+
+
+class Stream:
+    """Calls in order. `done` counts the calls, by stream, that have ended before its next one begins."""
+
+    host: ClassVar[dict[Stream, int]] = defaultdict(int)
+
+    def __init__(self, device: Any = None) -> None:
+        self.done: dict[Stream, int] = defaultdict(int)
+
+    def wait_event(self, event: Event) -> None:
+        _learn(self.done, event.done)
+
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
+
+def _learn(clock: dict[Stream, int], other: dict[Stream, int]) -> None:
+    for stream, count in other.items():
+        clock[stream] = max(clock[stream], count)
+
+
+class _Memory:
+    """Who used a piece of device memory last."""
+
+    def __init__(self, owner: Stream) -> None:
+        self.owner = owner
+        self.written: dict[Stream, int] = {}
+        self.used: dict[Stream, int] = {}
+        self.recorded: set[Stream] = set()
+
+
+class Device(TorchDispatchMode):
+    """Sees every call of torch while `pretend_cuda` lasts."""
+
+    locked: ClassVar[set[int]] = set()
+    """Addresses of page-locked host memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = Stream()
+        self.waits: list[str] = []
+        self.races: list[str] = []
+        self.calls: list[tuple[Any, ...]] = []
+        """Every kernel: its name, and shapes, strides, types and alignments of what it gets."""
+        self._memory: dict[int, _Memory] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            return self.call(func, args, kwargs)
+        locks = kwargs.pop("pin_memory", False)
+        made = func(*args, **kwargs)
+        return self.lock(made) if locks else made
+
+    def lock(self, host: Tensor) -> Tensor:
+        """Let the device copy from and to this host memory by itself."""
+        self.locked.add(host.untyped_storage().data_ptr())
+        return host
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What a call with tensors of the device, or one that makes them, does."""
+        name, schema = str(func), func._schema
+        if name == "aten._to_copy.default":
+            return self._to_copy(args[0], **kwargs)
+        if name == "aten.copy_.default":
+            return self._copy(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        ours = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
+        if any(leaf.dim() for leaf in leaves if not isinstance(leaf, OnDevice)):
+            raise RuntimeError(f"{name}: tensors of the device and of the host")
+        if name in _NEEDS_VALUES:
+            self._wait(name)
+        written = [a for a, of in zip(args, schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
+        is_view = not written and any(of.alias_info for of in schema.returns)
+        if not is_view:
+            self._launch(name, ours, written)
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        known = {id(tensor.held): tensor for tensor in ours}
+
+        def own(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return known[id(x)] if id(x) in known else self._own(x, not is_view)
+
+        return tree_map(own, result)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention, one kernel here whatever the CPU makes of it."""
+        if not isinstance(q, OnDevice):
+            return _attention(q, k, v)
+        self._launch("attention", [q, k, v], [])
+        return self._own(_attention(*map(_held, (q, k, v))), True)
+
+    def record(self, tensor: OnDevice, stream: Stream) -> None:
+        """`Tensor.record_stream`."""
+        self._of(tensor.held).recorded.add(stream)
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """`torch.cuda.stream`."""
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
+    def _to_copy(
+        self, x: Tensor, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any
+    ) -> Tensor:
+        to_cuda = torch.device(device or x.device).type == "cuda"
+        if isinstance(x, OnDevice) and to_cuda:
+            self._launch("cast", [x], [])
+            return self._own(x.held.to(dtype, copy=True), True)
+        room = torch.empty_like(_held(x), dtype=dtype)
+        return self._copy(self._own(room, True) if to_cuda else room, x.to(room.dtype), non_blocking)
+
+    def _copy(self, to: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
+        for host in (x for x in (to, source) if not isinstance(x, OnDevice)):
+            if not non_blocking or host.untyped_storage().data_ptr() not in self.locked:
+                self._wait(f"copy of {host.numel()} values")
+        self._launch("copy", [x for x in (to, source) if isinstance(x, OnDevice)], [to])
+        _held(to).copy_(_held(source))
+        return to
+
+    def _wait(self, why: str) -> None:
+        self.waits.append(why)
+        _learn(Stream.host, self.stream.done)
+
+    def _launch(self, name: str, tensors: list[Any], written: list[Any]) -> None:
+        seen = [(x.shape, x.stride(), x.dtype, x.storage_offset() * x.element_size() % 64) for x in tensors]
+        self.calls.append((name, *seen))
+        _learn(self.stream.done, Stream.host)
+        self.stream.done[self.stream] += 1
+        for tensor in tensors:
+            self._use(name, tensor.held, any(tensor is other for other in written))
+
+    def _use(self, name: str, held: Tensor, write: bool) -> None:
+        memory, now = self._of(held), self.stream
+        if any(now.done[stream] < count for stream, count in (memory.used if write else memory.written).items()):
+            self.races.append(name)
+        memory.used[now] = now.done[now]
+        if write:
+            memory.written = {now: now.done[now]}
+
+    def _own(self, held: Tensor, new: bool) -> OnDevice:
+        if new:
+            self._use("new", held, True)
+        return OnDevice(held, self)
+
+    def _of(self, held: Tensor) -> _Memory:
+        storage = held.untyped_storage()
+        key = storage._cdata
+        if key not in self._memory:
+            self._memory[key] = _Memory(self.stream)
+            weakref.finalize(storage, self._free, key).atexit = False
+        return self._memory[key]
+
+    def _free(self, key: int) -> None:
+        memory = self._memory.pop(key)
+        for stream, count in memory.used.items():
+            if stream is not memory.owner and stream not in memory.recorded and memory.owner.done[stream] < count:
+                self.races.append("given back too early")
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        """Of `torch.cuda.cudart`."""
+        self.locked.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 - CUDA's name
+        """Of `torch.cuda.cudart`."""
+        self.locked.remove(address)
+        return 0
+
+
+def _held(x: Any) -> Any:
+    return x.held if isinstance(x, OnDevice) else x
+
+
+@contextmanager
+def pretend_cuda() -> Iterator[Device]:
+    """The device, for as long as the block lasts, in this thread."""
+    device = Device()
+    # As torch's own FakeTensorMode does where there is no driver.
+    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+    torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "stream", device.on)
+        patch.setattr(torch.cuda, "current_stream", lambda of=None: device.stream)
+        patch.setattr(torch.cuda, "synchronize", lambda of=None: _learn(Stream.host, device.stream.done))
+        patch.setattr(torch.cuda, "cudart", lambda: device)
+        patch.setattr(Tensor, "pin_memory", lambda x: device.lock(x.clone()))
+        patch.setattr(Tensor, "record_stream", lambda x, stream: device.record(x, stream))
+        patch.setattr(F, "scaled_dot_product_attention", device.attend)
+        with device:
+            yield device
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+    torch._C._set_only_lift_cpu_tensors(False)  # type: ignore[attr-defined]

@@ -1,0 +1,98 @@
+"""What a rollout asks of a CUDA device, seen without one: no wait in a block, no race, replay in the same calls."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lrag_ray.context.base import Base, BaseSettings
+from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
+from lrag_ray.context.infinity_rope import InfinityRope
+from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.retrieval.history import HostBank
+from tests.pretend_cuda import Device, Stream, pretend_cuda
+from tests.tiny import start, tiny_transformer
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: see test_gpu.py")
+
+SMALL_RAG = RagSettings(window=8, top_k=2, recent_exclude=1, descriptor="avg_pool")
+METHODS = [
+    (Base, BaseSettings(window=6)),
+    (InfinityRope, BaseSettings(window=-1)),
+    (DeepForcing, DeepForcingSettings(window=8, budget=8)),
+    (Rag, SMALL_RAG),
+    (Rag, replace(SMALL_RAG, admission="local")),
+]
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with pretend_cuda() as made:
+        yield made
+
+
+@pytest.mark.parametrize(("policy", "settings"), METHODS, ids=lambda value: getattr(value, "__name__", ""))
+def test_rollout_and_replay(policy: type[ContextPolicy], settings: object, device: Device) -> None:
+    model = tiny_transformer().to("cuda")
+    rollout = start(model, policy, settings)
+    done = list(rollout.blocks(5))
+    device.waits.clear()
+    device.calls.clear()
+    more = list(rollout.blocks(2))
+    calls = list(device.calls)
+    # Deep forcing asks for the scores of every layer: the host keeps the books of single tokens.
+    assert len(device.waits) == (2 * 2 if policy is DeepForcing else 0), device.waits
+
+    again = start(model, policy, settings)
+    for result in done:
+        again.replay(result.latents.cpu(), [result.state])
+    device.calls.clear()
+    for found, expected in zip(again.blocks(2), more, strict=True):
+        assert torch.equal(found.latents.cpu(), expected.latents.cpu())
+    assert _kernels(device.calls) == _kernels(calls)
+    gc.collect()
+    assert device.races == []
+
+
+def _kernels(calls: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """Where the choice of a kernel may change the bits: products and attention."""
+    return [call for call in calls if call[0] in ("attention", "aten.addmm.default", "aten.convolution.default")]
+
+
+def test_a_pass_launches_few_kernels(device: Device) -> None:
+    """Each reads and writes all rows again, and a small one takes a GPU less time than the host to ask for."""
+    rollout = start(tiny_transformer().to("cuda"), InfinityRope)
+    list(rollout.blocks(2))
+    device.calls.clear()
+    list(rollout.blocks(1))
+    passes, layers = 3, 2
+    assert len(device.calls) / passes / layers < 90
+
+
+@pytest.mark.parametrize("forgotten", ["wait_event", "record_stream"])
+def test_the_device_sees_what_the_bank_must_not_forget(
+    forgotten: str, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = Stream if forgotten == "wait_event" else torch.Tensor
+    monkeypatch.setattr(of, forgotten, lambda self, other: None)
+    bank = HostBank(torch.device("cuda"))
+    for frame in range(3):
+        bank.append(frame, torch.zeros(2, 1024, device="cuda"))
+    bank.prefetch([0, 1])
+    assert [float(rows.sum()) for rows in bank.gather([0, 1])] == [0, 0]
+    gc.collect()
+    assert device.races
+
+
+def test_the_device_knows_its_tensors_from_those_of_the_host(device: Device) -> None:
+    x = torch.zeros(4, device="cuda")
+    with pytest.raises(RuntimeError, match="of the device and of the host"):
+        x + torch.zeros(4)
+    assert device.waits == []
+    x.cpu()
+    assert len(device.waits) == 1
