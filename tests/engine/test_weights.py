@@ -399,9 +399,9 @@ def test_the_public_surface_is_this() -> None:
         for name, command in typer.main.get_command(cli.weights).commands.items()  # type: ignore[attr-defined]
     }
     assert found == {
-        "list": ["[CONFIG]", "--suite", "--folder", "--set", "--json"],
-        "pull": ["[CONFIG]", "--suite", "--folder", "--set", "--again", "--json"],
-        "verify": ["[CONFIG]", "--suite", "--folder", "--set", "--digests", "--json"],
+        "list": ["CONFIG", "--suite", "--folder", "--set", "--json"],
+        "pull": ["CONFIG", "--suite", "--folder", "--set", "--again", "--json"],
+        "verify": ["CONFIG", "--suite", "--folder", "--set", "--digests", "--json"],
         "convert": ["CONFIG", "--to", "--set", "--json"],
     }
     for name in found:
