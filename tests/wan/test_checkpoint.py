@@ -81,7 +81,7 @@ def test_digest_tells_names_values_and_types_apart() -> None:
     base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     assert state_dict_digest(base) == state_dict_digest(dict(reversed(base.items())))
     others: list[State] = [
-        {"a": base["b"], "b": base["a"]},
+        {"a": base["a"], "c": base["b"]},
         base | {"a": torch.zeros(3, 2)},
         base | {"a": torch.zeros(2, 3, dtype=torch.float64)},
         base | {"b": torch.zeros(1)},
