@@ -35,7 +35,7 @@ class TextContext(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, back to the input's dtype before the scale. On a GPU one kernel and the scale."""
+    """Root-mean-square norm in float32, back to the input's dtype before the scale: one kernel and the scale."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
