@@ -94,6 +94,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
         suite=suite,
         warnings=tables.warnings(data),
         level=f"{LEVEL:.0%}",
+        least_prompts=LEAST_PROMPTS,
         overview=overview(data),
         blocks=[
             {
