@@ -6,6 +6,7 @@ Heavy packages are imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import signal
+import time
 from typing import Annotated
 
 import typer
@@ -14,6 +15,8 @@ from lrag_ray.cli import bench, decode, doctor, gc, inspect, report, score, weig
 from lrag_ray.cli.options import AsJson, Config, Overrides, Run
 from lrag_ray.cli.output import console, print_json, tells_errors
 from lrag_ray.errors import INTERRUPTED
+
+_LOOK_EVERY_S = 5.0
 
 app = typer.Typer(
     name="lrag-ray",
@@ -87,22 +90,39 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
 @app.command()
 @tells_errors
-def status(run_uri: Run, as_json: AsJson = False) -> None:
+def status(
+    run_uri: Run,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every few seconds until all is done (or Ctrl-C).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Tell how far a run is, from its storage alone: done, partial, failed and pending per cell, rate, failures.
 
     \b
-    Example:
+    Examples:
       lrag-ray status runs/demo
+      lrag-ray status s3://bucket/table2 --watch
     """
     from lrag_ray.cli.tables import print_status
     from lrag_ray.store.run_dir import RunDirectory
     from lrag_ray.store.status import run_status
 
-    found = run_status(RunDirectory(run_uri))
-    if as_json:
-        print_json({**found.model_dump(mode="json"), "done": found.done})
-    else:
-        print_status(console(), found)
+    run_dir = RunDirectory(run_uri)
+    while True:
+        began_s = time.monotonic()
+        found = run_status(run_dir)
+        if as_json:
+            print_json({**found.model_dump(mode="json"), "done": found.done})
+        else:
+            if watch:
+                # Not before the new look is there: a large run on a bucket takes a while to read.
+                console().clear()
+            print_status(console(), found)
+        if found.done or not watch:
+            break
+        # At most half of the time is spent on reading: every commit is read at every look.
+        time.sleep(max(_LOOK_EVERY_S, time.monotonic() - began_s))
 
 
 @app.command()

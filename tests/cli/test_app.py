@@ -23,7 +23,7 @@ from tests.store.make import make_identity, rollout_id, store_commit
 SURFACE = {
     "run": ["CONFIG", "--set", "--json"],
     "plan": ["CONFIG", "--set", "--json"],
-    "status": ["RUN", "--json"],
+    "status": ["RUN", "--watch", "--json"],
     "verify": ["DIR", "--run", "--json"],
     "decode": ["RUN", "--config", "--set", "--other-vae", "--json"],
     "score": [
@@ -169,6 +169,24 @@ def test_status_reads_storage_alone(stored_run: RunDirectory) -> None:
     status = json.loads(invoke("status", stored_run.uri, "--json").stdout)
     assert [(cell["done"], cell["total"]) for cell in status["cells"]] == [(1, 2), (1, 2)]
     assert status["done"] is False
+
+
+def test_a_watched_status_looks_again_until_all_is_done(
+    stored_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def commit_the_rest(seconds: float) -> None:
+        waits.append(seconds)
+        for frames in (6, 12):
+            store_commit(stored_run, stored_run.require(), rollout_id("00001-bb"), frames)
+
+    monkeypatch.setattr("lrag_ray.cli.app.time.sleep", commit_the_rest)
+    shown = invoke("status", stored_run.uri, "--watch", "--json")
+    assert shown.exit_code == 0, shown.stderr
+    first, second = (json.loads(text) for text in shown.stdout.replace("}\n{", "}\0{").split("\0"))
+    assert (first["done"], second["done"]) == (False, True)
+    assert len(waits) == 1 and waits[0] >= 5
 
 
 def test_the_status_of_no_run_exits_with_3(tmp_path: Path) -> None:
