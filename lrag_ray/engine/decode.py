@@ -31,7 +31,6 @@ from lrag_ray.store.decoded import (
     own_settings,
     read_decoded,
     record_path,
-    set_aside,
     settings_folder,
 )
 from lrag_ray.store.identity import RunIdentity
@@ -159,7 +158,7 @@ class _Job:
                 path = record_path(settings, commit.rollout, horizon)
                 if path in decoded.problems or path in decoded.records:
                     reason = decoded.problems.get(path, "its latents are not those of the commit")
-                    kept = set_aside(self._run, path)
+                    kept = self._run.set_aside(path)
                     text = f"{path} does not count ({reason}); it is kept as {kept} and made again"
                     self._show(Notice(text, warning=True))
                 open_commits.append(commit)

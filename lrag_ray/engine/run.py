@@ -33,7 +33,13 @@ from lrag_ray.engine.progress import (
 from lrag_ray.engine.rollouts import run_rollouts
 from lrag_ray.engine.run_identity import build_identity
 from lrag_ray.engine.scoring.fan_out import Item
-from lrag_ray.engine.scoring.stage import check_scoring, pending_scores, refuse_without_room, score_pending
+from lrag_ray.engine.scoring.stage import (
+    check_scoring,
+    pending_scores,
+    refuse_without_room,
+    score_pending,
+    set_aside_damaged,
+)
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.stored_config import store_config
 from lrag_ray.engine.text import encode_prompts
@@ -128,7 +134,7 @@ class _Job:
         self._run.refuse_foreign_commits(identity, inventory)
         store_config(self._run, self._config)
         for state in work.invalid:
-            kept = self._run.set_aside(state)
+            kept = self._run.set_aside(state.path)
             text = f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again"
             self._progress(Notice(text, warning=True))
         self._progress(
@@ -161,7 +167,8 @@ class _Job:
             if videos:
                 self._score(videos)
         with self._stage("report", 1):
-            build_report(self._run)
+            made = build_report(self._run)
+        set_aside_damaged(self._run, self._config, made.data.scores.damaged, self._progress)
 
     def outcome(self, exit_code: int) -> RunOutcome:
         """What to tell the caller."""

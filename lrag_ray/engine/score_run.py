@@ -10,7 +10,13 @@ from pathlib import Path
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.paths import with_absolute_paths
 from lrag_ray.engine.progress import Notice, Progress, StageBegan, StageEnded, silent
-from lrag_ray.engine.scoring.stage import ScoringOutcome, check_scoring, pending_scores, score_pending
+from lrag_ray.engine.scoring.stage import (
+    ScoringOutcome,
+    check_scoring,
+    pending_scores,
+    score_pending,
+    set_aside_damaged,
+)
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import INTERRUPTED, ConfigError
 from lrag_ray.report.build import report
@@ -76,6 +82,7 @@ def score_run(config: RunConfig, *, progress: Progress = silent) -> RunScores:
         made = report([run], suite=scoring.suite, mode=mode)
         folder, files = made.folder or "", list(made.files)
         failed |= made.data.scores.failures | outcome.failures
+        failed |= set_aside_damaged(run, config, made.data.scores.damaged)
     except KeyboardInterrupt:
         progress(Notice("interrupted; the same command continues", warning=True))
         exit_code = INTERRUPTED

@@ -38,6 +38,8 @@ class Scores:
     """The rows behind them, in the preview suite."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why a video has no score, by its path."""
+    damaged: list[str] = field(default_factory=list)
+    """Score files, below their run, that cannot be read; what they held counts as pending."""
     pending: int = 0
     """Videos at durations that are not scored, or not in full, and may still be."""
     frozen: dict[str, dict[Unit, Mapping[str, float]]] = field(default_factory=dict)
@@ -116,11 +118,12 @@ def add_preview_scores(
         for i, video in enumerate(video for group in videos.values() for video in group)
     }
     found = {}
-    for data in run_dir.storage.read_many(list(run_dir.storage.list_files(PREVIEW.folder))).values():
+    paths = [path for path in run_dir.storage.list_files(PREVIEW.folder) if path.endswith(".parquet")]
+    for path, data in run_dir.storage.read_many(paths).items():
         try:
             rows = from_parquet(data, PREVIEW)
         except ArrowException:
-            # A file that is no score is missing from the table, where the counts show it.
+            scores.damaged.append(path)
             continue
         for row in rows:
             position = order.get((row.target.rollout_path, row.target.latent_frames, row.target.video_sha256))

@@ -46,11 +46,11 @@ def add_vbench_scores(
 ) -> None:
     """Add all scores of a mode to `scores`, from 0 to 1. Files that are no scores are as good as missing."""
     files: dict[str, list[str]] = {}
-    for path in sorted(storage.list_files(folder(mode))):
+    for path in sorted(path for path in storage.list_files(folder(mode)) if path.endswith(".parquet")):
         files.setdefault(path.rpartition("/")[0], []).append(path)
     wanted = {rollout_folder(mode, rollout.path): rollout for rollout in videos}
     seen = set()
-    for place, rows in _rows_by_folder(storage, files, list(wanted), mode):
+    for place, rows in _rows_by_folder(scores, storage, files, list(wanted), mode):
         _add_rollout(scores, videos[wanted[place]], rows)
         seen.add(place)
     scores.pending += sum(len(videos[rollout]) for place, rollout in wanted.items() if place not in seen)
@@ -60,14 +60,14 @@ def add_vbench_scores(
         for prompt_id in identity.prompts
         for sample in range(identity.samples)
     }
-    for place, rows in _rows_by_folder(storage, files, list(controls), mode):
+    for place, rows in _rows_by_folder(scores, storage, files, list(controls), mode):
         _add_frozen(scores, *controls[place], rows)
 
 
 def _rows_by_folder(
-    storage: Storage, files: Mapping[str, Sequence[str]], folders: Sequence[str], mode: Mode
+    scores: Scores, storage: Storage, files: Mapping[str, Sequence[str]], folders: Sequence[str], mode: Mode
 ) -> Iterator[tuple[str, list[ScoreRow]]]:
-    """Rows of each of `folders` that has any, in their order."""
+    """Rows of each of `folders` that has any, in their order; `scores` learns of files that are none."""
     present = [place for place in folders if place in files]
     for start in range(0, len(present), _FILES_AT_ONCE):
         chunk = present[start : start + _FILES_AT_ONCE]
@@ -78,6 +78,7 @@ def _rows_by_folder(
                 try:
                     found = rows_from_parquet(contents.pop(path, b""))
                 except ArrowException:
+                    scores.damaged.append(path)
                     continue
                 rows += [row for row in found if _is_sound(row, mode)]
             yield place, rows

@@ -13,7 +13,6 @@ its latents are those of the commit.
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -106,10 +105,3 @@ def read_decoded(run: RunDirectory) -> DecodedVideos:
         else:
             records[path] = record
     return DecodedVideos(records, problems)
-
-
-def set_aside(run: RunDirectory, path: str) -> str:
-    """Rename a record that does not count, so that its video can be made again; returns its new path."""
-    target = f"{path}.invalid-{secrets.token_hex(4)}"
-    run.storage.move(path, target)
-    return target

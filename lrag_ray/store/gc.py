@@ -35,7 +35,9 @@ WITHOUT_LEASE_S = 3600.0
 _WITHOUT_LEASE = (f"{DECODED}/", "scores/", "summary/")
 _ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
 _DECODED_FILE = re.compile(rf"^(?P<rollout>{DECODED}/[^/]+/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/[^/]+$")
-_SET_ASIDE = re.compile(rf"^(rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json\.invalid-[0-9a-f]+$")
+_SET_ASIDE = re.compile(
+    rf"^((rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json|scores/.+\.parquet)\.invalid-[0-9a-f]+$"
+)
 _PART = re.compile(r"^(?P<stem>part-\d+-\d+)\.(json|safetensors|trace\.parquet)$")
 
 

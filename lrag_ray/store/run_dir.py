@@ -251,10 +251,10 @@ class RunDirectory:
         """Create the commit; False if another attempt was first (its commit stands)."""
         return self.storage.create(f"{record.rollout.path}/commit-{record.latent_frames}.json", _json(record))
 
-    def set_aside(self, state: CommitState) -> str:
-        """Rename a commit that does not count, so that its horizon can be committed again; returns its new path."""
-        target = f"{state.path}.invalid-{secrets.token_hex(4)}"
-        self.storage.move(state.path, target)
+    def set_aside(self, path: str) -> str:
+        """Rename a file that does not count, so that it can be made again; returns its new path."""
+        target = f"{path}.invalid-{secrets.token_hex(4)}"
+        self.storage.move(path, target)
         return target
 
     def record_failure(self, failure: FailureRecord) -> None:

@@ -14,11 +14,12 @@ from lrag_ray.cli.app import app
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.progress import Event, StageAdvanced
 from lrag_ray.engine.run import run as run_all
-from lrag_ray.engine.scoring.stage import check_scoring, pending_scores, score_pending
+from lrag_ray.engine.scoring.stage import check_scoring, pending_scores, score_pending, set_aside_damaged
 from lrag_ray.engine.scoring.vbench import pending_items
 from lrag_ray.engine.scoring.vbench_work import VbenchWork, stored_rows
 from lrag_ray.engine.stored_config import store_config
 from lrag_ray.errors import ConfigError, WeightsError
+from lrag_ray.report.collect import collect
 from lrag_ray.scoring.vbench_long import aggregate
 from lrag_ray.scoring.vbench_long.parquet import folder, frozen_folder, frozen_identity, is_untrained, rollout_folder
 from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
@@ -88,6 +89,22 @@ def work_off(run: RunDirectory, config: RunConfig) -> None:
     work = VbenchWork(run.storage, run.storage, config.scoring)
     for item in pending_items(run, config, settled=False):
         work(item.payload, lambda: True)
+
+
+def test_a_row_file_that_cannot_be_read_opens_its_video_again(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a red fox"])
+    config = vbench_config(run)
+    work_off(run, config)
+    folders = [rollout_folder("direct", rollout_of(run, method).path) for method in ("base", "rag")]
+    before = [keys_of(stored_rows(run.storage, folder)) for folder in folders]
+    # Beside the file that says that all is there.
+    run.storage.write(f"{folders[0]}/rows-0123456789abcdef.parquet", b"PAR1 and no more")
+    damaged = collect([run]).scores.damaged
+    assert damaged == [f"{folders[0]}/rows-0123456789abcdef.parquet"] and not pending_scores(run, config)
+    assert len(set_aside_damaged(run, config, damaged)) == 2
+    assert [item.payload.folder for item in pending_items(run, config, settled=False)] == folders[:1]
+    work_off(run, config)
+    assert [keys_of(stored_rows(run.storage, folder)) for folder in folders] == before
 
 
 def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_a_commit_that_came_to_harm_meanwhile_is_not_taken_for_done(tmp_path: Pa
     with pytest.raises(StorageError, match="a commit for 12 frames that does not count"):
         run.worker.work(task, "first")
     (state,) = run.run.inventory().problems()
-    run.run.set_aside(state)
+    run.run.set_aside(state.path)
     assert run.work().blocks_generated == 0 and run.commits().keys() == {6, 12}
 
 

@@ -17,10 +17,11 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.progress import Event, StageAdvanced
 from lrag_ray.engine.scoring.fan_out import ATTEMPTS, FanOut, GoOn, Item, Refused, Result, Stopped, Work, Workers
 from lrag_ray.engine.scoring.preview import pending_targets, score_target, score_video
-from lrag_ray.engine.scoring.stage import score_pending
+from lrag_ray.engine.scoring.stage import score_pending, set_aside_damaged
 from lrag_ray.errors import ClusterError
+from lrag_ray.report.collect import collect
 from lrag_ray.scoring.preview import MEASURES, PREVIEW, measures
-from lrag_ray.scoring.table import ScoreRow, from_parquet
+from lrag_ray.scoring.table import ScoreRow, from_parquet, to_parquet
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.videos import committed_videos
@@ -96,6 +97,19 @@ def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
     store_rollout(run, identity, rag, [6, 12])
     assert score_pending(run, config_for(run)).scored == 2
     assert pending_targets(run) == []
+
+
+def test_a_score_file_that_cannot_be_read_is_kept_aside_and_made_again(run: RunDirectory) -> None:
+    target, other = pending_targets(run)[:2]
+    for each in (target, other):
+        content = to_parquet([score_video(run.storage, each)], PREVIEW)
+        run.storage.write(each.score_path(PREVIEW), content[:50] if each == target else content)
+    damaged = collect([run]).scores.damaged
+    assert damaged == [target.score_path(PREVIEW)]
+    told = set_aside_damaged(run, config_for(run), damaged)
+    assert list(told) == damaged and "it cannot be read; kept as " in told[damaged[0]]
+    assert target in pending_targets(run) and other not in pending_targets(run)
+    assert collect([run]).scores.damaged == []
 
 
 @pytest.mark.usefixtures("cluster")

@@ -64,7 +64,7 @@ def test_a_commit_whose_files_are_missing_short_or_elsewhere_does_not_count(run:
     assert state.problem is not None and "is missing" in state.problem
     assert run.commits() == []
 
-    aside = run.set_aside(state)
+    aside = run.set_aside(state.path)
     stolen = commit.model_copy(update={"video": commit.video.model_copy(update={"path": "run.json"})})
     assert run.commit(stolen)
     assert aside in run.storage.list_files()

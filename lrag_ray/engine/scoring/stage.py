@@ -6,7 +6,7 @@ more at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,6 +70,20 @@ def pending_scores(run_dir: RunDirectory, config: RunConfig, *, settled: bool = 
             return preview.pending_items(run_dir)
         case "vbench_long":
             return vbench.pending_items(run_dir, config, settled=settled)
+
+
+def set_aside_damaged(
+    run_dir: RunDirectory, config: RunConfig, damaged: Collection[str], progress: Progress = silent
+) -> dict[str, str]:
+    """Rename score files that cannot be read, so that the next start scores their videos again; says so of each."""
+    told = dict.fromkeys(damaged, "it cannot be read")
+    if damaged and config.scoring.suite == "vbench_long":
+        behind = vbench.files_behind(run_dir, config, damaged) - told.keys()
+        told |= dict.fromkeys(behind, "another file of the same video cannot be read")
+    for path, reason in told.items():
+        told[path] = f"{reason}; kept as {run_dir.set_aside(path)}, and the same command scores what is missing"
+        progress(Notice(f"{path}: {told[path]}", warning=True))
+    return told
 
 
 def score_pending(

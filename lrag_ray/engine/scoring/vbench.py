@@ -128,6 +128,14 @@ def pending_items(run_dir: RunDirectory, config: RunConfig, *, settled: bool) ->
     return items
 
 
+def files_behind(run_dir: RunDirectory, config: RunConfig, damaged: Collection[str]) -> set[str]:
+    """Files that say of a video that it is scored in full, where one of its files is among the `damaged`."""
+    folders = {path.rpartition("/")[0] for path in damaged}
+    goals = _goals(run_dir, run_dir.require(), config, settled=False)
+    ends = {f"{goal.folder}/{goal.last_file}" for goal in goals if goal.folder in folders}
+    return ends & run_dir.storage.list_files(folder(config.scoring.mode)).keys()
+
+
 def _goals(run_dir: RunDirectory, identity: RunIdentity, config: RunConfig, *, settled: bool) -> Iterator[Goal]:
     scoring = config.scoring
     first_method = next(iter(config.methods))
