@@ -17,6 +17,7 @@ from lrag_ray.engine.scoring.fan_out import FanOut, Item, Work, Workers
 from lrag_ray.engine.scoring.vbench_work import VbenchWork
 from lrag_ray.engine.sizing import WorkerShape, draining_nodes, gets_no_larger, usable_nodes
 from lrag_ray.errors import ClusterError
+from lrag_ray.scoring.preview import PREVIEW
 from lrag_ray.scoring.vbench_long.parquet import folder
 from lrag_ray.store.run_dir import RunDirectory
 
@@ -75,10 +76,15 @@ def pending_scores(run_dir: RunDirectory, config: RunConfig, *, settled: bool = 
 def set_aside_damaged(
     run_dir: RunDirectory, config: RunConfig, damaged: Collection[str], progress: Progress = silent
 ) -> dict[str, str]:
-    """Rename score files that cannot be read, so that the next start scores their videos again; says so of each."""
-    told = dict.fromkeys(damaged, "it cannot be read")
-    if damaged and config.scoring.suite == "vbench_long":
-        behind = vbench.files_behind(run_dir, config, damaged) - told.keys()
+    """Rename score files of the configured suite that cannot be read, so that the next start scores their videos again.
+
+    Says so of each, and returns it by path.
+    """
+    is_vbench = config.scoring.suite == "vbench_long"
+    place = folder(config.scoring.mode) if is_vbench else PREVIEW.folder
+    told = {path: "it cannot be read" for path in damaged if path.startswith(f"{place}/")}
+    if told and is_vbench:
+        behind = vbench.files_behind(run_dir, config, told) - told.keys()
         told |= dict.fromkeys(behind, "another file of the same video cannot be read")
     for path, reason in told.items():
         told[path] = f"{reason}; kept as {run_dir.set_aside(path)}, and the same command scores what is missing"
