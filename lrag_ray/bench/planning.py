@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrag_ray.config.prompts import make_prompt
-from lrag_ray.engine.work import open_work
+from lrag_ray.stages.rollout.pending import open_work
 from lrag_ray.store.gc import find_leftovers
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.records import Commit, FileRecord, LatentPart, PartRecord, RolloutId, now_utc

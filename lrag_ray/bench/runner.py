@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lrag_ray.engine.places import Place, this_place
+from lrag_ray.engine.oom import Place, this_place
 
 if TYPE_CHECKING:
     # Imported by every actor of the benchmark: it needs none of this.
     from lrag_ray.engine.pool import AttemptFailure
-    from lrag_ray.engine.waiting import WorkItem
+    from lrag_ray.engine.queue import WorkItem
 
 
 class Span(NamedTuple):
@@ -77,9 +77,9 @@ def bench_runner(*, items: int, actors: int, seconds: float, address: str | None
 
     from lrag_ray.config.schema import EngineSection
     from lrag_ray.engine.pool import ActorPool
+    from lrag_ray.engine.queue import WorkItem
     from lrag_ray.engine.session import ray_session
     from lrag_ray.engine.sizing import PoolSize, WorkerShape
-    from lrag_ray.engine.waiting import WorkItem
 
     # Sleepers share the CPUs that there are.
     share = 0.001

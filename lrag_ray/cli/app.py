@@ -51,7 +51,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.config.load import load_config
-    from lrag_ray.engine.run import run as run_job
+    from lrag_ray.pipelines.evaluate import run as run_job
     from lrag_ray.store.run_dir import RunDirectory
 
     loaded = load_config(config, overrides or [])
@@ -77,8 +77,8 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     """
     from lrag_ray.cli.tables import print_plan
     from lrag_ray.config.load import load_config
-    from lrag_ray.config.plan import make_plan
     from lrag_ray.config.prompts import plan_prompts
+    from lrag_ray.pipelines.plan import make_plan
 
     loaded = load_config(config, overrides or [])
     made = make_plan(loaded, plan_prompts(loaded.prompts))

@@ -45,8 +45,8 @@ def decode(
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_decoded
     from lrag_ray.config.load import load_config
-    from lrag_ray.engine.decode import decode as decode_run
-    from lrag_ray.engine.stored_config import stored_config
+    from lrag_ray.pipelines.decode import decode as decode_run
+    from lrag_ray.pipelines.stored_config import stored_config
 
     overrides = overrides or []
     if config is None:

@@ -35,7 +35,7 @@ def doctor(
       lrag-ray doctor configs/table2.yaml
     """
     from lrag_ray.config.load import load_config
-    from lrag_ray.engine.doctor import examine, healthy
+    from lrag_ray.pipelines.doctor import examine, healthy
 
     loaded = load_config(config, overrides or []) if config is not None else None
     rows = []

@@ -14,8 +14,8 @@ from lrag_ray.cli.tables import table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lrag_ray.engine.gc import GcOutcome
-    from lrag_ray.engine.progress import Event
+    from lrag_ray.events import Event
+    from lrag_ray.pipelines.gc import GcOutcome
 
 _PATHS_SHOWN = 20
 
@@ -49,7 +49,7 @@ def gc(
       lrag-ray gc runs/table2
       lrag-ray gc runs/table2 --remove --older-than 24
     """
-    from lrag_ray.engine.gc import collect_garbage
+    from lrag_ray.pipelines.gc import collect_garbage
     from lrag_ray.store.run_dir import RunDirectory
 
     outcome = collect_garbage(

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrag_ray.cli.output import console, count, duration, printable
-from lrag_ray.engine.progress import (
+from lrag_ray.events import (
     AttemptFailed,
     Event,
     Notice,

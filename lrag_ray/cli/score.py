@@ -13,8 +13,8 @@ from lrag_ray.cli.options import AsJson, Overrides
 from lrag_ray.cli.output import console, count, duration, print_json, printable, tells_errors
 
 if TYPE_CHECKING:
-    from lrag_ray.engine.score_run import RunScores
-    from lrag_ray.engine.score_videos import GroupResult, VideoScores
+    from lrag_ray.pipelines.score import RunScores
+    from lrag_ray.pipelines.score_videos import GroupResult, VideoScores
     from lrag_ray.store.run_dir import RunDirectory
 
 _MOST_VIDEOS_SHOWN = 40
@@ -75,9 +75,9 @@ def score(
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.config.load import load_config
     from lrag_ray.config.videos import videos_config
-    from lrag_ray.engine.score_run import is_run, score_run
-    from lrag_ray.engine.score_videos import score_videos
-    from lrag_ray.engine.stored_config import stored_config
+    from lrag_ray.pipelines.score import is_run, score_run
+    from lrag_ray.pipelines.score_videos import score_videos
+    from lrag_ray.pipelines.stored_config import stored_config
     from lrag_ray.store.run_dir import RunDirectory
 
     if context.args:

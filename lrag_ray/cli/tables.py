@@ -12,10 +12,10 @@ from rich.table import Table
 from lrag_ray.cli.output import count, duration, printable, quantity, say
 
 if TYPE_CHECKING:
-    from lrag_ray.config.plan import Plan
     from lrag_ray.conformance.case import CaseResult
-    from lrag_ray.engine.decode import DecodeOutcome
-    from lrag_ray.engine.run import RunOutcome
+    from lrag_ray.pipelines.decode import DecodeOutcome
+    from lrag_ray.pipelines.evaluate import RunOutcome
+    from lrag_ray.pipelines.plan import Plan
     from lrag_ray.store.run_dir import RunDirectory
     from lrag_ray.store.status import RunStatus
 

@@ -13,8 +13,8 @@ from lrag_ray.cli.output import console, print_json, quantity, say, tells_errors
 from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
 
 if TYPE_CHECKING:
-    from lrag_ray.engine.weights.needs import Need
     from lrag_ray.scoring.vbench_long import WeightFiles
+    from lrag_ray.weights.needs import Need
 
 OptionalConfig = Annotated[
     str | None, typer.Argument(metavar="CONFIG", help="YAML file that describes the run; or give --suite.")
@@ -65,10 +65,10 @@ def list_needs(
       lrag-ray weights list configs/table2.yaml
       lrag-ray weights list --suite vbench_long --folder weights/vbench
     """
-    from lrag_ray.engine.weights.local import sizes_at
-    from lrag_ray.engine.weights.networks import place_of, size_of
-    from lrag_ray.engine.weights.published import UNKNOWN
     from lrag_ray.scoring.vbench_long import OFFICIAL
+    from lrag_ray.weights.local import sizes_at
+    from lrag_ray.weights.networks import place_of, size_of
+    from lrag_ray.weights.published import UNKNOWN
 
     rows: list[dict[str, Any]] = []
     needs, networks = _selected(config, overrides, suite, folder)
@@ -135,8 +135,8 @@ def pull(
       lrag-ray weights pull configs/table2.yaml --set backbones.longlive.vae.path=s3://bucket/Wan2.1_VAE.pth
       lrag-ray weights pull --suite vbench_long --folder weights/vbench
     """
-    from lrag_ray.engine.weights.networks import pull_source, sources
-    from lrag_ray.engine.weights.pull import pull as pull_need
+    from lrag_ray.weights.networks import pull_source, sources
+    from lrag_ray.weights.pull import pull as pull_need
 
     rows: list[dict[str, Any]] = []
 
@@ -186,8 +186,8 @@ def verify(
       lrag-ray weights verify configs/table2.yaml --no-digests
       lrag-ray weights verify --suite vbench_long --folder weights/vbench
     """
-    from lrag_ray.engine.weights.networks import verify_networks
-    from lrag_ray.engine.weights.verify import verify as verify_need
+    from lrag_ray.weights.networks import verify_networks
+    from lrag_ray.weights.verify import verify as verify_need
 
     rows: list[dict[str, Any]] = []
 
@@ -222,7 +222,7 @@ def convert(
     Example:
       lrag-ray weights convert configs/table2.yaml --to weights/converted
     """
-    from lrag_ray.engine.weights.convert import convert as convert_need
+    from lrag_ray.weights.convert import convert as convert_need
 
     found = [convert_need(need, Path(to)) for need in _selected(config, overrides, None, None).needs]
     done = [conversion for conversion in found if conversion is not None]
@@ -246,9 +246,9 @@ class _Selection(NamedTuple):
 
 def _selected(config: str | None, overrides: list[str] | None, suite: str | None, folder: str | None) -> _Selection:
     from lrag_ray.config.load import load_config
-    from lrag_ray.engine.weights.local import is_remote
-    from lrag_ray.engine.weights.needs import needs_of
     from lrag_ray.scoring.vbench_long import WeightFiles
+    from lrag_ray.weights.local import is_remote
+    from lrag_ray.weights.needs import needs_of
 
     if config is None and suite is None:
         raise UsageError("neither CONFIG nor --suite is given. Mend: name a configuration, or --suite vbench_long")

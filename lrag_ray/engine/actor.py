@@ -10,13 +10,14 @@ import ray
 import torch
 
 from lrag_ray.config.schema import EngineSection, RunConfig
-from lrag_ray.engine.backbone import device_for
-from lrag_ray.engine.places import Place, this_place
+from lrag_ray.engine.board import BoardTeller
+from lrag_ray.engine.oom import Place, this_place
 from lrag_ray.engine.probe_nodes import require_run
-from lrag_ray.engine.progress import BoardTeller, WorkerState
-from lrag_ray.engine.rollout_work import RolloutResult, RolloutTask, RolloutWorker
+from lrag_ray.engine.queue import Yielded
 from lrag_ray.engine.sizing import PoolSize, WorkerShape, this_node_drains
-from lrag_ray.engine.waiting import Yielded
+from lrag_ray.events import WorkerState
+from lrag_ray.stages.backbone import device_for
+from lrag_ray.stages.rollout.worker import RolloutResult, RolloutTask, RolloutWorker
 from lrag_ray.store.run_dir import RunDirectory
 
 WATCH = "watch"

@@ -27,10 +27,10 @@ from lrag_ray.engine.failures import (
     first_line,
     raised_at_start,
 )
-from lrag_ray.engine.places import OomKills, Place
+from lrag_ray.engine.oom import OomKills, Place
+from lrag_ray.engine.queue import Payload, Turn, WaitingItems, WorkItem, Yielded
 from lrag_ray.engine.sizing import NodeRoom, PoolSize, WorkerShape, draining_nodes, usable_nodes, wanted_workers
 from lrag_ray.engine.stalls import StallWatch
-from lrag_ray.engine.waiting import Payload, Turn, WaitingItems, WorkItem, Yielded
 from lrag_ray.errors import ClusterError
 from lrag_ray.store.run_dir import new_attempt_id
 

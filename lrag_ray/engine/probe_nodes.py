@@ -17,8 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.progress import Notice, Progress
 from lrag_ray.errors import ClusterError, StorageError
+from lrag_ray.events import Notice, Progress
 from lrag_ray.store.address import PROBE_PREFIX, Storage
 from lrag_ray.store.run_dir import RUN_FILE, RunDirectory
 

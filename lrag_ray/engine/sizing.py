@@ -9,7 +9,7 @@ from typing import NamedTuple
 import ray
 from ray._private.state import state as cluster_state
 
-from lrag_ray.engine.places import this_node
+from lrag_ray.engine.oom import this_node
 
 _ROUNDING = 1e-6
 """Ten shares of 0.1 GPU are one GPU."""

@@ -11,7 +11,7 @@ from pyarrow import ArrowException
 
 from lrag_ray.errors import UsageError
 from lrag_ray.scoring.drift import VideoClips
-from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.scoring.preview.measures import PREVIEW
 from lrag_ray.scoring.ranks import Unit, VideoScore
 from lrag_ray.scoring.table import ScoreRow, Suite, from_parquet
 from lrag_ray.scoring.vbench_long.measures import MEASURES, vbench_long

@@ -236,7 +236,7 @@ def test_bugs_keep_their_traceback(config: str, monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lrag_ray.config.plan.make_plan", broken)
+    monkeypatch.setattr("lrag_ray.pipelines.plan.make_plan", broken)
     shown = invoke("plan", config)
     assert isinstance(shown.exception, RuntimeError)
 
@@ -245,7 +245,7 @@ def test_exit_codes_follow_the_exception_tree(config: str, monkeypatch: pytest.M
     def unreachable(*_: object) -> None:
         raise ClusterError("no cluster")
 
-    monkeypatch.setattr("lrag_ray.config.plan.make_plan", unreachable)
+    monkeypatch.setattr("lrag_ray.pipelines.plan.make_plan", unreachable)
     assert invoke("plan", config).exit_code == 3
 
 

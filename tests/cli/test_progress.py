@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from lrag_ray.cli.progress import PlainProgress, RunView, _drawn
-from lrag_ray.engine.progress import (
+from lrag_ray.events import (
     AttemptFailed,
     Event,
     Notice,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lrag_ray.cli.score import print_video_scores
 from lrag_ray.config.schema import Dimension
-from lrag_ray.engine.score_videos import GroupResult, VideoResult, VideoScores
+from lrag_ray.pipelines.score_videos import GroupResult, VideoResult, VideoScores
 
 SCORES = {name: 0.5 + 0.1 * i for i, name in enumerate(get_args(Dimension))}
 

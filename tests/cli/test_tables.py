@@ -8,10 +8,10 @@ from rich.console import Console
 
 from lrag_ray.cli.tables import print_outcome, print_plan
 from lrag_ray.config.load import load_config
-from lrag_ray.config.plan import make_plan
 from lrag_ray.config.prompts import plan_prompts
-from lrag_ray.engine.run import RunOutcome
 from lrag_ray.errors import INTERRUPTED
+from lrag_ray.pipelines.evaluate import RunOutcome
+from lrag_ray.pipelines.plan import make_plan
 from lrag_ray.store.run_dir import RunDirectory
 from tests.conftest import REPOSITORY
 from tests.store.make import make_identity, rollout_id, store_commit

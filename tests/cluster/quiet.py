@@ -11,16 +11,16 @@ import torch
 
 from lrag_ray.config.prompts import load_prompts
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.rollout_work import RolloutWorker
-from lrag_ray.engine.run_identity import build_identity
-from lrag_ray.engine.text import encode_and_store
-from lrag_ray.engine.work import open_work
+from lrag_ray.pipelines.identity import build_identity
+from lrag_ray.stages.rollout.pending import open_work
+from lrag_ray.stages.rollout.worker import RolloutWorker
+from lrag_ray.stages.text import encode_and_store
 from lrag_ray.store.parts import read_latents, read_trace
 from lrag_ray.store.records import Commit
 from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
 from lrag_ray.video.mp4 import read_video
-from tests.engine import make
-from tests.engine.make import METHODS
+from tests.stages import make
+from tests.stages.make import METHODS
 
 SUBJECTS = ["a red fox", "a river", "two dancers", "a lighthouse", "an old tram", "a kite", "a forge", "a whale"]
 DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink": 3}
@@ -39,7 +39,7 @@ class Gate:
         folder.mkdir()
         at_block = 11 if behind_commit else 3
         marker = str(folder)
-        self.method = {"method": "tests.engine.disturbed:Disturbed", "how": "wait", "marker": marker, "window": 9}
+        self.method = {"method": "tests.cluster.disturbed:Disturbed", "how": "wait", "marker": marker, "window": 9}
         self.method |= {"at_block": at_block}
         if opened:
             self.open()

@@ -16,15 +16,15 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from lrag_ray.engine.pool import ActorPool
-from lrag_ray.engine.progress import AttemptFailed, Notice, RolloutFinished, RolloutStarted, RolloutYielded, WorkerLost
-from lrag_ray.engine.run import run
+from lrag_ray.engine.queue import WorkItem
 from lrag_ray.engine.sizing import PoolSize, WorkerShape, draining_nodes
-from lrag_ray.engine.waiting import WorkItem
+from lrag_ray.events import AttemptFailed, Notice, RolloutFinished, RolloutStarted, RolloutYielded, WorkerLost
+from lrag_ray.pipelines.evaluate import run
 from lrag_ray.store.run_dir import RunDirectory
 from tests.cluster.nodes import PatientCluster
 from tests.cluster.test_pool import Diary, Job, Sleeper
 from tests.cluster.test_run import NO_VIDEO, Recorder
-from tests.engine.make import digests, make_config, make_prompts
+from tests.stages.make import digests, make_config, make_prompts
 
 MB = 1 << 20
 
@@ -143,7 +143,7 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     """The node of the only actor is drained while it works; the rollout goes on elsewhere from the flushed part."""
     nodes = [cluster.add_node(num_cpus=1, memory=500 * MB) for _ in range(2)]
     prompts = make_prompts("a red fox in the snow")
-    rag = {"method": "tests.engine.disturbed:Remembering", "window": 9, "top_k": 2, "recent_exclude": 0}
+    rag = {"method": "tests.cluster.disturbed:Remembering", "window": 9, "top_k": 2, "recent_exclude": 0}
     gate = folder / "gate"
     gate.mkdir()
     held = {**rag, "descriptor": "avg_pool", "at_block": 3, "marker": str(gate)}
@@ -195,7 +195,7 @@ def a_hanging_rollout_is_taken_from_its_actor(cluster: Cluster, folder: Path) ->
     node = cluster.add_node(num_cpus=1)
     marker = folder / "hung"
     method = {
-        "method": "tests.engine.disturbed:Disturbed",
+        "method": "tests.cluster.disturbed:Disturbed",
         "window": 9,
         "at_block": 3,
         "how": "hang",

@@ -13,17 +13,17 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.decode import DecodeFailure, decode
-from lrag_ray.engine.progress import Notice
-from lrag_ray.engine.run import run
-from lrag_ray.engine.scoring.preview import pending_targets
 from lrag_ray.errors import ConfigError, IdentityError, StorageError, WeightsError
+from lrag_ray.events import Notice
+from lrag_ray.pipelines.decode import DecodeFailure, decode
+from lrag_ray.pipelines.evaluate import run
 from lrag_ray.report.build import build_report
+from lrag_ray.scoring.preview.worker import pending_targets
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
 from tests.cluster.test_run import NO_VIDEO, Recorder
-from tests.engine.make import BACKBONE, METHODS, make_config, make_prompts
+from tests.stages.make import BACKBONE, METHODS, make_config, make_prompts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 

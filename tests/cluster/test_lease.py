@@ -10,16 +10,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lrag_ray.engine.progress import Notice, RunPlanned
-from lrag_ray.engine.run import run
 from lrag_ray.errors import LeaseError
+from lrag_ray.events import Notice, RunPlanned
+from lrag_ray.pipelines.evaluate import run
 from lrag_ray.store.lease import holder
 from lrag_ray.store.run_dir import RunDirectory
 from tests.cluster.drivers import actors_below, driver, write_config
 from tests.cluster.nodes import wait_for_end
 from tests.cluster.quiet import Gate, make_config, open_parts, quiet_run
 from tests.cluster.test_run import Recorder
-from tests.engine.make import digests
+from tests.stages.make import digests
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 

@@ -12,10 +12,10 @@ import pytest
 import ray
 
 from lrag_ray.engine import pool as pool_module
-from lrag_ray.engine.places import Place, this_place
+from lrag_ray.engine.oom import Place, this_place
 from lrag_ray.engine.pool import ActorPool, AttemptFailure
+from lrag_ray.engine.queue import WorkItem
 from lrag_ray.engine.sizing import PoolSize, WorkerShape
-from lrag_ray.engine.waiting import WorkItem
 from lrag_ray.errors import ClusterError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lrag_ray.engine.probe_nodes import CLOCK_SKEW_S, probe_node, require_run, tell_of_skew
-from lrag_ray.engine.progress import Event, Notice
 from lrag_ray.errors import StorageError
+from lrag_ray.events import Event, Notice
 from lrag_ray.store.run_dir import RunDirectory
 from tests.store.make import make_identity
 from tests.store.namespaces import unshare_command
@@ -24,7 +24,7 @@ from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.errors import StorageError
 from lrag_ray.store.run_dir import RunDirectory
 from tests.cluster.nodes import ray_start
-from tests.engine.make import make_config
+from tests.stages.make import make_config
 from tests.store.make import make_identity
 
 runs = [RunDirectory(f"{sys.argv[1]}/{name}") for name in ("shared", "private")]

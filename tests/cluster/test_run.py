@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.progress import AttemptFailed, Event, Notice, RolloutFinished, RunPlanned, StageBegan, WorkerLost
-from lrag_ray.engine.run import run
 from lrag_ray.errors import ClusterError, IdentityError, StorageError
+from lrag_ray.events import AttemptFailed, Event, Notice, RolloutFinished, RunPlanned, StageBegan, WorkerLost
+from lrag_ray.pipelines.evaluate import run
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
 from tests.cluster.drivers import Driver, actors_below, driver, write_config
@@ -25,8 +25,8 @@ from tests.cluster.nodes import is_at_work, wait_for_end
 from tests.cluster.quiet import Gate, open_parts, quiet_run
 from tests.cluster.quiet import assert_equal as same_results
 from tests.cluster.quiet import make_config as long_config
-from tests.engine import make
-from tests.engine.make import BACKBONE, METHODS, digests, make_prompts, part_bytes
+from tests.stages import make
+from tests.stages.make import BACKBONE, METHODS, digests, make_prompts, part_bytes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
@@ -125,7 +125,7 @@ def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) 
 def test_a_history_that_this_machine_can_never_hold_ends_the_run_before_any_rollout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrag_ray.engine.rollouts.history_bytes", lambda *_: 2**60)
+    monkeypatch.setattr("lrag_ray.pipelines.rollouts.history_bytes", lambda *_: 2**60)
     config = make_config(tmp_path, methods={"rag": METHODS["rag"]}, durations_s=[1.5])
     with pytest.raises(ClusterError, match=r"grows to 1152921504\.6 GB of host memory.* Mend: nodes with more memory"):
         run(config, PROMPTS[:1])
@@ -150,7 +150,7 @@ def runs_out_of_memory(*_: object) -> None:
 def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encode: Callable[..., None], told: str
 ) -> None:
-    monkeypatch.setattr("lrag_ray.engine.text.encode_and_store", encode)
+    monkeypatch.setattr("lrag_ray.stages.text.encode_and_store", encode)
     with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: .*{told}"):
         run(make_config(tmp_path), PROMPTS[:1])
 

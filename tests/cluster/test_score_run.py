@@ -12,23 +12,23 @@ from typer.testing import CliRunner, Result
 
 from lrag_ray.cli.app import app
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.progress import Event, StageAdvanced
-from lrag_ray.engine.run import run as run_all
-from lrag_ray.engine.scoring.stage import check_scoring, pending_scores, score_pending, set_aside_damaged
-from lrag_ray.engine.scoring.vbench import pending_items
-from lrag_ray.engine.scoring.vbench_work import VbenchWork, stored_rows
-from lrag_ray.engine.stored_config import store_config
 from lrag_ray.errors import ConfigError, WeightsError
+from lrag_ray.events import Event, StageAdvanced
+from lrag_ray.pipelines.evaluate import run as run_all
+from lrag_ray.pipelines.scoring import check_scoring, pending_scores, score_pending, set_aside_damaged
+from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.report.collect import collect
 from lrag_ray.scoring.vbench_long import aggregate
 from lrag_ray.scoring.vbench_long.parquet import folder, frozen_folder, frozen_identity, is_untrained, rollout_folder
+from lrag_ray.scoring.vbench_long.pending import pending_items
 from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.worker import VbenchWork, stored_rows
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.videos import committed_videos
-from tests.engine import make
-from tests.engine.test_scoring import config_for
+from tests.pipelines.test_scoring import config_for
 from tests.report.make_run import make_identity, make_run, store_rollout
+from tests.stages import make
 
 pytestmark = pytest.mark.cluster
 ROWS = folder("direct")

@@ -22,16 +22,16 @@ from typer.testing import CliRunner
 from lrag_ray.cli.app import app
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.config.videos import videos_config
-from lrag_ray.engine import score_videos as module
-from lrag_ray.engine.score_videos import VideoScores, score_videos
-from lrag_ray.engine.scoring.vbench_work import VbenchTask, VbenchWork, stored_rows
-from lrag_ray.engine.video_list import list_videos
+from lrag_ray.pipelines import score_videos as module
+from lrag_ray.pipelines.score_videos import VideoScores, score_videos
+from lrag_ray.pipelines.video_list import list_videos
 from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.worker import VbenchTask, VbenchWork, stored_rows
 from lrag_ray.store.address import Storage
 from tests.cluster.drivers import REPOSITORY
 from tests.cluster.nodes import wait_for_end
-from tests.engine.odd_videos import BROKEN, encode, make_folder
 from tests.report.make_run import moving_frames
+from tests.scoring.odd_videos import BROKEN, encode, make_folder
 
 pytestmark = pytest.mark.cluster
 OPTIONS = ["--weights", "random", "--dimensions", "motion_smoothness"]
@@ -162,7 +162,7 @@ class Held(VbenchWork):
 
 HELD = """
 from lrag_ray.cli.app import main
-from lrag_ray.engine import score_videos
+from lrag_ray.pipelines import score_videos
 from tests.cluster.test_score_videos import Held
 score_videos.VbenchWork = Held
 main()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.engine import waves
-from lrag_ray.engine.progress import (
+from lrag_ray.errors import StorageError
+from lrag_ray.events import (
     Event,
     Notice,
     RolloutFinished,
@@ -20,14 +20,14 @@ from lrag_ray.engine.progress import (
     VideosScored,
     WorkerLost,
 )
-from lrag_ray.engine.run import run
-from lrag_ray.engine.scoring.stage import pending_scores
-from lrag_ray.errors import StorageError
+from lrag_ray.pipelines import waves
+from lrag_ray.pipelines.evaluate import run
+from lrag_ray.pipelines.scoring import pending_scores
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.run_dir import RunDirectory
-from tests.engine.make import METHODS, make_config, make_prompts
+from tests.stages.make import METHODS, make_config, make_prompts
 
-WAITING = {"method": "tests.engine.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
+WAITING = {"method": "tests.cluster.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
 PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
 
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.rollout_work import RolloutWorker
-from lrag_ray.engine.run_identity import build_identity
-from lrag_ray.engine.text import encode_and_store
-from lrag_ray.engine.work import open_work
+from lrag_ray.pipelines.identity import build_identity
+from lrag_ray.stages.rollout.pending import open_work
+from lrag_ray.stages.rollout.worker import RolloutWorker
+from lrag_ray.stages.text import encode_and_store
 from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
 from lrag_ray.store.status import run_status
-from tests.engine.make import digests, make_config, make_prompts, part_bytes
+from tests.stages.make import digests, make_config, make_prompts, part_bytes
 from tests.store.fault_proxy import Fault, FaultProxy, seeded
 
 pytestmark = pytest.mark.cluster
@@ -31,8 +31,8 @@ SEED = 11
 
 DRIVER = """
 import json, sys
-from lrag_ray.engine.progress import AttemptFailed, RolloutFinished
-from lrag_ray.engine.run import run
+from lrag_ray.events import AttemptFailed, RolloutFinished
+from lrag_ray.pipelines.evaluate import run
 from lrag_ray.engine.session import ray_session
 from tests.cluster.test_store_faults import PROMPTS, config
 

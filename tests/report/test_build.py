@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from lrag_ray.engine.scoring.preview import pending_targets, score_video
 from lrag_ray.errors import StorageError
 from lrag_ray.report import Report, build_report
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import overview
 from lrag_ray.report.tables import Place, comparison_note, interval_note, places
-from lrag_ray.scoring.preview import MEASURES, PREVIEW
+from lrag_ray.scoring.preview.measures import MEASURES, PREVIEW
+from lrag_ray.scoring.preview.worker import pending_targets, score_video
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.table import ScoreRow, to_parquet
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS

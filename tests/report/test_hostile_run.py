@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.engine.stored_config import stored_config
 from lrag_ray.errors import ConfigError, StorageError
+from lrag_ray.pipelines.stored_config import stored_config
 from lrag_ray.report import build_report
 from lrag_ray.report.inspect import inspect_rollout
 from lrag_ray.store.parts import BrokenPartError, read_part

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lrag_ray.engine.scoring.preview import pending_targets, score_video
 from lrag_ray.errors import IdentityError, UsageError
 from lrag_ray.report import collect, report
-from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.scoring.preview.measures import PREVIEW
+from lrag_ray.scoring.preview.worker import pending_targets, score_video
 from lrag_ray.scoring.table import to_parquet
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.run_dir import RunDirectory

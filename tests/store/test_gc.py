@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lrag_ray.engine.gc import collect_garbage
-from lrag_ray.engine.progress import Event, Notice
 from lrag_ray.errors import LeaseError, StorageError
+from lrag_ray.events import Event, Notice
+from lrag_ray.pipelines.gc import collect_garbage
 from lrag_ray.store.gc import WITHOUT_LEASE_S, find_leftovers
 from lrag_ray.store.lease import Lease, new_record, take_lease
 from lrag_ray.store.parts import write_part

@@ -10,7 +10,7 @@ import pytest
 
 from lrag_ray.config import schema
 from lrag_ray.scoring import table
-from lrag_ray.scoring.preview import PREVIEW
+from lrag_ray.scoring.preview.measures import PREVIEW
 from lrag_ray.scoring.vbench_long.parquet import is_untrained, rows_from_parquet, rows_to_parquet
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, ScoreRow
 

@@ -1,0 +1,87 @@
+"""The progress board: an actor that workers tell their state, at most once a second each.
+
+Nothing here is needed for correctness: a lost message is only a number that is shown late.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lrag_ray.events import WorkerState
+
+TELL_EVERY_S = 1.0
+"""A worker tells its state at most so often."""
+
+
+class ProgressBoard:
+    """Latest state per worker; made into an actor by `start_board`."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, WorkerState] = {}
+
+    def tell(self, worker: str, state: WorkerState) -> None:
+        """Replace the worker's state."""
+        self._states[worker] = state
+
+    def states(self) -> dict[str, WorkerState]:
+        """States that were told since the last call."""
+        told, self._states = self._states, {}
+        return told
+
+
+def start_board(name: str) -> Any:
+    """Handle of the run's board: an actor that takes no CPU, lives on the driver's own node and dies with the driver.
+
+    On another node it could be lost while the run goes on.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"name": name, "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+    return ray.remote(ProgressBoard).options(**options).remote()
+
+
+class BoardTeller:
+    """A worker's side of the board: told at most once a second, never waited for."""
+
+    def __init__(self, board: Any, worker: str) -> None:
+        self._board = board
+        self._worker = worker
+        self._last_s = 0.0
+
+    def __call__(self, state: WorkerState) -> None:
+        """Tell the state, or drop it if the last one is not a second old."""
+        now = time.monotonic()
+        if now - self._last_s >= TELL_EVERY_S:
+            self._last_s = now
+            self._board.tell.options(num_returns=0).remote(self._worker, state)
+
+
+class BoardReader:
+    """The driver's side: asks at most once a second and never waits for the answer."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._last_s = 0.0
+        self._asked: Any = None
+
+    def new_states(self) -> dict[str, WorkerState]:
+        """What workers told since the last answer; mostly empty."""
+        now = time.monotonic()
+        if self._asked is None:
+            if now - self._last_s >= TELL_EVERY_S:
+                self._last_s = now
+                self._asked = self._board.states.remote()
+            return {}
+        done, _ = ray.wait([self._asked], timeout=0)
+        if not done:
+            return {}
+        asked, self._asked = self._asked, None
+        try:
+            states: dict[str, WorkerState] = ray.get(asked)
+        except ray.exceptions.RayActorError:
+            # The board's node is gone. The run goes on unshown.
+            return {}
+        return states

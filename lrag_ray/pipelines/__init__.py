@@ -1,0 +1,1 @@
+"""What a start is: stages joined with the engine."""

@@ -1,0 +1,247 @@
+"""What a run will find on this machine: packages, Ray, GPUs, weights, storage, video codec, disk and memory.
+
+Every check really does the small thing that the run would do at length (connect, write, encode, map a checkpoint), and
+says how to mend what fails. Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+
+from lrag_ray.config.prompts import load_prompts, plan_prompts
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.errors import LragError
+from lrag_ray.pipelines.plan import Plan, make_plan
+from lrag_ray.scoring.vbench_long.pending import check_weights
+from lrag_ray.store.address import Storage
+from lrag_ray.video.mp4 import Mp4Writer, read_video
+from lrag_ray.weights.local import is_remote
+from lrag_ray.weights.needs import needs_of
+from lrag_ray.weights.verify import verify
+
+PACKAGES = ("torch", "ray", "diffusers", "transformers", "av", "pyarrow", "fsspec")
+LEAST_FREE_BYTES = 10e9
+"""Free disk below which a machine is suspicious where no plan says what is needed."""
+CUDA_CONTEXT_BYTES = 1.5e9
+"""What a process takes of a GPU beside its tensors: context, cuBLAS and cuDNN work spaces."""
+
+
+class Row(NamedTuple):
+    """One finding."""
+
+    check: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    mend: str = ""
+    """What to do; empty where nothing is to be done or `found` says it."""
+
+
+def examine(config: RunConfig | None = None) -> Iterator[Row]:
+    """All findings for this machine, and for `config` where one is given, in the order in which they matter."""
+    yield from _packages()
+    yield _ray(config)
+    yield from _gpus(config)
+    yield _video()
+    if config is None:
+        yield _disk(Path.cwd(), None)
+        return
+    plan = None
+    try:
+        prompts = load_prompts(config.prompts)
+        yield Row("prompts", "ok", f"{len(prompts)} in {config.prompts.path}")
+    except LragError as error:
+        yield Row("prompts", "fail", str(error))
+    # Without a number of prompts nothing can be planned; the row above says how to mend it.
+    with suppress(LragError):
+        plan = make_plan(config, plan_prompts(config.prompts))
+    yield from _weights(config)
+    yield from _scoring_networks(config)
+    yield _storage(config)
+    if not is_remote(config.run.uri):
+        yield _disk(Path(Storage(config.run.uri).root), plan)
+    yield _threads(config)
+    if plan is not None:
+        yield _host_memory(config, plan)
+        yield from _gpu_memory(config, plan)
+
+
+def healthy(rows: list[Row]) -> bool:
+    """Whether nothing failed."""
+    return all(row.state != "fail" for row in rows)
+
+
+def _packages() -> Iterator[Row]:
+    found, absent = [], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            absent.append(name)
+    if absent:
+        yield Row(
+            "packages", "fail", f"missing: {', '.join(absent)}", "pip install --constraint constraints.txt '.[run]'"
+        )
+    else:
+        yield Row("packages", "ok", ", ".join(found))
+
+
+def _ray(config: RunConfig | None) -> Row:
+    address = (config.engine.address if config is not None else None) or os.environ.get("RAY_ADDRESS")
+    if not address or address in ("auto", "local"):
+        return Row("ray", "ok", f"ray {version('ray')}; no cluster address given, a run starts or finds one here")
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=5):
+            return Row("ray", "ok", f"ray {version('ray')}; {parts.hostname}:{parts.port or 10001} answers")
+    except (OSError, ValueError) as error:
+        mend = "start the cluster (`ray start --head`), or correct engine.address or RAY_ADDRESS"
+        return Row("ray", "fail", f"the Ray cluster at {parts.hostname}:{parts.port} does not answer: {error}", mend)
+
+
+def _gpus(config: RunConfig | None) -> Iterator[Row]:
+    wanted = config.engine.gpus_per_actor if config is not None else 0
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Row(f"gpu {index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+        if not torch.cuda.is_bf16_supported():
+            yield Row("gpu", "warn", "these GPUs have no bfloat16", "set dtype: float32 in the backbones")
+        return
+    driver = _driver()
+    if driver is not None:
+        mend = f"install a driver for CUDA {torch.version.cuda}, or a torch built for this driver"
+        yield Row("gpu", "fail", f"driver {driver} is there, but torch {torch.__version__} cannot use it", mend)
+    elif wanted > 0:
+        mend = "set engine.gpus_per_actor: 0 to run on CPUs, or run where the GPUs are"
+        remote = bool(config and config.engine.address)
+        yield Row("gpu", "warn" if remote else "fail", f"none here, but engine.gpus_per_actor is {wanted:g}", mend)
+    else:
+        yield Row("gpu", "ok", "none; rollouts run on the CPU")
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA kernel driver, or None."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return next((word for word in text.split() if word[0].isdigit() and "." in word), "of unknown version")
+
+
+def _video() -> Row:
+    """Encode and read back a few frames: PyAV brings its own libraries, no ffmpeg program is used."""
+    frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with Mp4Writer(Path(folder) / "probe.mp4") as writer:
+                writer.write(frames)
+            read = read_video(Path(folder) / "probe.mp4")
+    except (LragError, OSError, ImportError, ValueError, RuntimeError) as error:
+        mend = "install PyAV's own wheel (pip install 'av>=18'), which holds libx264"
+        return Row("video codec", "fail", f"H.264 cannot be written: {type(error).__name__}: {error}", mend)
+    return Row("video codec", "ok", f"H.264 written and read back through PyAV ({len(read)} frames)")
+
+
+def _weights(config: RunConfig) -> Iterator[Row]:
+    for need in needs_of(config):
+        if need.kind == "prompts":
+            continue
+        verdict = verify(need, digests=False)
+        named = verdict.detail if need.address in verdict.detail else f"{need.address}: {verdict.detail}"
+        yield Row(need.kind.replace("_", " "), "ok" if verdict.ok else "fail", named)
+
+
+def _scoring_networks(config: RunConfig) -> Iterator[Row]:
+    """Whether every network that the suite would load has its file."""
+    scoring = config.scoring
+    if scoring.suite != "vbench_long":
+        return
+    try:
+        check_weights(scoring)
+    except LragError as error:
+        yield Row("scoring networks", "fail", str(error))
+    else:
+        yield Row("scoring networks", "ok", f"all files of {', '.join(scoring.dimensions)}")
+
+
+def _storage(config: RunConfig) -> Row:
+    try:
+        storage = Storage(config.run.uri, config.storage)
+        made = [] if not storage.is_local else [p for p in _and_parents(Path(storage.root)) if not p.exists()]
+        probe = storage.probe()
+        for folder in made:
+            folder.rmdir()
+    except LragError as error:
+        return Row("storage", "fail", str(error))
+    if not probe.create_only:
+        mend = "let one driver work at a time, or use a store that honours If-None-Match"
+        return Row("storage", "warn", f"{storage.uri} can be written, but creates the same file twice", mend)
+    return Row("storage", "ok", f"{storage.uri} can be written and honours create-only writes")
+
+
+def _and_parents(folder: Path) -> list[Path]:
+    return [folder, *folder.parents]
+
+
+def _disk(folder: Path, plan: Plan | None) -> Row:
+    folder = next(path for path in _and_parents(folder) if path.exists())
+    free = shutil.disk_usage(folder).free
+    needed = plan.totals.latent_bytes + plan.totals.video_bytes if plan is not None else LEAST_FREE_BYTES
+    found = f"{free / 1e9:.1f} GB free at {folder}"
+    if plan is not None:
+        found += f", the whole run stores about {needed / 1e9:.1f} GB"
+    if free < needed:
+        return Row("disk", "warn" if plan is None else "fail", found, "make room, or set run.uri to another place")
+    return Row("disk", "ok", found)
+
+
+def _threads(config: RunConfig) -> Row:
+    cores = len(os.sched_getaffinity(0))
+    engine = config.engine
+    actors = engine.most_actors or engine.least_actors
+    found = f"{actors} actors of {engine.threads_per_actor} torch threads, {cores} cores here"
+    if engine.gpus_per_actor == 0 and not engine.address and actors * engine.threads_per_actor > cores:
+        return Row("threads", "warn", found, "fewer engine.actors, or fewer engine.threads_per_actor")
+    return Row("threads", "ok", found)
+
+
+def _host_memory(config: RunConfig, plan: Plan) -> Row:
+    """The history of one rollout per actor, if all actors were on this machine."""
+    history = max(method.history_bytes for method in plan.methods)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = f"{total / 1e9:.0f} GB; the history of a rollout grows to {history / 1e9:.1f} GB per actor"
+    if history > 0.8 * total:
+        return Row(
+            "host memory",
+            "warn" if config.engine.address else "fail",
+            found,
+            "shorter durations, or nodes with more memory",
+        )
+    actors = config.engine.most_actors or config.engine.least_actors
+    if history * actors > 0.8 * total:
+        return Row("host memory", "warn", found, f"{actors} such rollouts do not fit on one such machine")
+    return Row("host memory", "ok", found)
+
+
+def _gpu_memory(config: RunConfig, plan: Plan) -> Iterator[Row]:
+    share = config.engine.gpus_per_actor
+    if not torch.cuda.is_available() or share <= 0:
+        return
+    total = min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+    largest = max(plan.methods, key=lambda method: method.gpu_bytes)
+    needed = (largest.gpu_bytes + CUDA_CONTEXT_BYTES) / min(share, 1)
+    found = f"{largest.backbone}/{largest.method} needs about {needed / 1e9:.1f} GB of {total / 1e9:.0f} GB"
+    mend = "a smaller window, video.enabled: false, or a larger engine.gpus_per_actor"
+    yield Row("gpu memory", "ok", found) if needed < total else Row("gpu memory", "fail", found, mend)

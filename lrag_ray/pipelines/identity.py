@@ -1,0 +1,56 @@
+"""What a configuration and its prompts are, as `RunIdentity`: resolved settings and digests instead of paths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import lrag_ray
+from lrag_ray.config.horizons import latent_frames
+from lrag_ray.config.methods import resolve_method
+from lrag_ray.config.prompts import Prompt
+from lrag_ray.config.schema import MethodConfig, RunConfig
+from lrag_ray.stages.backbone import latents_identity, pixels_identity
+from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
+from lrag_ray.store.records import now_utc
+from lrag_ray.store.versions import versions
+from lrag_ray.weights.digests import weights_digest
+
+
+def build_identity(config: RunConfig, prompts: Sequence[Prompt]) -> RunIdentity:
+    """Identity of the run that `config` describes. WeightsError for a weights file that is absent."""
+    return RunIdentity(
+        numerics_version=lrag_ray.NUMERICS_VERSION,
+        seed=config.run.seed,
+        samples=config.prompts.samples,
+        video=config.video.model_dump(),
+        backbones={
+            name: BackboneIdentity(
+                latents=latents_identity(backbone),
+                pixels=pixels_identity(backbone),
+                label=backbone.label,
+                frames_per_block=backbone.sampler.frames_per_block,
+                horizons=[
+                    Horizon(
+                        duration_s=duration_s,
+                        latent_frames=latent_frames(duration_s, backbone.sampler.frames_per_block),
+                    )
+                    for duration_s in config.durations_s
+                ],
+            )
+            for name, backbone in config.backbones.items()
+        },
+        methods={name: _method(method, config.independent_durations) for name, method in config.methods.items()},
+        prompts={prompt.prompt_id: PromptIdentity(index=prompt.index, text=prompt.text) for prompt in prompts},
+        created_at=now_utc(),
+        versions=versions(),
+    )
+
+
+def _method(method: MethodConfig, independent: bool) -> MethodIdentity:
+    policy, settings = resolve_method(method)
+    resolved: dict[str, Any] = dataclasses.asdict(settings)
+    if resolved.get("encoder"):
+        resolved["encoder"] = {"sha256": weights_digest(resolved["encoder"])}
+    return MethodIdentity(method=method.method, settings=resolved, nested=policy.horizon_free and not independent)

@@ -1,0 +1,266 @@
+"""Which videos to score: a folder, a file, a glob or a bucket, and what a manifest says of them.
+
+Names are only ever shown and hashed, never taken apart: what belongs together comes from the manifest.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fnmatch
+import glob
+import itertools
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lrag_ray.config.redaction import redact
+from lrag_ray.config.schema import StorageSection
+from lrag_ray.errors import UsageError
+from lrag_ray.store.address import Storage
+from lrag_ray.store.local_copy import sha256_of
+from lrag_ray.wan.file_kinds import absence
+
+SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv"})
+"""Files of a folder that are taken for videos, in any case; a glob or a manifest may name others."""
+COLUMNS = ("path", "method", "backbone", "prompt", "sample", "duration_s")
+"""Of a manifest; all but the first may be absent."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a manifest says of a video."""
+
+    method: str = ""
+    backbone: str = ""
+    prompt: str = ""
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class ListedVideo:
+    """A video to score."""
+
+    name: str
+    """Path relative to the folder; with `stamp` the identity under which its rows are filed."""
+    path: str
+    """Where workers open it: on this machine, or in the listing's storage."""
+    stamp: str
+    """What changes with the content: SHA-256 of a local file; size and time of an object; empty if it cannot be had."""
+    labels: Labels = Labels()
+    durations_s: tuple[float, ...] = ()
+    """Under which lengths it counts, ascending; the last one is the whole file."""
+    problem: str = "there is no such file"
+    """Why there is no stamp."""
+
+
+@dataclass(frozen=True)
+class VideoList:
+    """What was found."""
+
+    storage: Storage | None
+    """Where the videos lie, or None for this machine's files."""
+    videos: Sequence[ListedVideo]
+    notes: Sequence[str] = ()
+    """What a person should know."""
+
+
+def list_videos(target: str, manifest: str | None, options: StorageSection) -> VideoList:
+    """Find and stamp the videos of `target`, those of `manifest` alone where one is given.
+
+    Raises:
+        UsageError: nothing is there, or the manifest cannot be used.
+        StorageError: a bucket cannot be listed.
+    """
+    notes: list[str] = []
+    if "://" in target:
+        storage, found = _in_bucket(target, options)
+    else:
+        storage, found = None, _on_disk(target, notes, every_file=manifest is not None)
+    if manifest is not None:
+        rows, unused = _read_manifest(Path(manifest))
+        if unused:
+            notes.append(f"{manifest}: not used: {', '.join(unused)}; known columns are {', '.join(COLUMNS)}")
+        found = _labelled(rows, found)
+    if not found:
+        raise UsageError(
+            f"no videos at {redact(target)!r}, and no run. Give the address of a run, a glob, or a folder with files "
+            f"of these suffixes: {', '.join(sorted(SUFFIXES))}"
+        )
+    if storage is None:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(_stamped, found))
+    return VideoList(storage, found, notes)
+
+
+def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedVideo]:
+    place = Path(target).expanduser()
+    paths: Iterable[Path]
+    if place.is_dir():
+        base = place
+        paths = (path for path in _below(place, notes) if every_file or _is_video(path.relative_to(place)))
+    elif place.exists():
+        base, paths = place.parent, [place]
+    else:
+        base = Path(*_before_magic(place.parts))
+        rest = list(place.parts[len(base.parts) :])
+        if rest and rest[-1] == "**":
+            # By itself it stands for folders alone.
+            rest.append("*")
+        # Unlike glob.glob, this does not follow links to folders, which may lead round in circles, below a **.
+        matches = base.glob(str(Path(*rest))) if rest else ()
+        wanted = any(part.startswith(".") for part in rest)
+        visible = (path for path in matches if wanted or not _is_hidden(path.relative_to(base)))
+        paths = (path for path in visible if not place.name.endswith("*") or _is_video(path.relative_to(base)))
+    # What is neither file nor folder, a link to nothing say, is a video that cannot be had, which is told.
+    files = sorted({path.absolute() for path in paths if not _is_folder(path)})
+    base = base.absolute()
+    return [ListedVideo(_shown(path.relative_to(base)), str(path), "") for path in files]
+
+
+def _stamped(video: ListedVideo) -> ListedVideo:
+    """A video on this machine with its checksum, or with what keeps it from having one."""
+    if not video.path:
+        return video
+    path = Path(video.path)
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return replace(video, stamp=sha256_of(path))
+        # Not opened: a pipe would wait for who writes into it.
+        return replace(video, problem="it is no file, but a pipe, a socket or a device")
+    except OSError as error:
+        gone = error.errno in (errno.ENOENT, errno.ELOOP)
+        return replace(video, problem=f"it is {absence(path)}" if gone else f"it cannot be read: {error.strerror}")
+
+
+def _below(folder: Path, notes: list[str], above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Files in a folder at any depth. Links to folders are followed, but not back to one that is being listed.
+
+    A folder that may not be listed, such as lost+found of a mounted disk, goes to `notes`.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        entries = sorted(folder.iterdir())
+    except PermissionError as error:
+        notes.append(f"{_shown(folder)}: not looked into: {error.strerror}")
+        return
+    for entry in entries:
+        if _is_folder(entry):
+            yield from _below(entry, notes, above | {real})
+        else:
+            yield entry
+
+
+def _in_bucket(target: str, options: StorageSection) -> tuple[Storage, list[ListedVideo]]:
+    scheme, _, rest = target.partition("://")
+    parts = rest.rstrip("/").split("/")
+    base = _before_magic(parts)
+    if base == parts and _is_video(PurePosixPath(parts[-1])):
+        base = parts[:-1]
+    pattern = "/".join(parts[len(base) :])
+    storage = Storage(f"{scheme}://{'/'.join(base)}", options)
+    found = []
+    for path, details in sorted(storage.list_details().items()):
+        if fnmatch.fnmatchcase(path, pattern) if pattern else _is_video(PurePosixPath(path)):
+            found.append(ListedVideo(path, path, f"{details.size_bytes}-{details.modified_s or 0:.0f}"))
+    return storage, found
+
+
+def _before_magic(parts: Sequence[str]) -> list[str]:
+    """Leading path components without wildcards."""
+    return list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+
+
+def _is_video(path: PurePosixPath | Path) -> bool:
+    return not _is_hidden(path) and path.suffix.lower() in SUFFIXES
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PermissionError:
+        # A folder that may be listed and not entered: that its files cannot be read is told with them.
+        return False
+
+
+def _is_hidden(path: PurePosixPath | Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _shown(path: Path) -> str:
+    """A file name may be any bytes; rows and tables are UTF-8."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _labelled(rows: Iterable[tuple[str, Mapping[str, Any]]], found: Sequence[ListedVideo]) -> list[ListedVideo]:
+    """The videos that a manifest names, in its order, with what it says of them."""
+    by_name = {video.name: video for video in found}
+    made: dict[str, ListedVideo] = {}
+    for place, row in rows:
+        name, labels, duration_s = _read_row(place, row)
+        video = made.get(name) or replace(by_name.get(name, ListedVideo(name, "", "")), labels=labels)
+        if video.labels != labels:
+            raise UsageError(f"{place}: {name!r} stands in the manifest twice, as {video.labels} and as {labels}")
+        if duration_s is not None:
+            video = replace(video, durations_s=tuple(sorted({*video.durations_s, duration_s})))
+        made[name] = video
+    return list(made.values())
+
+
+def _read_row(place: str, row: Mapping[str, Any]) -> tuple[str, Labels, float | None]:
+    texts = {key: str(row[key]).strip() for key in COLUMNS if row.get(key) not in (None, "")}
+    name = PurePosixPath(texts.get("path", "")).as_posix()
+    if name == "." or name.startswith("/") or ".." in name.split("/"):
+        raise UsageError(f"{place}: path {texts.get('path', '')!r} must be a path inside the folder that is scored")
+    try:
+        sample = int(texts.get("sample", "0"))
+        duration_s = float(texts["duration_s"]) if "duration_s" in texts else None
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}; sample is a whole number and duration_s a number of seconds") from None
+    if duration_s is not None and not 0 < duration_s < 1e6:
+        raise UsageError(f"{place}: duration_s {duration_s:g} must be above 0")
+    labels = Labels(texts.get("method", ""), texts.get("backbone", ""), texts.get("prompt", ""), sample)
+    return name, labels, duration_s
+
+
+def _read_manifest(path: Path) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
+    """Rows with their places, and the columns that mean nothing here."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: the manifest cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: byte {error.start} is not UTF-8") from None
+    rows = list(_json_rows(path, text) if path.suffix in (".jsonl", ".ndjson") else _csv_rows(path, text))
+    columns = {str(key): None for _, row in rows for key in row}
+    if "path" not in columns:
+        raise UsageError(f"{path}: no column 'path'; a manifest is CSV with a head line, or JSONL (.jsonl)")
+    return rows, [column for column in columns if column not in COLUMNS]
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    reader = csv.DictReader(text.splitlines())
+    for row in reader:
+        if None in row:
+            raise UsageError(f"{path}:{reader.line_num}: more values than the head line has columns")
+        yield f"{path}:{reader.line_num}", row
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}:{number}: not a JSON object")
+        yield f"{path}:{number}", row

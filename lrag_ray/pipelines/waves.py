@@ -1,0 +1,200 @@
+"""Scoring beside the rollouts: waves from a thread of the driver, on what no rollout needs.
+
+A wave is begun only for room that is free now and that no rollout actor, lost or busy a moment ago, would want back. It
+is small, and it stops within a clip when the rollouts are done, so that the last wave has the whole cluster. What a
+wave cannot do is left to the last one: nothing that happens here ends the run.
+
+Example::
+
+    with scoring_waves(run, config, progress) as relay:
+        run_rollouts(config, run, items, relay)
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from lrag_ray.config.redaction import redact
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.fan_out import FanOut, room_for
+from lrag_ray.errors import LragError
+from lrag_ray.events import (
+    AttemptFailed,
+    Event,
+    Notice,
+    Progress,
+    RolloutFinished,
+    RolloutStarted,
+    RolloutYielded,
+    StageAdvanced,
+    VideosScored,
+    WorkerLost,
+)
+from lrag_ray.pipelines.scoring import Wave, each_worker, score_pending
+from lrag_ray.store.records import RolloutId
+from lrag_ray.store.run_dir import RunDirectory
+
+FIRST_AFTER_S = 30.0
+"""From the first rollout that began: by then the others have their places."""
+EVERY_S = 30.0
+"""Least time between the end of a wave and the next."""
+_LISTING_SHARE = 0.1
+"""Of its time that the thread may spend on finding out what there is to score."""
+_VIDEOS_PER_WORKER = 4
+_HALT_WITHIN_S = 10.0
+
+
+@contextmanager
+def scoring_waves(run: RunDirectory, config: RunConfig, progress: Progress) -> Iterator[Progress]:
+    """Score in the background for the time of the block; the yielded receiver must get the events of the rollouts.
+
+    It passes them on, after what waves have to tell: `progress` is called in the caller's thread only.
+    """
+    if config.scoring.suite == "none" or not config.scoring.during_generation:
+        yield progress
+        return
+    waves = _Waves(run, config, progress)
+    waves.start()
+    try:
+        yield waves.relay
+    except BaseException:
+        waves.stop(_HALT_WITHIN_S)
+        raise
+    waves.stop(None)
+
+
+class RolloutWatch:
+    """What the rollout stage holds, from its events."""
+
+    def __init__(self) -> None:
+        self._busy: dict[str, RolloutId] = {}
+        self._most_busy = 0
+        self._open: int | None = None
+        self.began_s: float | None = None
+        """When the first rollout began."""
+        self.finished = 0
+        """Rollouts that ended well."""
+
+    def take(self, event: Event) -> None:
+        """Take an event in."""
+        match event:
+            case RolloutStarted():
+                self.began_s = self.began_s or time.monotonic()
+                self._busy[event.worker] = event.rollout
+                self._most_busy = max(self._most_busy, len(self._busy))
+            case RolloutFinished(rollout=rollout):
+                self.finished += 1
+                self._land(rollout)
+            case AttemptFailed(failure):
+                self._land(failure.rollout)
+            case RolloutYielded() | WorkerLost():
+                self._busy.pop(event.worker, None)
+            case StageAdvanced(stage="rollouts"):
+                self._open = event.total - event.done
+
+    @property
+    def absent(self) -> int:
+        """Actors that have worked at one time, do not now, and would have something to do."""
+        wanted = self._most_busy if self._open is None else min(self._most_busy, self._open)
+        return max(0, wanted - len(self._busy))
+
+    def _land(self, rollout: RolloutId) -> None:
+        self._busy = {worker: at for worker, at in self._busy.items() if at != rollout}
+
+
+class _Waves:
+    def __init__(self, run: RunDirectory, config: RunConfig, progress: Progress) -> None:
+        # A client of its own: the driver's is used by the driver's thread meanwhile.
+        self._run = RunDirectory(run.storage.address, run.storage.options)
+        self._config = config
+        self._progress = progress
+        self._watch = RolloutWatch()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._fan_out: FanOut | None = None
+        self._given_up: set[str] = set()
+        self._told: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="scoring-waves", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look for work."""
+        self._thread.start()
+
+    def relay(self, event: Event) -> None:
+        """Pass on what waves have to tell, then `event`."""
+        self._drain()
+        self._watch.take(event)
+        self._progress(event)
+
+    def stop(self, within_s: float | None) -> None:
+        """End the wave that is on; wait for its end, or only so long."""
+        self._stopped.set()
+        if self._fan_out is not None:
+            self._fan_out.stop()
+        self._thread.join(within_s)
+        self._drain()
+
+    def _drain(self) -> None:
+        while not self._events.empty():
+            self._progress(self._events.get())
+
+    def _work(self) -> None:
+        next_s, seen, workers, videos = 0.0, -1, 0, 0
+        while not self._stopped.wait(min(1.0, EVERY_S)):
+            now, watch = time.monotonic(), self._watch
+            if watch.began_s is None or now < max(watch.began_s + FIRST_AFTER_S, next_s) or watch.finished == seen:
+                continue
+            finished = watch.finished
+            try:
+                workers = self._free_workers()
+                videos = workers * _VIDEOS_PER_WORKER
+                done = self._wave(Wave(workers, videos, self._began, self._given_up)) if workers else 0
+            except LragError as error:
+                self._tell(f"videos cannot be scored yet: {error}")
+                done = 0
+            except Exception as error:  # noqa: BLE001 - told; the last wave meets it again, where it ends the run
+                self._tell(redact(f"scoring beside the rollouts has ended: {type(error).__name__}: {error}"))
+                return
+            if workers and done < videos:
+                # Nothing is left until another rollout is finished; a full wave has left some.
+                seen = finished
+            spent_s = time.monotonic() - now
+            next_s = time.monotonic() + (EVERY_S if done else max(EVERY_S, spent_s / _LISTING_SHARE))
+
+    def _wave(self, wave: Wave) -> int:
+        outcome = score_pending(self._run, self._config, self._pass_on, wave=wave)
+        self._fan_out = None
+        for video, reason in outcome.failures.items():
+            self._given_up.add(video)
+            self._tell(f"{video} could not be scored: {reason}")
+        if outcome.scored:
+            self._events.put(VideosScored(outcome.scored))
+        return outcome.scored + len(outcome.failures)
+
+    def _pass_on(self, event: Event) -> None:
+        # How far a wave is would be taken for how far the rollouts are.
+        if isinstance(event, Notice):
+            self._tell(event.text)
+
+    def _began(self, fan_out: FanOut) -> None:
+        self._fan_out = fan_out
+        if self._stopped.is_set():
+            fan_out.stop()
+
+    def _free_workers(self) -> int:
+        engine, absent = self._config.engine, self._watch.absent
+        free = dict(ray.available_resources())
+        for name, each in (("CPU", engine.cpus_per_actor), ("GPU", engine.gpus_per_actor)):
+            free[name] = free.get(name, 0) - absent * each
+        return room_for(each_worker(self._config.scoring), free)
+
+    def _tell(self, text: str) -> None:
+        if not self._stopped.is_set() and text not in self._told:
+            self._told.add(text)
+            self._events.put(Notice(text, warning=True))

@@ -1,0 +1,1 @@
+"""The preview suite: cheap, training-free measures. Not VBench."""

@@ -1,0 +1,121 @@
+"""A `BackboneConfig` turned into science objects, and into the digests that identify it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrag_ray.config.methods import Method
+from lrag_ray.config.schema import BackboneConfig, WeightsConfig
+from lrag_ray.errors import ConfigError
+from lrag_ray.retrieval.encoder import load_encoder
+from lrag_ray.wan.checkpoint import load_transformer
+from lrag_ray.wan.lora import Lora
+from lrag_ray.wan.random_weights import fill_random
+from lrag_ray.wan.text import TextEncoder, load_text_encoder, tiny_text_encoder
+from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.vae import WanVae, load_wan_vae, tiny_vae
+from lrag_ray.weights.digests import weights_digest
+from lrag_ray.weights.local import local_copy
+
+ATTENTION_BACKEND = "sdpa"
+"""What `lrag_ray.wan.attention` computes with; part of every rollout key."""
+
+
+def latents_identity(config: BackboneConfig) -> dict[str, Any]:
+    """Everything of a backbone that determines latents, weights by digest. WeightsError for a file that is absent."""
+    return {
+        "transformer": dataclasses.asdict(config.transformer) | {"patch_size": list(config.transformer.patch_size)},
+        "weights": weights_identity(config.weights),
+        "sampler": dataclasses.asdict(config.sampler) | {"denoising_steps": list(config.sampler.denoising_steps)},
+        "latent": config.latent.model_dump(),
+        "dtype": config.dtype,
+        "attention": ATTENTION_BACKEND,
+        "text_encoder": text_identity(config),
+    }
+
+
+def weights_identity(weights: WeightsConfig) -> dict[str, Any]:
+    """The transformer's weights, by digest or recipe. WeightsError for a file that is absent."""
+    lora = weights.lora
+    return {
+        "sha256": weights_digest(weights.path) if weights.path else None,
+        "random_seed": weights.random_seed,
+        "use_ema": weights.use_ema,
+        "lora": lora and {"sha256": weights_digest(lora.path), "rank": lora.rank, "alpha": lora.alpha},
+    }
+
+
+def text_identity(config: BackboneConfig) -> dict[str, Any]:
+    """Everything that determines a prompt's text features."""
+    encoder = config.text_encoder
+    return {
+        "kind": encoder.kind,
+        "sha256": weights_digest(encoder.path) if encoder.path else None,
+        "tokenizer": weights_digest(encoder.tokenizer) if encoder.tokenizer else None,
+        "text_dim": config.transformer.text_dim,
+        "text_len": config.transformer.text_len,
+    }
+
+
+def pixels_identity(config: BackboneConfig) -> dict[str, Any]:
+    """Everything that determines pixels, given latents."""
+    vae = config.vae
+    return {
+        "vae": {"kind": vae.kind, "sha256": weights_digest(vae.path) if vae.path else None, "dtype": vae.dtype},
+    }
+
+
+def device_for(gpus: float) -> torch.device:
+    """Where an actor with so many GPUs computes."""
+    return torch.device("cuda" if gpus > 0 else "cpu")
+
+
+def load_generator(config: BackboneConfig, device: torch.device) -> CausalWanTransformer:
+    """The frozen transformer: from its checkpoint, or from the random recipe."""
+    dtype = getattr(torch, config.dtype)
+    weights = config.weights
+    if weights.path is not None:
+        given = weights.lora
+        lora = Lora(local_copy(given.path), given.rank, given.alpha) if given else None
+        return load_transformer(
+            local_copy(weights.path), config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
+        )
+    model = CausalWanTransformer(config.transformer)
+    fill_random(model, weights.random_seed or 0)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def load_text(config: BackboneConfig, device: torch.device) -> TextEncoder:
+    """The text encoder with its tokenizer. ConfigError where a path is not given."""
+    encoder, sizes = config.text_encoder, config.transformer
+    if encoder.kind == "tiny":
+        return tiny_text_encoder(sizes.text_dim, sizes.text_len)
+    if encoder.path is None or encoder.tokenizer is None:
+        raise ConfigError("text_encoder: kind umt5 needs path (the checkpoint) and tokenizer (its folder)")
+    path, tokenizer = local_copy(encoder.path), local_copy(encoder.tokenizer)
+    return load_text_encoder(path, tokenizer, text_len=sizes.text_len, device=device)
+
+
+def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
+    """The video VAE. ConfigError where its path is not given."""
+    dtype = getattr(torch, config.vae.dtype)
+    if config.vae.kind == "tiny":
+        vae = tiny_vae()
+        vae.model.to(device, dtype)
+        return vae
+    if config.vae.path is None:
+        raise ConfigError("vae: kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
+    return load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
+
+
+def load_retrieval_encoder(method: Method, device: torch.device) -> nn.Module | None:
+    """The retrieval encoder that a method asks for, or None. ConfigError where its path is not given."""
+    if not method.policy.needs_encoder(method.settings):
+        return None
+    if not method.settings.encoder:
+        raise ConfigError("method rag with descriptor ae needs encoder: the path of a retrieval encoder checkpoint")
+    return load_encoder(local_copy(method.settings.encoder)).to(device)

@@ -1,0 +1,287 @@
+"""One attempt at one rollout: read what is stored, rebuild or generate, decode, store parts, commit horizons.
+
+Knows nothing of Ray. All that it writes lies under its own attempt; only a commit, which is created once, makes it
+count. Horizons that are committed already are neither decoded nor committed again.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lrag_ray.config.methods import resolve_method
+from lrag_ray.config.schema import BackboneConfig, RunConfig
+from lrag_ray.engine.queue import Yielded
+from lrag_ray.errors import WeightsError
+from lrag_ray.events import Step, WorkerState
+from lrag_ray.rollout.noise import KeyedNoise
+from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.stages.backbone import load_generator, load_retrieval_encoder, load_vae, weights_identity
+from lrag_ray.stages.horizon_videos import HorizonVideos
+from lrag_ray.stages.rollout.background import Behind
+from lrag_ray.stages.rollout.block_writer import BlockWriter, Stopwatch
+from lrag_ray.stages.text import embedding_path, read_embedding
+from lrag_ray.store.identity import canonical_digest
+from lrag_ray.store.parts import FinishedBlock, PartChain, read_chain
+from lrag_ray.store.records import PartRecord, RolloutId
+from lrag_ray.store.run_dir import Inventory, RunDirectory
+from lrag_ray.store.scratch import scratch_folder
+from lrag_ray.wan.text import pad_text
+from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.vae import WanVae
+
+BLOCKS_BEHIND = 2
+"""Blocks that may wait to be decoded and stored, or be at it, while the next one is generated."""
+
+
+@dataclass(frozen=True)
+class RolloutTask:
+    """What the driver asks for."""
+
+    rollout: RolloutId
+    rollout_key: str
+    prompt: str
+    text_digest: str
+    weights_digest: str
+    """Of the transformer's weights as the driver sees them: another node must not have other files."""
+    horizons: tuple[int, ...]
+    """Horizons in latent frames that have no commit yet, ascending."""
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """What an attempt did."""
+
+    committed: tuple[int, ...]
+    blocks_generated: int
+    blocks_resumed: int
+    """Blocks taken from stored parts."""
+    seconds: float
+    notes: tuple[str, ...]
+    """What a person should know: broken parts that were cut off, a commit of another attempt that differs."""
+
+
+class RolloutWorker:
+    """Does rollouts one after the other and keeps the backbone that it loaded last."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: RunConfig,
+        device: torch.device,
+        tell: Callable[[WorkerState], None],
+        must_leave: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`tell` hears every step; `must_leave` is asked between blocks whether to store what there is and yield."""
+        self._run = run
+        self._config = config
+        self._device = device
+        self._tell = tell
+        self._must_leave = must_leave
+        self._backbone_name = ""
+        self._transformer: CausalWanTransformer | None = None
+        self._vae: WanVae | None = None
+
+    def work(self, task: RolloutTask, attempt: str) -> RolloutResult | Yielded:
+        """Bring every missing horizon of a rollout to a commit, or yield."""
+        return _Attempt(self, task, attempt).run()
+
+    def hold(self, name: str) -> BackboneConfig:
+        """Let go of another backbone than `name`, so that two never lie in memory."""
+        if name != self._backbone_name:
+            self._backbone_name, self._transformer, self._vae = name, None, None
+        return self._config.backbones[name]
+
+    def generator(self, weights_digest: str) -> CausalWanTransformer:
+        """Transformer of the held backbone. WeightsError where this node's weights are not the run's."""
+        if self._transformer is None:
+            config = self._config.backbones[self._backbone_name]
+            if canonical_digest(weights_identity(config.weights)) != weights_digest:
+                raise WeightsError(
+                    f"backbones.{self._backbone_name}.weights: the files on node {platform.node()} are not those that "
+                    "the run was started with. Mend: put the same files on every node"
+                )
+            self._transformer = load_generator(config, self._device)
+        return self._transformer
+
+    def vae(self) -> WanVae:
+        """VAE of the held backbone."""
+        if self._vae is None:
+            self._vae = load_vae(self._config.backbones[self._backbone_name], self._device)
+        return self._vae
+
+
+class _Leaving(Exception):  # noqa: N818 - a signal, no error
+    """The worker must go."""
+
+
+class _Attempt:
+    def __init__(self, worker: RolloutWorker, task: RolloutTask, attempt: str) -> None:
+        self._worker = worker
+        self._run, self._config, self._device = worker._run, worker._config, worker._device
+        self._task = task
+        self._id = attempt
+        self._device_kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        self._watch = Stopwatch()
+        self._notes: list[str] = []
+        self._blocks_done = 0
+
+    def run(self) -> RolloutResult | Yielded:
+        began = time.perf_counter()
+        task = self._task
+        self._backbone = self._worker.hold(task.rollout.backbone)
+        if self._backbone.fail_on_prompt is not None and self._backbone.fail_on_prompt in task.prompt:
+            raise RuntimeError(f"fail_on_prompt: the prompt contains {self._backbone.fail_on_prompt!r}")
+        inventory = self._run.inventory(task.rollout)
+        committed = inventory.valid_commits(task.rollout)
+        horizons = [horizon for horizon in task.horizons if horizon not in committed]
+        if not horizons:
+            return RolloutResult((), 0, 0, time.perf_counter() - began, ())
+        self._n = self._backbone.sampler.frames_per_block
+        self._blocks_total = horizons[-1] // self._n
+        self._tell(0, "loading")
+        with self._watch.measure("store"):
+            chain = self._chain(inventory, horizons[-1])
+        stored = [block for part in chain.parts for block in part.blocks][: self._blocks_total]
+        with scratch_folder() as scratch:
+            whole = self._commit_all(horizons, chain, stored, scratch)
+        if not whole:
+            return Yielded(f"its node is about to be taken away; {self._blocks_done} blocks are stored")
+        return RolloutResult(
+            committed=tuple(horizons),
+            blocks_generated=self._blocks_total - len(stored),
+            blocks_resumed=len(stored),
+            seconds=time.perf_counter() - began,
+            notes=tuple(self._notes),
+        )
+
+    def _chain(self, inventory: Inventory, end_frame: int) -> PartChain:
+        """What to continue from."""
+        records, broken = self._run.part_records(inventory, self._task.rollout)
+        records = [record for record in records if record.rollout_key == self._task.rollout_key]
+        own = [record for record in records if record.device_kind == self._device_kind]
+        if self._config.resume.on == "any":
+            own = records
+        chain = self._read_chain(own)
+        foreign = [record for record in records if record not in own]
+        if chain.end_frame < end_frame and max((record.end_frame for record in foreign), default=0) > chain.end_frame:
+            whole = self._read_chain(records)
+            if whole.end_frame >= end_frame:
+                # Nothing is left to generate, so no rollout is continued on another kind of device.
+                chain = whole
+            else:
+                kinds = ", ".join(sorted({record.device_kind for record in foreign}))
+                self._notes.append(
+                    f"{self._task.rollout.path}: parts made on {kinds} are left unused, this is {self._device_kind} "
+                    "(resume.on: any continues from them)"
+                )
+        self._notes += [f"{line}: cut back to frame {chain.end_frame}" for line in [*broken, *chain.broken]]
+        return chain
+
+    def _read_chain(self, records: Sequence[PartRecord]) -> PartChain:
+        key, storage = self._task.rollout_key, self._run.storage
+        return read_chain(storage, records, rollout_key=key, frames_per_block=self._n)
+
+    def _commit_all(
+        self, horizons: Sequence[int], chain: PartChain, stored: Sequence[FinishedBlock], scratch: Path
+    ) -> bool:
+        """Make blocks, and let the writer follow behind; False if the worker must leave before the end."""
+        videos = self._open_videos(scratch, horizons)
+        writer = BlockWriter(
+            self._run,
+            self._task.rollout,
+            self._task.rollout_key,
+            self._id,
+            self._device_kind,
+            horizons=horizons,
+            part_blocks=self._config.engine.checkpoint_every_blocks,
+            fps=self._config.video.fps,
+            videos=videos,
+        )
+        writer.reuse(chain.parts)
+        try:
+            with Behind(BLOCKS_BEHIND) as behind:
+                try:
+                    for block in self._blocks(stored):
+                        behind.do(writer.take, block, dict(self._watch.timings_s))
+                        self._blocks_done = block.block + 1
+                    whole = True
+                except _Leaving:
+                    behind.do(writer.flush)
+                    whole = False
+                behind.finish()
+        finally:
+            if videos is not None:
+                videos.abort()
+        self._notes += writer.notes
+        return whole
+
+    def _blocks(self, stored: Sequence[FinishedBlock]) -> Iterator[FinishedBlock]:
+        """Stored blocks, then generated ones; caches are rebuilt from the stored ones only if more are needed."""
+        for block in stored:
+            self._stay()
+            self._tell(block.block, "storing")
+            yield block
+        left = self._blocks_total - len(stored)
+        if not left:
+            return
+        self._stay()
+        with self._watch.measure("load"):
+            rollout = self._start()
+        for block in stored:
+            self._stay()
+            self._tell(block.block, "replaying")
+            with self._watch.measure("replay"):
+                rollout.replay(block.latents[None], [[block.state]])
+        self._tell(len(stored), "generating")
+        for result in rollout.blocks(left):
+            # Waits for the device, whose times are then known.
+            latents = result.latents[0].cpu()
+            self._watch.timings_s.update(rollout.timings_s)
+            state = {name: value.cpu() for name, value in result.state[0].items()}
+            yield FinishedBlock(result.block, latents, result.trace[0], state)
+            self._tell(result.block + 1, "generating")
+            if result.block + 1 < self._blocks_total:
+                self._stay()
+
+    def _stay(self) -> None:
+        if self._worker._must_leave():
+            raise _Leaving
+
+    def _start(self) -> Rollout:
+        task, config = self._task, self._backbone
+        rows = read_embedding(self._run.storage, task.text_digest, task.prompt)
+        if rows is None:
+            path = embedding_path(task.text_digest, task.prompt)
+            raise RuntimeError(f"{path}: the text features are missing or damaged; the next start makes them again")
+        method = resolve_method(self._config.methods[task.rollout.method])
+        latent = config.latent
+        shape = (latent.channels, latent.height, latent.width)
+        seed, sample = self._config.run.seed, task.rollout.sample
+        return Rollout(
+            self._worker.generator(task.weights_digest),
+            config.sampler,
+            method.policy,
+            method.settings,
+            pad_text(rows, config.transformer.text_len)[None],
+            KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape)),
+            shape,
+            encoder=load_retrieval_encoder(method, self._device),
+            keys=[(seed, task.prompt, sample)],
+        )
+
+    def _open_videos(self, scratch: Path, horizons: Sequence[int]) -> HorizonVideos | None:
+        video = self._config.video
+        if not video.enabled:
+            return None
+        with self._watch.measure("load"):
+            vae = self._worker.vae()
+        return HorizonVideos(scratch, vae, horizons, video)
+
+    def _tell(self, blocks: int, step: Step) -> None:
+        self._worker._tell(WorkerState(self._task.rollout, blocks, self._blocks_total, step))

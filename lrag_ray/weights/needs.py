@@ -1,0 +1,83 @@
+"""What a configuration needs: every weights file or folder that it names, with the places that name it.
+
+Prompts are listed where they are a published file, because they are fetched from the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lrag_ray.config.schema import BackboneConfig, RunConfig
+from lrag_ray.weights.published import PUBLISHED, Published
+
+Kind = Literal["transformer", "lora", "text_encoder", "tokenizer", "vae", "retrieval_encoder", "prompts"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """One file or folder."""
+
+    kind: Kind
+    keys: tuple[str, ...]
+    """Key paths of the configuration that name it."""
+    address: str
+    """Path, or fsspec address of a bucket."""
+    backbone: BackboneConfig | None
+    """What it must fit; None for what fits every backbone: retrieval encoders and prompts."""
+
+    @property
+    def name(self) -> str:
+        """Last component of the address."""
+        return self.address.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def published(self) -> Published | None:
+        """Where it is published, by its name; None for a name that is not."""
+        return PUBLISHED.get(self.name)
+
+
+def needs_of(config: RunConfig) -> list[Need]:
+    """Everything that `config` needs, each once, in the order in which a run reads it."""
+    merged: dict[tuple[object, ...], Need] = {}
+    for need in _all(config):
+        key = (need.kind, need.address, *_must_fit(need))
+        if key in merged:
+            need = replace(merged[key], keys=(*merged[key].keys, *need.keys))
+        merged[key] = need
+    return list(merged.values())
+
+
+def _must_fit(need: Need) -> tuple[object, ...]:
+    """What two uses of one file must share to be one need."""
+    backbone = need.backbone
+    if backbone is None:
+        return ()
+    if need.kind in ("transformer", "lora"):
+        return (backbone.transformer, backbone.weights, backbone.dtype)
+    return (backbone.transformer.text_dim, backbone.transformer.text_len)
+
+
+def _all(config: RunConfig) -> Iterator[Need]:
+    for name, backbone in config.backbones.items():
+        at = f"backbones.{name}"
+        weights, text, vae = backbone.weights, backbone.text_encoder, backbone.vae
+        if weights.path is not None:
+            yield Need("transformer", (f"{at}.weights.path",), weights.path, backbone)
+        if weights.lora is not None:
+            yield Need("lora", (f"{at}.weights.lora.path",), weights.lora.path, backbone)
+        if text.kind == "umt5" and text.path is not None:
+            yield Need("text_encoder", (f"{at}.text_encoder.path",), text.path, backbone)
+        if text.kind == "umt5" and text.tokenizer is not None:
+            yield Need("tokenizer", (f"{at}.text_encoder.tokenizer",), text.tokenizer, backbone)
+        if vae.kind == "wan" and vae.path is not None:
+            yield Need("vae", (f"{at}.vae.path",), vae.path, backbone)
+    for name, method in config.methods.items():
+        encoder = method.settings.get("encoder")
+        if encoder:
+            yield Need("retrieval_encoder", (f"methods.{name}.encoder",), str(encoder), None)
+    if config.prompts.path is not None:
+        prompts = Need("prompts", ("prompts.path",), config.prompts.path, None)
+        if prompts.published is not None:
+            yield prompts

@@ -1,0 +1,146 @@
+"""Whether weights are there, unchanged, and fit the model: by size, by digest, and by shapes on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.errors import LragError, WeightsError
+from lrag_ray.retrieval.encoder import load_encoder
+from lrag_ray.wan.checkpoint import mapped_transformer
+from lrag_ray.wan.file_kinds import absence
+from lrag_ray.wan.lora import Lora, fitting_lora
+from lrag_ray.wan.state_dict import refuse_non_finite
+from lrag_ray.wan.text import load_tokenizer, mapped_text_encoder
+from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.vae import mapped_vae
+from lrag_ray.weights.local import file_digest, is_remote, known_sizes, local_copy, record_at, sizes_at
+from lrag_ray.weights.needs import Kind, Need, needs_of
+
+
+class Verdict(NamedTuple):
+    """Result for one need."""
+
+    need: Need
+    ok: bool
+    detail: str
+    """What was found, or what is wrong with its mend."""
+
+
+def refuse_misfits(config: RunConfig, *kinds: Kind) -> None:
+    """Raise WeightsError with everything that is wrong with the weights on this machine, before an actor meets it.
+
+    With `kinds` only those of these kinds are looked at. Sizes and digests are left to `weights verify` (who gives a
+    file of their own a published name may run it), and what lies in a bucket to the nodes, which copy it.
+    """
+    wanted = set(kinds or get_args(Kind)) - {"prompts"}
+    needs = [need for need in needs_of(config) if need.kind in wanted and not is_remote(need.address)]
+    wrong = [verdict for verdict in (verify(need, digests=False, sizes=False) for need in needs) if not verdict.ok]
+    if wrong:
+        told = "\n".join(verdict.detail for verdict in wrong)
+        raise WeightsError(f"{told}\nNothing was started; `lrag-ray weights verify CONFIG` checks them again")
+
+
+def verify(need: Need, *, digests: bool = True, sizes: bool = True) -> Verdict:
+    """Check one need: presence, sizes in bytes and shapes; `digests` reads every byte, so values too are looked at."""
+    try:
+        return Verdict(need, True, _checked(need, digests, sizes))
+    except LragError as error:
+        return Verdict(need, False, str(error))
+    except OSError as error:
+        told = f"{need.address} cannot be read: {error.strerror or error}. Mend: let this user read it"
+        return Verdict(need, False, told)
+
+
+def _checked(need: Need, digests: bool, sizes: bool) -> str:
+    present = sizes_at(need.address)
+    if not present:
+        raise WeightsError(missing(need))
+    for name, size in known_sizes(need.address, need.published).items() if sizes else ():
+        if present.get(name) != size:
+            raise WeightsError(
+                f"{need.address}: {name} has {present.get(name, 0):,} bytes, expected {size:,}. "
+                "Mend: `lrag-ray weights pull CONFIG --again`"
+            )
+    path = local_copy(need.address)
+    digest = _digests(need, path) if digests else ""
+    found = [f"{sum(present.values()) / 1e9:.2f} GB", digest, fits(need, path, values=digests)]
+    return ", ".join(part for part in found if part)
+
+
+def missing(need: Need) -> str:
+    """What to say of a need that is not there: what to put where."""
+    published = need.published
+    origin = f"it is published as {published.source}" if published else "it is not published under that name"
+    mend = (
+        "`lrag-ray weights pull CONFIG`, or put it there yourself" if published else "put it there, or correct the key"
+    )
+    what = "not there" if is_remote(need.address) else absence(local_copy(need.address))
+    there = f"nothing at {need.address}" if what == "not there" else f"{need.address} is {what}"
+    return f"{need.keys[0]}: {there}; {origin}. Mend: {mend}"
+
+
+def _digests(need: Need, path: Path) -> str:
+    """Compare digests with those recorded at pull time, else with the published ones."""
+    record, published = record_at(need.address), need.published
+    if record is not None:
+        expected = {name: file.sha256 for name, file in record.files.items()}
+        origin = f"recorded at {record.pulled_at}"
+    elif published is not None and all(file.sha256 for file in published.files):
+        expected = {file.name: str(file.sha256) for file in published.files}
+        origin = "published"
+    else:
+        return f"sha256 {file_digest(path)[:12]}… (none recorded)" if path.is_file() else "no digests recorded"
+    for name, digest in expected.items():
+        file = path / name if path.is_dir() else path
+        if (actual := file_digest(file)) != digest:
+            raise WeightsError(
+                f"{need.address}: {name} has sha256 {actual}, {origin}: {digest}. It is damaged or another file. "
+                "Mend: `lrag-ray weights pull CONFIG --again`"
+            )
+    return f"sha256 as {origin}"
+
+
+def fits(need: Need, path: Path, *, values: bool = False) -> str:
+    """Load on the meta device: names and shapes are compared, and no tensor is read unless `values` are to be finite.
+
+    Raises WeightsError where they do not fit.
+    """
+    backbone = need.backbone
+    if need.kind == "prompts":
+        return f"{len(path.read_text(encoding='utf-8').splitlines())} lines"
+    if need.kind == "retrieval_encoder":
+        return _tensors(need, load_encoder(path), values)
+    assert backbone is not None, "everything else belongs to a backbone"
+    if need.kind == "transformer":
+        return _tensors(need, mapped_transformer(path, backbone.transformer, use_ema=backbone.weights.use_ema), values)
+    if need.kind == "lora":
+        lora = backbone.weights.lora
+        assert lora is not None, "the need comes from this key"
+        with torch.device("meta"):
+            transformer = CausalWanTransformer(backbone.transformer)
+        return _tensors(need, fitting_lora(transformer, Lora(path, lora.rank, lora.alpha)), values)
+    if need.kind == "text_encoder":
+        model = mapped_text_encoder(path)
+        width = next(model.parameters()).shape[-1]
+        if width != backbone.transformer.text_dim:
+            raise WeightsError(
+                f"text encoder {path} makes features of width {width}, the transformer takes "
+                f"{backbone.transformer.text_dim}. Mend: set transformer.text_dim or give another encoder"
+            )
+        return _tensors(need, model, values)
+    if need.kind == "tokenizer":
+        tokenize, _ = load_tokenizer(path, backbone.transformer.text_len)
+        return f"{len(tokenize('a red fox'))} tokens for 'a red fox'"
+    return _tensors(need, mapped_vae(path), values)
+
+
+def _tensors(need: Need, found: nn.Module | dict[str, Tensor], values: bool) -> str:
+    tensors = found.state_dict() if isinstance(found, nn.Module) else found
+    if values:
+        refuse_non_finite(tensors, f"{need.kind.replace('_', ' ')} {need.address}")
+    return f"{len(tensors)} tensors fit"

@@ -1,0 +1,129 @@
+"""The doctor on this very machine: real encodes, real storage, real files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from lrag_ray.cli import doctor as cli
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.pipelines.doctor import Row, examine, healthy
+from tests.conftest import REPOSITORY
+from tests.stages.make import BACKBONE, make_config
+
+
+def rows_of(config: RunConfig | None) -> dict[str, Row]:
+    return {row.check: row for row in examine(config)}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.txt").write_text("a red fox\n", encoding="utf-8")
+    return {"path": str(tmp_path / "prompts.txt")}
+
+
+def test_a_healthy_run_is_healthy_and_nothing_is_left_behind(tmp_path: Path, prompts: dict[str, Any]) -> None:
+    run = tmp_path / "new" / "run"
+    rows = rows_of(make_config(run, prompts=prompts, engine={"actors": 1}))
+    assert healthy(list(rows.values())), rows
+    assert set(rows) >= {"packages", "ray", "video codec", "prompts", "storage", "disk", "threads", "host memory"}
+    assert not (tmp_path / "new").exists()
+
+
+def test_video_works_without_an_ffmpeg_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("ffmpeg") is None
+    assert rows_of(None)["video codec"].state == "ok"
+
+
+def test_missing_weights_say_what_to_put_where(tmp_path: Path, prompts: dict[str, Any]) -> None:
+    absent = tmp_path / "self_forcing.pt"
+    backbone = {**BACKBONE, "weights": {"path": str(absent), "use_ema": True}}
+    rows = rows_of(make_config(tmp_path / "run", prompts=prompts, backbones={"sf": backbone}))
+    assert rows["transformer"].state == "fail"
+    assert "published as qixinhu11/LongLive-RAG checkpoints/self_forcing.pt" in rows["transformer"].found
+    assert str(absent) in rows["transformer"].found
+
+    torch.save({"generator_ema": {"model.head.head.bias": torch.zeros(64)}}, absent)
+    rows = rows_of(make_config(tmp_path / "run", prompts=prompts, backbones={"sf": backbone}))
+    assert "does not fit the model" in rows["transformer"].found
+
+
+def test_networks_of_the_scoring_suite_are_looked_for(tmp_path: Path, prompts: dict[str, Any]) -> None:
+    for weights, state in ((str(tmp_path), "fail"), ("random", "ok")):
+        scoring = {"suite": "vbench_long", "weights": weights, "dimensions": ["imaging_quality"]}
+        row = rows_of(make_config(tmp_path / "run", prompts=prompts, scoring=scoring))["scoring networks"]
+        assert row.state == state and ("musiq_spaq" in row.found) == (state == "fail")
+
+
+def test_storage_that_cannot_be_written_fails(tmp_path: Path, prompts: dict[str, Any]) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    rows = rows_of(make_config(tmp_path / "file" / "run", prompts=prompts))
+    assert rows["storage"].state == "fail" and "cannot write" in rows["storage"].found
+
+
+def test_a_bucket_is_probed(s3_bucket: str, prompts: dict[str, Any], tmp_path: Path) -> None:
+    rows = rows_of(make_config(f"{s3_bucket}/{tmp_path.name}", prompts=prompts))
+    assert rows["storage"].state == "ok" and "honours create-only" in rows["storage"].found
+    assert "disk" not in rows
+    rows = rows_of(make_config("s3://no-such-bucket/run", prompts=prompts))
+    assert rows["storage"].state == "fail"
+
+
+def test_a_cluster_that_does_not_answer_fails(tmp_path: Path, prompts: dict[str, Any]) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        assert rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"address": address}))["ray"].state == "ok"
+    row = rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"address": f"ray://{address}"}))["ray"]
+    assert row.state == "fail" and "ray start --head" in row.mend
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpus_that_are_asked_for_but_absent_fail(tmp_path: Path, prompts: dict[str, Any]) -> None:
+    rows = rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"gpus_per_actor": 1}))
+    assert rows["gpu"].state == "fail" and "gpus_per_actor: 0" in rows["gpu"].mend
+    assert rows_of(make_config(tmp_path / "run", prompts=prompts))["gpu"].state == "ok"
+
+
+def test_what_the_plan_needs_is_held_against_the_machine(tmp_path: Path) -> None:
+    """Given hours of full-size video with a history, disk, memory and threads of no machine suffice."""
+    big = {**BACKBONE, "transformer": {}, "latent": {}, "dtype": "bfloat16"}
+    rows = rows_of(
+        make_config(
+            tmp_path / "run",
+            prompts={"count": 1_000_000},
+            durations_s=[3600],
+            backbones={"big": big},
+            methods={"rag": {"method": "rag", "descriptor": "avg_pool"}},
+            engine={"actors": 4096},
+        )
+    )
+    assert [rows[check].state for check in ("prompts", "disk", "threads", "host memory")] == [
+        "fail",
+        "fail",
+        "warn",
+        "fail",
+    ]
+
+
+def test_command(tmp_path: Path) -> None:
+    app = typer.Typer()
+    cli.register(app)
+    runner = CliRunner()
+    demo = [str(REPOSITORY / "configs" / "demo.yaml"), "--set", f"run.uri={tmp_path / 'run'}"]
+    found = ["--set", f"prompts.path={REPOSITORY / 'configs' / 'prompts' / 'demo.txt'}"]
+    done = runner.invoke(app, [*demo, *found, "--json"])
+    result = json.loads(done.stdout)
+    assert (done.exit_code, result["healthy"]) == (0, True)
+    lost = runner.invoke(app, [*demo, "--set", f"prompts.path={tmp_path / 'absent.txt'}"])
+    assert lost.exit_code == 3 and "no such prompt file" in lost.stdout

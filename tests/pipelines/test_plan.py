@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrag_ray.config.horizons import latent_frames
+from lrag_ray.config.load import load_config
+from lrag_ray.config.prompts import plan_prompts
+from lrag_ray.pipelines.plan import MethodPlan, Plan, make_plan
+from lrag_ray.scoring.flops import vbench_flops
+from tests.config.make import write
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def planned(path: str | Path, *overrides: str) -> Plan:
+    config = load_config(path, list(overrides))
+    return make_plan(config, plan_prompts(config.prompts))
+
+
+def small(folder: Path, *overrides: str) -> Plan:
+    (folder / "prompts.txt").write_text("a fox\na bear\n")
+    return planned(write(folder), f"prompts.path={folder}/prompts.txt", *overrides)
+
+
+def of(plan: Plan, method: str) -> MethodPlan:
+    return next(each for each in plan.methods if each.method == method)
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "frames_per_block", "frames"),
+    [(30, 3, 120), (60, 3, 240), (120, 3, 480), (4.5, 3, 18), (5, 3, 21), (5, 1, 20), (0.1, 3, 3), (10.1, 4, 40)],
+)
+def test_horizons_are_whole_blocks(duration_s: float, frames_per_block: int, frames: int) -> None:
+    assert latent_frames(duration_s, frames_per_block) == frames
+
+
+@given(st.floats(0.01, 3600), st.integers(1, 8))
+def test_rounding_adds_less_than_a_block(duration_s: float, frames_per_block: int) -> None:
+    frames = latent_frames(duration_s, frames_per_block)
+    assert frames % frames_per_block == 0
+    assert frames == frames_per_block or -0.5 <= frames - 4 * duration_s < frames_per_block + 0.5
+
+
+def test_table_2_comes_to_what_the_paper_ran() -> None:
+    plan = planned(CONFIGS / "table2.yaml")
+    assert plan.prompts == 128
+    assert plan.totals.cells == 36
+    assert plan.totals.rollouts == 3 * 4 * 128
+    assert plan.totals.latent_frames == 1536 * 480
+    assert plan.totals.passes == 1536 * 160 * 5
+    assert plan.totals.video_frames == 1536 * (477 + 957 + 1917)
+    assert all(each.nested and each.horizons == (120, 240, 480) for each in plan.methods)
+    assert all(each.block_flops == pytest.approx(141.5e12, rel=1e-3) for each in plan.methods)
+    assert of(plan, "rag").history_bytes == 468 * 287_539_200
+    assert {each.history_bytes for each in plan.methods if each.method != "rag"} == {0}
+
+
+def test_generation_decoding_and_scoring_are_counted_apart() -> None:
+    plan = planned(CONFIGS / "table2.yaml")
+    assert plan.totals.scoring_flops == 1536 * vbench_flops([477, 957, 1917], 16, 480, 832)
+    hours, totals = plan.gpu_hours["H100"], plan.totals
+    for spent, flops, share in (
+        (hours.generation, totals.transformer_flops, 0.4),
+        (hours.decoding, totals.decode_flops, 0.4),
+        (hours.scoring, totals.scoring_flops, 0.05),
+    ):
+        assert spent == pytest.approx(flops / (989.4e12 * share * 3600))
+
+
+def test_independent_durations_share_no_clips(tmp_path: Path) -> None:
+    nested, independent = small(tmp_path), small(tmp_path, "independent_durations=true")
+    assert nested.totals.scoring_flops < independent.totals.scoring_flops
+
+
+def test_the_plan_works_before_the_prompts_are_there_and_says_so() -> None:
+    plan = planned(CONFIGS / "table2.yaml")
+    assert any("is not there yet: planned for prompts.count 128. `run` needs the file" in note for note in plan.notes)
+
+
+def test_a_full_retrieval_budget_leaves_no_past_local_frame_and_the_plan_says_so() -> None:
+    notes = [note for note in planned(CONFIGS / "ablation_budget.yaml").notes if "no past local frame" in note]
+    assert [note.partition(":")[0] for note in notes] == ["methods.rag_k8"]
+
+
+def test_nested_durations_share_their_rollout_and_independent_ones_do_not(tmp_path: Path) -> None:
+    nested, independent = small(tmp_path), small(tmp_path, "independent_durations=true")
+    assert (nested.totals.rollouts, nested.totals.latent_frames) == (2 * 2, 2 * 2 * 36)
+    assert (independent.totals.rollouts, independent.totals.latent_frames) == (2 * 2 * 2, 2 * 2 * (18 + 36))
+    assert nested.totals.video_frames == independent.totals.video_frames == 2 * 2 * (69 + 141)
+    assert nested.cells == independent.cells
+    assert any("nested" in note for note in nested.notes)
+    assert not any("nested" in note for note in independent.notes)
+
+
+def test_growing_a_configuration_grows_its_plan(tmp_path: Path) -> None:
+    before = small(tmp_path)
+    method = small(tmp_path, "methods.more={method: infinity_rope}")
+    longer = small(tmp_path, "durations_s=[4.5, 9, 12]")
+    sampled = small(tmp_path, "prompts.samples=3")
+    assert set(before.cells) < set(method.cells) and set(before.cells) < set(longer.cells)
+    assert method.totals.rollouts == before.totals.rollouts * 3 // 2
+    assert longer.totals.rollouts == before.totals.rollouts
+    assert longer.totals.transformer_flops > before.totals.transformer_flops
+    assert sampled.totals.rollouts == 3 * before.totals.rollouts
+    assert sampled.totals.transformer_flops == 3 * before.totals.transformer_flops
+
+
+def test_durations_that_are_no_whole_blocks_are_rounded_up_and_said(tmp_path: Path) -> None:
+    plan = small(tmp_path, "durations_s=[4.9, 5, 9]")
+    assert [cell.latent_frames for cell in plan.cells[:3]] == [21, 21, 36]
+    assert of(plan, "base").horizons == (21, 36)
+    assert (
+        "5 s is not a number of whole blocks of 3 latent frames: made 21 latent frames (5.25 s, 81 video frames)"
+        in plan.notes
+    )
+    assert "4.9 s and 5 s are the same 21 latent frames, so they share their results" in plan.notes
+    assert not any(note.startswith("9 s") for note in plan.notes)
+
+
+def test_duplicate_prompts_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "twice.txt").write_text("a fox\na fox\n")
+    plan = planned(write(tmp_path), f"prompts.path={tmp_path}/twice.txt")
+    assert plan.totals.rollouts == 4
+    assert any(note.startswith("lines 1, 2 hold the same prompt") for note in plan.notes)
+
+
+def test_without_videos_nothing_is_decoded_or_stored_for_them(tmp_path: Path) -> None:
+    totals = small(tmp_path, "video.enabled=false").totals
+    assert (totals.decode_flops, totals.video_frames, totals.video_bytes, totals.scoring_flops) == (0, 0, 0, 0)
+    assert totals.latent_bytes == small(tmp_path).totals.latent_bytes > 0
+
+
+def test_a_window_of_all_frames_costs_more_with_every_block(tmp_path: Path) -> None:
+    plan = small(tmp_path, "methods.all={method: base, window: -1}")
+    assert of(plan, "all").transformer_flops > of(plan, "base").transformer_flops
+    assert of(plan, "all").gpu_bytes > of(plan, "base").gpu_bytes
+
+
+def test_a_plan_is_plain_data(tmp_path: Path) -> None:
+    plan = small(tmp_path)
+    assert json.loads(json.dumps(dataclasses.asdict(plan)))["totals"]["rollouts"] == plan.totals.rollouts
+
+
+def test_the_tiny_vae_is_counted_with_its_own_sizes() -> None:
+    from lrag_ray.pipelines.plan import _VAE_SIZES
+    from lrag_ray.wan.flops import decoder_parameter_count
+    from lrag_ray.wan.vae import tiny_vae
+
+    parameters = tiny_vae().model.named_parameters()
+    convolutions = [p for n, p in parameters if n.startswith(("decoder.", "post_quant")) and "norm" not in n]
+    assert decoder_parameter_count(_VAE_SIZES["tiny"]) == sum(p.numel() for p in convolutions)

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import json
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.queue import Yielded
+from lrag_ray.errors import StorageError, WeightsError
+from lrag_ray.pipelines.identity import build_identity
+from lrag_ray.stages.horizon_videos import HorizonVideos
+from lrag_ray.stages.rollout.pending import open_work
+from lrag_ray.stages.rollout.worker import RolloutResult, RolloutTask, RolloutWorker
+from lrag_ray.stages.text import encode_and_store
+from lrag_ray.store.records import Commit
+from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
+from lrag_ray.video.mp4 import read_video
+from tests.stages.make import BACKBONE, METHODS, make_config, make_prompts
+
+PROMPTS = make_prompts("a red fox in the snow")
+DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink": 3}
+
+
+class Bench:
+    """One run with one prompt and one method, worked on without Ray."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.run = RunDirectory(config.run.uri)
+        self.told: list[Any] = []
+        self.worker = RolloutWorker(self.run, config, torch.device("cpu"), self.told.append)
+
+    def tasks(self) -> list[RolloutTask]:
+        identity = self.run.ensure(build_identity(self.config, PROMPTS))
+        tasks = [item.payload for item in open_work(identity, self.run.inventory()).items]
+        for task in tasks:
+            backbone = self.config.backbones[task.rollout.backbone]
+            encode_and_store(self.run.storage, backbone, task.text_digest, [task.prompt], self.config.engine)
+        return tasks
+
+    def work(self) -> RolloutResult:
+        (task,) = self.tasks()
+        result = self.worker.work(task, new_attempt_id())
+        assert isinstance(result, RolloutResult)
+        return result
+
+    def commits(self) -> dict[int, Commit]:
+        return {commit.latent_frames: commit for commit in self.run.commits()}
+
+
+def bench(uri: Path, method: dict[str, Any] = METHODS["rag"], **changes: Any) -> Bench:
+    return Bench(make_config(uri, methods={"m": method}, **changes))
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The undisturbed run that the others must equal."""
+    undisturbed = bench(tmp_path_factory.mktemp("quiet"))
+    undisturbed.work()
+    yield undisturbed
+
+
+def test_every_horizon_is_committed_with_parts_trace_and_video(quiet: Bench) -> None:
+    commits = quiet.commits()
+    assert list(commits) == [6, 12]
+    for frames, commit in commits.items():
+        assert sum(part.frames for part in commit.latent_parts) == frames
+        assert len(commit.trace_parts) == len(commit.latent_parts)
+        assert commit.video is not None and commit.video_frames == 1 + 4 * (frames - 1)
+        video = read_video(quiet.run.storage.full(commit.video.path))
+        assert video.shape == (commit.video_frames, 32, 48, 3)
+        assert {"load", "denoise", "context", "decode", "store"} <= commit.timings_s.keys()
+    assert commits[6].latent_parts == commits[12].latent_parts[:1]
+    assert quiet.tasks() == []
+    assert {state.step for state in quiet.told} == {"loading", "generating"}
+
+
+@pytest.mark.parametrize("method", [METHODS["base"], METHODS["rag"], DEEP], ids=["base", "rag", "deep_forcing"])
+def test_an_attempt_that_dies_is_continued_from_its_parts_with_the_same_result(
+    tmp_path: Path, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Lossless: x264 is not reproducible otherwise.
+    lossless = {"crf": 0}
+    whole = bench(tmp_path / "whole", method, durations_s=[4.5], video=lossless)
+    whole.work()
+
+    broken = bench(tmp_path / "broken", method, durations_s=[4.5], video=lossless)
+    with monkeypatch.context() as patch:
+        die_after(patch, parts=2)
+        with pytest.raises(OSError, match="the disk is gone"):
+            broken.work()
+    assert broken.commits() == {}
+    result = broken.work()
+    assert (result.blocks_resumed, result.blocks_generated) == (4, 2)
+
+    (expected,), (found,) = whole.commits().values(), broken.commits().values()
+    assert found.latents_digest == expected.latents_digest
+    assert [part.sha256 for part in found.latent_parts] == [part.sha256 for part in expected.latent_parts]
+    assert [part.sha256 for part in found.trace_parts] == [part.sha256 for part in expected.trace_parts]
+    assert found.video is not None and expected.video is not None
+    frames = [read_video(b.run.storage.full(c.video.path)) for b, c in ((whole, expected), (broken, found))]  # type: ignore[union-attr]
+    assert np.array_equal(*frames)
+    assert len({part.path.split("/")[-2] for part in found.latent_parts}) == 2
+
+
+def die_after(patch: pytest.MonkeyPatch, parts: int) -> None:
+    """Let the storage fail when more than `parts` parts are to be written."""
+    import lrag_ray.stages.rollout.block_writer as module
+
+    real, written = module.write_part, []
+
+    def write_part(*args: Any, **named: Any) -> Any:
+        if len(written) == parts:
+            raise OSError("the disk is gone")
+        written.append(1)
+        return real(*args, **named)
+
+    patch.setattr(module, "write_part", write_part)
+
+
+def test_a_worker_that_must_leave_stores_its_open_part_and_another_goes_on_from_there(
+    tmp_path: Path, quiet: Bench
+) -> None:
+    """Asked between blocks; with two blocks per part the third block lies in an open part."""
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    made: list[int] = []
+
+    def leave_after_three() -> bool:
+        made[:] = [state.blocks for state in run.told if state.step == "generating"]
+        return bool(made) and made[-1] == 3
+
+    leaver = RolloutWorker(run.run, run.config, torch.device("cpu"), run.told.append, leave_after_three)
+    yielded = leaver.work(task, new_attempt_id())
+    assert isinstance(yielded, Yielded) and "3 blocks are stored" in yielded.reason
+    assert list(run.commits()) == [6]
+    result = run.work()
+    assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 3, 1)
+    assert {f: c.latents_digest for f, c in run.commits().items()} == {
+        f: c.latents_digest for f, c in quiet.commits().items()
+    }
+    assert [part.first_frame for part in run.commits()[12].latent_parts] == [0, 6, 9]
+
+
+def test_a_worker_that_must_leave_at_once_does_nothing(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    leaver = RolloutWorker(run.run, run.config, torch.device("cpu"), run.told.append, lambda: True)
+    assert isinstance(leaver.work(task, new_attempt_id()), Yielded)
+    assert not [path for path in run.run.storage.list_files() if "attempt-" in path]
+
+
+def relabelled(run: Bench, device_kind: str) -> None:
+    """Let the parts of a run be those of another kind of device."""
+    for path in run.run.storage.list_files("rollouts"):
+        if "/part-" in path and path.endswith(".json"):
+            record = json.loads(run.run.storage.read_bytes(path))
+            run.run.storage.write(path, json.dumps({**record, "device_kind": device_kind}).encode())
+
+
+@pytest.mark.parametrize("resume_on", ["same_device_kind", "any"])
+def test_parts_of_another_kind_of_device_are_continued_only_where_that_is_wanted(
+    tmp_path: Path, resume_on: str
+) -> None:
+    run = bench(tmp_path, durations_s=[1.5])
+    run.work()
+    relabelled(run, "NVIDIA H100")
+    grown = bench(tmp_path, resume={"on": resume_on})
+    before = grown.run.storage.list_files("rollouts")
+    result = grown.work()
+    if resume_on == "any":
+        assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 2, 2)
+        assert result.notes == ()
+    else:
+        assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 0, 4)
+        (note,) = result.notes
+        assert "parts made on NVIDIA H100 are left unused, this is cpu (resume.on: any" in note
+    assert before.items() <= grown.run.storage.list_files("rollouts").items()
+    assert grown.tasks() == []
+
+
+def test_a_lost_commit_of_another_kind_of_device_is_made_again_from_its_parts(tmp_path: Path) -> None:
+    """Nothing is generated, so nothing is continued on another device."""
+    run = bench(tmp_path)
+    run.work()
+    relabelled(run, "NVIDIA H100")
+    lost = run.commits()[6]
+    run.run.storage.remove(f"{lost.rollout.path}/commit-6.json")
+    result = run.work()
+    assert (result.committed, result.blocks_generated, result.notes) == ((6,), 0, ())
+    assert run.commits()[6].latents_digest == lost.latents_digest
+
+
+def test_a_failure_behind_has_its_own_traceback_and_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding fails in its own thread while the next block is generated."""
+    run = bench(tmp_path)
+    frames: list[int] = []
+    real = HorizonVideos.add
+
+    def add(videos: HorizonVideos, latents: torch.Tensor) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        frames.append(len(latents))
+        if len(frames) == 2:
+            raise OSError("no codec")
+        real(videos, latents)
+
+    monkeypatch.setattr(HorizonVideos, "add", add)
+    with pytest.raises(OSError, match="no codec") as caught:
+        run.work()
+    assert "block_writer.py" in "".join(traceback.format_exception(caught.value))
+    assert run.commits() == {}
+    # The part was stored before its video was decoded.
+    assert [path for path in run.run.storage.list_files() if path.endswith("part-00000-00006.json")]
+
+
+def test_a_corrupt_part_is_cut_off_and_said(tmp_path: Path, quiet: Bench) -> None:
+    damaged = bench(tmp_path)
+    damaged.work()
+    for commit in damaged.commits().values():
+        damaged.run.storage.remove(f"{commit.rollout.path}/commit-{commit.latent_frames}.json")
+    last = quiet.commits()[12].latent_parts[-1]
+    (path,) = [p for p in damaged.run.storage.list_files() if p.endswith(last.path.rsplit("/", 1)[-1])]
+    damaged.run.storage.write(path, b"\0" * last.size_bytes)
+    result = damaged.work()
+    assert (result.blocks_resumed, result.blocks_generated) == (2, 2)
+    assert any(path in note and "cut back to frame 6" in note for note in result.notes)
+    assert damaged.commits()[12].latents_digest == quiet.commits()[12].latents_digest
+
+
+def test_a_deleted_commit_is_made_again_from_the_parts(tmp_path: Path, quiet: Bench) -> None:
+    run = bench(tmp_path)
+    run.work()
+    kept = run.commits()[12]
+    run.run.storage.remove(f"{kept.rollout.path}/commit-6.json")
+    result = run.work()
+    assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((6,), 2, 0)
+    assert run.commits()[12] == kept
+    assert run.commits()[6].latents_digest == quiet.commits()[6].latents_digest
+
+
+def test_a_longer_duration_continues_from_the_parts(tmp_path: Path) -> None:
+    whole = bench(tmp_path / "whole", durations_s=[1.5, 3, 6])
+    whole.work()
+    bench(tmp_path / "grown").work()
+    grown = bench(tmp_path / "grown", durations_s=[1.5, 3, 6])
+    result = grown.work()
+    assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((24,), 4, 4)
+    assert {f: c.latents_digest for f, c in grown.commits().items()} == {
+        f: c.latents_digest for f, c in whole.commits().items()
+    }
+
+
+def test_a_duration_inside_a_stored_part_is_cut_exactly(tmp_path: Path) -> None:
+    bench(tmp_path, durations_s=[3], engine={"checkpoint_every_blocks": 8}).work()
+    grown = bench(tmp_path, durations_s=[1.5, 3])
+    result = grown.work()
+    assert (result.committed, result.blocks_generated) == ((6,), 0)
+    commits = grown.commits()
+    assert [(part.first_frame, part.frames) for part in commits[6].latent_parts] == [(0, 6)]
+    assert [(part.first_frame, part.frames) for part in commits[12].latent_parts] == [(0, 12)]
+
+
+def test_independent_durations_are_rollouts_of_their_own(tmp_path: Path, quiet: Bench) -> None:
+    alone = bench(tmp_path, independent_durations=True)
+    tasks = alone.tasks()
+    assert [task.horizons for task in tasks] == [(6,), (12,)]
+    assert len({task.rollout_key for task in tasks}) == 2
+    for task in tasks:
+        alone.worker.work(task, new_attempt_id())
+    assert alone.tasks() == []
+    # Both methods at hand are horizon-free, so the latents are those of the nested run.
+    assert {f: c.latents_digest for f, c in alone.commits().items()} == {
+        f: c.latents_digest for f, c in quiet.commits().items()
+    }
+
+
+def test_of_two_attempts_the_first_commit_stands(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    first = run.worker.work(task, "first")
+    again = run.worker.work(task, "second")
+    assert (first.committed, again.committed) == ((6, 12), ())
+    assert {commit.attempt for commit in run.commits().values()} == {"first"}
+
+
+def test_a_commit_that_came_to_harm_meanwhile_is_not_taken_for_done(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    run.run.storage.write(f"{task.rollout.path}/commit-12.json", b"{}")
+    with pytest.raises(StorageError, match="a commit for 12 frames that does not count"):
+        run.worker.work(task, "first")
+    (state,) = run.run.inventory().problems()
+    run.run.set_aside(state.path)
+    assert run.work().blocks_generated == 0 and run.commits().keys() == {6, 12}
+
+
+def test_a_prompt_can_be_made_to_fail(tmp_path: Path) -> None:
+    run = bench(tmp_path, backbones={"tiny": {**BACKBONE, "fail_on_prompt": "red fox"}})
+    with pytest.raises(RuntimeError, match="fail_on_prompt: the prompt contains 'red fox'"):
+        run.work()
+
+
+def test_decoding_as_released_has_fewer_frames_and_the_same_latents(tmp_path: Path, quiet: Bench) -> None:
+    """Given cold chunks of 4 latent frames and a bfloat16 VAE, each chunk begins with one video frame."""
+    backbone = {**BACKBONE, "vae": {"kind": "tiny", "dtype": "bfloat16"}}
+    cold = bench(tmp_path, backbones={"tiny": backbone}, video={"cold_chunk": 4})
+    cold.work()
+    commits = cold.commits()
+    assert {horizon: commit.video_frames for horizon, commit in commits.items()} == {6: 13 + 5, 12: 3 * 13}
+    assert commits[12].latents_digest == quiet.commits()[12].latents_digest
+    video = commits[6].video
+    assert video is not None and len(read_video(cold.run.storage.full(video.path))) == 18
+
+
+def test_without_video_no_file_is_named(tmp_path: Path, quiet: Bench) -> None:
+    run = bench(tmp_path, video={"enabled": False})
+    run.work()
+    assert {(c.video, c.video_frames) for c in run.commits().values()} == {(None, 0)}
+    assert run.commits()[12].latents_digest == quiet.commits()[12].latents_digest
+
+
+def test_other_weights_on_a_node_are_refused(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    (task,) = run.tasks()
+    with pytest.raises(WeightsError, match="put the same files on every node"):
+        run.worker.work(replace(task, weights_digest="another"), new_attempt_id())
