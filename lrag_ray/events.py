@@ -5,15 +5,13 @@ Nothing here is needed for correctness: storage is the truth, and a lost event i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any
 
-from lrag_ray.store.records import FailureRecord, RolloutId
-
-Stage = Literal["connect", "text", "rollouts", "decode", "scoring", "report"]
-Step = Literal["loading", "replaying", "generating", "storing"]
-"""What a worker is doing with a rollout."""
+from lrag_ray.stages.spec import Result, StageName
+from lrag_ray.store.records import FailureRecord
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,17 @@ class Notice:
 
 @dataclass(frozen=True)
 class StageBegan:
-    """A stage of the run began, with so many items."""
+    """A stage began, with this many tasks."""
 
-    stage: Stage
+    stage: StageName
     total: int
 
 
 @dataclass(frozen=True)
 class StageAdvanced:
-    """Items of the stage that are finished."""
+    """Tasks of the stage that are finished, quarantined ones included."""
 
-    stage: Stage
+    stage: StageName
     done: int
     total: int
 
@@ -58,61 +56,62 @@ class StageAdvanced:
 class StageEnded:
     """A stage ended."""
 
-    stage: Stage
+    stage: StageName
     seconds: float
 
 
 @dataclass(frozen=True)
-class RolloutStarted:
+class TaskStarted:
     """An attempt was sent to a worker."""
 
-    rollout: RolloutId
+    stage: StageName
+    task: str
     attempt: str
     worker: str
 
 
 @dataclass(frozen=True)
-class RolloutAdvanced:
+class TaskAdvanced:
     """A worker's state, about once a second."""
 
-    rollout: RolloutId
+    stage: StageName
+    task: str
     worker: str
-    blocks: int
-    blocks_total: int
-    step: Step
+    done: int
+    """In units of the stage, such as blocks."""
+    total: int
+    step: str
 
 
 @dataclass(frozen=True)
-class RolloutFinished:
-    """All missing horizons of a rollout are committed."""
+class TaskFinished:
+    """A task is done."""
 
-    rollout: RolloutId
-    horizons: tuple[int, ...]
-    blocks_generated: int
-    blocks_resumed: int
-    """Blocks that were rebuilt from stored parts instead of being generated."""
-    seconds: float
+    stage: StageName
+    task: str
+    result: Result
 
 
 @dataclass(frozen=True)
-class RolloutYielded:
-    """A worker had to leave: what it did of the rollout is stored, and another worker goes on from there."""
+class TaskYielded:
+    """A worker had to leave; what it did is stored, and another worker continues from there."""
 
-    rollout: RolloutId
+    stage: StageName
+    task: str
     worker: str
     reason: str
 
 
 @dataclass(frozen=True)
 class AttemptFailed:
-    """An attempt failed; `failure` is what was stored."""
+    """An attempt failed; `failure` is what is stored."""
 
     failure: FailureRecord
 
 
 @dataclass(frozen=True)
 class VideosScored:
-    """A wave beside the rollouts has scored so many videos."""
+    """A wave of scoring beside the rollouts has scored this many videos."""
 
     videos: int
 
@@ -131,27 +130,25 @@ Event = (
     | StageBegan
     | StageAdvanced
     | StageEnded
-    | RolloutStarted
-    | RolloutAdvanced
-    | RolloutFinished
-    | RolloutYielded
+    | TaskStarted
+    | TaskAdvanced
+    | TaskFinished
+    | TaskYielded
     | AttemptFailed
     | VideosScored
     | WorkerLost
 )
 
-Progress = Callable[[Event], None]
+Listener = Callable[[Event], None]
 """Receives every event, in the driver's main thread."""
 
 
 def silent(_: Event) -> None:
-    """A `Progress` that shows nothing."""
+    """A listener that shows nothing."""
 
 
-class WorkerState(NamedTuple):
-    """What a worker is at."""
-
-    rollout: RolloutId
-    blocks: int
-    blocks_total: int
-    step: Step
+def as_json(event: Event) -> dict[str, Any]:
+    """An event as plain data: its type under ``event``, then its fields."""
+    if isinstance(event, AttemptFailed):
+        return {"event": "AttemptFailed", **event.failure.model_dump(mode="json")}
+    return {"event": type(event).__name__, **dataclasses.asdict(event)}

@@ -1,20 +1,21 @@
-"""The progress board: an actor that workers tell their state, at most once a second each.
+"""The progress board: an actor on which workers note their state, at most once a second each.
 
 Nothing here is needed for correctness: a lost message is only a number that is shown late.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lrag_ray.events import WorkerState
+from lrag_ray.stages.spec import WorkerState
 
-TELL_EVERY_S = 1.0
-"""A worker tells its state at most so often."""
+WRITE_EVERY_S = 1.0
+"""Shortest time between two messages of a worker."""
 
 
 class ProgressBoard:
@@ -23,40 +24,45 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._states: dict[str, WorkerState] = {}
 
-    def tell(self, worker: str, state: WorkerState) -> None:
+    def write(self, worker: str, state: WorkerState) -> None:
         """Replace the worker's state."""
         self._states[worker] = state
 
     def states(self) -> dict[str, WorkerState]:
-        """States that were told since the last call."""
-        told, self._states = self._states, {}
-        return told
+        """States written since the last call."""
+        new, self._states = self._states, {}
+        return new
 
 
-def start_board(name: str) -> Any:
-    """Handle of the run's board: an actor that takes no CPU, lives on the driver's own node and dies with the driver.
+def start_board() -> Any:
+    """Handle of a board: an actor that takes no CPU, lives on the driver's own node and dies with the driver.
 
     On another node it could be lost while the run goes on.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"name": name, "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+    options = {
+        "name": f"lrag-progress-{secrets.token_hex(4)}",
+        "num_cpus": 0,
+        "max_restarts": 0,
+        "scheduling_strategy": here,
+    }
     return ray.remote(ProgressBoard).options(**options).remote()
 
 
-class BoardTeller:
-    """A worker's side of the board: told at most once a second, never waited for."""
+class BoardWriter:
+    """A worker's side: writes at most once a second and never waits."""
 
     def __init__(self, board: Any, worker: str) -> None:
         self._board = board
         self._worker = worker
         self._last_s = 0.0
 
-    def __call__(self, state: WorkerState) -> None:
-        """Tell the state, or drop it if the last one is not a second old."""
+    def write(self, state: WorkerState) -> None:
+        """Write the state, or drop it if the last one is less than a second old."""
         now = time.monotonic()
-        if now - self._last_s >= TELL_EVERY_S:
+        if now - self._last_s >= WRITE_EVERY_S:
             self._last_s = now
-            self._board.tell.options(num_returns=0).remote(self._worker, state)
+            self._board.write.options(num_returns=0).remote(self._worker, state)
 
 
 class BoardReader:
@@ -68,10 +74,10 @@ class BoardReader:
         self._asked: Any = None
 
     def new_states(self) -> dict[str, WorkerState]:
-        """What workers told since the last answer; mostly empty."""
+        """What workers wrote since the last answer; mostly empty."""
         now = time.monotonic()
         if self._asked is None:
-            if now - self._last_s >= TELL_EVERY_S:
+            if now - self._last_s >= WRITE_EVERY_S:
                 self._last_s = now
                 self._asked = self._board.states.remote()
             return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ray.exceptions import (
     ActorDiedError,
@@ -15,6 +15,7 @@ from ray.exceptions import (
 )
 
 from lrag_ray.config.redaction import redact
+from lrag_ray.store.records import FailureKind
 
 WORKER_LOST = (
     ActorDiedError,
@@ -26,14 +27,12 @@ WORKER_LOST = (
 )
 """The worker or its node went away, or the answer was lost with it. Ray has no common base for these."""
 
-FailureKind = Literal["exception", "death", "out_of_memory"]
-
-HOST_MEMORY_MEND = (
-    "the host memory of the node is full. Mend: fewer actors per node (a larger engine.cpus_per_actor or "
+HOST_MEMORY_FIX = (
+    "the host memory of the node is full. Fix: fewer actors per node (a larger engine.cpus_per_actor or "
     "engine.gpus_per_actor), nodes with more memory, or shorter durations, whose history is smaller"
 )
-GPU_MEMORY_MEND = (
-    "the memory of the GPU is full. Mend: engine.gpus_per_actor: 1, a smaller window or top_k of the method, dtype: "
+GPU_MEMORY_FIX = (
+    "the memory of the GPU is full. Fix: engine.gpus_per_actor: 1, a smaller window or top_k of the method, dtype: "
     "bfloat16, or video.enabled: false and `lrag-ray decode` afterwards"
 )
 
@@ -51,24 +50,26 @@ class KernelKilledError(Exception):
     """The kernel killed a process of the worker's node for memory, and the worker died."""
 
 
-class Trouble(NamedTuple):
-    """An error in the terms of the pool."""
+class Cause(NamedTuple):
+    """Why an attempt failed."""
 
     kind: FailureKind
+    raised: bool
+    """The task itself raised, as opposed to a worker that went away."""
     reason: str
-    """One line, with the mend where there is one."""
+    """One line, with the fix where there is one."""
     traceback: str
 
 
-def explain(error: Exception) -> Trouble:
+def explain(error: Exception) -> Cause:
     """Name what `ray.get` raised."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    mend = _memory_mend(cause)
-    kind: FailureKind = "exception" if isinstance(error, RayTaskError) else "death"
+    raised = isinstance(error, RayTaskError)
+    fix = _memory_fix(error.cause if isinstance(error, RayTaskError) else error)
+    kind: FailureKind = "exception" if raised else "death"
     reason = first_line(error)
-    if mend is not None:
-        kind, reason = "out_of_memory", f"{reason} ({mend})"
-    return Trouble(kind, reason, redact(str(error)))
+    if fix is not None:
+        kind, reason = "out_of_memory", f"{reason} ({fix})"
+    return Cause(kind, raised, reason, redact(str(error)))
 
 
 def raised_at_start(error: Exception) -> bool:
@@ -88,16 +89,16 @@ def first_line(error: Exception) -> str:
     return redact(f"{type(cause).__name__}: {line}"[:_REASON_CHARACTERS])
 
 
-def _memory_mend(error: BaseException) -> str | None:
+def _memory_fix(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, OutOfMemoryError | MemoryError | KernelKilledError) or any(
         sign in text for sign in _HOST_SIGNS
     ):
-        return HOST_MEMORY_MEND
+        return HOST_MEMORY_FIX
     # Ray's memory monitor kills the worker of an actor: what arrives is an ActorDiedError that says so in its text.
     if isinstance(error, ActorDiedError) and "running low on memory" in text:
-        return HOST_MEMORY_MEND
+        return HOST_MEMORY_FIX
     # By name: the driver needs no torch to read what a worker raised.
     if type(error).__name__ == "OutOfMemoryError" or any(sign in text for sign in _GPU_SIGNS):
-        return GPU_MEMORY_MEND
+        return GPU_MEMORY_FIX
     return None

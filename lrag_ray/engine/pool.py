@@ -1,9 +1,9 @@
-"""An explicit pool of Ray actors: one item in flight each, deaths survived, poison put aside, nodes followed.
+"""A pool of Ray actors that runs the tasks of a stage: one task in flight each, replaced when they die.
 
 Ray is asked to restart and retry nothing (`max_restarts=0`, `max_task_retries=0`): this loop replaces actors and counts
-attempts, because only it can tell a rollout that raises (which counts) from a worker that was taken away (which counts
-only when three in a row brought nothing forward). Actors that cannot be placed yet stay pending, which is the demand
-that makes a cluster scale up. What an item is, and what is done with it, the pool does not know.
+attempts (`lrag_ray.engine.attempts`), because only it can tell a task that raises from a worker that was taken away.
+Actors that cannot be placed yet stay pending, which is the demand that makes a cluster scale up. What a task is, and
+what is done with it, is the stage's business.
 """
 
 from __future__ import annotations
@@ -13,84 +13,58 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import ray
 from ray.exceptions import RayTaskError
 
+from lrag_ray.engine.actor import spawn_actor
+from lrag_ray.engine.attempts import AttemptLedger
+from lrag_ray.engine.board import BoardReader, start_board
 from lrag_ray.engine.failures import (
     WORKER_LOST,
-    FailureKind,
     KernelKilledError,
     WorkerStalledError,
     explain,
     first_line,
     raised_at_start,
 )
-from lrag_ray.engine.oom import OomKills, Place
-from lrag_ray.engine.queue import Payload, Turn, WaitingItems, WorkItem, Yielded
-from lrag_ray.engine.sizing import NodeRoom, PoolSize, WorkerShape, draining_nodes, usable_nodes, wanted_workers
+from lrag_ray.engine.oom import OomKills, WorkerLocation
+from lrag_ray.engine.queue import TaskQueue, Turn
+from lrag_ray.engine.sizing import (
+    NodeRoom,
+    PoolSize,
+    WorkerShape,
+    cannot_grow,
+    draining_nodes,
+    usable_nodes,
+    wanted_workers,
+)
 from lrag_ray.engine.stalls import StallWatch
-from lrag_ray.errors import ClusterError
-from lrag_ray.store.run_dir import new_attempt_id
-
-BARREN_DEATHS = 3
-"""A death counts as an attempt from this many on that in a row brought nothing forward."""
+from lrag_ray.errors import ClusterError, StorageError
+from lrag_ray.events import (
+    AttemptFailed,
+    Listener,
+    Notice,
+    StageAdvanced,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
+    TaskYielded,
+    WorkerLost,
+    silent,
+)
+from lrag_ray.stages.spec import Outcome, Payload, Refused, Stage, Task, Yielded
+from lrag_ray.store.records import FailureRecord, new_attempt_id
 
 _POLL_S = 0.25
 _LOOK_EVERY_S = 1.0
 """How often nodes, sizes and stalls are looked at."""
 _START_FAILURES = 3
 _START_DEATHS = 12
-"""A node that is lost takes all workers with it that were starting there; what dies more often has another cause."""
+"""A node that is lost takes all workers that were starting there with it; more deaths than that have another cause."""
 _LONGEST_PAUSE_S = 60.0
 _UNPLACED_S = 30.0
-
-Result = TypeVar("Result")
-ResultIn = TypeVar("ResultIn", contravariant=True)
-
-
-@dataclass(frozen=True)
-class AttemptFailure:
-    """Why an attempt ended without a result."""
-
-    kind: FailureKind
-    counted: bool
-    counted_attempts: int
-    quarantined: bool
-    reason: str
-    traceback: str
-
-
-class PoolListener(Protocol[Payload, ResultIn]):
-    """Told what happens, in the driver."""
-
-    def started(self, item: WorkItem[Payload], attempt: str, worker: str) -> None:
-        """An attempt was sent to a worker."""
-
-    def finished(self, item: WorkItem[Payload], result: ResultIn) -> None:
-        """An item is done."""
-
-    def yielded(self, item: WorkItem[Payload], worker: str, reason: str) -> None:
-        """A worker gave an item back; it goes on elsewhere."""
-
-    def failed(self, item: WorkItem[Payload], attempt: str, failure: AttemptFailure) -> None:
-        """An attempt failed; the item is tried again unless `failure.quarantined`."""
-
-    def worker_lost(self, worker: str, reason: str) -> None:
-        """A worker died and will be replaced."""
-
-    def unplaced(self, seconds: float) -> None:
-        """For so long no worker could start; told once."""
-
-    def too_large(self, item: WorkItem[Payload], largest_node: float) -> None:
-        """The item needs more memory than any node has (bytes); it waits for one that has. Told once per amount."""
-
-    def progress_of(self, item: WorkItem[Payload]) -> int | None:
-        """How far the item is on storage, in any unit that grows; None where that cannot be found out."""
-
-    def tick(self) -> None:
-        """Called a few times a second."""
 
 
 @dataclass
@@ -102,60 +76,66 @@ class _Worker(Generic[Payload]):
     ready: bool = False
     node: str | None = None
     group: str | None = None
-    item: WorkItem[Payload] | None = None
+    task: Task[Payload] | None = None
 
 
-@dataclass
-class _Record:
-    counted: int = 0
-    barren_deaths: int = 0
-    progress: int = 0
+class ActorPool(Generic[Payload]):
+    """Runs tasks on as many actors as `size` and the nodes allow until each is finished or quarantined.
 
-
-@dataclass
-class ActorPool(Generic[Payload, Result]):
-    """Runs items on as many actors as `size` and the nodes allow until each is finished or quarantined.
-
-    An actor has a method ``ready()``, which returns its `Place` when it can work, and is given items by
-    `submit`. One that finds nothing left to take is ended at once, so that its place serves others.
+    An actor that finds nothing left to take is ended at once, so that its place serves others.
     """
 
-    spawn: Callable[[str, int], Any]
-    """Makes an actor handle for a worker of that name that reserves so many bytes of memory (0: none); max_restarts
-    and max_task_retries must be 0."""
-    submit: Callable[[Any, Payload, str], Any]
-    """Sends a payload and the attempt's id to an actor; returns the reference of the result (or of a `Yielded`)."""
-    listener: PoolListener[Payload, Result]
-    size: PoolSize
-    shape: WorkerShape
-    max_attempts: int
-    stalls: StallWatch | None = None
-    _workers: dict[str, _Worker[Payload]] = field(default_factory=dict, init=False)
-    _flights: dict[Any, tuple[_Worker[Payload], str]] = field(default_factory=dict, init=False)
-    """Worker and attempt by what is waited for: an item, or, while the worker is not ready, its start."""
-    _records: dict[str, _Record] = field(default_factory=dict, init=False)
-    _quarantined: list[WorkItem[Payload]] = field(default_factory=list, init=False)
-    _nodes: list[NodeRoom] = field(default_factory=list, init=False)
-    _draining: set[str] = field(default_factory=set, init=False)
-    _oom_kills: OomKills = field(default_factory=OomKills, init=False)
-    _told_too_large: set[int] = field(default_factory=set, init=False)
-    _spawned: int = field(default=0, init=False)
-    _failed_starts: int = field(default=0, init=False)
-    _spawn_after: float = field(default=0.0, init=False)
-    _look_after: float = field(default=0.0, init=False)
-    _tick_after: float = field(default=0.0, init=False)
+    def __init__(
+        self,
+        stage: Stage[Payload],
+        size: PoolSize,
+        *,
+        max_attempts: int = 3,
+        stall_timeout_s: float | None = None,
+        address: str | None = None,
+        listener: Listener = silent,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`address` is engine.address: a cluster of our own on this machine cannot grow.
 
-    def run(self, items: Sequence[WorkItem[Payload]]) -> list[WorkItem[Payload]]:
-        """Work through `items`; returns those that were quarantined.
-
-        Raises ClusterError when workers fail to start again and again and none works. The actors are gone afterwards,
-        whatever happens.
+        `listener` receives the events of the tasks; `tick` is called a few times a second, from the same thread.
         """
-        self._waiting = WaitingItems(items)
-        self._records = {item.key: _Record(progress=item.progress) for item in items}
-        self._tell_unplaced_at = time.monotonic() + _UNPLACED_S
+        self._stage = stage
+        self._size = size
+        self._shape = WorkerShape(*stage.resources)
+        self._ledger = AttemptLedger(stage.name, max_attempts)
+        self._stalls = StallWatch(stall_timeout_s) if stall_timeout_s else None
+        self._address = address
+        self._report = listener
+        self._on_tick = tick
+        self._workers: dict[str, _Worker[Payload]] = {}
+        self._flights: dict[Any, tuple[_Worker[Payload], str]] = {}
+        """Worker and attempt by what is waited for: a task or, while the worker is not ready, its start."""
+        self._quarantined: list[Task[Payload]] = []
+        self._nodes: list[NodeRoom] = []
+        self._draining: set[str] = set()
+        self._oom_kills = OomKills()
+        self._reported_too_large: set[int] = set()
+        self._spawned = self._failed_starts = self._settled = self._total = 0
+        self._spawn_after = self._look_after = self._tick_after = 0.0
+
+    def run(self, tasks: Sequence[Task[Payload]]) -> list[Task[Payload]]:
+        """Work through `tasks`; returns those that were quarantined. Needs Ray.
+
+        Raises ClusterError where workers fail to start again and again and none works, or where a task needs more
+        memory than a node of a cluster that cannot grow has; and the stage's `fatal` errors. The actors are gone
+        afterwards, whatever happens.
+        """
+        self._queue = TaskQueue(tasks)
+        self._total = len(tasks)
+        for task in tasks:
+            self._ledger.start(task.key, task.progress)
+        self._report_unplaced_at = time.monotonic() + _UNPLACED_S
+        self._board = start_board()
+        self._board_reader = BoardReader(self._board)
+        self._stage_ref = ray.put(self._stage)
         try:
-            while self._waiting or any(worker.item is not None for worker in self._workers.values()):
+            while self._queue or any(worker.task is not None for worker in self._workers.values()):
                 self._look_around()
                 self._assign()
                 self._settle_all()
@@ -163,6 +143,7 @@ class ActorPool(Generic[Payload, Result]):
         finally:
             for worker in self._workers.values():
                 ray.kill(worker.actor)
+            ray.kill(self._board)
             self._workers.clear()
             self._flights.clear()
         return self._quarantined
@@ -182,9 +163,12 @@ class ActorPool(Generic[Payload, Result]):
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if now >= self._tick_after:
-            self._tick_after = now + _POLL_S
-            self.listener.tick()
+        if now < self._tick_after:
+            return
+        self._tick_after = now + _POLL_S
+        self._on_tick()
+        for worker, state in self._board_reader.new_states().items():
+            self._report(TaskAdvanced(self._stage.name, state.task, worker, state.done, state.total, state.step))
 
     def _look_around(self) -> None:
         """Follow nodes, sizes and stalls."""
@@ -194,33 +178,40 @@ class ActorPool(Generic[Payload, Result]):
         self._look_after = now + _LOOK_EVERY_S
         self._draining = draining_nodes()
         self._nodes = usable_nodes(self._draining)
-        self._tell_what_has_no_room(now)
-        if self.stalls is not None:
-            for name in self.stalls.stalled():
-                text = f"no new block for {self.stalls.timeout_s:g} s (engine.stall_timeout_s)"
+        self._report_what_has_no_room(now)
+        if self._stalls is not None:
+            for name in self._stalls.stalled():
+                text = f"no new block for {self._stalls.timeout_s:g} s (engine.stall_timeout_s)"
                 worker = self._workers[name]
                 self._worker_failed(worker, self._end(worker), WorkerStalledError(text))
         self._resize()
 
-    def _tell_what_has_no_room(self, now: float) -> None:
+    def _report_what_has_no_room(self, now: float) -> None:
         if any(worker.ready for worker in self._workers.values()):
-            self._tell_unplaced_at = now + _UNPLACED_S
-        elif now >= self._tell_unplaced_at:
-            self._tell_unplaced_at = math.inf
-            self.listener.unplaced(_UNPLACED_S)
-        largest = max((node.memory for node in self._nodes if self.shape.slots(node)), default=math.inf)
-        for need in self._waiting.needs():
-            if need > largest and need not in self._told_too_large:
-                self._told_too_large.add(need)
-                self.listener.too_large(self._waiting.example(need), largest)
+            self._report_unplaced_at = now + _UNPLACED_S
+        elif now >= self._report_unplaced_at:
+            self._report_unplaced_at = math.inf
+            self._warn(_no_room(self._shape, self._nodes, _UNPLACED_S))
+        largest = max((node.memory for node in self._nodes if self._shape.slots(node)), default=math.inf)
+        for need in self._queue.needs():
+            if need > largest and need not in self._reported_too_large:
+                self._reported_too_large.add(need)
+                text = (
+                    f"{self._queue.example(need).title}: {self._stage.memory_use} grows to {need / 1e9:.1f} GB of host "
+                    f"memory, and the largest node lets actors reserve {largest / 1e9:.1f} GB. Use nodes with more "
+                    "memory (or a larger --memory of `ray start`), shorter durations, or a method without a history"
+                )
+                if cannot_grow(self._address, self._nodes):
+                    raise ClusterError(text)
+                self._warn(f"{text}. It waits for a larger node")
 
     def _resize(self) -> None:
         """Spawn the workers that are missing; end those that never found a place and are not wanted any more."""
-        needs = self._waiting.needs()
-        busy = [worker for worker in self._workers.values() if worker.item is not None]
+        needs = self._queue.needs()
+        busy = [worker for worker in self._workers.values() if worker.task is not None]
         staying = [worker for worker in self._workers.values() if worker.node not in self._draining]
         held = sorted({*needs, *(worker.memory for worker in busy)}, reverse=True)
-        wanted = wanted_workers(self.size, self.shape, self._nodes, held)
+        wanted = wanted_workers(self._size, self._shape, self._nodes, held)
 
         placed = sorted((worker for worker in staying if worker.ready), key=lambda worker: -worker.memory)
         starting = [worker for worker in staying if not worker.ready]
@@ -235,15 +226,15 @@ class ActorPool(Generic[Payload, Result]):
                 kept.append(exact)
             else:
                 missing.append(memory)
-        for worker in [*starting, *kept[len(self._waiting) :]]:
+        for worker in [*starting, *kept[len(self._queue) :]]:
             self._end(worker)
         if time.monotonic() < self._spawn_after:
             return
         staying = [worker for worker in staying if worker.name in self._workers]
-        without_item = sum(worker.item is None for worker in staying)
-        room = min(len(wanted) - len(staying), len(self._waiting) - without_item)
+        without_task = sum(worker.task is None for worker in staying)
+        room = min(len(wanted) - len(staying), len(self._queue) - without_task)
         for memory in missing[: max(room, 0)]:
-            # What is only held by busy workers need not be asked for again.
+            # What only busy workers hold need not be asked for again.
             fitting = [need for need in needs if need <= memory]
             if fitting:
                 self._spawn(fitting[0])
@@ -251,43 +242,44 @@ class ActorPool(Generic[Payload, Result]):
     def _spawn(self, memory: int) -> None:
         name = f"worker-{self._spawned}"
         self._spawned += 1
-        worker: _Worker[Payload] = _Worker(name, self.spawn(name, memory), memory)
+        actor = spawn_actor(self._stage, self._stage_ref, name, self._board, memory)
+        worker: _Worker[Payload] = _Worker(name, actor, memory)
         self._workers[name] = worker
         self._flights[worker.actor.ready.remote()] = (worker, "")
 
     def _assign(self) -> None:
-        idle = [worker for worker in self._workers.values() if worker.ready and worker.item is None]
+        idle = [worker for worker in self._workers.values() if worker.ready and worker.task is None]
         smallest = min((worker.memory for worker in self._workers.values()), default=0)
         holders = Counter(worker.group for worker in self._workers.values() if worker.group is not None)
         for worker in idle:
-            item = None
+            task = None
             if worker.node not in self._draining:
-                item = self._waiting.take(worker.memory, worker.group, holders, spare_small=worker.memory > smallest)
-            if item is None:
+                task = self._queue.take(worker.memory, worker.group, holders, spare_small=worker.memory > smallest)
+            if task is None:
                 self._end(worker)
                 continue
             holders.subtract([worker.group] if worker.group is not None else [])
-            worker.item, worker.group = item, item.group
-            holders[item.group] += 1
+            worker.task, worker.group = task, task.group
+            holders[task.group] += 1
             attempt = new_attempt_id()
-            self._flights[self.submit(worker.actor, item.payload, attempt)] = (worker, attempt)
-            if self.stalls is not None:
-                self.stalls.begin(worker.name, worker.actor)
-            self.listener.started(item, attempt, worker.name)
+            self._flights[worker.actor.work.remote(task.payload, attempt)] = (worker, attempt)
+            if self._stalls is not None:
+                self._stalls.begin(worker.name, worker.actor)
+            self._report(TaskStarted(self._stage.name, task.title, attempt, worker.name))
 
     def _settle(self, ref: Any) -> None:
-        """Take in what a finished reference says."""
+        """Take in the answer of a finished reference."""
         worker, attempt = self._flights.pop(ref)
-        if self.stalls is not None:
-            self.stalls.end(worker.name)
+        if self._stalls is not None:
+            self._stalls.end(worker.name)
         try:
-            result = ray.get(ref)
+            answer = ray.get(ref)
         except RayTaskError as error:
-            if worker.item is None:
+            if worker.task is None:
                 self._end(worker)
                 self._worker_failed(worker, attempt, error)
             else:
-                failed, worker.item = worker.item, None
+                failed, worker.task = worker.task, None
                 self._attempt_failed(failed, attempt, error)
             return
         except WORKER_LOST as error:
@@ -299,26 +291,35 @@ class ActorPool(Generic[Payload, Result]):
             else:
                 self._worker_failed(worker, attempt, error)
             return
-        item, worker.item = worker.item, None
-        if item is None:
-            place: Place = result
-            worker.ready, worker.node = True, place.node
-            self._oom_kills.note(place)
+        task, worker.task = worker.task, None
+        if task is None:
+            location: WorkerLocation = answer
+            worker.ready, worker.node = True, location.node
+            self._oom_kills.note(location)
             self._failed_starts = 0
-        elif isinstance(result, Yielded):
+        else:
+            self._task_returned(worker, task, attempt, answer)
+
+    def _task_returned(self, worker: _Worker[Payload], task: Task[Payload], attempt: str, outcome: Outcome) -> None:
+        if isinstance(outcome, Yielded):
             self._end(worker)
             self._look_after = 0.0
-            self._put_back(item, "first")
-            self.listener.yielded(item, worker.name, result.reason)
+            self._put_back(task, "first")
+            self._report(TaskYielded(self._stage.name, task.title, worker.name, outcome.reason))
+        elif isinstance(outcome, Refused):
+            self._failed(task, self._ledger.refused(task.key, task.title, attempt, outcome.reason), "last")
         else:
-            self.listener.finished(item, result)
+            for note in outcome.notes:
+                self._warn(note)
+            self._report(TaskFinished(self._stage.name, task.title, outcome))
+            self._advance()
 
     def _end(self, worker: _Worker[Payload]) -> str:
         """Kill a worker and forget it; returns the attempt that it was at, if any."""
         ray.kill(worker.actor)
         del self._workers[worker.name]
-        if self.stalls is not None:
-            self.stalls.end(worker.name)
+        if self._stalls is not None:
+            self._stalls.end(worker.name)
         for ref, (other, attempt) in list(self._flights.items()):
             if other is worker:
                 del self._flights[ref]
@@ -327,9 +328,9 @@ class ActorPool(Generic[Payload, Result]):
 
     def _worker_failed(self, worker: _Worker[Payload], attempt: str, error: Exception) -> None:
         self._look_after = 0.0
-        self.listener.worker_lost(worker.name, first_line(error))
-        if worker.item is not None:
-            self._attempt_failed(worker.item, attempt, error)
+        self._report(WorkerLost(worker.name, first_line(error)))
+        if worker.task is not None:
+            self._attempt_failed(worker.task, attempt, error)
             return
         self._failed_starts += 1
         most = _START_FAILURES if raised_at_start(error) else _START_DEATHS
@@ -341,34 +342,48 @@ class ActorPool(Generic[Payload, Result]):
             ) from error
         self._spawn_after = time.monotonic() + min(_POLL_S * 2**self._failed_starts, _LONGEST_PAUSE_S)
 
-    def _attempt_failed(self, item: WorkItem[Payload], attempt: str, error: Exception) -> None:
-        record = self._records[item.key]
-        raised = isinstance(error, RayTaskError)
-        progress = self.listener.progress_of(item)
-        if raised or (progress is not None and progress > record.progress):
-            record.barren_deaths = 0
-        elif progress is not None:
-            record.barren_deaths += 1
-        record.progress = max(progress or 0, record.progress)
-        counted = raised or record.barren_deaths >= BARREN_DEATHS
-        record.counted += counted
-        quarantined = record.counted >= self.max_attempts
-        trouble = explain(error)
-        failure = AttemptFailure(
-            kind=trouble.kind,
-            counted=counted,
-            counted_attempts=record.counted,
-            quarantined=quarantined,
-            reason=trouble.reason,
-            traceback=trouble.traceback,
-        )
-        if quarantined:
-            self._quarantined.append(item)
-        else:
-            self._put_back(item, "last" if raised else "first")
-        self.listener.failed(item, attempt, failure)
+    def _attempt_failed(self, task: Task[Payload], attempt: str, error: Exception) -> None:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if self._stage.fatal and isinstance(cause, self._stage.fatal):
+            raise cause from error
+        try:
+            progress = self._stage.progress(task)
+        except StorageError as unread:
+            self._warn(f"{task.title}: its progress cannot be read: {unread}")
+            progress = None
+        why = explain(error)
+        failure = self._ledger.failed(task.key, task.title, attempt, why, progress)
+        self._failed(task, failure, "last" if why.raised else "first")
 
-    def _put_back(self, item: WorkItem[Payload], turn: Turn) -> None:
-        self._waiting.put(item, turn)
+    def _failed(self, task: Task[Payload], failure: FailureRecord, turn: Turn) -> None:
+        if failure.quarantined:
+            self._quarantined.append(task)
+        else:
+            self._put_back(task, turn)
+        self._report(AttemptFailed(failure))
+        if failure.quarantined:
+            self._advance()
+
+    def _put_back(self, task: Task[Payload], turn: Turn) -> None:
+        self._queue.put(task, turn)
         # Its worker may have been the last: look for room at once.
         self._look_after = 0.0
+
+    def _advance(self) -> None:
+        self._settled += 1
+        self._report(StageAdvanced(self._stage.name, self._settled, self._total))
+
+    def _warn(self, text: str) -> None:
+        self._report(Notice(text, warning=True))
+
+
+def _no_room(shape: WorkerShape, nodes: Sequence[NodeRoom], seconds: float) -> str:
+    """Why no worker has started for this long: there is no room, or starting is slow."""
+    if any(shape.slots(node) for node in nodes):
+        return f"no actor has started for {seconds:g} s although there is room: starting is slow on a busy machine"
+    has = ray.cluster_resources()
+    room = {name: round(has[name], 2) for name in ("CPU", "GPU") if name in has}
+    return (
+        f"no actor could start for {seconds:g} s: each takes {shape.cpus:g} CPUs and {shape.gpus:g} GPUs of one node, "
+        f"and the whole cluster has {room}. Waiting for room"
+    )

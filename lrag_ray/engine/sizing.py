@@ -87,7 +87,7 @@ def usable_nodes(draining: set[str]) -> list[NodeRoom]:
     return rooms
 
 
-def gets_no_larger(address: str | None, nodes: Sequence[NodeRoom]) -> bool:
-    """Whether the cluster (at `engine.address`) is a private one on this machine, which no node joins."""
+def cannot_grow(address: str | None, nodes: Sequence[NodeRoom]) -> bool:
+    """Whether the cluster (at `engine.address`) is a private one on this machine, which no node can join."""
     # A head without CPUs waits for nodes.
     return (address or os.environ.get("RAY_ADDRESS") or "local") == "local" and len(nodes) == 1 and nodes[0].cpus > 0

@@ -12,7 +12,7 @@ from functools import partial
 
 from lrag_ray.config.schema import EngineSection, RunConfig, ScoringSection
 from lrag_ray.engine.fan_out import FanOut, Item, Work, Workers
-from lrag_ray.engine.sizing import WorkerShape, draining_nodes, gets_no_larger, usable_nodes
+from lrag_ray.engine.sizing import WorkerShape, draining_nodes, cannot_grow, usable_nodes
 from lrag_ray.errors import ClusterError
 from lrag_ray.events import Notice, Progress, StageAdvanced, silent
 from lrag_ray.scoring.preview import worker as preview
@@ -145,7 +145,7 @@ def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Progr
             f"no node has room for a scoring worker of {each.cpus:g} CPUs and {each.gpus:g} GPUs "
             "(scoring.cpus_per_worker, scoring.gpus_per_worker)"
         )
-        if gets_no_larger(engine.address, nodes):
+        if cannot_grow(engine.address, nodes):
             raise ClusterError(f"{text}, and this machine gets no larger. Set them to what it has")
         progress(Notice(f"{text}. Waiting for one", warning=True))
     return scoring.workers or max(1, fit)

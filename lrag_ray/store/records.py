@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def now_utc() -> str:
     """The time as records write it: UTC, ISO 8601, whole milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def new_attempt_id() -> str:
+    """A name that no other attempt has; sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
 
 def _a_time(text: str) -> str:
@@ -21,6 +28,10 @@ def _a_time(text: str) -> str:
 
 UtcTime = Annotated[str, AfterValidator(_a_time)]
 """What `now_utc` gives; a damaged one is refused with its record, before anybody sorts by it."""
+
+
+ROLLOUTS = "rollouts"
+"""Stage whose tasks are rollouts, and their folder below the run."""
 
 
 class Record(BaseModel):
@@ -127,26 +138,52 @@ class PartRecord(Record):
         return self.latents.first_frame + self.latents.frames
 
 
-class FailureRecord(Record):
-    """``failures/<backbone>/<method>/<prompt_id>-<sample>/<attempt>.json``: why an attempt brought no result."""
+FailureKind = Literal["exception", "death", "out_of_memory", "refused"]
 
-    rollout: RolloutId
-    rollout_key: str
+
+class FailureRecord(Record):
+    """``failures/…/<attempt>.json``: why an attempt at a task of any stage failed."""
+
+    stage: str = ROLLOUTS
+    """Stage of the task: text, rollouts, decode, scoring, …"""
+    task: str
+    """Title of the task; for a rollout its folder."""
     attempt: str
-    kind: Literal["exception", "death", "out_of_memory"]
-    """exception: the rollout itself raised. death, out_of_memory: its worker or node went away."""
+    kind: FailureKind
+    """exception: the task itself raised. death, out_of_memory: its worker or node went away. refused: it can never be
+    done, for instance because its input is damaged."""
     counted: bool
     """Whether the attempt counts against `engine.max_attempts`."""
     counted_attempts: int
     """Counted attempts so far, this one included."""
     quarantined: bool
-    """The rollout was given up after this attempt; the next start of the run tries it again."""
+    """The task was quarantined after this attempt; the next start of the run retries it."""
     reason: str
     """One line."""
     traceback: str
     created_at: UtcTime
 
+    @model_validator(mode="before")
+    @classmethod
+    def _written_before_stages(cls, data: Any) -> Any:
+        # Runs of earlier versions: only rollouts had failure records.
+        if isinstance(data, dict) and "task" not in data and "rollout" in data:
+            data = {key: value for key, value in data.items() if key != "rollout_key"}
+            data["task"] = RolloutId.model_validate(data.pop("rollout")).path
+        return data
+
     @property
     def path(self) -> str:
-        """Where the record lies below the run."""
-        return f"failures/{self.rollout.path.removeprefix('rollouts/')}/{self.attempt}.json"
+        """Where the record is stored below the run."""
+        return f"{failure_folder(self.stage, self.task)}/{self.attempt}.json"
+
+
+def failure_folder(stage: str, task: str) -> str:
+    """Folder of a task's failure records.
+
+    ``failures/<backbone>/<method>/<prompt_id>-<sample>`` for a rollout, else ``failures/@<stage>/<digest of the title>``:
+    no backbone has a name that begins with @.
+    """
+    if stage == ROLLOUTS:
+        return f"failures/{task.removeprefix('rollouts/')}"
+    return f"failures/@{stage}/{hashlib.sha256(task.encode()).hexdigest()[:20]}"

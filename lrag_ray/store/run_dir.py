@@ -26,7 +26,6 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
@@ -271,11 +270,6 @@ class RunDirectory:
             except ValidationError as error:
                 broken.append(f"{path}: not a failure record: {error.errors()[0]['msg']}")
         return sorted(records, key=lambda record: record.created_at), broken
-
-
-def new_attempt_id() -> str:
-    """A name that no other attempt has; sorts by time."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
 
 def _json(record: Commit | FailureRecord | RunIdentity) -> bytes:

@@ -17,7 +17,8 @@ from lrag_ray.stages.rollout.worker import RolloutWorker
 from lrag_ray.stages.text import encode_and_store
 from lrag_ray.store.parts import read_latents, read_trace
 from lrag_ray.store.records import Commit
-from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
+from lrag_ray.store.records import new_attempt_id
+from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.video.mp4 import read_video
 from tests.stages import make
 from tests.stages.make import METHODS

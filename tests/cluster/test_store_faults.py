@@ -18,7 +18,8 @@ from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.stages.rollout.pending import open_work
 from lrag_ray.stages.rollout.worker import RolloutWorker
 from lrag_ray.stages.text import encode_and_store
-from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
+from lrag_ray.store.records import new_attempt_id
+from lrag_ray.store.run_dir import RunDirectory
 from lrag_ray.store.status import run_status
 from tests.stages.make import digests, make_config, make_prompts, part_bytes
 from tests.store.fault_proxy import Fault, FaultProxy, seeded

@@ -47,13 +47,13 @@ def died(text: str) -> ActorDiedError:
     ],
 )
 def test_what_ended_an_attempt_is_named_with_what_to_change(error: Exception, kind: str, words: list[str]) -> None:
-    trouble = explain(error)
-    assert trouble.kind == kind
-    assert "\n" not in trouble.reason and len(trouble.reason) < 900
+    cause = explain(error)
+    assert cause.kind == kind
+    assert "\n" not in cause.reason and len(cause.reason) < 900
     for word in words:
-        assert word in trouble.reason
+        assert word in cause.reason
 
 
 def test_secrets_stay_out_of_reasons_and_tracebacks() -> None:
-    trouble = explain(raised(OSError("cannot open s3://key:hidden@bucket/run?secret_token=hidden")))
-    assert "hidden" not in trouble.reason + trouble.traceback
+    cause = explain(raised(OSError("cannot open s3://key:hidden@bucket/run?secret_token=hidden")))
+    assert "hidden" not in cause.reason + cause.traceback

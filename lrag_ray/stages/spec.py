@@ -1,0 +1,166 @@
+"""The contract between a stage and the engine that runs it.
+
+A stage says in one place what it needs, how it is set up in a worker's process, what it does with one task and what it
+returns. The engine runs any stage: on a pool of actors (`lrag_ray.engine.pool`) or through Ray Data
+(`lrag_ray.engine.fan_out`). A stage knows nothing of Ray and works in a notebook::
+
+    stage = RolloutStage(...)
+    worker = stage.open(LocalHost())
+    outcome = worker.work(task.payload, new_attempt_id())
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+from lrag_ray.errors import LragError
+
+Payload = TypeVar("Payload")
+PayloadIn = TypeVar("PayloadIn", contravariant=True)
+
+StageName = Literal["connect", "text", "rollouts", "decode", "scoring", "report"]
+
+
+class Resources(NamedTuple):
+    """What one worker reserves of its node, besides the memory of its tasks."""
+
+    cpus: float = 1
+    gpus: float = 0
+    """Whole GPUs, or a share of one."""
+
+
+@dataclass(frozen=True)
+class Task(Generic[Payload]):
+    """A piece of work of a stage."""
+
+    key: str
+    """Unique within the stage."""
+    payload: Payload
+    """What the worker receives; picklable."""
+    order: int = 0
+    """Tasks start in this order, except that a worker prefers its own group (see `lrag_ray.engine.queue`)."""
+    group: str = ""
+    """What a worker must have loaded for it, such as the backbone; switching is expensive."""
+    name: str = ""
+    """Name in messages and failure records; the key if empty."""
+    memory: int = 0
+    """Bytes of host memory that its worker must have reserved."""
+    progress: int = 0
+    """Progress at the start, in the unit of `Stage.progress`."""
+
+    @property
+    def title(self) -> str:
+        """How people see it."""
+        return self.name or self.key
+
+
+@dataclass(frozen=True)
+class Result:
+    """A task is done."""
+
+    made: int = 1
+    """Results that count now: commits, videos, scores."""
+    units: int = 1
+    """Work done, in the unit of the display: blocks of a rollout, otherwise tasks."""
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    """What a person should know, such as broken parts that were cut off."""
+
+
+@dataclass(frozen=True)
+class Yielded:
+    """The worker must go, such as one on a draining node; what it finished is stored.
+
+    The task is queued again ahead of all others and no attempt is counted.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The task can never be done, for instance because its input is damaged: it fails at once, without a retry."""
+
+    reason: str
+    made: int = 0
+    """Results that count although the task as a whole failed."""
+
+
+Outcome = Result | Yielded | Refused
+
+
+class WorkerState(NamedTuple):
+    """What a worker is doing."""
+
+    task: str
+    """Title of its task."""
+    done: int
+    """Units done."""
+    total: int
+    step: str
+    """A word for people: loading, replaying, generating, storing, …"""
+
+
+class Host(Protocol):
+    """What a worker may ask of the place where it runs."""
+
+    @property
+    def name(self) -> str:
+        """Name of the worker."""
+
+    def must_leave(self) -> bool:
+        """Whether to store what there is and return `Yielded`: the node drains, or the stage was told to stop."""
+
+    def report(self, state: WorkerState) -> None:
+        """Report a step. Costs next to nothing and is a sign of life."""
+
+
+class LocalHost:
+    """A host outside the engine: for notebooks and tests."""
+
+    name = "local"
+
+    def __init__(
+        self,
+        report: Callable[[WorkerState], None] = lambda _: None,
+        must_leave: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.report = report
+        self.must_leave = must_leave
+
+
+class Worker(Protocol[PayloadIn]):
+    """A stage set up in a process. Does one task at a time."""
+
+    def work(self, payload: PayloadIn, attempt: str) -> Outcome:
+        """Do a task. An exception is a failed attempt, which is retried within limits."""
+
+
+class Stage(ABC, Generic[Payload]):
+    """What a worker does, as a picklable object."""
+
+    name: ClassVar[StageName]
+    """Name in events and failure records."""
+    fatal: ClassVar[tuple[type[LragError], ...]] = ()
+    """Errors of a task that end the whole stage, because every other task would meet them too."""
+    memory_use: ClassVar[str] = "this task"
+    """What the memory of a task is needed for, in messages."""
+
+    @property
+    @abstractmethod
+    def resources(self) -> Resources:
+        """What each worker reserves."""
+
+    @abstractmethod
+    def open(self, host: Host) -> Worker[Payload]:
+        """Set up in a worker's process. An exception here means that no worker can start."""
+
+    def progress(self, task: Task[Payload]) -> int:
+        """How far a task is on storage, in any unit that grows. Called in the driver after an attempt failed.
+
+        A death that brought progress does not count as an attempt. Raises StorageError where it cannot be read.
+        """
+        return 0
