@@ -19,7 +19,7 @@ from lrag_ray.stages.rollout.pending import open_work
 from lrag_ray.store.gc import find_leftovers
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.records import Commit, FileRecord, LatentPart, PartRecord, RolloutId, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from lrag_ray.store.videos import committed_videos
 
@@ -35,7 +35,7 @@ _PART_BYTES = 11_980_800
 def bench_planning(rollouts: int, folder: Path) -> dict[str, Any]:
     """Make a run of so many rollouts in the empty `folder`, and time what reads it."""
     identity = make_large_run(folder, rollouts)
-    run = RunDirectory(str(folder))
+    run = RolloutRun(str(folder))
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -70,7 +70,7 @@ def make_large_run(folder: Path, rollouts: int) -> RunIdentity:
         make_prompt(index, f"prompt {index} of many, of the length that prompts have in benchmarks " * 8)
         for index in range(rollouts // (METHODS * BACKBONES))
     ]
-    run = RunDirectory(str(folder))
+    run = RolloutRun(str(folder))
     identity = run.ensure(
         RunIdentity(
             numerics_version=1,

@@ -52,7 +52,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.config.load import load_config
     from lrag_ray.pipelines.evaluate import run as run_job
-    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.rollouts import RolloutRun
 
     loaded = load_config(config, overrides or [])
     with shown_progress() as progress:
@@ -60,7 +60,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     if as_json:
         print_json(outcome)
     else:
-        print_outcome(console(), RunDirectory(loaded.run.uri, loaded.storage), outcome)
+        print_outcome(console(), RolloutRun(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -105,10 +105,10 @@ def status(
       lrag-ray status s3://bucket/table2 --watch
     """
     from lrag_ray.cli.tables import print_status
-    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.rollouts import RolloutRun
     from lrag_ray.store.status import run_status
 
-    run_dir = RunDirectory(run_uri)
+    run_dir = RolloutRun(run_uri)
     while True:
         began_s = time.monotonic()
         found = run_status(run_dir)

@@ -54,7 +54,7 @@ def decode(
     else:
         loaded = load_config(config, [*overrides, f"run.uri={json.dumps(run_uri)}"])
     with shown_progress() as progress:
-        outcome = decode_run(loaded, other_vae=other_vae, progress=progress)
+        outcome = decode_run(loaded, other_vae=other_vae, listener=progress)
     if as_json:
         print_json(outcome)
     else:

@@ -50,10 +50,10 @@ def gc(
       lrag-ray gc runs/table2 --remove --older-than 24
     """
     from lrag_ray.pipelines.gc import collect_garbage
-    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.rollouts import RolloutRun
 
     outcome = collect_garbage(
-        RunDirectory(run_uri),
+        RolloutRun(run_uri),
         remove=remove,
         older_than_s=older_than_h * 3600,
         unfinished=unfinished,

@@ -63,11 +63,11 @@ def report(
     from lrag_ray.report.build import STRIPS
     from lrag_ray.report.data_files import ranks_csv
     from lrag_ray.report.latex import latex_table
-    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.rollouts import RolloutRun
 
     if as_csv + as_latex + as_json > 1:
         raise typer.BadParameter("give at most one of --csv, --latex and --json")
-    run_dirs = [RunDirectory(uri) for uri in runs]
+    run_dirs = [RolloutRun(uri) for uri in runs]
     if as_csv or as_latex:
         data = collect(run_dirs, suite, mode, must_have=True)
         print(ranks_csv(data) if as_csv else latex_table(data), end="")

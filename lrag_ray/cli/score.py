@@ -15,7 +15,7 @@ from lrag_ray.cli.output import console, count, duration, print_json, printable,
 if TYPE_CHECKING:
     from lrag_ray.pipelines.score import RunScores
     from lrag_ray.pipelines.score_videos import GroupResult, VideoScores
-    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.rollouts import RolloutRun
 
 _MOST_VIDEOS_SHOWN = 40
 _LEAST_NAME = 12
@@ -78,7 +78,7 @@ def score(
     from lrag_ray.pipelines.score import is_run, score_run
     from lrag_ray.pipelines.score_videos import score_videos
     from lrag_ray.pipelines.stored_config import stored_config
-    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.rollouts import RolloutRun
 
     if context.args:
         raise typer.BadParameter(
@@ -115,11 +115,11 @@ def score(
     if as_json:
         print_json(outcome)
     else:
-        print_run_scores(console(), RunDirectory(loaded.run.uri, loaded.storage), outcome)
+        print_run_scores(console(), RolloutRun(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
 
 
-def print_run_scores(shown: Console, run: RunDirectory, outcome: RunScores) -> None:
+def print_run_scores(shown: Console, run: RolloutRun, outcome: RunScores) -> None:
     """Rank tables, what this start did, what failed, and where everything lies."""
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import terminal_tables

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lrag_ray.pipelines.decode import DecodeOutcome
     from lrag_ray.pipelines.evaluate import RunOutcome
     from lrag_ray.pipelines.plan import Plan
-    from lrag_ray.store.run_dir import RunDirectory
+    from lrag_ray.store.rollouts import RolloutRun
     from lrag_ray.store.status import RunStatus
 
 _LEAST_GPU_HOURS = 0.1
@@ -116,12 +116,12 @@ def print_status(console: Console, status: RunStatus) -> None:
     _print_list(
         console,
         "Rollouts given up; the next start tries them again",
-        (f"{failure.rollout.path}: {failure.reason} ({failure.path})" for failure in status.failures),
+        (f"{failure.task}: {failure.reason} ({failure.path})" for failure in status.failures),
     )
     _print_list(console, "Records that do not count; the next start makes again what is missing", status.problems)
 
 
-def print_outcome(console: Console, run: RunDirectory, outcome: RunOutcome) -> None:
+def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> None:
     """Rank tables, what this start did, what failed, and where everything lies."""
     from lrag_ray.errors import INTERRUPTED
     from lrag_ray.report.build import SUMMARY

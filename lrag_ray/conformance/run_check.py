@@ -19,7 +19,7 @@ from lrag_ray.conformance.case import CaseResult, Status
 from lrag_ray.errors import UsageError
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import Commit, RolloutId
-from lrag_ray.store.run_dir import Inventory, RunDirectory
+from lrag_ray.store.rollouts import Inventory, RolloutRun
 
 
 def check_run(uri: str) -> list[CaseResult]:
@@ -27,7 +27,7 @@ def check_run(uri: str) -> list[CaseResult]:
 
     Raises UsageError where the run holds no such pair, StorageError where there is no run.
     """
-    run_dir = RunDirectory(uri)
+    run_dir = RolloutRun(uri)
     identity = run_dir.require()
     pairs = list(_comparable(identity))
     if not pairs:
@@ -67,7 +67,7 @@ def _longest(inventory: Inventory, rollout: RolloutId) -> Commit | None:
     return commits[max(commits)] if commits else None
 
 
-def _compare(run_dir: RunDirectory, base: Commit, relative: Commit, full: int | None) -> CaseResult:
+def _compare(run_dir: RolloutRun, base: Commit, relative: Commit, full: int | None) -> CaseResult:
     frames = min(base.latent_frames, relative.latent_frames)
     ours, theirs = (_latents(run_dir, commit)[:frames] for commit in (base, relative))
     equal = frames if full is None else min(frames, full)
@@ -85,7 +85,7 @@ def _compare(run_dir: RunDirectory, base: Commit, relative: Commit, full: int | 
     return CaseResult(base.rollout.backbone, case, "latents", difference, 0.0, status, reason)
 
 
-def _latents(run_dir: RunDirectory, commit: Commit) -> Tensor:
+def _latents(run_dir: RolloutRun, commit: Commit) -> Tensor:
     """Latents [frames, C, H, W] of a commit. Raises UsageError where a file is not what the commit recorded."""
     parts = []
     for part in commit.latent_parts:

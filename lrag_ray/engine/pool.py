@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic
 
 import ray
@@ -363,6 +363,8 @@ class ActorPool(Generic[Payload]):
         self._report(AttemptFailed(failure))
         if failure.quarantined:
             self._advance()
+            if (error := self._stage.ends_with(failure)) is not None:
+                raise error
 
     def _put_back(self, task: Task[Payload], turn: Turn) -> None:
         self._queue.put(task, turn)

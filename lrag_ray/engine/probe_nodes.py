@@ -5,10 +5,9 @@ A folder that exists on every node without being shared is the mistake that cost
 
 from __future__ import annotations
 
-import platform
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -18,15 +17,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import ClusterError, StorageError
-from lrag_ray.events import Notice, Progress
-from lrag_ray.store.address import PROBE_PREFIX, Storage
-from lrag_ray.store.run_dir import RUN_FILE, RunDirectory
+from lrag_ray.events import Listener, Notice
+from lrag_ray.store.address import PROBE_PREFIX
+from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.shared import LOOK_AGAIN_S, LOOKS, not_shared, sees_run
 
 CLOCK_SKEW_S = 5.0
 """A node whose clock is off by more than this is told of."""
 _LONGEST_WAIT_S = 120.0
-_LOOKS = 3
-_LOOK_AGAIN_S = 0.5
 
 
 class NodeReport(NamedTuple):
@@ -40,7 +38,7 @@ class NodeReport(NamedTuple):
     """Its time when it was done, in seconds since 1970."""
 
 
-def probe_nodes(run: RunDirectory, config: RunConfig, progress: Progress) -> None:
+def probe_nodes(run: RolloutRun, config: RunConfig, listener: Listener) -> None:
     """Ask every node that may work on the run whether it sees the same storage. Needs Ray and ``run.json``.
 
     Raises StorageError naming the nodes that see another folder or bucket, and ClusterError naming those that may not
@@ -53,7 +51,7 @@ def probe_nodes(run: RunDirectory, config: RunConfig, progress: Progress) -> Non
         return
     paths = {node_id: f"{PROBE_PREFIX}{secrets.token_hex(8)}" for node_id in nodes}
     try:
-        reports = _ask(run, nodes, paths, progress)
+        reports = _ask(run, nodes, paths, listener)
         unseen = [name for name, report in reports.items() if not (report.wrote and _visible(run, report.wrote))]
     finally:
         for path in paths.values():
@@ -65,11 +63,11 @@ def probe_nodes(run: RunDirectory, config: RunConfig, progress: Progress) -> Non
     if any(not report.create_only for report in reports.values()):
         named = ", ".join(name for name, report in reports.items() if not report.create_only)
         text = f"on {named} {run.uri} does not honour create-only writes: let one driver work at a time"
-        progress(Notice(text, warning=True))
+        listener(Notice(text, warning=True))
 
 
 def _ask(
-    run: RunDirectory, nodes: Mapping[str, str], paths: Mapping[str, str], progress: Progress
+    run: RolloutRun, nodes: Mapping[str, str], paths: Mapping[str, str], listener: Listener
 ) -> dict[str, NodeReport]:
     """Reports by node name; nodes that were lost or are silent are told of and left out."""
     created_at = run.require().created_at
@@ -94,9 +92,9 @@ def _ask(
         except ray.exceptions.RayTaskError as error:
             troubles.append(f"{name}: {redact(str(error.cause))}")
         except ray.exceptions.RayError as error:
-            progress(Notice(f"node {name} was lost while it was asked about the storage: {error}", warning=True))
+            listener(Notice(f"node {name} was lost while it was asked about the storage: {error}", warning=True))
         else:
-            tell_of_skew(name, report.clock_s - time.time(), progress)
+            report_skew(name, report.clock_s - time.time(), listener)
     if troubles:
         raise ClusterError(
             "these nodes cannot work on the run:\n  "
@@ -105,11 +103,11 @@ def _ask(
         )
     for ref in pending:
         text = f"node {asked[ref]} did not tell within {_LONGEST_WAIT_S:g} s whether it sees {run.uri}"
-        progress(Notice(text, warning=True))
+        listener(Notice(text, warning=True))
     return reports
 
 
-def probe_node(run: RunDirectory, created_at: str, path: str) -> NodeReport:
+def probe_node(run: RolloutRun, created_at: str, path: str) -> NodeReport:
     """What the node that this runs on finds: sees the run, writes `path` beside it, and cannot create it twice.
 
     StorageError where it may not read or write.
@@ -121,43 +119,10 @@ def probe_node(run: RunDirectory, created_at: str, path: str) -> NodeReport:
     return NodeReport(path, not run.storage.create(path, second), time.time())
 
 
-def sees_run(run: RunDirectory, created_at: str) -> bool:
-    """Whether this node finds the run that was created at that time, and not an empty folder or another run."""
-    for look in range(_LOOKS):
-        if look:
-            # A shared folder may show a file a little later to another node.
-            time.sleep(_LOOK_AGAIN_S)
-        found = run.read()
-        if found is not None and found.created_at == created_at:
-            return True
-    return False
-
-
-def require_run(run: RunDirectory, created_at: str) -> None:
-    """For a worker on a node that joined later: StorageError unless this node sees the run."""
-    if not sees_run(run, created_at):
-        raise StorageError(not_shared(run.storage, [platform.node()]))
-
-
-def not_shared(storage: Storage, nodes: Sequence[str]) -> str:
-    """What to tell about nodes that see another storage at the same address."""
-    named = ", ".join(nodes)
-    if storage.is_local:
-        return (
-            f"{storage.uri} is not the same folder on every node: {named} do(es) not find the run's {RUN_FILE} there. "
-            "Two ways out: put run.uri on a folder that all nodes mount under the same path (NFS, Lustre), or on a "
-            "bucket (run.uri=s3://bucket/run)"
-        )
-    return (
-        f"{storage.uri} is not the same storage on every node: {named} do(es) not find the run's {RUN_FILE} there. Set "
-        "storage.endpoint_url in the configuration, or the same AWS_ENDPOINT_URL on every node"
-    )
-
-
-def tell_of_skew(node: str, seconds: float, progress: Progress) -> None:
+def report_skew(node: str, seconds: float, listener: Listener) -> None:
     """Warn of a clock that is so many seconds ahead of ours (negative: behind)."""
     if abs(seconds) > CLOCK_SKEW_S:
-        progress(
+        listener(
             Notice(
                 f"the clock of node {node} is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} this "
                 "machine's: times in records and rates will be off, and S3 refuses more than 15 minutes. Set it "
@@ -181,10 +146,10 @@ def _name(node: Mapping[str, Any]) -> str:
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
-def _visible(run: RunDirectory, path: str) -> bool:
-    for look in range(_LOOKS):
+def _visible(run: RolloutRun, path: str) -> bool:
+    for look in range(LOOKS):
         if look:
-            time.sleep(_LOOK_AGAIN_S)
+            time.sleep(LOOK_AGAIN_S)
         try:
             run.storage.read_bytes(path)
         except FileNotFoundError:

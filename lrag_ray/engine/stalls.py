@@ -25,11 +25,11 @@ class _Pulse:
 class StallWatch:
     """Asks busy workers directly, because the progress board may lose what they tell it; never waits for an answer.
 
-    A worker that cannot answer has stalled as well. The actor answers in a thread of its own (see `lrag_ray.engine.actor`).
+    A worker that cannot answer has stalled as well. The actor answers in a thread of its own (see `StageActor`).
     """
 
     timeout_s: float
-    ask: Callable[[Any], Any] = lambda actor: actor.steps.remote()  # noqa: E731
+    ask: Callable[[Any], Any] = lambda actor: actor.steps.remote()
     """Reference of the number of steps that an actor has taken; any change is a sign of life."""
     clock: Callable[[], float] = time.monotonic
     _pulses: dict[str, _Pulse] = field(default_factory=dict, init=False)

@@ -7,23 +7,19 @@ same call again continues.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.actor import no_room, pool_shape, spawn_actor
-from lrag_ray.engine.pool import ActorPool, AttemptFailure
-from lrag_ray.engine.queue import WorkItem
 from lrag_ray.engine.session import ray_session
-from lrag_ray.errors import INTERRUPTED, ConfigError, IdentityError
-from lrag_ray.events import Notice, Progress, StageAdvanced, StageBegan, StageEnded, WorkerLost, silent
+from lrag_ray.errors import ConfigError, IdentityError
+from lrag_ray.events import Listener, silent
+from lrag_ray.pipelines.job import Job
 from lrag_ray.stages.backbone import pixels_identity
-from lrag_ray.stages.decode import DecodeActor, DecodeResult, DecodeSpec, DecodeTask
+from lrag_ray.stages.decode import DecodeStage, DecodeTask
+from lrag_ray.stages.spec import Task
 from lrag_ray.store.decoded import (
     decode_settings,
     decoded_folder,
@@ -34,7 +30,7 @@ from lrag_ray.store.decoded import (
 )
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import Commit
-from lrag_ray.store.run_dir import CommitState, RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
 
 
@@ -65,77 +61,65 @@ class DecodeOutcome:
     seconds: float
 
 
-def decode(config: RunConfig, *, other_vae: bool = False, progress: Progress = silent) -> DecodeOutcome:
+def decode(config: RunConfig, *, other_vae: bool = False, listener: Listener = silent) -> DecodeOutcome:
     """Decode every commit of the run at ``run.uri`` with the VAE and video settings of `config`.
 
     Backbones that `config` does not have are left out. Raises StorageError where there is no run; ConfigError where
     `config` has none of its backbones; IdentityError for a VAE other than the run's, unless `other_vae`; WeightsError
     for one that is absent or does not fit; ClusterError. Ctrl-C gives exit code 130; finished videos are kept.
     """
-    job = _Job(with_absolute_paths(config), other_vae, progress)
-    try:
-        job.do()
-    except KeyboardInterrupt:
-        progress(Notice("interrupted; the same command continues", warning=True))
-        return job.outcome(INTERRUPTED)
-    return job.outcome(1 if job.failures else 0)
+    return DecodeJob(config, other_vae, listener).start()
 
 
-class _Job:
-    """One start; also what the pool tells its events."""
+class DecodeJob(Job[DecodeOutcome]):
+    """One start of a decode."""
 
-    def __init__(self, config: RunConfig, other_vae: bool, progress: Progress) -> None:
-        self._began = time.monotonic()
+    def __init__(self, config: RunConfig, other_vae: bool, listener: Listener) -> None:
+        config = with_absolute_paths(config)
+        run = RolloutRun(config.run.uri, config.storage)
+        super().__init__(run.storage, config.engine, listener)
         self._config = config
-        self._show = progress
-        self._made = 0
-        self._settled = 0
-        self.failures: list[DecodeFailure] = []
-        self._run = RunDirectory(config.run.uri, config.storage)
-        identity = self._run.require()
+        self._run = run
+        self._failed: list[DecodeFailure] = []
+        identity = run.require()
         self._settings = _settings(config, identity, other_vae)
         if left_out := identity.backbones.keys() - self._settings.keys():
-            progress(Notice(f"not in the configuration, so not decoded: {', '.join(sorted(left_out))}"))
-        self._tasks: list[DecodeTask] = []
+            self.note(f"not in the configuration, so not decoded: {', '.join(sorted(left_out))}")
+        self._tasks: list[Task[DecodeTask]] = []
         self._there = 0
         self._find_work(identity)
 
     def do(self) -> None:
-        """Make the videos that are not there."""
+        """Make the videos that are missing."""
         if not self._tasks:
             return
-        items = [
-            WorkItem(f"{task.commits[-1].rollout.path}/{task.commits[-1].latent_frames}", order, _backbone(task), task)
-            for order, task in enumerate(self._tasks)
-        ]
         refuse_misfits(self._config, "vae")
-        engine = self._config.engine
-        with ray_session(engine):
-            began = time.monotonic()
-            self._show(StageBegan("decode", len(items)))
-            spec = ray.put(DecodeSpec(self._run.storage.address, self._config))
-            size, shape = pool_shape(engine)
-            pool: ActorPool[DecodeTask, DecodeResult] = ActorPool(
-                spawn=lambda name, memory: spawn_actor(DecodeActor, spec, name, engine, memory=memory),
-                submit=lambda actor, task, attempt: actor.work.remote(task, attempt),
-                listener=self,
-                size=size,
-                shape=shape,
-                max_attempts=engine.max_attempts,
+        config = self._config
+        stage = DecodeStage(self.storage.address, config.storage, config.backbones, config.video, config.engine)
+        with ray_session(self.engine):
+            failed = self.run_stage(stage, self._tasks)
+        for task in failed:
+            there = self.storage.list_files(decoded_folder(task.payload.settings, task.payload.commits[0].rollout))
+            commits = [
+                c
+                for c in task.payload.commits
+                if record_path(task.payload.settings, c.rollout, c.latent_frames) not in there
+            ]
+            self.made["decode"] += len(task.payload.commits) - len(commits)
+            self._failed.append(
+                DecodeFailure(task.title, tuple(c.latent_frames for c in commits), self.missing[task.title])
             )
-            pool.run(items)
-            self._show(StageEnded("decode", time.monotonic() - began))
 
     def outcome(self, exit_code: int) -> DecodeOutcome:
-        """What to tell the caller."""
+        """What was made and what was not."""
         return DecodeOutcome(
             exit_code=exit_code,
             uri=self._run.uri,
             folders=tuple(dict.fromkeys(map(settings_folder, self._settings.values()))),
             videos_there=self._there,
-            videos_made=self._made,
-            failed=tuple(self.failures),
-            seconds=time.monotonic() - self._began,
+            videos_made=self.made["decode"],
+            failed=tuple(self._failed),
+            seconds=self.seconds,
         )
 
     def _find_work(self, identity: RunIdentity) -> None:
@@ -146,7 +130,11 @@ class _Job:
             for horizon, state in sorted(states.items()):
                 commit = state.commit
                 if commit is None or state.problem is not None:
-                    self._refuse(state, horizon)
+                    folder = state.path.rsplit("/", 1)[0]
+                    reason = f"the commit does not count ({state.problem}); `lrag-ray run` makes it again"
+                    self._failed.append(DecodeFailure(folder, (horizon,), reason))
+                    self.missing[folder] = reason
+                    self.warn(f"{folder}: {reason}")
                     continue
                 settings = self._settings.get(commit.rollout.backbone)
                 if settings is None:
@@ -160,67 +148,19 @@ class _Job:
                     reason = decoded.problems.get(path, "its latents are not those of the commit")
                     kept = self._run.set_aside(path)
                     text = f"{path} does not count ({reason}); it is kept as {kept} and made again"
-                    self._show(Notice(text, warning=True))
+                    self.warn(text)
                 open_commits.append(commit)
             for group in _prefix_groups(open_commits):
-                self._tasks.append(DecodeTask(group, self._settings[group[0].rollout.backbone]))
-
-    def _refuse(self, state: CommitState, horizon: int) -> None:
-        folder = state.path.rsplit("/", 1)[0]
-        reason = f"the commit does not count ({state.problem}); `lrag-ray run` makes it again"
-        self._fail(folder, [horizon], reason)
-
-    def _fail(self, folder: str, horizons: Iterable[int], reason: str) -> None:
-        self.failures.append(DecodeFailure(folder, tuple(horizons), reason))
-        self._show(Notice(f"{folder}: {reason}", warning=True))
-
-    def _settle(self) -> None:
-        self._settled += 1
-        self._show(StageAdvanced("decode", self._settled, len(self._tasks)))
-
-    def started(self, item: WorkItem[DecodeTask], attempt: str, worker: str) -> None:
-        """Nothing to tell."""
-
-    def finished(self, item: WorkItem[DecodeTask], result: DecodeResult) -> None:
-        """Count what was made."""
-        self._made += len(result.horizons)
-        commits = item.payload.commits
-        if result.problem is not None:
-            missing = (c.latent_frames for c in commits if c.latent_frames not in result.horizons)
-            self._fail(commits[0].rollout.path, missing, result.problem)
-        self._settle()
-
-    def yielded(self, item: WorkItem[DecodeTask], worker: str, reason: str) -> None:
-        """A decode never yields: it is short."""
-
-    def too_large(self, item: WorkItem[DecodeTask], largest_node: float) -> None:
-        """A decode reserves no memory."""
-
-    def failed(self, item: WorkItem[DecodeTask], attempt: str, failure: AttemptFailure) -> None:
-        """Tell why an attempt failed; after the last one its rollout has failed."""
-        commits = item.payload.commits
-        if failure.quarantined:
-            self._fail(commits[0].rollout.path, (c.latent_frames for c in commits), failure.reason)
-            self._settle()
-        else:
-            text = f"{commits[0].rollout.path}: {failure.reason} (will be tried again)"
-            self._show(Notice(text, warning=True))
-
-    def worker_lost(self, worker: str, reason: str) -> None:
-        """Pass it on."""
-        self._show(WorkerLost(worker, reason))
-
-    def unplaced(self, seconds: float) -> None:
-        """Tell it."""
-        self._show(Notice(no_room(self._config.engine, seconds), warning=True))
-
-    def progress_of(self, item: WorkItem[DecodeTask]) -> int:
-        """Files that the rollout's decodes have left."""
-        task = item.payload
-        return len(self._run.storage.list_files(decoded_folder(task.settings, task.commits[0].rollout)))
-
-    def tick(self) -> None:
-        """Nothing to show between videos."""
+                rollout = group[-1].rollout
+                self._tasks.append(
+                    Task(
+                        key=f"{rollout.path}/{group[-1].latent_frames}",
+                        payload=DecodeTask(group, self._settings[rollout.backbone]),
+                        order=len(self._tasks),
+                        group=rollout.backbone,
+                        name=rollout.path,
+                    )
+                )
 
 
 def _settings(config: RunConfig, identity: RunIdentity, other_vae: bool) -> dict[str, dict[str, Any]]:
@@ -259,7 +199,3 @@ def _prefix_groups(commits: Iterable[Commit]) -> Iterator[tuple[Commit, ...]]:
         else:
             group.append(commit)
     return (tuple(reversed(group)) for group in groups)
-
-
-def _backbone(task: DecodeTask) -> str:
-    return task.commits[0].rollout.backbone

@@ -1,40 +1,27 @@
-"""The whole job: everything that `lrag-ray run` does is `run`.
+"""An evaluation: rollouts, scores and report. Everything that `lrag-ray run` does is `evaluate`.
 
-The same call again is resume: what is committed is subtracted, what is partial is continued, what failed is tried
-again. With nothing left to do no Ray is started.
+The same call again is resume: what is committed is subtracted, what is partial is continued, what failed is retried.
+With nothing left to do, Ray is not started.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 
+from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.prompts import Prompt, load_prompts
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.fan_out import Item
 from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.engine.session import ray_session
-from lrag_ray.errors import INTERRUPTED
-from lrag_ray.events import (
-    Event,
-    Notice,
-    Progress,
-    RolloutFinished,
-    RunPlanned,
-    Stage,
-    StageAdvanced,
-    StageBegan,
-    StageEnded,
-    VideosScored,
-    silent,
-)
+from lrag_ray.engine.sizing import PoolSize
+from lrag_ray.events import Event, Listener, RunPlanned, VideosScored, silent
 from lrag_ray.pipelines.identity import build_identity
-from lrag_ray.pipelines.lease import keep_lease
-from lrag_ray.pipelines.plan import make_plan
-from lrag_ray.pipelines.rollouts import run_rollouts
+from lrag_ray.pipelines.job import Job
+from lrag_ray.pipelines.plan import history_bytes, make_plan
 from lrag_ray.pipelines.scoring import (
     check_scoring,
     pending_scores,
@@ -45,11 +32,11 @@ from lrag_ray.pipelines.scoring import (
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves
 from lrag_ray.report import build_report
-from lrag_ray.stages.rollout.pending import OpenWork, open_work
-from lrag_ray.stages.text import encode_prompts
-from lrag_ray.store.address import Storage
-from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.stages.rollout.pending import PendingRollouts, pending_rollouts
+from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
+from lrag_ray.stages.spec import Task
+from lrag_ray.stages.text import TextStage, TextTask, embedding_path, without_features
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
 
 
@@ -58,7 +45,7 @@ class RunOutcome:
     """How a run ended."""
 
     exit_code: int
-    """0 all done, 1 finished with failed rollouts, 130 interrupted."""
+    """0 all that was asked for is made, 1 something could not be made, 130 interrupted."""
     uri: str
     commits_total: int
     """Horizons of all rollouts of the configuration."""
@@ -66,12 +53,12 @@ class RunOutcome:
     """Horizons that this start committed."""
     videos_scored: int
     """Videos that this start scored."""
-    failed: tuple[RolloutId, ...]
-    """Rollouts that were given up."""
+    failed: tuple[str, ...]
+    """What could not be made: rollouts and scores, by title."""
     seconds: float
 
 
-def run(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, progress: Progress = silent) -> RunOutcome:
+def evaluate(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, listener: Listener = silent) -> RunOutcome:
     """Run an evaluation to its end: rollouts, scores, report.
 
     `prompts` are those of the configuration unless they were loaded before. Raises, before any actor starts:
@@ -80,141 +67,136 @@ def run(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, progress:
     the run, and later if another one takes it over; ClusterError. Ctrl-C ends the actors and gives exit code 130;
     nothing that was committed or stored is lost.
     """
-    job = _Job(config, load_prompts(config.prompts) if prompts is None else prompts, progress)
-    try:
-        with keep_lease(job.storage, "run", ttl_s=config.engine.lease_ttl_s, progress=progress):
-            job.prepare()
-            job.do()
-    except KeyboardInterrupt:
-        progress(Notice("interrupted; the same command continues the run", warning=True))
-        return job.outcome(INTERRUPTED)
-    return job.outcome(1 if job.failed else 0)
+    return EvaluateJob(config, load_prompts(config.prompts) if prompts is None else prompts, listener).start()
 
 
-class _Job:
-    """One start of a run."""
+class EvaluateJob(Job[RunOutcome]):
+    """One start of an evaluation."""
 
-    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], progress: Progress) -> None:
-        self._began = time.monotonic()
-        self._config = with_absolute_paths(config)
-        self._show = progress
-        self._commits_made = 0
+    lease = "run"
+
+    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], listener: Listener) -> None:
+        config = with_absolute_paths(config)
+        run = RolloutRun(config.run.uri, config.storage)
+        super().__init__(run.storage, config.engine, listener)
+        self._config = config
+        self._run = run
         self._videos_scored = 0
-        self.failed: list[RolloutId] = []
-        self._run = RunDirectory(config.run.uri, config.storage)
-        self._work = OpenWork([], [], 0, 0)
-        for note in make_plan(self._config, prompts).notes:
-            self._progress(Notice(note))
-        self._identity = build_identity(self._config, prompts)
-        # Before anything is written: it may be the run of somebody else, who is not to find our lease in it.
-        self._run.refuse_another_run(self._identity)
-        check_scoring(self._run, self._config)
-
-    @property
-    def storage(self) -> Storage:
-        """Where the run lives."""
-        return self._run.storage
-
-    def prepare(self) -> None:
-        """Check and grow the run directory, and find out what is open."""
-        identity = self._identity
-        probe = self._run.storage.probe()
-        if not probe.create_only:
-            self._progress(
-                Notice(
-                    f"{self._run.uri} does not honour create-only writes: let one driver work at a time", warning=True
-                )
-            )
-        inventory = self._run.inventory()
-        self._work = work = open_work(identity, inventory)
-        if work.items:
-            # Before the run knows the digests of files that no rollout could load.
-            refuse_misfits(self._config)
-        self._run.ensure(identity)
-        self._run.refuse_foreign_commits(identity, inventory)
-        store_config(self._run, self._config)
-        for state in work.invalid:
-            kept = self._run.set_aside(state.path)
-            text = f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again"
-            self._progress(Notice(text, warning=True))
-        self._progress(
-            RunPlanned(
-                uri=self._run.uri,
-                commits_total=work.commits_total,
-                commits_done=work.commits_total - work.commits_open,
-                rollouts_to_do=len(work.items),
-                blocks_to_do=work.blocks,
-            )
-        )
+        self._pending = PendingRollouts([], [], 0, 0)
+        for note in make_plan(config, prompts).notes:
+            self.note(note)
+        self._identity = build_identity(config, prompts)
+        # Before anything is written: another user's run must not receive our lease.
+        run.refuse_another_run(self._identity)
+        check_scoring(run, config)
 
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
+        self._prepare()
         with ExitStack() as cluster:
             videos = pending_scores(self._run, self._config)
-            if self._work.items or videos:
-                with self._stage("connect", 1):
-                    cluster.enter_context(ray_session(self._config.engine))
-                    probe_nodes(self._run, self._config, self._progress)
+            if self._pending.tasks or videos:
+                with self.stage("connect"):
+                    cluster.enter_context(ray_session(self.engine))
+                    probe_nodes(self._run, self._config, self.report)
                     refuse_without_room(self._config)
-            if self._work.items:
-                self._encode_prompts()
-                with (
-                    self._stage("rollouts", len(self._work.items)),
-                    scoring_waves(self._run, self._config, self._progress) as relay,
-                ):
-                    self.failed = run_rollouts(self._config, self._run, self._work.items, relay)
+            if self._pending.tasks:
+                self._roll_out(self._encode_prompts(self._pending.tasks))
                 videos = pending_scores(self._run, self._config)
             if videos:
-                self._score(videos)
-        with self._stage("report", 1):
+                with self.stage("scoring", len(videos)):
+                    outcome = score_pending(self._run, self._config, self.report, items=videos)
+                self._videos_scored += outcome.scored
+                self.missing |= outcome.failures
+        with self.stage("report"):
             made = build_report(self._run)
-        set_aside_damaged(self._run, self._config, made.data.scores.damaged, self._progress)
+        set_aside_damaged(self._run, self._config, made.data.scores.damaged, self.report)
 
     def outcome(self, exit_code: int) -> RunOutcome:
-        """What to tell the caller."""
+        """What was made and what was not."""
         return RunOutcome(
             exit_code=exit_code,
             uri=self._run.uri,
-            commits_total=self._work.commits_total,
-            commits_made=self._commits_made,
+            commits_total=self._pending.commits_total,
+            commits_made=self.made["rollouts"],
             videos_scored=self._videos_scored,
-            failed=tuple(self.failed),
-            seconds=time.monotonic() - self._began,
+            failed=tuple(self.missing),
+            seconds=self.seconds,
         )
 
-    def _encode_prompts(self) -> None:
-        """Store the text features of every distinct open prompt, once per text encoder."""
-        prompts: dict[str, dict[str, None]] = {}
-        backbones: dict[str, str] = {}
-        for item in self._work.items:
-            backbones.setdefault(item.payload.text_digest, item.group)
-            prompts.setdefault(item.payload.text_digest, {})[item.payload.prompt] = None
-        total = sum(len(texts) for texts in prompts.values())
-        with self._stage("text", total):
-            done = 0
-            for digest, texts in prompts.items():
-                backbone = self._config.backbones[backbones[digest]]
-                encode_prompts(self._run.storage, backbone, digest, list(texts), self._config.engine)
-                done += len(texts)
-                self._progress(StageAdvanced("text", done, total))
-
-    def _score(self, videos: Sequence[Item]) -> None:
-        with self._stage("scoring", len(videos)):
-            outcome = score_pending(self._run, self._config, self._progress, items=videos)
-        self._videos_scored += outcome.scored
-        for path, reason in outcome.failures.items():
-            self._progress(Notice(f"{path} could not be scored: {reason}", warning=True))
-
-    @contextmanager
-    def _stage(self, stage: Stage, total: int) -> Iterator[None]:
-        began = time.monotonic()
-        self._progress(StageBegan(stage, total))
-        yield
-        self._progress(StageEnded(stage, time.monotonic() - began))
-
-    def _progress(self, event: Event) -> None:
-        if isinstance(event, RolloutFinished):
-            self._commits_made += len(event.horizons)
+    def report(self, event: Event) -> None:
+        """Count what waves beside the rollouts have scored."""
         if isinstance(event, VideosScored):
             self._videos_scored += event.videos
-        self._show(event)
+        super().report(event)
+
+    def _prepare(self) -> None:
+        """Check and grow the run directory, and find out what is open."""
+        if not self.storage.probe().create_only:
+            self.warn(f"{self._run.uri} does not honour create-only writes: let one driver work at a time")
+        inventory = self._run.inventory()
+        self._pending = pending = pending_rollouts(self._identity, inventory, self._history_bytes())
+        if pending.tasks:
+            # Before the run knows the digests of files that no rollout could load.
+            refuse_misfits(self._config)
+        self._run.ensure(self._identity)
+        self._run.refuse_foreign_commits(self._identity, inventory)
+        store_config(self._run, self._config)
+        for state in pending.invalid:
+            kept = self._run.set_aside(state.path)
+            self.warn(f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again")
+        self.report(
+            RunPlanned(
+                uri=self._run.uri,
+                commits_total=pending.commits_total,
+                commits_done=pending.commits_total - pending.commits_open,
+                rollouts_to_do=len(pending.tasks),
+                blocks_to_do=pending.blocks,
+            )
+        )
+
+    def _history_bytes(self) -> Callable[[str, str, int], int]:
+        backbones = self._config.backbones
+        methods = {name: resolve_method(section) for name, section in self._config.methods.items()}
+
+        @cache
+        def need(backbone: str, method: str, latent_frames: int) -> int:
+            return history_bytes(backbones[backbone], methods[method], latent_frames)
+
+        return need
+
+    def _encode_prompts(self, tasks: Sequence[Task[RolloutTask]]) -> list[Task[RolloutTask]]:
+        """Store the text features of every distinct open prompt, once per text encoder.
+
+        Returns the rollouts whose prompt could be encoded; the others are missing.
+        """
+        wanted = {(task.payload.text_digest, task.payload.prompt): task for task in reversed(tasks)}
+        by_encoder: dict[str, list[str]] = {}
+        for digest, prompt in reversed(wanted):
+            by_encoder.setdefault(digest, []).append(prompt)
+        texts = [
+            Task(
+                key=embedding_path(digest, prompt),
+                payload=TextTask(wanted[digest, prompt].group, digest, prompt),
+                order=order,
+                group=digest,
+                name=f"prompt {wanted[digest, prompt].payload.rollout.prompt_id} of {wanted[digest, prompt].group}",
+            )
+            for digest, prompts in by_encoder.items()
+            for order, prompt in enumerate(without_features(self.storage, digest, prompts))
+        ]
+        if not texts:
+            return list(tasks)
+        # One worker: it reads the encoder (11 GB for umT5-xxl) once.
+        failed = self.run_stage(
+            TextStage(self.storage, self._config.backbones, self.engine), texts, size=PoolSize(1, 1)
+        )
+        lost = {(text.payload.text_digest, text.payload.prompt) for text in failed}
+        for task in tasks:
+            if (task.payload.text_digest, task.payload.prompt) in lost:
+                self.missing[task.title] = "its prompt could not be encoded"
+        return [task for task in tasks if task.title not in self.missing]
+
+    def _roll_out(self, tasks: Sequence[Task[RolloutTask]]) -> None:
+        with scoring_waves(self._run, self._config, self.report) as relay:
+            self.run_stage(RolloutStage.of(self._run, self._config), tasks, listener=relay)

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lrag_ray.events import Notice, Progress, silent
+from lrag_ray.events import Listener, Notice, silent
 from lrag_ray.pipelines.lease import keep_lease
 from lrag_ray.store.gc import Leftover, find_leftovers, remove_leftovers
 from lrag_ray.store.lease import holder
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 _LEASE_TTL_S = 120.0
 
@@ -37,12 +37,12 @@ class GcOutcome:
 
 
 def collect_garbage(
-    run: RunDirectory,
+    run: RolloutRun,
     *,
     remove: bool = False,
     older_than_s: float = 3600,
     unfinished: bool = False,
-    progress: Progress = silent,
+    listener: Listener = silent,
 ) -> GcOutcome:
     """List the leftovers of a run, or remove them.
 
@@ -51,7 +51,7 @@ def collect_garbage(
     """
     run.require()
     if remove:
-        with keep_lease(run.storage, "gc", ttl_s=_LEASE_TTL_S, progress=progress):
+        with keep_lease(run.storage, "gc", ttl_s=_LEASE_TTL_S, listener=listener):
             found = find_leftovers(run, older_than_s=older_than_s, unfinished=unfinished)
             remove_leftovers(run, found.found)
     else:
@@ -59,9 +59,9 @@ def collect_garbage(
         at_work = holder(run.storage)
         if at_work is not None and not at_work.is_free:
             text = f"{at_work} may be at work on the run: some of this may be its own"
-            progress(Notice(text, warning=True))
+            listener(Notice(text, warning=True))
     for note in found.notes:
-        progress(Notice(note, warning=True))
+        listener(Notice(note, warning=True))
     return GcOutcome(
         uri=run.uri,
         removed=remove,

@@ -2,7 +2,7 @@
 
 Example::
 
-    with keep_lease(run.storage, "run", ttl_s=60, progress=progress):
+    with keep_lease(run.storage, "run", ttl_s=60, listener=listener):
         ...  # LeaseError out of the block as soon as another driver has taken over
 """
 
@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from lrag_ray.errors import LeaseError, StorageError
-from lrag_ray.events import Notice, Progress
+from lrag_ray.events import Listener, Notice
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import BEATS_PER_TTL, Lease, new_record, take_lease
 
@@ -28,14 +28,14 @@ STOP_WITHIN_S = 60.0
 
 
 @contextmanager
-def keep_lease(storage: Storage, command: str, *, ttl_s: float, progress: Progress) -> Iterator[None]:
+def keep_lease(storage: Storage, command: str, *, ttl_s: float, listener: Listener) -> Iterator[None]:
     """Hold the lease of a run for the time of the block and give it back at its end, however it ends.
 
     Raises LeaseError before the block if another driver is at work, and out of the block if another driver took over
     or if the lease could not be renewed for `ttl_s`. That interrupts the thread that entered the block as Ctrl-C
     would. Nothing is waited for unless the last holder's end cannot be told; then up to its `ttl_s`.
     """
-    keeper = _Keeper(take_lease(storage, new_record(command, ttl_s), lambda text: progress(Notice(text))), ttl_s)
+    keeper = _Keeper(take_lease(storage, new_record(command, ttl_s), lambda text: listener(Notice(text))), ttl_s)
     keeper.start()
     try:
         yield
@@ -49,7 +49,7 @@ def keep_lease(storage: Storage, command: str, *, ttl_s: float, progress: Progre
                 keeper.lease.release()
             except StorageError as error:
                 text = f"the lease could not be given back, so the next start may wait {ttl_s:g} s: {error}"
-                progress(Notice(text, warning=True))
+                listener(Notice(text, warning=True))
     if keeper.lost is not None:
         raise LeaseError(keeper.lost)
 

@@ -11,7 +11,7 @@ from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import INTERRUPTED, ConfigError
-from lrag_ray.events import Notice, Progress, StageBegan, StageEnded, silent
+from lrag_ray.events import Notice, Listener, StageBegan, StageEnded, silent
 from lrag_ray.pipelines.scoring import (
     ScoringOutcome,
     check_scoring,
@@ -21,7 +21,7 @@ from lrag_ray.pipelines.scoring import (
 )
 from lrag_ray.report.build import report
 from lrag_ray.scoring.vbench_long.rows import Mode
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def is_run(address: str) -> bool:
         place = Path(address).expanduser()
         if place.exists() and not place.is_dir():
             return False
-    return RunDirectory(address).read() is not None
+    return RolloutRun(address).read() is not None
 
 
-def score_run(config: RunConfig, *, progress: Progress = silent) -> RunScores:
+def score_run(config: RunConfig, *, progress: Listener = silent) -> RunScores:
     """Score what the run at ``run.uri`` has committed with ``config.scoring``, and write its report again.
 
     Raises StorageError where there is no run; ConfigError for suite none; WeightsError for networks that are missing;
@@ -64,7 +64,7 @@ def score_run(config: RunConfig, *, progress: Progress = silent) -> RunScores:
     scoring = config.scoring
     if scoring.suite == "none":
         raise ConfigError("scoring.suite is none: choose one with --suite preview or --suite vbench_long")
-    run = RunDirectory(config.run.uri, config.storage)
+    run = RolloutRun(config.run.uri, config.storage)
     run.require()
     check_scoring(run, config)
     mode = scoring.mode if scoring.suite == "vbench_long" else None

@@ -21,7 +21,7 @@ from lrag_ray.config.videos import VideosConfig
 from lrag_ray.engine.fan_out import FanOut, Item
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import INTERRUPTED, ConfigError
-from lrag_ray.events import Notice, Progress, StageBegan, StageEnded, silent
+from lrag_ray.events import Notice, Listener, StageBegan, StageEnded, silent
 from lrag_ray.pipelines.scoring import ScoringOutcome, collect, each_worker, worker_count
 from lrag_ray.pipelines.video_list import ListedVideo, VideoList, list_videos
 from lrag_ray.report.csv_text import csv_text
@@ -104,7 +104,7 @@ def score_videos(
     *,
     manifest: str | None = None,
     to: str | None = None,
-    progress: Progress = silent,
+    progress: Listener = silent,
 ) -> VideoScores:
     """Score the videos at `target` (folder, file, glob, or address of a bucket) into the folder or address `to`.
 
@@ -156,7 +156,7 @@ def score_videos(
     )
 
 
-def _score(listed: VideoList, config: VideosConfig, out: Storage, progress: Progress) -> ScoringOutcome:
+def _score(listed: VideoList, config: VideosConfig, out: Storage, progress: Listener) -> ScoringOutcome:
     scoring = config.scoring
     present = out.list_files(scoring.mode)
     tasks = [_task(video, scoring.mode, scoring.dimensions) for video in listed.videos if video.stamp]

@@ -12,15 +12,15 @@ from functools import partial
 
 from lrag_ray.config.schema import EngineSection, RunConfig, ScoringSection
 from lrag_ray.engine.fan_out import FanOut, Item, Work, Workers
-from lrag_ray.engine.sizing import WorkerShape, draining_nodes, cannot_grow, usable_nodes
+from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError
-from lrag_ray.events import Notice, Progress, StageAdvanced, silent
+from lrag_ray.events import Notice, Listener, StageAdvanced, silent
 from lrag_ray.scoring.preview import worker as preview
 from lrag_ray.scoring.preview.measures import PREVIEW
 from lrag_ray.scoring.vbench_long import pending as vbench
 from lrag_ray.scoring.vbench_long.parquet import folder
 from lrag_ray.scoring.vbench_long.worker import VbenchWork
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Wave:
     """Items, by key, that it leaves to the last wave."""
 
 
-def check_scoring(run_dir: RunDirectory, config: RunConfig) -> None:
+def check_scoring(run_dir: RolloutRun, config: RunConfig) -> None:
     """WeightsError or ConfigError, before anything is computed, for what would keep the suite from scoring."""
     if config.scoring.suite == "vbench_long":
         vbench.refuse_mixture(run_dir.storage, folder(config.scoring.mode), config.scoring)
@@ -60,7 +60,7 @@ def refuse_without_room(config: RunConfig) -> None:
         worker_count(config.scoring, config.engine, silent)
 
 
-def pending_scores(run_dir: RunDirectory, config: RunConfig, *, settled: bool = False) -> Sequence[Item]:
+def pending_scores(run_dir: RolloutRun, config: RunConfig, *, settled: bool = False) -> Sequence[Item]:
     """What is committed and not scored; with `settled` what no later commit of its rollout will replace.
 
     Raises StorageError if the run cannot be listed.
@@ -75,7 +75,7 @@ def pending_scores(run_dir: RunDirectory, config: RunConfig, *, settled: bool = 
 
 
 def set_aside_damaged(
-    run_dir: RunDirectory, config: RunConfig, damaged: Collection[str], progress: Progress = silent
+    run_dir: RolloutRun, config: RunConfig, damaged: Collection[str], progress: Listener = silent
 ) -> dict[str, str]:
     """Rename score files of the configured suite that cannot be read, so that the next start scores their videos again.
 
@@ -94,9 +94,9 @@ def set_aside_damaged(
 
 
 def score_pending(
-    run_dir: RunDirectory,
+    run_dir: RolloutRun,
     config: RunConfig,
-    progress: Progress = silent,
+    progress: Listener = silent,
     *,
     items: Sequence[Item] | None = None,
     wave: Wave | None = None,
@@ -121,7 +121,7 @@ def score_pending(
     return collect(fan_out, len(items), progress)
 
 
-def collect(fan_out: FanOut, total: int, progress: Progress) -> ScoringOutcome:
+def collect(fan_out: FanOut, total: int, progress: Listener) -> ScoringOutcome:
     """Iterate to the end."""
     scored, failures = 0, {}
     for done, result in enumerate(fan_out, start=1):
@@ -132,7 +132,7 @@ def collect(fan_out: FanOut, total: int, progress: Progress) -> ScoringOutcome:
     return ScoringOutcome(scored, failures)
 
 
-def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Progress) -> int:
+def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Listener) -> int:
     """How many workers to have: what the configuration says, else as many as fit the cluster. Needs Ray.
 
     Raises ClusterError where not one fits and no node can join; where one can, that is told and waited for.
@@ -156,7 +156,7 @@ def each_worker(scoring: ScoringSection, count: int = 1) -> Workers:
     return Workers(count, scoring.cpus_per_worker, scoring.gpus_per_worker if scoring.suite == "vbench_long" else 0)
 
 
-def _maker(run_dir: RunDirectory, config: RunConfig) -> Callable[[], Work]:
+def _maker(run_dir: RolloutRun, config: RunConfig) -> Callable[[], Work]:
     if config.scoring.suite == "vbench_long":
         return partial(VbenchWork, run_dir.storage, run_dir.storage, config.scoring)
     return partial(preview.PreviewWork, run_dir.storage)

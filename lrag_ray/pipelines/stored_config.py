@@ -12,12 +12,12 @@ from lrag_ray.config.load import complete
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.source import parse_document
 from lrag_ray.errors import ConfigError
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 CONFIG_FILE = "config.json"
 
 
-def store_config(run: RunDirectory, config: RunConfig) -> None:
+def store_config(run: RolloutRun, config: RunConfig) -> None:
     """Keep `config`, whose paths are absolute, as the run's last one."""
     run.storage.write(CONFIG_FILE, config.model_dump_json(indent=1).encode())
 
@@ -29,7 +29,7 @@ def stored_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
         StorageError: there is no run at `uri`.
         ConfigError: the run has no configuration, or one that this version does not understand.
     """
-    run = RunDirectory(uri)
+    run = RolloutRun(uri)
     run.require()
     name = f"{run.uri}/{CONFIG_FILE}"
     try:

@@ -28,17 +28,17 @@ from lrag_ray.events import (
     AttemptFailed,
     Event,
     Notice,
-    Progress,
-    RolloutFinished,
-    RolloutStarted,
-    RolloutYielded,
+    Listener,
+    TaskFinished,
+    TaskStarted,
+    TaskYielded,
     StageAdvanced,
     VideosScored,
     WorkerLost,
 )
 from lrag_ray.pipelines.scoring import Wave, each_worker, score_pending
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 FIRST_AFTER_S = 30.0
 """From the first rollout that began: by then the others have their places."""
@@ -51,7 +51,7 @@ _HALT_WITHIN_S = 10.0
 
 
 @contextmanager
-def scoring_waves(run: RunDirectory, config: RunConfig, progress: Progress) -> Iterator[Progress]:
+def scoring_waves(run: RolloutRun, config: RunConfig, progress: Listener) -> Iterator[Listener]:
     """Score in the background for the time of the block; the yielded receiver must get the events of the rollouts.
 
     It passes them on, after what waves have to tell: `progress` is called in the caller's thread only.
@@ -73,7 +73,7 @@ class RolloutWatch:
     """What the rollout stage holds, from its events."""
 
     def __init__(self) -> None:
-        self._busy: dict[str, RolloutId] = {}
+        self._busy: dict[str, str] = {}
         self._most_busy = 0
         self._open: int | None = None
         self.began_s: float | None = None
@@ -84,16 +84,16 @@ class RolloutWatch:
     def take(self, event: Event) -> None:
         """Take an event in."""
         match event:
-            case RolloutStarted():
+            case TaskStarted():
                 self.began_s = self.began_s or time.monotonic()
-                self._busy[event.worker] = event.rollout
+                self._busy[event.worker] = event.task
                 self._most_busy = max(self._most_busy, len(self._busy))
-            case RolloutFinished(rollout=rollout):
+            case TaskFinished(task=task):
                 self.finished += 1
-                self._land(rollout)
+                self._land(task)
             case AttemptFailed(failure):
-                self._land(failure.rollout)
-            case RolloutYielded() | WorkerLost():
+                self._land(failure.task)
+            case TaskYielded() | WorkerLost():
                 self._busy.pop(event.worker, None)
             case StageAdvanced(stage="rollouts"):
                 self._open = event.total - event.done
@@ -104,14 +104,14 @@ class RolloutWatch:
         wanted = self._most_busy if self._open is None else min(self._most_busy, self._open)
         return max(0, wanted - len(self._busy))
 
-    def _land(self, rollout: RolloutId) -> None:
-        self._busy = {worker: at for worker, at in self._busy.items() if at != rollout}
+    def _land(self, task: str) -> None:
+        self._busy = {worker: at for worker, at in self._busy.items() if at != task}
 
 
 class _Waves:
-    def __init__(self, run: RunDirectory, config: RunConfig, progress: Progress) -> None:
+    def __init__(self, run: RolloutRun, config: RunConfig, progress: Listener) -> None:
         # A client of its own: the driver's is used by the driver's thread meanwhile.
-        self._run = RunDirectory(run.storage.address, run.storage.options)
+        self._run = RolloutRun(run.storage.address, run.storage.options)
         self._config = config
         self._progress = progress
         self._watch = RolloutWatch()

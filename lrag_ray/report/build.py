@@ -16,7 +16,7 @@ from lrag_ray.report.tables import terminal_tables, warnings
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.scoring.vbench_long.rows import Mode
 from lrag_ray.store.address import Storage
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 SUMMARY = "summary"
 """Folder of the report of one run, relative to the run."""
@@ -50,7 +50,7 @@ class Report:
         return list(terminal_tables(self.data))
 
 
-def build_report(run_dir: RunDirectory, *, strips: int = STRIPS) -> Report:
+def build_report(run_dir: RolloutRun, *, strips: int = STRIPS) -> Report:
     """Write the summary of a run from what its storage holds; the same storage gives the same files.
 
     Raises:
@@ -60,7 +60,7 @@ def build_report(run_dir: RunDirectory, *, strips: int = STRIPS) -> Report:
 
 
 def report(
-    run_dirs: Sequence[RunDirectory],
+    run_dirs: Sequence[RolloutRun],
     *,
     to: str | None = None,
     suite: str | None = None,

@@ -18,7 +18,7 @@ from lrag_ray.scoring.table import Suite
 from lrag_ray.scoring.vbench_long.rows import Mode
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import RunStatus, run_status
 from lrag_ray.store.videos import CommittedVideo, committed_videos
 
@@ -27,7 +27,7 @@ from lrag_ray.store.videos import CommittedVideo, committed_videos
 class Source:
     """One of the runs."""
 
-    run_dir: RunDirectory
+    run_dir: RolloutRun
     status: RunStatus
 
 
@@ -35,7 +35,7 @@ class Source:
 class ShownRollout:
     """A rollout that has videos."""
 
-    run_dir: RunDirectory
+    run_dir: RolloutRun
     """Where they lie."""
     videos: Sequence[CommittedVideo]
     """Shortest duration first."""
@@ -111,7 +111,7 @@ class ReportData:
 
 
 def collect(
-    run_dirs: Sequence[RunDirectory], suite: str | None = None, mode: Mode | None = None, *, must_have: bool = False
+    run_dirs: Sequence[RolloutRun], suite: str | None = None, mode: Mode | None = None, *, must_have: bool = False
 ) -> ReportData:
     """Read one run, or several as one; without `suite` and `mode` the scores that compare best are shown.
 

@@ -10,7 +10,7 @@ from lrag_ray.context.trace import TraceRow
 from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.store.parts import BrokenPartError, read_trace
 from lrag_ray.store.records import Commit, RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 _ADDRESS = re.compile(
     r"^(?P<run>.+)/rollouts/(?P<backbone>[^/]+)/(?P<method>[^/]+)/(?P<prompt>[^/]+)-(?P<sample>\d+)/?$"
@@ -37,7 +37,7 @@ def inspect_rollout(address: str) -> InspectedRollout:
             f"{redact(address)!r} is no rollout: expected RUN/rollouts/<backbone>/<method>/<prompt_id>-<sample>, as "
             "`lrag-ray run` lays them out"
         )
-    run_dir = RunDirectory(match["run"])
+    run_dir = RolloutRun(match["run"])
     identity = run_dir.require()
     rollout = RolloutId(
         backbone=match["backbone"], method=match["method"], prompt_id=match["prompt"], sample=int(match["sample"])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lrag_ray.errors import IdentityError
 from lrag_ray.store.identity import RunIdentity, grown
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 _MOST_SHOWN = 10
 
@@ -20,7 +20,7 @@ class MergedIdentity(NamedTuple):
     """Methods that any of the runs has for a backbone: those that are compared there."""
 
 
-def merged_identity(run_dirs: Sequence[RunDirectory]) -> MergedIdentity:
+def merged_identity(run_dirs: Sequence[RolloutRun]) -> MergedIdentity:
     """The union of the runs' backbones, methods, prompts and durations.
 
     Raises:

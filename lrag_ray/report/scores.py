@@ -19,7 +19,7 @@ from lrag_ray.scoring.vbench_long.measures import NAME as VBENCH_LONG
 from lrag_ray.scoring.vbench_long.parquet import folder
 from lrag_ray.scoring.vbench_long.rows import Mode
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import CommittedVideo
 
 MODES: tuple[Mode, ...] = ("compat", "direct")
@@ -73,7 +73,7 @@ class SuiteChoice(NamedTuple):
 
 
 def choose_suite(
-    run_dirs: Sequence[RunDirectory], name: str | None, mode: Mode | None, *, must_have: bool = False
+    run_dirs: Sequence[RolloutRun], name: str | None, mode: Mode | None, *, must_have: bool = False
 ) -> tuple[SuiteChoice, list[str]]:
     """What to show, and what else there is to show.
 
@@ -110,7 +110,7 @@ def choose_suite(
 
 
 def add_preview_scores(
-    scores: Scores, run_dir: RunDirectory, videos: Mapping[RolloutId, Sequence[CommittedVideo]]
+    scores: Scores, run_dir: RolloutRun, videos: Mapping[RolloutId, Sequence[CommittedVideo]]
 ) -> None:
     """Add a run's preview scores, in the order of `videos`; rows of videos that were since replaced are left out."""
     order = {

@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.actor import make_reproducible
-from lrag_ray.engine.oom import Place, this_place
+from lrag_ray.config.schema import BackboneConfig, EngineSection, StorageSection, VideoSection
 from lrag_ray.errors import WeightsError
 from lrag_ray.stages.backbone import device_for, load_vae, pixels_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos, put_video, value_bytes
+from lrag_ray.stages.numerics import make_reproducible
+from lrag_ray.stages.spec import Host, Outcome, Refused, Resources, Result, Stage, Task, WorkerState, Yielded
 from lrag_ray.store.decoded import decode_settings, decoded_folder, record_path
 from lrag_ray.store.parts import BrokenPartError, read_latents
 from lrag_ray.store.records import Commit, DecodedVideo, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.video.mp4 import Mp4Writer
 from lrag_ray.wan.vae import WanVae
 
 _FRAMES_AT_A_TIME = 3
 """Latent frames per push: bounds the pixels in memory; the result does not depend on it."""
-
-
-@dataclass(frozen=True)
-class DecodeSpec:
-    """What every actor is told."""
-
-    uri: str
-    """Address of the run, credentials included: never shown."""
-    config: RunConfig
 
 
 @dataclass(frozen=True)
@@ -48,47 +40,72 @@ class DecodeTask:
 
 
 @dataclass(frozen=True)
-class DecodeResult:
-    """What an attempt did."""
+class DecodeStage(Stage[DecodeTask]):
+    """Videos from stored latents.
 
-    horizons: tuple[int, ...]
-    """Latent frames of the videos that are there now."""
-    problem: str | None
-    """Why the others cannot be made, or None."""
+    Needs what a rollout worker needs, without a history. Set up: torch's numerics; a VAE is loaded with its first
+    video. Does: one rollout, decoded once for all its horizons. Returns: `Result` with the videos that exist now, or
+    `Refused` where the latents are not those that were committed.
+    """
+
+    name = "decode"
+
+    uri: str
+    """Address of the run, credentials included: never shown."""
+    storage: StorageSection
+    backbones: Mapping[str, BackboneConfig]
+    video: VideoSection
+    engine: EngineSection
+
+    @property
+    def resources(self) -> Resources:
+        """As the engine section says."""
+        return Resources(self.engine.cpus_per_actor, self.engine.gpus_per_actor)
+
+    def open(self, host: Host) -> DecodeWorker:
+        """Set torch up."""
+        return DecodeWorker(self, host)
+
+    def progress(self, task: Task[DecodeTask]) -> int:
+        """Files that the rollout's decodes have left."""
+        folder = decoded_folder(task.payload.settings, task.payload.commits[0].rollout)
+        return len(RolloutRun(self.uri, self.storage).storage.list_files(folder))
 
 
-class DecodeActor:
-    """Needs: `engine.cpus_per_actor` CPUs and `engine.gpus_per_actor` GPUs. Does: one rollout at a time."""
+class DecodeWorker:
+    """Keeps the VAE that it loaded last."""
 
-    def __init__(self, spec: DecodeSpec, name: str) -> None:
-        make_reproducible(spec.config.engine)
-        self._run = RunDirectory(spec.uri, spec.config.storage)
-        self._config = spec.config
-        self._device = device_for(spec.config.engine.gpus_per_actor)
+    def __init__(self, stage: DecodeStage, host: Host) -> None:
+        make_reproducible(stage.engine.threads_per_actor)
+        self._stage = stage
+        self._host = host
+        self._run = RolloutRun(stage.uri, stage.storage)
+        self._device = device_for(stage.resources.gpus)
         self._backbone = ""
         self._vae: WanVae | None = None
 
-    def ready(self) -> Place:
-        """Return where the actor lives when it can work."""
-        return this_place()
-
-    def work(self, task: DecodeTask, attempt: str) -> DecodeResult:
+    def work(self, payload: DecodeTask, attempt: str) -> Outcome:
         """Make the video of every commit of the task.
 
-        Latents that are not what the commits say end the task with a problem, after the videos that come before.
+        Latents that are not what the commits say refuse the task, after the videos that come before.
         """
-        there = self._run.storage.list_files(decoded_folder(task.settings, task.commits[0].rollout))
-        commits = {c.latent_frames: c for c in task.commits if _record_path(task, c) not in there}
+        make_reproducible(self._stage.engine.threads_per_actor)
+        began = time.perf_counter()
+        there = self._run.storage.list_files(decoded_folder(payload.settings, payload.commits[0].rollout))
         # An attempt that died may have left some.
-        made = [commit.latent_frames for commit in task.commits if commit.latent_frames not in commits]
+        commits = {c.latent_frames: c for c in payload.commits if _record_path(payload, c) not in there}
+        made = len(payload.commits) - len(commits)
         if not commits:
-            return DecodeResult(tuple(made), None)
-        vae = self._held_vae(task)
-        digest, end = hashlib.sha256(), 0
+            return Result(made=made)
+        vae = self._held_vae(payload)
+        title, digest, end = payload.commits[0].rollout.path, hashlib.sha256(), 0
         with scratch_folder() as scratch:
-            videos = HorizonVideos(scratch, vae, list(commits), self._config.video)
+            videos = HorizonVideos(scratch, vae, list(commits), self._stage.video)
             try:
-                for part in task.commits[-1].latent_parts:
+                for part in payload.commits[-1].latent_parts:
+                    if self._host.must_leave():
+                        return Yielded("its node is about to be taken away; finished videos are stored")
+                    self._host.report(WorkerState(title, end, payload.commits[-1].latent_frames, "decoding"))
                     latents = read_latents(self._run.storage, part)
                     digest.update(value_bytes(latents))
                     for piece in latents.split(_FRAMES_AT_A_TIME):
@@ -97,23 +114,23 @@ class DecodeActor:
                     if commit := commits.get(end):
                         if digest.hexdigest() != commit.latents_digest:
                             raise BrokenPartError(f"the first {end} latent frames are not those that were committed")
-                        self._store(task, commit, videos.finish(end), attempt)
-                        made.append(end)
+                        self._store(payload, commit, videos.finish(end), attempt)
+                        made += 1
             except BrokenPartError as error:
-                return DecodeResult(tuple(made), str(error))
+                return Refused(str(error), made)
             finally:
                 videos.abort()
-        return DecodeResult(tuple(made), None)
+        return Result(made=made, seconds=time.perf_counter() - began)
 
     def _held_vae(self, task: DecodeTask) -> WanVae:
-        """The VAE of the task's backbone; one at a time lies in memory."""
+        """The VAE of the task's backbone; one at a time is in memory."""
         name = task.commits[0].rollout.backbone
         if self._vae is None or name != self._backbone:
-            backbone = self._config.backbones[name]
-            if decode_settings(pixels_identity(backbone), self._config.video.model_dump()) != task.settings:
+            backbone = self._stage.backbones[name]
+            if decode_settings(pixels_identity(backbone), self._stage.video.model_dump()) != task.settings:
                 raise WeightsError(
                     f"backbones.{name}.vae: the file on node {platform.node()} is not the one on the node that started "
-                    "this. Mend: put the same file on every node"
+                    "this. Put the same file on every node"
                 )
             self._backbone, self._vae = name, None
             self._vae = load_vae(backbone, self._device)
@@ -127,7 +144,7 @@ class DecodeActor:
             latents_digest=commit.latents_digest,
             video=put_video(self._run.storage, writer.path, folder),
             frames=writer.frames,
-            fps=self._config.video.fps,
+            fps=self._stage.video.fps,
             settings=dict(task.settings),
             device_kind=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
             created_at=now_utc(),

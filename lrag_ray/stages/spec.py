@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from lrag_ray.errors import LragError
+from lrag_ray.store.records import FailureRecord
 
 Payload = TypeVar("Payload")
 PayloadIn = TypeVar("PayloadIn", contravariant=True)
@@ -164,3 +165,7 @@ class Stage(ABC, Generic[Payload]):
         A death that brought progress does not count as an attempt. Raises StorageError where it cannot be read.
         """
         return 0
+
+    def ends_with(self, failure: FailureRecord) -> LragError | None:
+        """After a task was quarantined: an error that ends the whole stage, or None to go on with the other tasks."""
+        return None

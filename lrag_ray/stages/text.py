@@ -6,9 +6,9 @@ Rollout actors never load the text encoder (umT5-xxl takes 11 GB); they read fea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import ray
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -16,12 +16,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lrag_ray.config.schema import BackboneConfig, EngineSection
-from lrag_ray.engine.failures import WORKER_LOST, explain
 from lrag_ray.errors import ClusterError, LragError
 from lrag_ray.stages.backbone import device_for, load_text
+from lrag_ray.stages.numerics import make_reproducible
+from lrag_ray.stages.spec import Host, Resources, Result, Stage, Task, WorkerState, Yielded
 from lrag_ray.store.address import Storage
+from lrag_ray.store.records import FailureRecord
+from lrag_ray.wan.text import TextEncoder
 
-_RETRIES_AFTER_DEATH = 3
 _READ_AT_ONCE = 64
 """Prompts whose features are read side by side to see whether they are whole; each may take 4 MB."""
 
@@ -51,57 +53,93 @@ def _features(data: bytes) -> Tensor | None:
     return rows
 
 
-def encode_prompts(
-    storage: Storage, backbone: BackboneConfig, text_digest: str, prompts: Sequence[str], engine: EngineSection
-) -> None:
-    """Encode and store those of `prompts` that are not stored, in a Ray task.
-
-    Death of the worker is retried: encoding is idempotent. Raises the task's own LragError where it had one, and
-    ClusterError where its workers die or have too little memory.
-    """
-    missing = [prompt for batch in _batches(prompts) for prompt in _without_features(storage, text_digest, batch)]
-    if not missing:
-        return
-    task = ray.remote(encode_and_store).options(
-        num_cpus=engine.cpus_per_actor, num_gpus=engine.gpus_per_actor, max_retries=_RETRIES_AFTER_DEATH
-    )
-    try:
-        ray.get(task.remote(storage, backbone, text_digest, missing, engine))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LragError):
-            raise error.cause from error
-        trouble = explain(error)
-        if trouble.kind == "out_of_memory":
-            raise ClusterError(f"the prompts cannot be encoded: {trouble.reason}") from error
-        raise
-    except WORKER_LOST as error:
-        raise ClusterError(
-            f"the prompts cannot be encoded: {_RETRIES_AFTER_DEATH + 1} workers in a row died at it; the last: "
-            f"{explain(error).reason}. The same command continues"
-        ) from error
+def without_features(storage: Storage, text_digest: str, prompts: Sequence[str]) -> list[str]:
+    """Those of `prompts` whose features are missing or damaged."""
+    return [prompt for batch in _batches(prompts) for prompt in _missing(storage, text_digest, batch)]
 
 
 def _batches(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
     return (prompts[first : first + _READ_AT_ONCE] for first in range(0, len(prompts), _READ_AT_ONCE))
 
 
-def _without_features(storage: Storage, text_digest: str, prompts: Sequence[str]) -> list[str]:
+def _missing(storage: Storage, text_digest: str, prompts: Sequence[str]) -> list[str]:
     paths = {prompt: embedding_path(text_digest, prompt) for prompt in prompts}
     stored = storage.read_many(list(paths.values()))
     return [prompt for prompt, path in paths.items() if path not in stored or _features(stored[path]) is None]
 
 
-def encode_and_store(
-    storage: Storage, backbone: BackboneConfig, text_digest: str, prompts: Sequence[str], engine: EngineSection
-) -> None:
-    """Encode `prompts` and store their features."""
-    torch.set_num_threads(engine.threads_per_actor)
-    encoder = load_text(backbone, device_for(engine.gpus_per_actor))
-    for prompt in prompts:
-        (rows,) = encoder.encode([prompt])
+@dataclass(frozen=True)
+class TextTask:
+    """A prompt to encode."""
+
+    backbone: str
+    """Whose text encoder; backbones with equal encoders share features."""
+    text_digest: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class TextStage(Stage[TextTask]):
+    """Text features of prompts.
+
+    Needs what a rollout worker needs. Set up: nothing; the encoder is loaded with the first prompt. Does: encodes one
+    prompt and stores its features. Returns: `Result`.
+    """
+
+    name = "text"
+    fatal = (LragError,)
+
+    storage: Storage
+    backbones: Mapping[str, BackboneConfig]
+    engine: EngineSection
+
+    @property
+    def resources(self) -> Resources:
+        """As the engine section says."""
+        return Resources(self.engine.cpus_per_actor, self.engine.gpus_per_actor)
+
+    def open(self, host: Host) -> TextWorker:
+        """Never fails."""
+        return TextWorker(self, host)
+
+    def progress(self, task: Task[TextTask]) -> int:
+        """1 once the features are stored."""
+        return int(read_embedding(self.storage, task.payload.text_digest, task.payload.prompt) is not None)
+
+    def ends_with(self, failure: FailureRecord) -> LragError | None:
+        """Workers that die or run out of memory do so for every prompt."""
+        if failure.kind not in ("death", "out_of_memory"):
+            return None
+        return ClusterError(f"the prompts cannot be encoded: {failure.reason}. The same command continues")
+
+
+class TextWorker:
+    """Keeps the text encoder that it loaded last."""
+
+    def __init__(self, stage: TextStage, host: Host) -> None:
+        self._stage = stage
+        self._host = host
+        self._digest = ""
+        self._encoder: TextEncoder | None = None
+
+    def work(self, payload: TextTask, attempt: str) -> Result | Yielded:
+        """Encode a prompt, unless its features are stored."""
+        if self._host.must_leave():
+            return Yielded("its node is about to be taken away")
+        make_reproducible(self._stage.engine.threads_per_actor)
+        encoder = self._held(payload)
+        (rows,) = encoder.encode([payload.prompt])
         rows = rows.cpu().contiguous()
         data = save_safetensors({"rows": rows, "sha256": _checksum(rows)})
-        storage.write(embedding_path(text_digest, prompt), data)
+        self._stage.storage.write(embedding_path(payload.text_digest, payload.prompt), data)
+        return Result()
+
+    def _held(self, payload: TextTask) -> TextEncoder:
+        if self._encoder is None or payload.text_digest != self._digest:
+            self._digest, self._encoder = payload.text_digest, None
+            self._host.report(WorkerState(payload.text_digest[:12], 0, 1, "loading"))
+            self._encoder = load_text(self._stage.backbones[payload.backbone], device_for(self._stage.resources.gpus))
+        return self._encoder
 
 
 def _checksum(rows: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from lrag_ray.store.identity import JsonValue, RunIdentity, canonical_digest
 from lrag_ray.store.records import Commit, DecodedVideo, RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 FOLDER = "decoded"
 _RECORD = re.compile(rf"^({FOLDER}/[^/]+/[^/]+/[^/]+/[^/]+)/video-(\d+)\.json$")
@@ -82,7 +82,7 @@ def record_path(settings: Mapping[str, JsonValue], rollout: RolloutId, latent_fr
     return f"{decoded_folder(settings, rollout)}/video-{latent_frames}.json"
 
 
-def read_decoded(run: RunDirectory) -> DecodedVideos:
+def read_decoded(run: RolloutRun) -> DecodedVideos:
     """List the decoded videos of a run and read their records."""
     files = run.storage.list_files(FOLDER)
     records, problems = {}, {}

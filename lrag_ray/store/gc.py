@@ -20,7 +20,7 @@ from lrag_ray.store.decoded import FOLDER as DECODED
 from lrag_ray.store.decoded import DecodedVideos, read_decoded
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import Record, RolloutId
-from lrag_ray.store.run_dir import Inventory, RunDirectory, without_cycle_search
+from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
 from lrag_ray.store.uploads import abort_upload, unfinished_uploads
 
 Kind = Literal[
@@ -63,7 +63,7 @@ class Leftovers(NamedTuple):
 
 
 @without_cycle_search()
-def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) -> Leftovers:
+def find_leftovers(run: RolloutRun, *, older_than_s: float, unfinished: bool) -> Leftovers:
     """Leftovers that were last written more than `older_than_s` ago; with `unfinished` parts of open rollouts too.
 
     What commands write that hold no lease is kept for `WITHOUT_LEASE_S` at least. StorageError where there is no run,
@@ -106,7 +106,7 @@ def find_leftovers(run: RunDirectory, *, older_than_s: float, unfinished: bool) 
 
 
 def _refuse_hidden_records(
-    run: RunDirectory, leftovers: Iterable[Leftover], identity: RunIdentity, listed: Container[str]
+    run: RolloutRun, leftovers: Iterable[Leftover], identity: RunIdentity, listed: Container[str]
 ) -> None:
     """StorageError if a commit or record beside a leftover is there that was not listed: it may name the leftover.
 
@@ -127,7 +127,7 @@ def _refuse_hidden_records(
         )
 
 
-def remove_leftovers(run: RunDirectory, leftovers: Iterable[Leftover]) -> None:
+def remove_leftovers(run: RolloutRun, leftovers: Iterable[Leftover]) -> None:
     """Delete them; records first, so that nothing ever names a file that is gone."""
     files = []
     for leftover in leftovers:

@@ -181,8 +181,8 @@ class FailureRecord(Record):
 def failure_folder(stage: str, task: str) -> str:
     """Folder of a task's failure records.
 
-    ``failures/<backbone>/<method>/<prompt_id>-<sample>`` for a rollout, else ``failures/@<stage>/<digest of the title>``:
-    no backbone has a name that begins with @.
+    For a rollout ``failures/<backbone>/<method>/<prompt_id>-<sample>``, otherwise ``failures/@<stage>/<digest of the
+    title>``: no backbone has a name that begins with @.
     """
     if stage == ROLLOUTS:
         return f"failures/{task.removeprefix('rollouts/')}"

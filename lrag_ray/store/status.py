@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Literal, get_args
 
+from lrag_ray.store.failures import read_failures
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.lease import holder
-from lrag_ray.store.records import FailureRecord, Record
-from lrag_ray.store.run_dir import Inventory, RunDirectory, without_cycle_search
+from lrag_ray.store.records import ROLLOUTS, FailureRecord, Record
+from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
 
 State = Literal["done", "partial", "failed", "pending"]
 _STATES: tuple[State, ...] = get_args(State)
@@ -44,7 +45,7 @@ class RunStatus(Record):
     eta_s: float | None
     """Seconds until all cells are done at that rate, or None without a rate."""
     failures: list[FailureRecord]
-    """The last failure of each rollout that is given up."""
+    """The last failure of each quarantined task, of any stage; success clears it."""
     problems: list[str]
     """Records that do not count, with the reason; the next start makes again what commits among them named."""
     held_by: str | None
@@ -58,12 +59,14 @@ class RunStatus(Record):
 
 
 @without_cycle_search()
-def run_status(run_dir: RunDirectory) -> RunStatus:
+def run_status(run_dir: RolloutRun) -> RunStatus:
     """Status of the run at an address; StorageError where there is none."""
     identity = run_dir.require()
     inventory = run_dir.inventory()
-    failures, broken = run_dir.failures()
-    given_up = {failure.rollout.path: failure for failure in failures if failure.quarantined}
+    failures, broken = read_failures(run_dir.storage)
+    quarantined = [failure for failure in failures if failure.quarantined]
+    given_up = {failure.task: failure for failure in quarantined if failure.stage == ROLLOUTS}
+    others = {(failure.stage, failure.task): failure for failure in quarantined if failure.stage != ROLLOUTS}
     counts, unfinished = _count(identity, inventory, given_up)
     cells = [
         CellStatus(
@@ -85,13 +88,16 @@ def run_status(run_dir: RunDirectory) -> RunStatus:
         cells=cells,
         commits_per_hour=rate,
         eta_s=None if not rate else left / rate * 3600,
-        failures=[given_up[path] for path in sorted(given_up) if path in unfinished],
+        failures=[
+            *(given_up[path] for path in sorted(given_up) if path in unfinished),
+            *(others[key] for key in sorted(others)),
+        ],
         problems=[*(f"{state.path}: {state.problem}" for state in inventory.problems()), *broken],
         held_by=_held_by(run_dir),
     )
 
 
-def _held_by(run_dir: RunDirectory) -> str | None:
+def _held_by(run_dir: RolloutRun) -> str | None:
     found = holder(run_dir.storage)
     if found is None or found.is_free:
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lrag_ray.store.decoded import DecodedVideos, read_decoded
 from lrag_ray.store.records import Commit, FileRecord, RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.wan.vae import video_frames
 
 
@@ -30,7 +30,7 @@ class CommittedVideo:
     """The shortest commit that covers the duration."""
 
 
-def committed_videos(run_dir: RunDirectory) -> Iterator[CommittedVideo]:
+def committed_videos(run_dir: RolloutRun) -> Iterator[CommittedVideo]:
     """Every cell and prompt of the run that has a video, in prompt-major order.
 
     A duration that was added later may be covered by a longer commit only; its video is then the start of the longer

@@ -3,7 +3,7 @@
 Example::
 
     with told_of_waits(print):
-        run_status(RunDirectory("s3://bucket/run"))  # a store that does not answer is named after four seconds
+        run_status(RolloutRun("s3://bucket/run"))  # a store that does not answer is named after four seconds
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 
 import lrag_ray.cli.app as cli
 from lrag_ray.errors import ClusterError
+from lrag_ray.store.failures import write_failure
 from lrag_ray.store.records import FailureRecord, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.config.make import write
 from tests.store.make import make_identity, rollout_id, store_commit
 
@@ -75,9 +76,9 @@ def invoke(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def stored_run(tmp_path: Path) -> RunDirectory:
+def stored_run(tmp_path: Path) -> RolloutRun:
     """Two prompts, two horizons; one rollout is committed at both."""
-    run, identity = RunDirectory(str(tmp_path / "run")), make_identity()
+    run, identity = RolloutRun(str(tmp_path / "run")), make_identity()
     run.ensure(identity)
     for frames in (6, 12):
         store_commit(run, identity, rollout_id(), frames)
@@ -163,7 +164,7 @@ def test_wrong_usage_exits_with_2() -> None:
     assert expanded.exit_code == 2 and "must be in quotes" in expanded.stderr
 
 
-def test_status_reads_storage_alone(stored_run: RunDirectory) -> None:
+def test_status_reads_storage_alone(stored_run: RolloutRun) -> None:
     shown = invoke("status", stored_run.uri)
     assert shown.exit_code == 0 and "1.5 s" in shown.stdout
     status = json.loads(invoke("status", stored_run.uri, "--json").stdout)
@@ -172,7 +173,7 @@ def test_status_reads_storage_alone(stored_run: RunDirectory) -> None:
 
 
 def test_a_watched_status_looks_again_until_all_is_done(
-    stored_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    stored_run: RolloutRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
 
@@ -194,8 +195,9 @@ def test_the_status_of_no_run_exits_with_3(tmp_path: Path) -> None:
     assert shown.exit_code == 3 and "there is no run at this address" in shown.stderr
 
 
-def test_records_of_strangers_cannot_steer_the_terminal(stored_run: RunDirectory) -> None:
-    stored_run.record_failure(
+def test_records_of_strangers_cannot_steer_the_terminal(stored_run: RolloutRun) -> None:
+    write_failure(
+        stored_run.storage,
         FailureRecord(
             rollout=rollout_id("00001-bb"),
             rollout_key="k",
@@ -207,7 +209,7 @@ def test_records_of_strangers_cannot_steer_the_terminal(stored_run: RunDirectory
             reason="boom \x1b]0;owned\x07 [red]markup[/red]",
             traceback="",
             created_at=now_utc(),
-        )
+        ),
     )
     shown = invoke("status", stored_run.uri).stdout
     assert "\x1b" not in shown and "\x07" not in shown

@@ -6,12 +6,12 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 import lrag_ray.cli.app as cli
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.store.make import make_identity, rollout_id, store_commit
 
 
 def test_leftovers_are_shown_then_removed(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     identity = run.ensure(make_identity())
     for horizon in (6, 12):
         store_commit(run, identity, rollout_id(), horizon)

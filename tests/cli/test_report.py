@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import lrag_ray.cli.app as cli
 from lrag_ray.report import report
 from lrag_ray.store.identity import MethodIdentity
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import make_identity, make_run
 from tests.report.vbench_rows import score_run, store_frozen
 
@@ -22,7 +22,7 @@ PROMPTS = [f"fox number {i}" for i in range(6)]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     run = make_run(str(tmp_path_factory.mktemp("cli") / "run"), PROMPTS, ["base", "rag"], (12,))
     score_run(run, lambda rollout, *_: 0.9 if rollout.method == "rag" else 0.8)
     for prompt_id in run.require().prompts:
@@ -34,7 +34,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, ["report", *arguments])
 
 
-def test_tables_are_printed_and_the_page_is_written_beside_the_run(run: RunDirectory) -> None:
+def test_tables_are_printed_and_the_page_is_written_beside_the_run(run: RolloutRun) -> None:
     shown = invoke(run.uri, "--strips", "1")
     assert shown.exit_code == 0, shown.output
     for text in ("VBench-Long, compat mode", "rag − base", "+10.00*", "[+10.00, +10.00]", "frozen", "tiny, untrained"):
@@ -46,7 +46,7 @@ def test_tables_are_printed_and_the_page_is_written_beside_the_run(run: RunDirec
     assert len([path for path in files if path.endswith(".webp")]) == 2
 
 
-def test_json_holds_ranks_differences_and_the_control(run: RunDirectory, tmp_path: Path) -> None:
+def test_json_holds_ranks_differences_and_the_control(run: RolloutRun, tmp_path: Path) -> None:
     shown = json.loads(invoke(run.uri, "--to", str(tmp_path), "--strips", "0", "--json").stdout)
     assert (shown["suite"], shown["mode"], shown["folder"]) == ("vbench_long", "compat", str(tmp_path))
     (block,) = shown["blocks"]
@@ -66,7 +66,7 @@ def test_csv_and_latex_go_to_stdout_and_write_nothing(tmp_path: Path) -> None:
     assert invoke(run.uri, "--csv", "--latex").exit_code == 2
 
 
-def test_the_control_is_in_the_csv_without_a_rank(run: RunDirectory) -> None:
+def test_the_control_is_in_the_csv_without_a_rank(run: RolloutRun) -> None:
     rows = list(csv.DictReader(io.StringIO(invoke(run.uri, "--csv").stdout)))
     assert [(row["method"], row["average_rank"], row["mode"]) for row in rows] == [
         ("base", "2.0", "compat"),
@@ -76,7 +76,7 @@ def test_the_control_is_in_the_csv_without_a_rank(run: RunDirectory) -> None:
     assert float(rows[1]["video_mean_imaging_quality"]) == pytest.approx(0.9)
 
 
-def test_a_suite_without_scores_says_so(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_suite_without_scores_says_so(run: RolloutRun, tmp_path: Path) -> None:
     assert invoke(run.uri, "--to", str(tmp_path), "--strips", "0").exit_code == 0
     assert (tmp_path / "drift.csv").is_file()
     made = report([run], suite="preview", to=str(tmp_path))
@@ -93,7 +93,7 @@ def test_what_is_not_scored_yet_is_counted(tmp_path: Path) -> None:
     assert "Without scores yet: 2 videos at their durations (`lrag-ray score RUN`)" in shown
 
 
-def test_several_runs_without_a_place_print_one_table(run: RunDirectory, tmp_path: Path) -> None:
+def test_several_runs_without_a_place_print_one_table(run: RolloutRun, tmp_path: Path) -> None:
     other = make_run(str(tmp_path / "other"), PROMPTS, ["infinity_rope"], (12,))
     score_run(other, lambda *_: 0.85)
     shown = invoke(run.uri, other.uri)
@@ -102,8 +102,8 @@ def test_several_runs_without_a_place_print_one_table(run: RunDirectory, tmp_pat
     assert not other.storage.list_files("summary")
 
 
-def test_runs_that_do_not_fit_exit_with_2_and_are_named(run: RunDirectory, tmp_path: Path) -> None:
-    other = RunDirectory(str(tmp_path / "other"))
+def test_runs_that_do_not_fit_exit_with_2_and_are_named(run: RolloutRun, tmp_path: Path) -> None:
+    other = RolloutRun(str(tmp_path / "other"))
     identity = make_identity(PROMPTS, ["rag"], (12,))
     changed = MethodIdentity(method="rag", settings={"window": 12}, nested=True)
     other.ensure(identity.model_copy(update={"methods": {"rag": changed}}))
@@ -121,7 +121,7 @@ def test_runs_that_do_not_fit_exit_with_2_and_are_named(run: RunDirectory, tmp_p
     assert invoke(str(tmp_path / "nothing")).exit_code == 3
 
 
-def test_a_narrow_terminal_loses_no_letter_of_a_name(run: RunDirectory) -> None:
+def test_a_narrow_terminal_loses_no_letter_of_a_name(run: RolloutRun) -> None:
     console = Console(width=50, record=True, file=io.StringIO())
     for table in report([run], strips=0).terminal_tables():
         console.print(table)

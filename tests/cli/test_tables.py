@@ -12,13 +12,13 @@ from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.errors import INTERRUPTED
 from lrag_ray.pipelines.evaluate import RunOutcome
 from lrag_ray.pipelines.plan import make_plan
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.conftest import REPOSITORY
 from tests.store.make import make_identity, rollout_id, store_commit
 
 
 def shown(folder: Path, exit_code: int) -> str:
-    run, identity = RunDirectory(str(folder / "run")), make_identity()
+    run, identity = RolloutRun(str(folder / "run")), make_identity()
     run.ensure(identity)
     store_commit(run, identity, rollout_id(), 6)
     failed = (rollout_id("00001-bb"),) if exit_code == 1 else ()

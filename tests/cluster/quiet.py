@@ -16,9 +16,8 @@ from lrag_ray.stages.rollout.pending import open_work
 from lrag_ray.stages.rollout.worker import RolloutWorker
 from lrag_ray.stages.text import encode_and_store
 from lrag_ray.store.parts import read_latents, read_trace
-from lrag_ray.store.records import Commit
-from lrag_ray.store.records import new_attempt_id
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.records import Commit, new_attempt_id
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.mp4 import read_video
 from tests.stages import make
 from tests.stages.make import METHODS
@@ -67,9 +66,9 @@ def make_config(
     return make.make_config(folder / "run", prompts={"path": str(folder / "prompts.txt")}, engine=engine, **fields)
 
 
-def quiet_run(config: RunConfig) -> RunDirectory:
+def quiet_run(config: RunConfig) -> RolloutRun:
     """Do every rollout of `config` in one go."""
-    run = RunDirectory(config.run.uri)
+    run = RolloutRun(config.run.uri)
     identity = run.ensure(build_identity(config, load_prompts(config.prompts)))
     worker = RolloutWorker(run, config, torch.device("cpu"), lambda _: None)
     for item in open_work(identity, run.inventory()).items:
@@ -80,7 +79,7 @@ def quiet_run(config: RunConfig) -> RunDirectory:
     return run
 
 
-def assert_equal(found: RunDirectory, expected: RunDirectory) -> None:
+def assert_equal(found: RolloutRun, expected: RolloutRun) -> None:
     """One valid commit per horizon, no more, with the same latents, trace rows and decoded frames."""
     ours, theirs = by_horizon(found), by_horizon(expected)
     assert ours.keys() == theirs.keys()
@@ -94,7 +93,7 @@ def assert_equal(found: RunDirectory, expected: RunDirectory) -> None:
             assert np.array_equal(_frames(found, commit), _frames(expected, other)), key
 
 
-def by_horizon(run: RunDirectory) -> dict[tuple[str, int], Commit]:
+def by_horizon(run: RolloutRun) -> dict[tuple[str, int], Commit]:
     """Commits that count, by rollout and horizon."""
     commits = run.commits()
     found = {(commit.rollout.path, commit.latent_frames): commit for commit in commits}
@@ -107,12 +106,12 @@ def attempts(commit: Commit) -> set[str]:
     return {commit.attempt, *(part.path.split("/attempt-")[1].split("/")[0] for part in commit.latent_parts)}
 
 
-def part_records(run: RunDirectory) -> list[str]:
+def part_records(run: RolloutRun) -> list[str]:
     """Records of all parts that exist."""
     return [path for paths in run.inventory().part_records.values() for path in paths]
 
 
-def open_parts(run: RunDirectory) -> list[str]:
+def open_parts(run: RolloutRun) -> list[str]:
     """Records of parts beyond the last commit of rollouts that have parts left to make.
 
     So whoever made them is in the middle of something, and not only about to commit it.
@@ -130,14 +129,14 @@ def open_parts(run: RunDirectory) -> list[str]:
     return found
 
 
-def _latents(run: RunDirectory, commit: Commit) -> torch.Tensor:
+def _latents(run: RolloutRun, commit: Commit) -> torch.Tensor:
     return torch.cat([read_latents(run.storage, part) for part in commit.latent_parts])
 
 
-def _rows(run: RunDirectory, commit: Commit) -> list[Any]:
+def _rows(run: RolloutRun, commit: Commit) -> list[Any]:
     return [row for part in commit.trace_parts for row in read_trace(run.storage.read_bytes(part.path))]
 
 
-def _frames(run: RunDirectory, commit: Commit) -> np.ndarray[Any, Any]:
+def _frames(run: RolloutRun, commit: Commit) -> np.ndarray[Any, Any]:
     assert commit.video is not None
     return np.asarray(read_video(run.storage.full(commit.video.path)))

@@ -20,7 +20,7 @@ from lrag_ray.engine.queue import WorkItem
 from lrag_ray.engine.sizing import PoolSize, WorkerShape, draining_nodes
 from lrag_ray.events import AttemptFailed, Notice, RolloutFinished, RolloutStarted, RolloutYielded, WorkerLost
 from lrag_ray.pipelines.evaluate import run
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.nodes import PatientCluster
 from tests.cluster.test_pool import Diary, Job, Sleeper
 from tests.cluster.test_run import NO_VIDEO, Recorder
@@ -176,7 +176,7 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     assert len(drained) == 1 and drained[0] not in staying
     (yielded,), (finished,) = recorder.of(RolloutYielded), recorder.of(RolloutFinished)
     assert recorder.of(AttemptFailed) == [] and recorder.of(WorkerLost) == []
-    directory = RunDirectory(str(folder / "drained"))
+    directory = RolloutRun(str(folder / "drained"))
     assert directory.failures() == ([], [])
     (commit,) = directory.commits()
     # Parts end at the end alone, but for the one that was flushed.
@@ -185,7 +185,7 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     assert f"{finished.blocks_resumed} blocks are stored" in yielded.reason
 
     assert run(config("quiet", held), prompts).exit_code == 0
-    assert digests([commit]) == digests(RunDirectory(str(folder / "quiet")).commits())
+    assert digests([commit]) == digests(RolloutRun(str(folder / "quiet")).commits())
     for node in nodes:
         cluster.remove_node(node)
 

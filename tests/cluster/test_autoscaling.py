@@ -9,7 +9,7 @@ import pytest
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.drivers import REPOSITORY, actors_below, driver, write_config
 from tests.cluster.nodes import free_port, private_folder, ray_start
 from tests.cluster.pretended_nodes import PretendedNodes
@@ -86,4 +86,4 @@ def test_actors_without_room_bring_nodes_and_are_placed_there(tmp_path: Path) ->
             assert actors_below(head.pid) == []
             gate.open()
             assert started.wait() == 0, started.text
-    assert_equal(RunDirectory(config.run.uri), quiet)
+    assert_equal(RolloutRun(config.run.uri), quiet)

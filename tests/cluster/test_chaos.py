@@ -21,7 +21,7 @@ import pytest
 
 from lrag_ray.store.gc import find_leftovers, remove_leftovers
 from lrag_ray.store.lease import holder
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.cluster.drivers import Driver, driver, write_config
 from tests.cluster.nodes import Nodes, actors_on, is_at_work, nodes
@@ -94,7 +94,7 @@ class Monkey:
     def _grow(self) -> None:
         self.prompts += self.scene.prompts
         config = make_config(self.folder, self.cluster.address, self.prompts, video={"enabled": self.scene.video})
-        self.run = RunDirectory(config.run.uri)
+        self.run = RolloutRun(config.run.uri)
         self._file = write_config(self.folder / "config.yaml", config)
 
     def _kill(self, victim: Victim, current: Driver) -> bool:
@@ -154,7 +154,7 @@ def survive(cluster: Nodes, folder: Path, scene: Scene, timeout_s: float) -> Mon
     return monkey
 
 
-def assert_only_what_counts_is_left(run: RunDirectory) -> None:
+def assert_only_what_counts_is_left(run: RolloutRun) -> None:
     """`gc` removes all that died attempts left, and nothing that a commit names."""
     remove_leftovers(run, find_leftovers(run, older_than_s=0, unfinished=False).found)
     counted = set()

@@ -19,7 +19,7 @@ from lrag_ray.pipelines.decode import DecodeFailure, decode
 from lrag_ray.pipelines.evaluate import run
 from lrag_ray.report.build import build_report
 from lrag_ray.scoring.preview.worker import pending_targets
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
 from tests.cluster.test_run import NO_VIDEO, Recorder
@@ -51,7 +51,7 @@ def latents(stored: Path, tmp_path: Path) -> Path:
 
 
 def frames_of(folder: Path) -> dict[tuple[str, int], Any]:
-    directory = RunDirectory(str(folder))
+    directory = RolloutRun(str(folder))
     return {
         (video.rollout.path, video.latent_frames): read_video(directory.storage.full(video.video.path))
         for video in committed_videos(directory)
@@ -63,7 +63,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
 ) -> None:
     shown = tmp_path / "shown"
     run(config_of(shown, video=LOSSLESS), PROMPTS)
-    directory = RunDirectory(str(latents))
+    directory = RolloutRun(str(latents))
     commits = directory.storage.list_files("rollouts")
     assert frames_of(latents) == {} and pending_targets(directory) == []
 
@@ -88,7 +88,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
 def test_the_same_command_makes_what_is_missing_and_nothing_else(latents: Path) -> None:
     config = config_of(latents)
     assert decode(config).videos_made == 4
-    victim = next(committed_videos(RunDirectory(str(latents))))
+    victim = next(committed_videos(RolloutRun(str(latents))))
     (latents / victim.video.path).unlink()
     progress = Recorder()
     outcome = decode(config, progress=progress)
@@ -110,7 +110,7 @@ def test_a_run_that_was_moved_is_decoded_by_its_address_alone(latents: Path) -> 
 
 
 def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents: Path) -> None:
-    commits = RunDirectory(str(latents)).commits()
+    commits = RolloutRun(str(latents)).commits()
     corrupt = next(c for c in commits if c.latent_frames == 12 and c.rollout.prompt_id == PROMPTS[1].prompt_id)
     part = corrupt.latent_parts[-1]
     (latents / part.path).write_bytes(b"\0" * part.size_bytes)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.drivers import driver, write_config
 from tests.cluster.nodes import actors_on, is_alive, nodes
 from tests.cluster.quiet import (
@@ -34,7 +34,7 @@ def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_
         first, gate = cluster.add(), Gate(tmp_path / "gate")
         engine = {"actors": {"min": 1, "max": 3}}
         config = make_config(tmp_path / "elastic", cluster.address, prompts=2, gates=[gate], engine=engine)
-        run = RunDirectory(config.run.uri)
+        run = RolloutRun(config.run.uri)
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
             started.wait_until(lambda: bool(open_parts(run)))
             assert len(actors_on(first)) == 1 and run.commits() == []
@@ -63,7 +63,7 @@ def test_a_dead_head_takes_the_cluster_along_and_a_new_one_continues(
     with nodes() as cluster:
         first, gate = cluster.add(), Gate(tmp_path / "gate")
         config = make_config(tmp_path / "run", cluster.address, prompts=2, gates=[gate])
-        run = RunDirectory(config.run.uri)
+        run = RolloutRun(config.run.uri)
         with driver(write_config(tmp_path / "config.yaml", config)) as started:
             started.wait_until(lambda: bool(open_parts(run)))
             (actor,) = actors_on(first)

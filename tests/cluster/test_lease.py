@@ -14,7 +14,7 @@ from lrag_ray.errors import LeaseError
 from lrag_ray.events import Notice, RunPlanned
 from lrag_ray.pipelines.evaluate import run
 from lrag_ray.store.lease import holder
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.drivers import actors_below, driver, write_config
 from tests.cluster.nodes import wait_for_end
 from tests.cluster.quiet import Gate, make_config, open_parts, quiet_run
@@ -27,17 +27,17 @@ ENGINE = {"actors": 1, "lease_ttl_s": 10.0}
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     folder = tmp_path_factory.mktemp("quiet")
     return quiet_run(make_config(folder / "run", None, 1, [Gate(folder / "open", opened=True)]))
 
 
 def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_it_is_killed(
-    quiet: RunDirectory, tmp_path: Path
+    quiet: RolloutRun, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path / "gate", behind_commit=True)
     config = make_config(tmp_path / "run", None, 1, [gate], engine=ENGINE)
-    directory = RunDirectory(config.run.uri)
+    directory = RolloutRun(config.run.uri)
     with driver(write_config(tmp_path / "config.yaml", config)) as first:
         first.wait_until(lambda: bool(directory.commits()))
         actors = actors_below(first.process.pid)
@@ -64,10 +64,10 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
     assert found is not None and found.is_free
 
 
-def test_a_driver_that_was_asleep_past_its_lease_stops_when_it_wakes_up(quiet: RunDirectory, tmp_path: Path) -> None:
+def test_a_driver_that_was_asleep_past_its_lease_stops_when_it_wakes_up(quiet: RolloutRun, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     config = make_config(tmp_path / "run", None, 1, [gate], engine=ENGINE)
-    directory = RunDirectory(config.run.uri)
+    directory = RolloutRun(config.run.uri)
     with driver(write_config(tmp_path / "config.yaml", config)) as first:
         first.wait_until(lambda: bool(open_parts(directory)))
         (actor,) = actors_below(first.process.pid)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.drivers import actors_below, driver, write_config
 from tests.cluster.nodes import free_port, is_alive, private_folder, ray_start
 from tests.cluster.quiet import Gate, assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
@@ -104,7 +104,7 @@ def test_a_cut_off_node_that_writes_on_does_no_harm(tmp_path: Path) -> None:
         with ray_start(*head), ray_start(*node(2), prefix=["ip", "netns", "exec", net.space(2)]) as first:
             gate = Gate(tmp_path / "gate")
             config = make_config(tmp_path / "run", address, prompts=2, gates=[gate], engine={"actors": 1})
-            run = RunDirectory(config.run.uri)
+            run = RolloutRun(config.run.uri)
             with driver(write_config(tmp_path / "config.yaml", config)) as started:
                 started.wait_until(lambda: bool(open_parts(run)))
                 (actor,) = actors_below(first.pid)

@@ -13,7 +13,7 @@ import pytest
 from lrag_ray.engine.probe_nodes import CLOCK_SKEW_S, probe_node, require_run, tell_of_skew
 from lrag_ray.errors import StorageError
 from lrag_ray.events import Event, Notice
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.store.make import make_identity
 from tests.store.namespaces import unshare_command
 
@@ -22,12 +22,12 @@ import sys, tempfile
 import ray
 from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.errors import StorageError
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.nodes import ray_start
 from tests.stages.make import make_config
 from tests.store.make import make_identity
 
-runs = [RunDirectory(f"{sys.argv[1]}/{name}") for name in ("shared", "private")]
+runs = [RolloutRun(f"{sys.argv[1]}/{name}") for name in ("shared", "private")]
 for run in runs:
     run.ensure(make_identity())
 mount = ["sh", "-c", f'mount -t tmpfs none {runs[1].uri} && exec "$@"', "sh"]
@@ -78,7 +78,7 @@ def test_a_node_with_an_empty_folder_or_another_run_writes_nothing_there(
 ) -> None:
     """What the task does on a node, for a node whose folder is another one."""
     monkeypatch.setattr("lrag_ray.engine.probe_nodes._LOOK_AGAIN_S", 0.01)
-    run, elsewhere = RunDirectory(str(tmp_path / "run")), RunDirectory(str(tmp_path / "elsewhere"))
+    run, elsewhere = RolloutRun(str(tmp_path / "run")), RolloutRun(str(tmp_path / "elsewhere"))
     created_at = run.ensure(make_identity()).created_at
     report = probe_node(run, created_at, "probe-one")
     assert report.create_only and report.wrote == "probe-one"

@@ -18,7 +18,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import ClusterError, IdentityError, StorageError
 from lrag_ray.events import AttemptFailed, Event, Notice, RolloutFinished, RunPlanned, StageBegan, WorkerLost
 from lrag_ray.pipelines.evaluate import run
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.cluster.drivers import Driver, actors_below, driver, write_config
 from tests.cluster.nodes import is_at_work, wait_for_end
@@ -55,34 +55,34 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     """The run with one actor that nothing disturbed."""
     folder = tmp_path_factory.mktemp("quiet")
     outcome = run(make_config(folder), PROMPTS)
     assert (outcome.exit_code, outcome.commits_total, outcome.commits_made) == (0, 12, 12)
-    return RunDirectory(str(folder))
+    return RolloutRun(str(folder))
 
 
-def assert_equal(found: RunDirectory, expected: RunDirectory) -> None:
+def assert_equal(found: RolloutRun, expected: RolloutRun) -> None:
     """Equal latents and traces for every commit, byte for byte where parts are cut alike."""
     assert digests(found.commits()) == digests(expected.commits())
     assert part_bytes(found, found.commits()) == part_bytes(expected, expected.commits())
 
 
-def test_two_actors_and_reversed_prompts_give_the_same_bytes(quiet: RunDirectory, tmp_path: Path) -> None:
+def test_two_actors_and_reversed_prompts_give_the_same_bytes(quiet: RolloutRun, tmp_path: Path) -> None:
     reversed_lines = make_prompts(*[prompt.text for prompt in reversed(PROMPTS)])
     progress = Recorder()
     outcome = run(make_config(tmp_path, actors=2), reversed_lines, progress=progress)
     assert (outcome.exit_code, outcome.commits_made) == (0, 12)
-    assert_equal(RunDirectory(str(tmp_path)), quiet)
+    assert_equal(RolloutRun(str(tmp_path)), quiet)
     assert len(progress.of(RolloutFinished)) == 6
     assert progress.of(RunPlanned)[0].blocks_to_do == 6 * 4
 
 
-def test_a_second_start_does_nothing_and_a_deleted_commit_is_made_again(quiet: RunDirectory, tmp_path: Path) -> None:
+def test_a_second_start_does_nothing_and_a_deleted_commit_is_made_again(quiet: RolloutRun, tmp_path: Path) -> None:
     config = make_config(tmp_path)
     assert run(config, PROMPTS[:1]).commits_made == 4
-    directory = RunDirectory(str(tmp_path))
+    directory = RolloutRun(str(tmp_path))
     before = directory.storage.list_files("rollouts")
     again = Recorder()
     outcome = run(config, PROMPTS[:1], progress=again)
@@ -109,7 +109,7 @@ def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) 
     outcome = run(config, PROMPTS[:2])
     assert (outcome.exit_code, outcome.commits_made) == (1, 2)
     assert {rollout.prompt_id for rollout in outcome.failed} == {PROMPTS[1].prompt_id}
-    directory = RunDirectory(str(tmp_path))
+    directory = RolloutRun(str(tmp_path))
     failures, _ = directory.failures()
     assert [failure.counted_attempts for failure in failures if failure.rollout.method == "rag"] == [1, 2, 3]
     assert all("fail_on_prompt: the prompt contains 'river'" in failure.reason for failure in failures)
@@ -129,7 +129,7 @@ def test_a_history_that_this_machine_can_never_hold_ends_the_run_before_any_roll
     config = make_config(tmp_path, methods={"rag": METHODS["rag"]}, durations_s=[1.5])
     with pytest.raises(ClusterError, match=r"grows to 1152921504\.6 GB of host memory.* Mend: nodes with more memory"):
         run(config, PROMPTS[:1])
-    assert RunDirectory(str(tmp_path)).commits() == []
+    assert RolloutRun(str(tmp_path)).commits() == []
 
 
 def dies(*_: object) -> None:
@@ -155,8 +155,8 @@ def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
         run(make_config(tmp_path), PROMPTS[:1])
 
 
-def test_a_run_grows_by_methods_prompts_and_durations(quiet: RunDirectory, tmp_path: Path) -> None:
-    directory = RunDirectory(str(tmp_path))
+def test_a_run_grows_by_methods_prompts_and_durations(quiet: RolloutRun, tmp_path: Path) -> None:
+    directory = RolloutRun(str(tmp_path))
     only_base = {"base": METHODS["base"]}
     assert run(make_config(tmp_path, methods=only_base, durations_s=[1.5]), PROMPTS[:1]).commits_made == 1
     grown = Recorder()
@@ -175,7 +175,7 @@ def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -
     undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, [Gate(tmp_path / "open", opened=True)]))
     gate = Gate(tmp_path / "gate")
     config = long_config(tmp_path / "disturbed", None, 1, [gate], engine={"actors": 1})
-    directory, progress = RunDirectory(config.run.uri), Recorder()
+    directory, progress = RolloutRun(config.run.uri), Recorder()
     killed: list[int] = []
 
     def kill() -> None:
@@ -201,7 +201,7 @@ def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -
 def test_a_commit_whose_file_is_gone_is_set_aside_and_made_again(tmp_path: Path) -> None:
     config = make_config(tmp_path, durations_s=[1.5], methods={"base": METHODS["base"]})
     assert run(config, PROMPTS[:1]).exit_code == 0
-    directory = RunDirectory(str(tmp_path))
+    directory = RolloutRun(str(tmp_path))
     (victim,) = directory.commits()
     directory.storage.remove(victim.trace_parts[0].path)
     progress = Recorder()
@@ -233,7 +233,7 @@ def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(clust
     undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, opened))
     gates = [Gate(tmp_path / f"gate-{number}", behind_commit=True) for number in range(2)]
     config = long_config(tmp_path / "disturbed", None, 1, gates, engine={"actors": 1})
-    path, directory = write_config(tmp_path / "config.yaml", config), RunDirectory(config.run.uri)
+    path, directory = write_config(tmp_path / "config.yaml", config), RolloutRun(config.run.uri)
 
     def in_the_middle(of: Driver) -> list[psutil.Process]:
         """Wait for the next commit, after which a gate is closed; all processes of the driver."""

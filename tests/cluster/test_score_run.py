@@ -24,7 +24,7 @@ from lrag_ray.scoring.vbench_long.pending import pending_items
 from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
 from lrag_ray.scoring.vbench_long.worker import VbenchWork, stored_rows
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from tests.pipelines.test_scoring import config_for
 from tests.report.make_run import make_identity, make_run, store_rollout
@@ -36,7 +36,7 @@ SHORT, LONG = 21, 45
 """Video frames of the two durations; a clip has 32."""
 
 
-def vbench_config(run: RunDirectory, **scoring: Any) -> RunConfig:
+def vbench_config(run: RolloutRun, **scoring: Any) -> RunConfig:
     chosen = {"suite": "vbench_long", "weights": "random", "dimensions": ["motion_smoothness"], **scoring}
     return RunConfig.model_validate({**config_for(run).model_dump(), "scoring": chosen})
 
@@ -47,7 +47,7 @@ def keys_of(rows: list[ScoreRow]) -> set[RowKey]:
     return set(keys)
 
 
-def rollout_of(run: RunDirectory, method: str) -> RolloutId:
+def rollout_of(run: RolloutRun, method: str) -> RolloutId:
     return RolloutId(backbone="tiny", method=method, prompt_id=next(iter(run.require().prompts)))
 
 
@@ -84,7 +84,7 @@ def test_a_rollout_is_scored_from_one_file_for_all_its_durations(tmp_path: Path)
         check_scoring(run, vbench_config(run, weights=str(tmp_path), dimensions=["motion_smoothness"]))
 
 
-def work_off(run: RunDirectory, config: RunConfig) -> None:
+def work_off(run: RolloutRun, config: RunConfig) -> None:
     """What a wave does, in this process."""
     work = VbenchWork(run.storage, run.storage, config.scoring)
     for item in pending_items(run, config, settled=False):
@@ -108,7 +108,7 @@ def test_a_row_file_that_cannot_be_read_opens_its_video_again(tmp_path: Path) ->
 
 
 def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     identity = run.ensure(make_identity(["a red fox"], ["base"], horizons=[6]))
     store_rollout(run, identity, rollout_of(run, "base"), [6])
     config = vbench_config(run)
@@ -130,7 +130,7 @@ def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Pa
     assert pending_scores(run, config) == []
 
 
-def store_rollout_again(run: RunDirectory, identity: Any, horizons: list[int]) -> None:
+def store_rollout_again(run: RolloutRun, identity: Any, horizons: list[int]) -> None:
     """The longer horizon of a rollout whose shorter one is committed."""
     commit = f"{rollout_of(run, 'base').path}/commit-6.json"
     kept = run.storage.read_bytes(commit)

@@ -24,7 +24,7 @@ from lrag_ray.pipelines import waves
 from lrag_ray.pipelines.evaluate import run
 from lrag_ray.pipelines.scoring import pending_scores
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.stages.make import METHODS, make_config, make_prompts
 
 WAITING = {"method": "tests.cluster.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
@@ -64,7 +64,7 @@ def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path
     config, progress = scored_config(tmp_path, waiting={**WAITING, "marker": str(tmp_path / "scores")}), Recorder()
     outcome = run(config, PROMPTS[:2], progress=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 12)
-    assert pending_scores(RunDirectory(str(tmp_path)), config) == []
+    assert pending_scores(RolloutRun(str(tmp_path)), config) == []
     early = sum(event.videos for event in progress.of(VideosScored))
     assert 0 < early <= 12
     kinds = [e.stage if isinstance(e, StageEnded) else type(e) for e in progress.events]
@@ -72,7 +72,7 @@ def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path
     left = [event.total for event in progress.of(StageBegan) if event.stage == "scoring"]
     assert sum(left) == 12 - early
     assert progress.threads == {threading.current_thread()}
-    assert len(RunDirectory(str(tmp_path)).storage.list_files("scores")) == 12
+    assert len(RolloutRun(str(tmp_path)).storage.list_files("scores")) == 12
 
 
 @pytest.mark.cluster

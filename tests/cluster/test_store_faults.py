@@ -19,7 +19,7 @@ from lrag_ray.stages.rollout.pending import open_work
 from lrag_ray.stages.rollout.worker import RolloutWorker
 from lrag_ray.stages.text import encode_and_store
 from lrag_ray.store.records import new_attempt_id
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.stages.make import digests, make_config, make_prompts, part_bytes
 from tests.store.fault_proxy import Fault, FaultProxy, seeded
@@ -64,10 +64,10 @@ def config(uri: Path | str, **storage: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     """The run on a local disk that nothing disturbed."""
     made = config(tmp_path_factory.mktemp("quiet"))
-    run = RunDirectory(made.run.uri)
+    run = RolloutRun(made.run.uri)
     identity = run.ensure(build_identity(made, PROMPTS))
     worker = RolloutWorker(run, made, torch.device("cpu"), lambda _: None)
     for item in open_work(identity, run.inventory()).items:
@@ -83,12 +83,12 @@ def proxy(s3_bucket: str) -> Iterator[FaultProxy]:
         yield running
 
 
-def copy_run(source: RunDirectory, target: RunDirectory) -> None:
+def copy_run(source: RolloutRun, target: RolloutRun) -> None:
     for path in source.storage.list_files():
         target.storage.write(path, source.storage.read_bytes(path))
 
 
-def stop_in_the_middle(run: RunDirectory) -> None:
+def stop_in_the_middle(run: RolloutRun) -> None:
     """One rollout without its last commit, one with nothing but its first part, one not begun."""
     done, shorter, parts_only, absent = sorted({commit.rollout.path for commit in run.commits()})
     assert done
@@ -104,9 +104,9 @@ def stop_in_the_middle(run: RunDirectory) -> None:
 
 
 def test_a_run_moved_to_a_failing_bucket_continues_and_ends_like_a_quiet_one(
-    quiet: RunDirectory, proxy: FaultProxy, s3_bucket: str, tmp_path: Path
+    quiet: RolloutRun, proxy: FaultProxy, s3_bucket: str, tmp_path: Path
 ) -> None:
-    local = RunDirectory(str(tmp_path / "run"))
+    local = RolloutRun(str(tmp_path / "run"))
     copy_run(quiet, local)
     stop_in_the_middle(local)
     (cells,) = [{(c.method, c.latent_frames): (c.done, c.partial, c.pending) for c in run_status(local).cells}]
@@ -116,8 +116,8 @@ def test_a_run_moved_to_a_failing_bucket_continues_and_ends_like_a_quiet_one(
         ("rag", 6): (0, 1, 1),
         ("rag", 12): (0, 1, 1),
     }
-    moved = RunDirectory(f"{s3_bucket}/{tmp_path.name}/moved")
-    broken = RunDirectory(f"{s3_bucket}/{tmp_path.name}/broken")
+    moved = RolloutRun(f"{s3_bucket}/{tmp_path.name}/moved")
+    broken = RolloutRun(f"{s3_bucket}/{tmp_path.name}/broken")
     copy_run(local, moved)
     before = moved.storage.list_files("rollouts")
     assert run_status(moved).cells == run_status(local).cells

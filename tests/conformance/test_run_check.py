@@ -13,7 +13,7 @@ from lrag_ray.errors import UsageError
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, RolloutId, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.store.make import make_identity
 from tests.tiny import start, tiny_transformer
 
@@ -21,7 +21,7 @@ SETTINGS = {"window": 7, "sink": 1}
 """Blocks of 3: the window is full after 6 frames."""
 
 
-def store(run: RunDirectory, method: str, blocks: int, *, made_by: str | None = None, seed: int = 0) -> None:
+def store(run: RolloutRun, method: str, blocks: int, *, made_by: str | None = None, seed: int = 0) -> None:
     """Generate a rollout with `made_by` and commit it under `method`."""
     rollout = start(tiny_transformer(), policy_class(made_by or method), BaseSettings(**SETTINGS), seed=seed)
     finished = [FinishedBlock(r.block, r.latents[0], r.trace[0], r.state[0]) for r in rollout.blocks(blocks)]
@@ -39,14 +39,14 @@ def store(run: RunDirectory, method: str, blocks: int, *, made_by: str | None = 
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path) -> RolloutRun:
     methods = {name: MethodIdentity(method=name, settings=SETTINGS, nested=True) for name in ("base", "infinity_rope")}
-    directory = RunDirectory(str(tmp_path / "run"))
+    directory = RolloutRun(str(tmp_path / "run"))
     directory.ensure(make_identity(methods=methods))
     return directory
 
 
-def test_twins_are_equal_until_the_window_is_full(run: RunDirectory) -> None:
+def test_twins_are_equal_until_the_window_is_full(run: RolloutRun) -> None:
     store(run, "base", 4)
     store(run, "infinity_rope", 4)
     rows = check_run(run.uri)
@@ -54,13 +54,13 @@ def test_twins_are_equal_until_the_window_is_full(run: RunDirectory) -> None:
     assert rows[0].reason == "equal up to latent frame 5, different after"
 
 
-def test_short_rollouts_say_that_the_window_never_filled(run: RunDirectory) -> None:
+def test_short_rollouts_say_that_the_window_never_filled(run: RolloutRun) -> None:
     store(run, "base", 4)
     store(run, "infinity_rope", 2)
     assert "none lies behind a full window" in check_run(run.uri)[0].reason
 
 
-def test_a_method_under_the_wrong_name_is_found(run: RunDirectory) -> None:
+def test_a_method_under_the_wrong_name_is_found(run: RolloutRun) -> None:
     store(run, "base", 4)
     store(run, "infinity_rope", 4, made_by="base")
     rows = check_run(run.uri)
@@ -68,14 +68,14 @@ def test_a_method_under_the_wrong_name_is_found(run: RunDirectory) -> None:
     assert "are equal although the window is full" in rows[0].reason
 
 
-def test_unequal_noise_is_found(run: RunDirectory) -> None:
+def test_unequal_noise_is_found(run: RolloutRun) -> None:
     store(run, "base", 4)
     store(run, "infinity_rope", 4, seed=1)
     assert "differ although the window is not full" in check_run(run.uri)[0].reason
 
 
 def test_a_run_without_the_pair_is_refused(tmp_path: Path) -> None:
-    directory = RunDirectory(str(tmp_path / "run"))
+    directory = RolloutRun(str(tmp_path / "run"))
     directory.ensure(make_identity())
     with pytest.raises(UsageError, match="no base and infinity_rope setting with equal window and sink"):
         check_run(directory.uri)

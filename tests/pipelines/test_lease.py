@@ -18,7 +18,7 @@ from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.lease import keep_lease
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import holder, new_record
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.stages.make import make_config, make_prompts
 
 TTL_S = 6.0
@@ -170,7 +170,7 @@ def test_a_driver_that_does_not_stop_is_ended_the_hard_way(storage: Storage) -> 
 
 def test_another_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     prompts = make_prompts("a red fox")
-    directory = RunDirectory(str(tmp_path))
+    directory = RolloutRun(str(tmp_path))
     directory.ensure(build_identity(make_config(tmp_path), prompts))
     before = directory.storage.list_details()
     with pytest.raises(IdentityError, match=r"run\.seed"):

@@ -23,7 +23,7 @@ from lrag_ray.scoring.preview.measures import MEASURES, PREVIEW, measures
 from lrag_ray.scoring.preview.worker import pending_targets, score_target, score_video
 from lrag_ray.scoring.table import ScoreRow, from_parquet, to_parquet
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
 from tests.cluster.nodes import patiently
@@ -42,7 +42,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def config_for(run: RunDirectory) -> RunConfig:
+def config_for(run: RolloutRun) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": {"uri": run.uri},
@@ -56,7 +56,7 @@ def config_for(run: RunDirectory) -> RunConfig:
     )
 
 
-def stored_rows(run: RunDirectory) -> dict[tuple[str, str, int], ScoreRow]:
+def stored_rows(run: RolloutRun) -> dict[tuple[str, str, int], ScoreRow]:
     rows = {}
     for path in run.storage.list_files(PREVIEW.folder):
         (row,) = from_parquet(run.storage.read_bytes(path), PREVIEW)
@@ -66,12 +66,12 @@ def stored_rows(run: RunDirectory) -> dict[tuple[str, str, int], ScoreRow]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path) -> RolloutRun:
     return make_run(str(tmp_path / "run"), ["a red fox", "a river"])
 
 
 @pytest.mark.usefixtures("cluster")
-def test_every_committed_video_is_scored_once(run: RunDirectory) -> None:
+def test_every_committed_video_is_scored_once(run: RolloutRun) -> None:
     seen: list[Event] = []
     outcome = score_pending(run, config_for(run), seen.append)
     assert (outcome.scored, outcome.failures) == (8, {})
@@ -87,7 +87,7 @@ def test_every_committed_video_is_scored_once(run: RunDirectory) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     identity = run.ensure(make_identity(["a red fox"], ["base", "rag"]))
     base, rag = (
         RolloutId(backbone="tiny", method=method, prompt_id=next(iter(identity.prompts))) for method in identity.methods
@@ -99,7 +99,7 @@ def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
     assert pending_targets(run) == []
 
 
-def test_a_score_file_that_cannot_be_read_is_kept_aside_and_made_again(run: RunDirectory) -> None:
+def test_a_score_file_that_cannot_be_read_is_kept_aside_and_made_again(run: RolloutRun) -> None:
     target, other = pending_targets(run)[:2]
     for each in (target, other):
         content = to_parquet([score_video(run.storage, each)], PREVIEW)
@@ -113,7 +113,7 @@ def test_a_score_file_that_cannot_be_read_is_kept_aside_and_made_again(run: RunD
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_broken_video_is_one_failed_row(run: RunDirectory) -> None:
+def test_a_broken_video_is_one_failed_row(run: RolloutRun) -> None:
     broken = pending_targets(run)[0]
     content = run.storage.read_bytes(broken.video_path)
     # Same size, so that the commit still counts; other bytes.
@@ -176,7 +176,7 @@ def test_a_wave_stops_when_it_is_told_to() -> None:
 
 
 def test_without_work_ray_is_not_needed(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     run.ensure(make_identity(["a red fox"], ["base"]))
     was_running = ray.is_initialized()
     assert score_pending(run, config_for(run)).scored == 0
@@ -184,7 +184,7 @@ def test_without_work_ray_is_not_needed(tmp_path: Path) -> None:
 
 
 def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     identity = run.ensure(make_identity(["a red fox"], ["base"], horizons=[12]))
     store_rollout(
         run, identity, RolloutId(backbone="tiny", method="base", prompt_id=next(iter(identity.prompts))), [12]
@@ -198,7 +198,7 @@ def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None
     assert score_video(run.storage, short).values == measures(video[:21], fps=16)
 
 
-def test_a_bucket_is_scored_like_a_folder(run: RunDirectory) -> None:
+def test_a_bucket_is_scored_like_a_folder(run: RolloutRun) -> None:
     bucket = make_run(f"memory://{Path(run.uri).parent.name}", ["a red fox", "a river"])
     try:
         ours = [score_video(bucket.storage, target).values for target in pending_targets(bucket)[:2]]
@@ -210,7 +210,7 @@ def test_a_bucket_is_scored_like_a_folder(run: RunDirectory) -> None:
         bucket.storage.fs.rm(bucket.storage.root, recursive=True)
 
 
-def test_a_video_that_is_shorter_than_its_commit_says_is_not_scored(run: RunDirectory) -> None:
+def test_a_video_that_is_shorter_than_its_commit_says_is_not_scored(run: RolloutRun) -> None:
     target = replace(pending_targets(run)[0], video_frames=99)
     row = score_video(run.storage, target)
     assert row.values == {}

@@ -14,7 +14,7 @@ from lrag_ray.context.trace import ALL_LAYERS, RowKind, TraceRow
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, FileRecord, RolloutId, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import Mp4Writer
 
@@ -71,7 +71,7 @@ def trace_rows(block: int, *, retrieves: bool) -> list[TraceRow]:
     return rows + [row("current", first + i) for i in range(FRAMES_PER_BLOCK)]
 
 
-def store_rollout(run: RunDirectory, identity: RunIdentity, rollout: RolloutId, horizons: Sequence[int]) -> None:
+def store_rollout(run: RolloutRun, identity: RunIdentity, rollout: RolloutId, horizons: Sequence[int]) -> None:
     """Latent parts, traces, videos and commits of one rollout up to `horizons`."""
     folder = f"{rollout.path}/attempt-one"
     seed = identity.prompts[rollout.prompt_id].index
@@ -106,7 +106,7 @@ def store_rollout(run: RunDirectory, identity: RunIdentity, rollout: RolloutId, 
         assert run.commit(commit)
 
 
-def store_video(run: RunDirectory, path: str, frames: Frames) -> FileRecord:
+def store_video(run: RolloutRun, path: str, frames: Frames) -> FileRecord:
     """Encode and upload one video."""
     with TemporaryDirectory() as scratch:
         local = Path(scratch) / "video.mp4"
@@ -119,9 +119,9 @@ def store_video(run: RunDirectory, path: str, frames: Frames) -> FileRecord:
 
 def make_run(
     uri: str, prompts: Sequence[str], methods: Sequence[str] = ("base", "rag"), horizons: Sequence[int] = HORIZONS
-) -> RunDirectory:
+) -> RolloutRun:
     """A run with every cell committed."""
-    run = RunDirectory(uri)
+    run = RolloutRun(uri)
     identity = run.ensure(make_identity(prompts, methods, horizons))
     for prompt_id in identity.prompts:
         for method in methods:

@@ -26,8 +26,9 @@ from lrag_ray.scoring.preview.worker import pending_targets, score_video
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.table import ScoreRow, to_parquet
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
+from lrag_ray.store.failures import write_failure
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import HORIZONS, make_identity, make_run, store_rollout
 from tests.report.vbench_rows import by_rollout, score_run, store_frozen, store_rows, video_rows
 
@@ -70,29 +71,29 @@ class Page(HTMLParser):
         return [value for value in found if value is not None]
 
 
-def score_all(run: RunDirectory) -> None:
+def score_all(run: RolloutRun) -> None:
     for target in pending_targets(run):
         run.storage.create(target.score_path(PREVIEW), to_parquet([score_video(run.storage, target)], PREVIEW))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     run = make_run(str(tmp_path_factory.mktemp("report") / "run"), PROMPTS)
     score_all(run)
     return run
 
 
 @pytest.fixture(scope="module")
-def report(run: RunDirectory) -> Report:
+def report(run: RolloutRun) -> Report:
     return build_report(run)
 
 
 @pytest.fixture(scope="module")
-def page(run: RunDirectory, report: Report) -> Page:
+def page(run: RolloutRun, report: Report) -> Page:
     return Page(run.storage.read_bytes(PAGE).decode())
 
 
-def test_the_csv_holds_every_block_and_method_unrounded(run: RunDirectory, report: Report) -> None:
+def test_the_csv_holds_every_block_and_method_unrounded(run: RolloutRun, report: Report) -> None:
     rows = list(csv.DictReader(io.StringIO(run.storage.read_bytes("summary/ranks.csv").decode())))
     assert [(row["latent_frames"], row["method"]) for row in rows] == [
         (str(frames), method) for frames in HORIZONS for method in ("base", "rag")
@@ -126,13 +127,13 @@ def test_columns_of_the_data_files_stay_what_they_are(tmp_path: Path) -> None:
     assert columns("drift.csv") == [*block, "method", "measure", "clip", "start_s", "prompts", *in_clip]
 
 
-def test_the_parquet_holds_every_video(run: RunDirectory) -> None:
+def test_the_parquet_holds_every_video(run: RolloutRun) -> None:
     table = pq.read_table(io.BytesIO(run.storage.read_bytes("summary/scores.parquet")))
     assert table.num_rows == 2 * 2 * len(HORIZONS)
     assert {measure.name for measure in MEASURES} <= set(table.column_names)
 
 
-def test_the_same_storage_gives_the_same_files(run: RunDirectory, report: Report) -> None:
+def test_the_same_storage_gives_the_same_files(run: RolloutRun, report: Report) -> None:
     paths = [f"summary/{name}" for name in report.files]
     before = [run.storage.read_bytes(path) for path in paths]
     build_report(run)
@@ -149,7 +150,7 @@ def test_the_page_says_what_it_is(page: Page) -> None:
         assert measure.formula in page.text
 
 
-def test_a_prompt_is_only_text(page: Page, run: RunDirectory, report: Report) -> None:
+def test_a_prompt_is_only_text(page: Page, run: RolloutRun, report: Report) -> None:
     html = run.storage.read_bytes(PAGE).decode()
     assert NASTY in page.text
     assert "<script>alert" not in html
@@ -165,7 +166,7 @@ def test_nothing_but_the_pages_own_script_may_run(page: Page) -> None:
     assert not [name for _, attrs in page.attributes for name in attrs if name.startswith("on")]
 
 
-def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RunDirectory, report: Report) -> None:
+def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RolloutRun, report: Report) -> None:
     summary = Path(run.storage.full(PAGE)).parent
     sources = page.values("src", "video")
     assert len(sources) == 4
@@ -207,7 +208,8 @@ def test_failures_are_listed(tmp_path: Path) -> None:
     score_all(run)
     identity = run.ensure(make_identity(["a red fox", "a poisoned one"], ["base", "rag"]))
     poisoned = RolloutId(backbone="tiny", method="rag", prompt_id=list(identity.prompts)[1])
-    run.record_failure(
+    write_failure(
+        run.storage,
         FailureRecord(
             rollout=poisoned,
             rollout_key=identity.rollout_key(poisoned, 12),
@@ -219,7 +221,7 @@ def test_failures_are_listed(tmp_path: Path) -> None:
             reason="RuntimeError: <poison>",
             traceback="Traceback …",
             created_at=now_utc(),
-        )
+        ),
     )
     report = build_report(run)
     page = Page(run.storage.read_bytes(PAGE).decode())
@@ -231,7 +233,7 @@ def test_failures_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     run.ensure(make_identity(["a red fox"], ["base"]))
     report = build_report(run)
     assert report.blocks == []
@@ -249,7 +251,7 @@ def test_a_half_scored_run_says_how_much_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_missing_video_leaves_its_place_empty(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     identity = run.ensure(make_identity(["a red fox"], ["base", "rag"]))
     store_rollout(run, identity, RolloutId(backbone="tiny", method="rag", prompt_id=next(iter(identity.prompts))), [6])
     build_report(run)
@@ -260,7 +262,7 @@ def test_a_missing_video_leaves_its_place_empty(tmp_path: Path) -> None:
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no run at this address"):
-        build_report(RunDirectory(str(tmp_path / "nowhere")))
+        build_report(RolloutRun(str(tmp_path / "nowhere")))
 
 
 def test_several_tables_have_their_average_ranks_in_one(page: Page, report: Report, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lrag_ray.report import build_report
 from lrag_ray.report.inspect import inspect_rollout
 from lrag_ray.store.parts import BrokenPartError, read_part
 from lrag_ray.store.records import PartRecord
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.report.make_run import FRAMES_PER_BLOCK, make_run
 
@@ -42,7 +42,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def test_a_trace_that_is_none_leaves_the_page_without_its_map(run: Path) -> None:
     for trace in run.rglob("*.trace.parquet"):
         trace.write_bytes(b"x" * trace.stat().st_size)
-    build_report(RunDirectory(str(run)))
+    build_report(RolloutRun(str(run)))
     page = (run / "summary" / "report.html").read_text()
     assert "<video" in page and 'class="map"' not in page
     (commit,) = run.rglob("commit-12.json")
@@ -52,7 +52,7 @@ def test_a_trace_that_is_none_leaves_the_page_without_its_map(run: Path) -> None
 
 @pytest.mark.parametrize("kind", ["latents", "trace"])
 def test_a_part_whose_checksum_fits_and_whose_content_does_not_is_broken(run: Path, kind: str) -> None:
-    storage = RunDirectory(str(run)).storage
+    storage = RolloutRun(str(run)).storage
     part = PartRecord.model_validate_json(next(run.rglob("part-*.json")).read_bytes())
     other = getattr(part, "trace" if kind == "latents" else "latents")
     swapped = {"path": other.path, "size_bytes": other.size_bytes, "sha256": other.sha256}
@@ -64,15 +64,15 @@ def test_a_part_whose_checksum_fits_and_whose_content_does_not_is_broken(run: Pa
 def test_a_run_whose_backbone_has_no_duration_is_refused(run: Path) -> None:
     change(run / "run.json", lambda content: content["backbones"]["tiny"].update(horizons=[]))
     with pytest.raises(StorageError, match=r"horizons.*damaged"):
-        run_status(RunDirectory(str(run)))
+        run_status(RolloutRun(str(run)))
 
 
 def test_a_commit_without_a_frame_rate_does_not_count(run: Path) -> None:
     for commit in run.rglob("commit-*.json"):
         change(commit, lambda content: content.update(fps=0))
-    status = run_status(RunDirectory(str(run)))
+    status = run_status(RolloutRun(str(run)))
     assert len(status.problems) == 2 and not status.done
-    build_report(RunDirectory(str(run)))
+    build_report(RolloutRun(str(run)))
 
 
 def test_a_stored_configuration_whose_run_is_no_section_is_refused_by_its_key(run: Path) -> None:

@@ -17,7 +17,7 @@ from lrag_ray.report.inspect import inspect_rollout
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.store.make import make_identity, rollout_id
 from tests.tiny import start, tiny_transformer
 
@@ -25,7 +25,7 @@ from tests.tiny import start, tiny_transformer
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[TraceRow]]:
     """Address of a rag rollout of 8 blocks in two parts, and its trace."""
-    run = RunDirectory(str(tmp_path_factory.mktemp("inspect") / "run"))
+    run = RolloutRun(str(tmp_path_factory.mktemp("inspect") / "run"))
     identity = make_identity(methods={"rag": MethodIdentity(method="rag", settings={}, nested=True)})
     run.ensure(identity)
     at = rollout_id(method="rag")

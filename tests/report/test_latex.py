@@ -13,7 +13,7 @@ import pytest
 from lrag_ray.report import collect
 from lrag_ray.report.latex import escaped, latex_table
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import make_run
 from tests.report.vbench_rows import score_run
 
@@ -24,7 +24,7 @@ METHODS = ["base", "infinity_rope", "rag_k-3"]
 def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     run = make_run(str(tmp_path_factory.mktemp("latex") / "run"), ["a red fox"], METHODS, (12, 18))
     score_run(run, lambda rollout, *_: 0.9 - 0.1 * METHODS.index(rollout.method))
-    return latex_table(collect([RunDirectory(run.uri)]))
+    return latex_table(collect([RolloutRun(run.uri)]))
 
 
 def test_rows_are_methods_within_backbones_within_durations(table: str) -> None:

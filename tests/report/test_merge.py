@@ -12,33 +12,33 @@ from lrag_ray.scoring.preview.measures import PREVIEW
 from lrag_ray.scoring.preview.worker import pending_targets, score_video
 from lrag_ray.scoring.table import to_parquet
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import make_identity, make_run
 
 PROMPTS = ["a red fox", "a river at dawn"]
 
 
-def scored(run: RunDirectory) -> RunDirectory:
+def scored(run: RolloutRun) -> RolloutRun:
     for target in pending_targets(run):
         run.storage.create(target.score_path(PREVIEW), to_parquet([score_video(run.storage, target)], PREVIEW))
     return run
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RolloutRun]:
     """base of both prompts in one run, rag of the first in another."""
     folder = tmp_path_factory.mktemp("merge")
     first = scored(make_run(str(folder / "one run"), PROMPTS, ["base"]))
     return [first, scored(make_run(str(folder / "other"), PROMPTS[:1], ["rag"]))]
 
 
-def identity_run(uri: Path, identity: RunIdentity) -> RunDirectory:
-    run = RunDirectory(str(uri))
+def identity_run(uri: Path, identity: RunIdentity) -> RolloutRun:
+    run = RolloutRun(str(uri))
     run.ensure(identity)
     return run
 
 
-def test_two_runs_make_one_table_over_their_common_prompts(runs: list[RunDirectory]) -> None:
+def test_two_runs_make_one_table_over_their_common_prompts(runs: list[RolloutRun]) -> None:
     data = collect(runs)
     for block in data.blocks:
         assert [row.method for row in block.rows] == ["base", "rag"]
@@ -47,7 +47,7 @@ def test_two_runs_make_one_table_over_their_common_prompts(runs: list[RunDirecto
     assert data.uris == [run.uri for run in runs]
 
 
-def test_the_page_of_two_runs_plays_from_both(runs: list[RunDirectory], tmp_path: Path) -> None:
+def test_the_page_of_two_runs_plays_from_both(runs: list[RolloutRun], tmp_path: Path) -> None:
     written = report(runs, to=str(tmp_path / "both"), strips=1)
     page = (tmp_path / "both" / "report.html").read_text()
     assert written.folder == str(tmp_path / "both")
@@ -57,14 +57,14 @@ def test_the_page_of_two_runs_plays_from_both(runs: list[RunDirectory], tmp_path
     assert not (Path(runs[0].uri) / "summary").exists()
 
 
-def test_several_runs_without_a_place_write_nothing(runs: list[RunDirectory]) -> None:
+def test_several_runs_without_a_place_write_nothing(runs: list[RolloutRun]) -> None:
     made = report(runs)
     assert (made.folder, list(made.files)) == (None, [])
     assert len(made.blocks) == 2
     assert not (Path(runs[0].uri) / "summary").exists()
 
 
-def test_a_rollout_of_both_runs_counts_once(runs: list[RunDirectory], tmp_path: Path) -> None:
+def test_a_rollout_of_both_runs_counts_once(runs: list[RolloutRun], tmp_path: Path) -> None:
     copy = scored(make_run(str(tmp_path / "copy"), PROMPTS, ["base"]))
     data = collect([*runs, copy])
     assert len(data.scores.videos) == 6
@@ -106,6 +106,6 @@ def test_other_names_may_differ_and_are_compared_where_they_are(tmp_path: Path) 
     assert {name: list(methods) for name, methods in data.methods.items()} == {"tiny": ["base"], "big": ["rag"]}
 
 
-def test_a_run_is_named_once(runs: list[RunDirectory]) -> None:
+def test_a_run_is_named_once(runs: list[RolloutRun]) -> None:
     with pytest.raises(UsageError, match="given twice"):
-        collect([runs[0], RunDirectory(runs[0].uri)])
+        collect([runs[0], RolloutRun(runs[0].uri)])

@@ -13,7 +13,7 @@ from lrag_ray.report.trace_svg import trace_figure
 from lrag_ray.store.address import Storage
 from lrag_ray.store.parts import read_trace
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.report import make_run as maker
 from tests.report.make_run import make_run, trace_rows
 
@@ -34,7 +34,7 @@ def test_a_bucket_reaches_itself_and_nothing_else(tmp_path: Path, s3_bucket: str
 
 def test_a_video_out_of_reach_says_where_it_is(tmp_path: Path, s3_bucket: str) -> None:
     local = make_run(str(tmp_path / "run"), ["a red fox"], ["base"])
-    remote = RunDirectory(f"{s3_bucket}/players")
+    remote = RolloutRun(f"{s3_bucket}/players")
     for path in local.storage.list_files():
         remote.storage.write(path, local.storage.read_bytes(path))
     (row,) = rows(collect([remote]), Storage(str(tmp_path / "here")))

@@ -13,17 +13,17 @@ from lrag_ray.report import collect, report
 from lrag_ray.report.strips import COLUMNS, make_strips
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.mp4 import read_video
 from tests.report.make_run import make_identity, make_run, store_rollout
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path) -> RolloutRun:
     return make_run(str(tmp_path / "run"), ["a red fox", "a river at dawn"])
 
 
-def test_frames_stand_at_equal_steps_of_the_longest_duration(run: RunDirectory, tmp_path: Path) -> None:
+def test_frames_stand_at_equal_steps_of_the_longest_duration(run: RolloutRun, tmp_path: Path) -> None:
     folder = Storage(str(tmp_path / "summary"))
     data = collect([run])
     (sheet,) = make_strips(data, folder, 1)
@@ -41,7 +41,7 @@ def test_frames_stand_at_equal_steps_of_the_longest_duration(run: RunDirectory, 
         assert np.abs(shown - wanted).mean() < 0.5 * np.abs(shown - others).mean()
 
 
-def test_a_strip_is_made_once_per_video(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_strip_is_made_once_per_video(run: RolloutRun, tmp_path: Path) -> None:
     folder = Storage(str(tmp_path / "summary"))
     first = make_strips(collect([run]), folder, 1)
     before = {path: (tmp_path / "summary" / path).stat().st_mtime_ns for path in folder.list_files()}
@@ -52,7 +52,7 @@ def test_a_strip_is_made_once_per_video(run: RunDirectory, tmp_path: Path) -> No
     assert len(after) == 4 and {path: after[path] for path in before} == before
 
 
-def test_strips_of_an_earlier_report_are_removed_and_nothing_else(run: RunDirectory, tmp_path: Path) -> None:
+def test_strips_of_an_earlier_report_are_removed_and_nothing_else(run: RolloutRun, tmp_path: Path) -> None:
     out = Storage(str(tmp_path / "out"))
     report([run], to=out.uri, strips=2)
     for name in ("strips/mine.webp", "mine/" + "0" * 32 + ".webp"):
@@ -66,7 +66,7 @@ def test_strips_of_an_earlier_report_are_removed_and_nothing_else(run: RunDirect
 
 
 def test_prompts_with_more_methods_come_first(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     identity = run.ensure(make_identity(["only base", "both"], ["base", "rag"]))
     first, second = identity.prompts
     for method, prompt_id in (("base", first), ("base", second), ("rag", second)):
@@ -77,7 +77,7 @@ def test_prompts_with_more_methods_come_first(tmp_path: Path) -> None:
     assert [(row.method, row.reason) for row in sheets[1].rows] == [("base", ""), ("rag", "no video yet")]
 
 
-def test_a_broken_video_has_its_reason_and_no_place_of_this_machine(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_broken_video_has_its_reason_and_no_place_of_this_machine(run: RolloutRun, tmp_path: Path) -> None:
     video = next(iter(collect([run]).rollouts.values())).videos[-1].video
     broken = b"x" * video.size_bytes
     run.storage.write(video.path, broken)
@@ -86,8 +86,8 @@ def test_a_broken_video_has_its_reason_and_no_place_of_this_machine(run: RunDire
     assert sheet.rows[0].reason.startswith(video.path) and str(tmp_path) not in sheet.rows[0].reason
 
 
-def test_videos_are_read_from_a_bucket_too(run: RunDirectory, s3_bucket: str) -> None:
-    remote = RunDirectory(f"{s3_bucket}/strips")
+def test_videos_are_read_from_a_bucket_too(run: RolloutRun, s3_bucket: str) -> None:
+    remote = RolloutRun(f"{s3_bucket}/strips")
     for path in run.storage.list_files():
         remote.storage.write(path, run.storage.read_bytes(path))
     folder = Storage(f"{s3_bucket}/strips/summary")
@@ -95,6 +95,6 @@ def test_videos_are_read_from_a_bucket_too(run: RunDirectory, s3_bucket: str) ->
     assert sorted(row.path or "" for row in sheets[0].rows) == sorted(folder.list_files())
 
 
-def test_no_strips_where_none_are_asked_for(run: RunDirectory, tmp_path: Path) -> None:
+def test_no_strips_where_none_are_asked_for(run: RolloutRun, tmp_path: Path) -> None:
     assert make_strips(collect([run]), Storage(str(tmp_path / "out")), 0) == []
     assert not (tmp_path / "out").exists()

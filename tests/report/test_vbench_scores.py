@@ -16,7 +16,7 @@ from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Mode
 from lrag_ray.scoring.vbench_long.slow_fast import map_score
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import make_identity, make_run, store_rollout
 from tests.report.vbench_rows import SLOW, by_rollout, row, score_run, store_frozen, store_rows, video_rows
 
@@ -31,19 +31,19 @@ def falling(rollout: RolloutId, dimension: str, first_frame: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def made(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     return make_run(str(tmp_path_factory.mktemp("vbench") / "run"), PROMPTS, horizons=HORIZONS)
 
 
 @pytest.fixture
-def run(made: RunDirectory) -> RunDirectory:
+def run(made: RolloutRun) -> RolloutRun:
     """The run without scores."""
     for path in made.storage.list_files("scores"):
         made.storage.remove(path)
     return made
 
 
-def scores_of(run: RunDirectory, mode: Mode = "compat") -> Scores:
+def scores_of(run: RolloutRun, mode: Mode = "compat") -> Scores:
     return collect([run], "vbench_long", mode).scores
 
 
@@ -53,7 +53,7 @@ def means(data: ReportData, latent_frames: int, method: str) -> dict[str, float]
     return dict(found.means)
 
 
-def test_every_duration_is_the_mean_over_its_own_clips(run: RunDirectory) -> None:
+def test_every_duration_is_the_mean_over_its_own_clips(run: RolloutRun) -> None:
     score_run(run, falling)
     data = collect([run])
     assert (data.suite.name, data.suite.mode) == ("vbench_long", "compat")
@@ -70,7 +70,7 @@ def test_every_duration_is_the_mean_over_its_own_clips(run: RunDirectory) -> Non
     assert data.scores.pending == 0 and data.scores.computed and data.scores.networks == {"clip_vitb32:1a2b"}
 
 
-def test_a_table_holds_the_official_global_scores(run: RunDirectory) -> None:
+def test_a_table_holds_the_official_global_scores(run: RolloutRun) -> None:
     """Against the aggregation that is held to the official numbers, over all rows of a method at once."""
     score_run(run, lambda rollout, name, first: 0.5 + crc32(f"{rollout.path} {name} {first}".encode()) % 997 / 2000)
     rollouts = {rollout: videos for rollout, videos in by_rollout(run).items() if rollout.method == "rag"}
@@ -86,7 +86,7 @@ def test_a_table_holds_the_official_global_scores(run: RunDirectory) -> None:
         assert means(data, latent_frames, "rag") == pytest.approx(official.mean_over_clips)
 
 
-def test_curves_show_the_score_within_the_clip(run: RunDirectory) -> None:
+def test_curves_show_the_score_within_the_clip(run: RolloutRun) -> None:
     score_run(run, falling)
     points = [p for p in collect([run]).drift if (p.latent_frames, p.method) == (18, "base")]
     subject = [point for point in points if point.measure == "subject_consistency"]
@@ -95,7 +95,7 @@ def test_curves_show_the_score_within_the_clip(run: RunDirectory) -> None:
     assert subject[0].final == pytest.approx((0.8 + map_score("subject_consistency", SLOW)) / 2)
 
 
-def test_modes_never_share_a_table(run: RunDirectory) -> None:
+def test_modes_never_share_a_table(run: RolloutRun) -> None:
     score_run(run, falling, "direct")
     rollout, videos = next(iter(by_rollout(run).items()))
     store_rows(run, rollout, video_rows(videos, falling, "compat"), "compat")
@@ -106,7 +106,7 @@ def test_modes_never_share_a_table(run: RunDirectory) -> None:
     assert direct.other_suites == ["vbench_long, compat mode"]
 
 
-def test_rows_of_another_mode_or_another_rollout_do_not_count(run: RunDirectory) -> None:
+def test_rows_of_another_mode_or_another_rollout_do_not_count(run: RolloutRun) -> None:
     (first, videos), (second, others) = list(by_rollout(run).items())[:2]
     store_rows(run, first, video_rows(videos, falling, "direct"), "compat")
     store_rows(run, second, video_rows(videos, falling, "compat"), "compat")
@@ -116,7 +116,7 @@ def test_rows_of_another_mode_or_another_rollout_do_not_count(run: RunDirectory)
     assert len(scores_of(run).videos) == 2
 
 
-def test_a_duration_counts_once_all_its_clips_are_there(run: RunDirectory) -> None:
+def test_a_duration_counts_once_all_its_clips_are_there(run: RolloutRun) -> None:
     rollout, videos = next(iter(by_rollout(run).items()))
     rows = video_rows(videos, falling)
     without_last = [row for row in rows if row.first_frame != 37]
@@ -127,7 +127,7 @@ def test_a_duration_counts_once_all_its_clips_are_there(run: RunDirectory) -> No
 
 
 def test_a_duration_added_later_leaves_the_scores_of_the_older_file(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path / "run"))
+    run = RolloutRun(str(tmp_path / "run"))
     identity = run.ensure(make_identity(PROMPTS[:1], ["rag"], HORIZONS))
     rollout = RolloutId(backbone="tiny", method="rag", prompt_id=next(iter(identity.prompts)))
     store_rollout(run, identity, rollout, HORIZONS)
@@ -144,7 +144,7 @@ def test_a_duration_added_later_leaves_the_scores_of_the_older_file(tmp_path: Pa
     assert found == {12: 0.25, 18: 0.75}, "the file that is committed for a duration goes before the longer one"
 
 
-def test_a_video_that_could_not_be_scored_has_its_reason(run: RunDirectory) -> None:
+def test_a_video_that_could_not_be_scored_has_its_reason(run: RolloutRun) -> None:
     score_run(run, falling)
     rollout, videos = next(iter(by_rollout(run).items()))
     rows = video_rows(videos, falling)
@@ -154,7 +154,7 @@ def test_a_video_that_could_not_be_scored_has_its_reason(run: RunDirectory) -> N
     assert [block.prompts for block in data.blocks] == [1, 1]
 
 
-def test_the_frozen_control_is_shown_over_the_prompts_of_the_table_and_never_ranked(run: RunDirectory) -> None:
+def test_the_frozen_control_is_shown_over_the_prompts_of_the_table_and_never_ranked(run: RolloutRun) -> None:
     score_run(run, falling)
     first, second = collect([run]).identity.prompts
     store_frozen(run, "tiny", first, 0, 0.99)
@@ -175,7 +175,7 @@ def test_the_control_of_the_first_run_counts(tmp_path: Path) -> None:
         assert data.frozen_means(data.blocks[0])["imaging_quality"] == pytest.approx(value)
 
 
-def test_what_must_be_known_first_is_said(run: RunDirectory) -> None:
+def test_what_must_be_known_first_is_said(run: RolloutRun) -> None:
     assert collect([run]).suite.title == "preview suite, not VBench"
     for rollout, videos in by_rollout(run).items():
         rows = video_rows(videos, falling, dimensions=DIMENSIONS[:2])

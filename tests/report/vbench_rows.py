@@ -15,7 +15,7 @@ from lrag_ray.scoring.vbench_long.parquet import (
 from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Kind, Mode, ScoreRow
 from lrag_ray.scoring.vbench_long.slow_fast import MAPPING
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import CommittedVideo, committed_videos
 
 Value = Callable[[RolloutId, str, int], float]
@@ -65,7 +65,7 @@ def video_rows(
     ]
 
 
-def by_rollout(run: RunDirectory) -> dict[RolloutId, list[CommittedVideo]]:
+def by_rollout(run: RolloutRun) -> dict[RolloutId, list[CommittedVideo]]:
     """Committed videos of each rollout, shortest first."""
     found: dict[RolloutId, list[CommittedVideo]] = {}
     for video in committed_videos(run):
@@ -74,20 +74,20 @@ def by_rollout(run: RunDirectory) -> dict[RolloutId, list[CommittedVideo]]:
 
 
 def store_rows(
-    run: RunDirectory, rollout: RolloutId, rows: Sequence[ScoreRow], mode: Mode = "compat", name: str = "rows-a"
+    run: RolloutRun, rollout: RolloutId, rows: Sequence[ScoreRow], mode: Mode = "compat", name: str = "rows-a"
 ) -> None:
     """One row file of a rollout."""
     run.storage.write(f"{rollout_folder(mode, rollout.path)}/rows-a.parquet", rows_to_parquet(rows))
 
 
-def score_run(run: RunDirectory, value: Value, mode: Mode = "compat") -> None:
+def score_run(run: RolloutRun, value: Value, mode: Mode = "compat") -> None:
     """Score every rollout of a run."""
     for rollout, videos in by_rollout(run).items():
         store_rows(run, rollout, video_rows(videos, value, mode), mode)
 
 
 def store_frozen(
-    run: RunDirectory, backbone: str, prompt_id: str, sample: int, score: float, mode: Mode = "compat"
+    run: RolloutRun, backbone: str, prompt_id: str, sample: int, score: float, mode: Mode = "compat"
 ) -> None:
     """The frozen control of one prompt: two clips that score alike."""
     video = frozen_identity(backbone, prompt_id, sample)

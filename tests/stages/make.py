@@ -9,7 +9,7 @@ from typing import Any
 from lrag_ray.config.prompts import Prompt, make_prompt
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.store.records import Commit
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 BACKBONE: dict[str, Any] = {
     "label": "tiny, untrained",
@@ -60,7 +60,7 @@ def digests(commits: Sequence[Commit]) -> dict[tuple[str, str, int], str]:
     }
 
 
-def part_bytes(run: RunDirectory, commits: Sequence[Commit]) -> dict[tuple[str, str, int], list[tuple[str, str]]]:
+def part_bytes(run: RolloutRun, commits: Sequence[Commit]) -> dict[tuple[str, str, int], list[tuple[str, str]]]:
     """Checksums of latent and trace parts by (method, text hash, horizon)."""
     return {
         (commit.rollout.method, commit.rollout.prompt_id.split("-")[1], commit.latent_frames): [

@@ -11,7 +11,7 @@ from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, FileRecord, PartRecord, RolloutId, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 
 FRAMES_PER_BLOCK = 3
 
@@ -56,12 +56,12 @@ def make_blocks(first: int, count: int) -> list[FinishedBlock]:
     ]
 
 
-def store_part(run: RunDirectory, first: int, count: int, *, key: str, attempt: str = "one") -> PartRecord:
+def store_part(run: RolloutRun, first: int, count: int, *, key: str, attempt: str = "one") -> PartRecord:
     folder = f"{rollout_id().path}/attempt-{attempt}"
     return write_part(run.storage, folder, make_blocks(first, count), rollout_key=key, device_kind="cpu")
 
 
-def store_commit(run: RunDirectory, identity: RunIdentity, rollout: RolloutId, latent_frames: int) -> Commit:
+def store_commit(run: RolloutRun, identity: RunIdentity, rollout: RolloutId, latent_frames: int) -> Commit:
     """Parts, a pretended video and the commit of one horizon."""
     folder = f"{rollout.path}/attempt-one"
     key = identity.rollout_key(rollout, latent_frames)

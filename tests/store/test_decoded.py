@@ -6,7 +6,7 @@ import pytest
 
 from lrag_ray.store.decoded import decode_settings, decoded_folder, own_settings, read_decoded, record_path
 from lrag_ray.store.records import Commit, DecodedVideo, FileRecord
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from tests.store.make import make_identity, rollout_id, store_commit
 
@@ -15,7 +15,7 @@ OWN = own_settings(IDENTITY, "tiny")
 OTHER = decode_settings({"vae": "v0"}, {"fps": 16, "crf": 30, "cold_chunk": None})
 
 
-def store_decoded(run: RunDirectory, commit: Commit, settings: dict[str, object], day: int = 1) -> str:
+def store_decoded(run: RolloutRun, commit: Commit, settings: dict[str, object], day: int = 1) -> str:
     folder = f"{decoded_folder(settings, commit.rollout)}/attempt-one"
     video = FileRecord(path=f"{folder}/video-{commit.latent_frames}.mp4", size_bytes=3, sha256="s")
     run.storage.write(video.path, b"mp4")
@@ -36,15 +36,15 @@ def store_decoded(run: RunDirectory, commit: Commit, settings: dict[str, object]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path) -> RolloutRun:
     """Two rollouts, each committed at one horizon and without a video."""
-    made = RunDirectory(str(tmp_path))
+    made = RolloutRun(str(tmp_path))
     made.ensure(IDENTITY)
     return made
 
 
 @pytest.fixture
-def commits(run: RunDirectory) -> list[Commit]:
+def commits(run: RolloutRun) -> list[Commit]:
     found = []
     for prompt_id in IDENTITY.prompts:
         commit = store_commit(run, IDENTITY, rollout_id(prompt_id), 6).model_copy(update={"video": None})
@@ -53,7 +53,7 @@ def commits(run: RunDirectory) -> list[Commit]:
     return found
 
 
-def shown_folders(run: RunDirectory) -> list[str]:
+def shown_folders(run: RolloutRun) -> list[str]:
     return ["/".join(video.video.path.split("/")[:2]) for video in committed_videos(run)]
 
 
@@ -61,7 +61,7 @@ def folder(settings: dict[str, object]) -> str:
     return decoded_folder(settings, rollout_id()).removesuffix("/tiny/base/00000-aa-0")
 
 
-def test_videos_of_two_settings_are_never_shown_together(run: RunDirectory, commits: list[Commit]) -> None:
+def test_videos_of_two_settings_are_never_shown_together(run: RolloutRun, commits: list[Commit]) -> None:
     assert shown_folders(run) == []
     older = decode_settings({"vae": "v1"}, {"fps": 16, "crf": 18})
     store_decoded(run, commits[0], OTHER, 2)
@@ -74,7 +74,7 @@ def test_videos_of_two_settings_are_never_shown_together(run: RunDirectory, comm
 
 
 def test_a_decoded_video_counts_only_with_its_file_and_its_commits_latents(
-    run: RunDirectory, commits: list[Commit]
+    run: RolloutRun, commits: list[Commit]
 ) -> None:
     first, second = (store_decoded(run, commit, OWN) for commit in commits)
     assert shown_folders(run) == [folder(OWN)] * 2

@@ -16,7 +16,7 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store import retry, waits
 from lrag_ray.store.address import Storage
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from lrag_ray.store.waits import told_of_waits
 from tests.store.fault_proxy import TRANSIENT, Fault, FaultProxy, scripted, seeded
@@ -218,7 +218,7 @@ def test_a_run_is_written_and_read_through_a_store_where_one_request_in_five_fai
     proxy: FaultProxy, s3_bucket: str, tmp_path: Path
 ) -> None:
     quick: tuple[Fault, ...] = tuple(fault for fault in TRANSIENT if fault != "silence")
-    run = RunDirectory(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=6))
+    run = RolloutRun(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=6))
     proxy.choose = seeded(0.2, seed=5, faults=quick)
     identity = run.ensure(make_identity())
     made = [store_commit(run, identity, rollout_id(prompt), 12) for prompt in ("00000-aa", "00001-bb")]

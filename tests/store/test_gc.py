@@ -14,7 +14,7 @@ from lrag_ray.pipelines.gc import collect_garbage
 from lrag_ray.store.gc import WITHOUT_LEASE_S, find_leftovers
 from lrag_ray.store.lease import Lease, new_record, take_lease
 from lrag_ray.store.parts import write_part
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.store.make import FRAMES_PER_BLOCK, make_blocks, make_identity, rollout_id, store_commit, store_part
 from tests.store.test_decoded import store_decoded
@@ -23,9 +23,9 @@ FINISHED, OPEN = rollout_id("00000-aa"), rollout_id("00001-bb")
 
 
 @pytest.fixture
-def run(run_uri: str) -> RunDirectory:
+def run(run_uri: str) -> RolloutRun:
     """One rollout whose both horizons are committed, one that has parts, and leftovers of all kinds."""
-    run = RunDirectory(run_uri)
+    run = RolloutRun(run_uri)
     identity = run.ensure(make_identity())
     storage = run.storage
     for horizon in (6, 12):
@@ -42,7 +42,7 @@ def run(run_uri: str) -> RunDirectory:
     return run
 
 
-def write_open_part(run: RunDirectory) -> None:
+def write_open_part(run: RolloutRun) -> None:
     folder = f"{OPEN.path}/attempt-two"
     write_part(run.storage, folder, make_blocks(6 // FRAMES_PER_BLOCK, 1), rollout_key="k", device_kind="cpu")
 
@@ -63,13 +63,13 @@ OPEN_PARTS = {
 }
 
 
-def kinds(run: RunDirectory, **options: float | bool) -> dict[str, str]:
+def kinds(run: RolloutRun, **options: float | bool) -> dict[str, str]:
     found = find_leftovers(run, **{"older_than_s": -1, "unfinished": False, **options})  # type: ignore[arg-type]
     assert found.notes == []
     return {leftover.path: leftover.kind for leftover in found.found}
 
 
-def test_leftovers_are_listed_and_nothing_is_changed(run: RunDirectory) -> None:
+def test_leftovers_are_listed_and_nothing_is_changed(run: RolloutRun) -> None:
     before = run.storage.list_files()
     assert kinds(run) == LEFTOVERS
     assert kinds(run, unfinished=True) == LEFTOVERS | OPEN_PARTS
@@ -78,12 +78,12 @@ def test_leftovers_are_listed_and_nothing_is_changed(run: RunDirectory) -> None:
     assert run.storage.list_files() == before
 
 
-def test_what_was_written_lately_stays(run: RunDirectory) -> None:
+def test_what_was_written_lately_stays(run: RolloutRun) -> None:
     found = find_leftovers(run, older_than_s=3600, unfinished=False)
     assert (found.found, found.too_young) == ([], len(LEFTOVERS))
 
 
-def test_removal_takes_the_leftovers_and_nothing_else(run: RunDirectory) -> None:
+def test_removal_takes_the_leftovers_and_nothing_else(run: RolloutRun) -> None:
     before, status = run.storage.list_files(), run_status(run)
     assert collect_garbage(run, remove=True, older_than_s=-1).removed
     after = {path: size for path, size in run.storage.list_files().items() if not path.startswith("lease/")}
@@ -96,7 +96,7 @@ def test_removal_takes_the_leftovers_and_nothing_else(run: RunDirectory) -> None
     assert len(run.commits()) == 3
 
 
-def test_a_file_that_only_a_broken_commit_names_stays(run: RunDirectory) -> None:
+def test_a_file_that_only_a_broken_commit_names_stays(run: RolloutRun) -> None:
     """The other files of a commit that lost one may still save work."""
     commit = next(commit for commit in run.commits() if commit.rollout == OPEN)
     assert commit.video is not None
@@ -106,7 +106,7 @@ def test_a_file_that_only_a_broken_commit_names_stays(run: RunDirectory) -> None
     assert not [path for path in kinds(run, unfinished=True) if path.startswith(f"{FINISHED.path}/attempt-")]
 
 
-def test_nothing_is_removed_where_a_listing_hides_a_record(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_removed_where_a_listing_hides_a_record(run: RolloutRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store whose listings lag behind its files shows the video of a commit and not the commit."""
     hidden = f"{OPEN.path}/commit-6.json"
     whole = run.storage.list_details
@@ -122,7 +122,7 @@ def test_nothing_is_removed_where_a_listing_hides_a_record(run: RunDirectory, mo
 def test_nothing_is_removed_where_a_listing_hides_the_record_of_a_decoded_video(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunDirectory(str(tmp_path))
+    run = RolloutRun(str(tmp_path))
     commit = store_commit(run, run.ensure(make_identity()), FINISHED, 6)
     record = store_decoded(run, commit, {"vae": "v0"})
     whole = run.storage.list_details
@@ -136,7 +136,7 @@ def test_nothing_is_removed_where_a_listing_hides_the_record_of_a_decoded_video(
         kinds(run)
 
 
-def test_a_run_that_grows_later_continues_from_the_parts_that_commits_name(run: RunDirectory) -> None:
+def test_a_run_that_grows_later_continues_from_the_parts_that_commits_name(run: RolloutRun) -> None:
     collect_garbage(run, remove=True, older_than_s=-1)
     records, broken = run.part_records(run.inventory(), FINISHED)
     assert broken == [] and max(record.end_frame for record in records) == 12
@@ -144,7 +144,7 @@ def test_a_run_that_grows_later_continues_from_the_parts_that_commits_name(run: 
 
 def test_what_decoding_and_scoring_are_writing_at_this_moment_stays(tmp_path: Path) -> None:
     """They hold no lease, and a decoded video lies there before the record that names it."""
-    run = RunDirectory(str(tmp_path))
+    run = RolloutRun(str(tmp_path))
     run.ensure(make_identity())
     writing = [
         "decoded/s/tiny/base/00000-aa-0/attempt-x/video-6.mp4",
@@ -162,7 +162,7 @@ def test_what_decoding_and_scoring_are_writing_at_this_moment_stays(tmp_path: Pa
 
 
 def test_unfinished_writes_of_a_folder_are_found_and_hidden_from_everybody_else(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path))
+    run = RolloutRun(str(tmp_path))
     run.ensure(make_identity())
     temporary = tmp_path / "rollouts" / "strangers" / "own" / "folder" / "attempt-x" / ".tmp-0123"
     temporary.parent.mkdir(parents=True)
@@ -174,7 +174,7 @@ def test_unfinished_writes_of_a_folder_are_found_and_hidden_from_everybody_else(
 
 
 def test_unfinished_uploads_are_dropped_with_their_pieces(s3_bucket: str, tmp_path: Path) -> None:
-    run = RunDirectory(f"{s3_bucket}/{tmp_path.name}")
+    run = RolloutRun(f"{s3_bucket}/{tmp_path.name}")
     run.ensure(make_identity())
     key = f"{tmp_path.name}/{FINISHED.path}/attempt-x/video-6.mp4"
     for other in (key, f"{tmp_path.name}-another-run/video.mp4"):
@@ -188,7 +188,7 @@ def test_unfinished_uploads_are_dropped_with_their_pieces(s3_bucket: str, tmp_pa
     assert [upload["Key"] for upload in left] == [f"{tmp_path.name}-another-run/video.mp4"]
 
 
-def test_nothing_is_removed_while_a_driver_works(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_removed_while_a_driver_works(run: RolloutRun, monkeypatch: pytest.MonkeyPatch) -> None:
     lease: Lease = take_lease(run.storage, new_record("run", ttl_s=3600), lambda _: None)
     before = run.storage.list_files("rollouts")
     looks = iter(range(1000))
@@ -208,4 +208,4 @@ def test_nothing_is_removed_while_a_driver_works(run: RunDirectory, monkeypatch:
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="there is no run"):
-        collect_garbage(RunDirectory(str(tmp_path)))
+        collect_garbage(RolloutRun(str(tmp_path)))

@@ -16,7 +16,7 @@ from lrag_ray.store import lease as lease_module
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import FOLDER, Lease, LeaseRecord, holder, new_record, take_lease
 from lrag_ray.store.process import ProcessIdentity, this_process
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.store.make import make_identity
 
@@ -196,7 +196,7 @@ def test_a_record_that_cannot_be_read_does_not_lock_the_run_for_ever(storage: St
 
 
 def test_status_names_who_is_at_work(run_uri: str) -> None:
-    run = RunDirectory(run_uri)
+    run = RolloutRun(run_uri)
     run.ensure(make_identity())
     assert run_status(run).held_by is None
     lease = take(run.storage, elsewhere())

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from lrag_ray.store.parts import BrokenPartError, read_chain, read_part
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from tests.store.make import FRAMES_PER_BLOCK, make_blocks, rollout_id, store_part
 
 
 @pytest.fixture
-def run(run_uri: str) -> RunDirectory:
-    return RunDirectory(run_uri)
+def run(run_uri: str) -> RolloutRun:
+    return RolloutRun(run_uri)
 
 
-def test_a_part_reads_back_as_it_was_written(run: RunDirectory) -> None:
+def test_a_part_reads_back_as_it_was_written(run: RolloutRun) -> None:
     record = store_part(run, 2, 3, key="k")
     assert (record.first_frame, record.end_frame) == (6, 15)
     stored = read_part(run.storage, record, FRAMES_PER_BLOCK)
@@ -24,7 +24,7 @@ def test_a_part_reads_back_as_it_was_written(run: RunDirectory) -> None:
         assert torch.equal(read.state["kept"], written.state["kept"])
 
 
-def test_equal_blocks_give_equal_bytes_whatever_the_attempt(run: RunDirectory) -> None:
+def test_equal_blocks_give_equal_bytes_whatever_the_attempt(run: RolloutRun) -> None:
     one = store_part(run, 0, 2, key="k", attempt="one")
     two = store_part(run, 0, 2, key="k", attempt="two")
     assert (one.latents.sha256, one.trace.sha256) == (two.latents.sha256, two.trace.sha256)
@@ -32,7 +32,7 @@ def test_equal_blocks_give_equal_bytes_whatever_the_attempt(run: RunDirectory) -
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", "flip"], ids=["empty", "short", "one bit"])
-def test_damage_is_found(run: RunDirectory, damage: bytes | str) -> None:
+def test_damage_is_found(run: RolloutRun, damage: bytes | str) -> None:
     record = store_part(run, 0, 2, key="k")
     data = bytearray(run.storage.read_bytes(record.latents.path))
     data[-1] ^= 1
@@ -41,7 +41,7 @@ def test_damage_is_found(run: RunDirectory, damage: bytes | str) -> None:
         read_part(run.storage, record, FRAMES_PER_BLOCK)
 
 
-def test_the_chain_joins_attempts_and_ends_before_the_first_broken_part(run: RunDirectory) -> None:
+def test_the_chain_joins_attempts_and_ends_before_the_first_broken_part(run: RolloutRun) -> None:
     store_part(run, 0, 2, key="k", attempt="one")
     store_part(run, 2, 2, key="k", attempt="two")
     last = store_part(run, 4, 2, key="k", attempt="three")
@@ -57,7 +57,7 @@ def test_the_chain_joins_attempts_and_ends_before_the_first_broken_part(run: Run
     assert len(chain.broken) == 1 and last.trace.path in chain.broken[0]
 
 
-def test_a_broken_part_is_replaced_by_the_same_frames_of_another_attempt(run: RunDirectory) -> None:
+def test_a_broken_part_is_replaced_by_the_same_frames_of_another_attempt(run: RolloutRun) -> None:
     broken = store_part(run, 0, 4, key="k", attempt="one")
     store_part(run, 0, 2, key="k", attempt="two")
     run.storage.remove(broken.latents.path)
@@ -67,13 +67,13 @@ def test_a_broken_part_is_replaced_by_the_same_frames_of_another_attempt(run: Ru
     assert [part.record.attempt for part in chain.parts] == ["two"]
 
 
-def test_a_part_without_its_record_does_not_exist(run: RunDirectory) -> None:
+def test_a_part_without_its_record_does_not_exist(run: RolloutRun) -> None:
     store_part(run, 0, 2, key="k")
     run.storage.remove(f"{rollout_id().path}/attempt-one/part-00000-00006.json")
     assert run.part_records(run.inventory(rollout_id()), rollout_id()) == ([], [])
 
 
-def test_an_unreadable_part_record_is_reported(run: RunDirectory) -> None:
+def test_an_unreadable_part_record_is_reported(run: RolloutRun) -> None:
     store_part(run, 0, 2, key="k")
     path = f"{rollout_id().path}/attempt-one/part-00000-00006.json"
     run.storage.write(path, b"{")

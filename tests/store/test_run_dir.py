@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from lrag_ray.errors import IdentityError, StorageError
+from lrag_ray.store.failures import write_failure
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.records import FailureRecord, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.store.make import make_identity, rollout_id, store_commit, store_part
 
@@ -16,11 +17,11 @@ RAG = MethodIdentity(method="rag", settings={}, nested=True)
 
 
 @pytest.fixture
-def run(run_uri: str) -> RunDirectory:
-    return RunDirectory(run_uri)
+def run(run_uri: str) -> RolloutRun:
+    return RolloutRun(run_uri)
 
 
-def test_a_run_is_created_grows_and_refuses_another_identity(run: RunDirectory) -> None:
+def test_a_run_is_created_grows_and_refuses_another_identity(run: RolloutRun) -> None:
     identity = make_identity()
     assert run.read() is None
     assert run.ensure(identity) == identity
@@ -32,7 +33,7 @@ def test_a_run_is_created_grows_and_refuses_another_identity(run: RunDirectory) 
     assert run.storage.read_bytes("run.json") == before
 
 
-def test_a_damaged_or_foreign_run_file_is_refused(run: RunDirectory) -> None:
+def test_a_damaged_or_foreign_run_file_is_refused(run: RolloutRun) -> None:
     run.storage.write("run.json", b'{"format_version": 1')
     with pytest.raises(StorageError, match="another version of lrag-ray or damaged"):
         run.read()
@@ -41,7 +42,7 @@ def test_a_damaged_or_foreign_run_file_is_refused(run: RunDirectory) -> None:
         run.read()
 
 
-def test_a_commit_is_created_once_and_covers_shorter_horizons(run: RunDirectory) -> None:
+def test_a_commit_is_created_once_and_covers_shorter_horizons(run: RolloutRun) -> None:
     identity = run.ensure(make_identity())
     commit = store_commit(run, identity, rollout_id(), 12)
     assert not run.commit(commit.model_copy(update={"attempt": "two"}))
@@ -52,7 +53,7 @@ def test_a_commit_is_created_once_and_covers_shorter_horizons(run: RunDirectory)
     assert inventory.covering(rollout_id(), 6, "another key") is None
 
 
-def test_a_commit_whose_files_are_missing_short_or_elsewhere_does_not_count(run: RunDirectory) -> None:
+def test_a_commit_whose_files_are_missing_short_or_elsewhere_does_not_count(run: RolloutRun) -> None:
     identity = run.ensure(make_identity())
     commit = store_commit(run, identity, rollout_id(), 6)
     assert commit.video is not None
@@ -72,7 +73,7 @@ def test_a_commit_whose_files_are_missing_short_or_elsewhere_does_not_count(run:
     assert state.problem == "names run.json, a file of another rollout"
 
 
-def test_a_commit_that_was_made_during_the_listing_counts(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_was_made_during_the_listing_counts(run: RolloutRun, monkeypatch: pytest.MonkeyPatch) -> None:
     identity = run.ensure(make_identity())
     commit = store_commit(run, identity, rollout_id(), 6)
     assert commit.video is not None
@@ -90,7 +91,7 @@ def test_a_commit_that_was_made_during_the_listing_counts(run: RunDirectory, mon
     assert inventory.valid_commits(rollout_id()) == {6: commit}
 
 
-def test_a_commit_that_cannot_be_read_does_not_count(run: RunDirectory) -> None:
+def test_a_commit_that_cannot_be_read_does_not_count(run: RolloutRun) -> None:
     run.storage.write(f"{rollout_id().path}/commit-6.json", b"not json")
     (state,) = run.inventory().problems()
     assert state.problem is not None and state.problem.startswith("not a commit record")
@@ -99,7 +100,7 @@ def test_a_commit_that_cannot_be_read_does_not_count(run: RunDirectory) -> None:
 @pytest.mark.parametrize(
     ("was", "is_now"), [(r'"created_at": "2', '"created_at": "x'), (r"\+00:00", ""), (r'"fps": 16', '"fps": 0')]
 )
-def test_a_commit_with_a_damaged_value_does_not_count(run: RunDirectory, was: str, is_now: str) -> None:
+def test_a_commit_with_a_damaged_value_does_not_count(run: RolloutRun, was: str, is_now: str) -> None:
     store_commit(run, run.ensure(make_identity()), rollout_id("00001-bb"), 12)
     path = f"{rollout_id('00001-bb').path}/commit-12.json"
     text = run.storage.read_bytes(path).decode()
@@ -109,7 +110,7 @@ def test_a_commit_with_a_damaged_value_does_not_count(run: RunDirectory, was: st
 
 
 def test_a_store_that_gives_half_of_a_commit_is_an_error_and_no_broken_commit(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    run: RolloutRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = store_commit(run, run.ensure(make_identity()), rollout_id(), 6)
     whole, halves = run.storage.read_many, [True]
@@ -125,19 +126,20 @@ def test_a_store_that_gives_half_of_a_commit_is_an_error_and_no_broken_commit(
         run.commits()
 
 
-def test_a_commit_with_another_key_stops_the_run(run: RunDirectory) -> None:
+def test_a_commit_with_another_key_stops_the_run(run: RolloutRun) -> None:
     identity = run.ensure(make_identity())
     store_commit(run, make_identity(seed=3), rollout_id(), 6)
     with pytest.raises(IdentityError, match=r"commit-6\.json.*\n.*Two ways out"):
         run.refuse_foreign_commits(identity, run.inventory())
 
 
-def test_status_counts_done_partial_failed_and_pending(run: RunDirectory) -> None:
+def test_status_counts_done_partial_failed_and_pending(run: RolloutRun) -> None:
     identity = run.ensure(make_identity(methods={**make_identity().methods, "rag": RAG}))
     store_part(run, 0, 1, key="k")
     store_commit(run, identity, rollout_id("00001-bb"), 12)
     failed = rollout_id("00000-aa", "rag")
-    run.record_failure(
+    write_failure(
+        run.storage,
         FailureRecord(
             rollout=failed,
             rollout_key="k",
@@ -149,7 +151,7 @@ def test_status_counts_done_partial_failed_and_pending(run: RunDirectory) -> Non
             reason="boom",
             traceback="Traceback",
             created_at=now_utc(),
-        )
+        ),
     )
     status = run_status(run)
     counts = {(c.method, c.latent_frames): (c.done, c.partial, c.failed, c.pending, c.total) for c in status.cells}
@@ -170,14 +172,14 @@ def test_status_counts_done_partial_failed_and_pending(run: RunDirectory) -> Non
     assert run_status(run).failures == []
 
 
-def test_status_needs_a_run(run: RunDirectory) -> None:
+def test_status_needs_a_run(run: RolloutRun) -> None:
     with pytest.raises(StorageError, match=r"no run\.json"):
         run_status(run)
 
 
 def test_a_bucket_is_listed_method_by_method_and_shows_what_a_folder_shows(s3_bucket: str, tmp_path: Path) -> None:
     identity = make_identity(methods={**make_identity().methods, "rag": RAG})
-    runs = [RunDirectory(uri) for uri in (f"{s3_bucket}/{tmp_path.name}", str(tmp_path / "run"))]
+    runs = [RolloutRun(uri) for uri in (f"{s3_bucket}/{tmp_path.name}", str(tmp_path / "run"))]
     for run in runs:
         assert run.inventory().files == {}
         run.ensure(identity)

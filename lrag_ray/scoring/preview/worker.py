@@ -13,21 +13,21 @@ from lrag_ray.scoring.table import ScoreRow, ScoreTarget, to_parquet
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
 from lrag_ray.store.records import now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.videos import CommittedVideo, committed_videos
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import VideoError, iterate_frames
 
 
-def pending_targets(run_dir: RunDirectory) -> list[ScoreTarget]:
+def pending_targets(run_dir: RolloutRun) -> list[ScoreTarget]:
     """Videos at their durations that are committed and not scored, in prompt-major order."""
     scored = run_dir.storage.list_files(PREVIEW.folder)
     targets = map(score_target, committed_videos(run_dir))
     return [target for target in targets if target.score_path(PREVIEW) not in scored]
 
 
-def pending_items(run_dir: RunDirectory) -> list[Item]:
+def pending_items(run_dir: RolloutRun) -> list[Item]:
     """`pending_targets` for a fan-out."""
     return [Item(f"{t.rollout_path} at {t.latent_frames} latent frames", t) for t in pending_targets(run_dir)]
 

@@ -25,7 +25,7 @@ from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.scoring.vbench_long.worker import RANDOM, VbenchTask, read_row_files
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import CommittedVideo, committed_videos
 
 
@@ -103,7 +103,7 @@ def refuse_mixture(storage: Storage, place: str, scoring: ScoringSection) -> Non
             return
 
 
-def pending_items(run_dir: RunDirectory, config: RunConfig, *, settled: bool) -> list[Item]:
+def pending_items(run_dir: RolloutRun, config: RunConfig, *, settled: bool) -> list[Item]:
     """What is committed and not scored, in prompt-major order.
 
     With `settled` only rollouts whose every duration is committed: their files are the ones that will count.
@@ -128,7 +128,7 @@ def pending_items(run_dir: RunDirectory, config: RunConfig, *, settled: bool) ->
     return items
 
 
-def files_behind(run_dir: RunDirectory, config: RunConfig, damaged: Collection[str]) -> set[str]:
+def files_behind(run_dir: RolloutRun, config: RunConfig, damaged: Collection[str]) -> set[str]:
     """Files that say of a video that it is scored in full, where one of its files is among the `damaged`."""
     folders = {path.rpartition("/")[0] for path in damaged}
     goals = _goals(run_dir, run_dir.require(), config, settled=False)
@@ -136,7 +136,7 @@ def files_behind(run_dir: RunDirectory, config: RunConfig, damaged: Collection[s
     return ends & run_dir.storage.list_files(folder(config.scoring.mode)).keys()
 
 
-def _goals(run_dir: RunDirectory, identity: RunIdentity, config: RunConfig, *, settled: bool) -> Iterator[Goal]:
+def _goals(run_dir: RolloutRun, identity: RunIdentity, config: RunConfig, *, settled: bool) -> Iterator[Goal]:
     scoring = config.scoring
     first_method = next(iter(config.methods))
     groups: dict[str, list[CommittedVideo]] = {}

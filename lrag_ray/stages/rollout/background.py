@@ -1,4 +1,4 @@
-"""Work that follows in a thread of its own: decoding, encoding and storing a block while the next one is generated."""
+"""A thread that decodes, encodes and stores a block while the next one is generated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 P = ParamSpec("P")
 
 
-class Behind:
-    """Does calls one after the other in one thread; at most `depth` of them wait or run, so memory stays bounded.
+class BackgroundThread:
+    """Runs calls one after the other in one thread; at most `depth` of them wait or run, so memory stays bounded.
 
-    What a call raises is raised, with its own traceback, by the next `do` or by `finish`; the calls after it are left
-    out. Leaving the context waits for the calls that were given.
+    An exception of a call is raised, with its own traceback, by the next `do` or by `finish`; later calls are skipped.
+    Leaving the context waits for all calls.
     """
 
     def __init__(self, depth: int) -> None:
@@ -24,10 +24,10 @@ class Behind:
         self._calls: deque[Future[None]] = deque()
         self._broken = False
         # A thread has a thread count of its own, and sums change with it.
-        self._thread = ThreadPoolExecutor(1, "behind", torch.set_num_threads, (torch.get_num_threads(),))
+        self._thread = ThreadPoolExecutor(1, "background", torch.set_num_threads, (torch.get_num_threads(),))
 
     def do(self, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Let `call` be done behind; waits while `depth` calls are not done."""
+        """Queue `call`; waits while `depth` calls are not done."""
         while self._calls and (self._calls[0].done() or len(self._calls) >= self._depth):
             self._calls.popleft().result()
         self._calls.append(self._thread.submit(self._guarded, lambda: call(*args, **kwargs)))
@@ -37,7 +37,7 @@ class Behind:
         while self._calls:
             self._calls.popleft().result()
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> BackgroundThread:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from lrag_ray.errors import StorageError
 from lrag_ray.stages.horizon_videos import HorizonVideos, put_video, value_bytes
 from lrag_ray.store.parts import FinishedBlock, StoredPart, write_part
 from lrag_ray.store.records import Commit, PartRecord, RolloutId, now_utc
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.versions import versions
 
 
@@ -75,7 +75,7 @@ class BlockWriter:
 
     def __init__(
         self,
-        run: RunDirectory,
+        run: RolloutRun,
         rollout: RolloutId,
         rollout_key: str,
         attempt: str,

@@ -1,21 +1,22 @@
-"""What is left to do: the configuration minus what storage holds."""
+"""What is left to do of a run's rollouts: its identity minus what storage holds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from lrag_ray.engine.queue import WorkItem
-from lrag_ray.stages.rollout.worker import RolloutTask
+from lrag_ray.stages.rollout.worker import RolloutTask, stored_pieces
+from lrag_ray.stages.spec import Task
 from lrag_ray.store.identity import RunIdentity, canonical_digest
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.run_dir import CommitState, Inventory
+from lrag_ray.store.rollouts import CommitState, Inventory
 
 
 @dataclass(frozen=True)
-class OpenWork:
+class PendingRollouts:
     """Rollouts that miss a commit."""
 
-    items: list[WorkItem[RolloutTask]]
+    tasks: list[Task[RolloutTask]]
     """Prompt-major: all backbones and methods of a prompt stand together."""
     invalid: list[CommitState]
     """Commits of these rollouts that do not count and stand in the way of new ones."""
@@ -27,16 +28,20 @@ class OpenWork:
     @property
     def commits_open(self) -> int:
         """Horizons without a commit."""
-        return sum(len(item.payload.horizons) for item in self.items)
+        return sum(len(task.payload.horizons) for task in self.tasks)
 
 
-def open_work(identity: RunIdentity, inventory: Inventory) -> OpenWork:
+def pending_rollouts(
+    identity: RunIdentity, inventory: Inventory, history_bytes: Callable[[str, str, int], int]
+) -> PendingRollouts:
     """Rollouts of `identity` with the horizons that have no valid commit of their own.
+
+    `history_bytes(backbone, method, latent_frames)` is the host memory that a rollout's history needs at its end.
 
     A cell is done as soon as a longer commit covers it; its own commit is made all the same, because it names the
     video of that length. From stored parts that costs a decode and no pass of the transformer.
     """
-    items: list[WorkItem[RolloutTask]] = []
+    tasks: list[Task[RolloutTask]] = []
     invalid: list[CommitState] = []
     total = blocks = 0
     samples = range(identity.samples)
@@ -61,11 +66,15 @@ def open_work(identity: RunIdentity, inventory: Inventory) -> OpenWork:
                         weights_digest=canonical_digest(backbone.latents["weights"]),
                         horizons=group,
                     )
-                    progress = stored_pieces(inventory, rollout)
-                    items.append(WorkItem(f"{rollout.path}/{group[-1]}", order, name, task, progress))
-    return OpenWork(items, invalid, total, blocks)
-
-
-def stored_pieces(inventory: Inventory, rollout: RolloutId) -> int:
-    """Parts and commits of `rollout` on storage: grows with everything that an attempt brings forward."""
-    return len(inventory.part_records.get(rollout.path, ())) + len(inventory.commits.get(rollout.path, {}))
+                    tasks.append(
+                        Task(
+                            key=f"{rollout.path}/{group[-1]}",
+                            payload=task,
+                            order=order,
+                            group=name,
+                            name=rollout.path,
+                            memory=history_bytes(name, method_name, group[-1]),
+                            progress=stored_pieces(inventory, rollout),
+                        )
+                    )
+    return PendingRollouts(tasks, invalid, total, blocks)

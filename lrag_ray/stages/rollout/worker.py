@@ -1,36 +1,45 @@
 """One attempt at one rollout: read what is stored, rebuild or generate, decode, store parts, commit horizons.
 
-Knows nothing of Ray. All that it writes lies under its own attempt; only a commit, which is created once, makes it
-count. Horizons that are committed already are neither decoded nor committed again.
+All that it writes is stored under its own attempt; only a commit, which is created once, makes it count. Horizons that
+are committed already are neither decoded nor committed again.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lrag_ray.config.methods import resolve_method
-from lrag_ray.config.schema import BackboneConfig, RunConfig
-from lrag_ray.engine.queue import Yielded
+from lrag_ray.config.schema import (
+    BackboneConfig,
+    EngineSection,
+    MethodConfig,
+    ResumeSection,
+    RunConfig,
+    StorageSection,
+    VideoSection,
+)
 from lrag_ray.errors import WeightsError
-from lrag_ray.events import Step, WorkerState
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
-from lrag_ray.stages.backbone import load_generator, load_retrieval_encoder, load_vae, weights_identity
+from lrag_ray.stages.backbone import device_for, load_generator, load_retrieval_encoder, load_vae, weights_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
-from lrag_ray.stages.rollout.background import Behind
+from lrag_ray.stages.numerics import make_reproducible
+from lrag_ray.stages.rollout.background import BackgroundThread
 from lrag_ray.stages.rollout.block_writer import BlockWriter, Stopwatch
+from lrag_ray.stages.spec import Host, Resources, Result, Stage, Task, WorkerState, Yielded
 from lrag_ray.stages.text import embedding_path, read_embedding
 from lrag_ray.store.identity import canonical_digest
 from lrag_ray.store.parts import FinishedBlock, PartChain, read_chain
 from lrag_ray.store.records import PartRecord, RolloutId
-from lrag_ray.store.run_dir import Inventory, RunDirectory
+from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
+from lrag_ray.store.shared import require_run
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -54,76 +63,138 @@ class RolloutTask:
 
 
 @dataclass(frozen=True)
-class RolloutResult:
-    """What an attempt did."""
+class RolloutStage(Stage[RolloutTask]):
+    """Rollouts of a run.
 
-    committed: tuple[int, ...]
-    blocks_generated: int
-    blocks_resumed: int
+    Needs `engine.cpus_per_actor` CPUs, `engine.gpus_per_actor` GPUs, and host memory for the history of each rollout.
+    Set up: sees the run and fixes torch's numerics; a backbone is loaded with its first rollout. Does: one rollout to
+    its missing commits. Returns: `RolloutResult`, or yields between two blocks.
+    """
+
+    name = "rollouts"
+    memory_use = "the history of this rollout"
+
+    uri: str
+    """Address of the run, credentials included: never shown."""
+    storage: StorageSection
+    created_at: str
+    """Of the run: a worker that does not find it at the address sees other storage."""
+    seed: int
+    backbones: Mapping[str, BackboneConfig]
+    methods: Mapping[str, MethodConfig]
+    video: VideoSection
+    resume: ResumeSection
+    engine: EngineSection
+
+    @classmethod
+    def of(cls, run: RolloutRun, config: RunConfig) -> RolloutStage:
+        """The stage of a run with these settings; `run` exists already."""
+        return cls(
+            uri=run.storage.address,
+            storage=config.storage,
+            created_at=run.require().created_at,
+            seed=config.run.seed,
+            backbones=config.backbones,
+            methods=config.methods,
+            video=config.video,
+            resume=config.resume,
+            engine=config.engine,
+        )
+
+    @property
+    def resources(self) -> Resources:
+        """As the engine section says."""
+        return Resources(self.engine.cpus_per_actor, self.engine.gpus_per_actor)
+
+    @property
+    def threads(self) -> int:
+        """Torch threads of a worker."""
+        return self.engine.threads_per_actor
+
+    @property
+    def checkpoint_every_blocks(self) -> int:
+        """Blocks per latent part."""
+        return self.engine.checkpoint_every_blocks
+
+    def open(self, host: Host) -> RolloutWorker:
+        """StorageError where this node does not see the run."""
+        return RolloutWorker(self, host)
+
+    def progress(self, task: Task[RolloutTask]) -> int:
+        """Parts and commits on storage."""
+        rollout = task.payload.rollout
+        return stored_pieces(RolloutRun(self.uri, self.storage).inventory(rollout), rollout)
+
+
+@dataclass(frozen=True)
+class RolloutResult(Result):
+    """What an attempt did; `made` counts commits and `units` blocks."""
+
+    committed: tuple[int, ...] = ()
+    """Horizons in latent frames."""
+    blocks_generated: int = 0
+    blocks_resumed: int = 0
     """Blocks taken from stored parts."""
-    seconds: float
-    notes: tuple[str, ...]
-    """What a person should know: broken parts that were cut off, a commit of another attempt that differs."""
 
 
 class RolloutWorker:
     """Does rollouts one after the other and keeps the backbone that it loaded last."""
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        config: RunConfig,
-        device: torch.device,
-        tell: Callable[[WorkerState], None],
-        must_leave: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """`tell` hears every step; `must_leave` is asked between blocks whether to store what there is and yield."""
-        self._run = run
-        self._config = config
-        self._device = device
-        self._tell = tell
-        self._must_leave = must_leave
+    def __init__(self, stage: RolloutStage, host: Host) -> None:
+        self.stage = stage
+        self.host = host
+        self.run = RolloutRun(stage.uri, stage.storage)
+        require_run(self.run, stage.created_at)
+        make_reproducible(stage.threads)
+        self.device = device_for(stage.resources.gpus)
         self._backbone_name = ""
         self._transformer: CausalWanTransformer | None = None
         self._vae: WanVae | None = None
 
-    def work(self, task: RolloutTask, attempt: str) -> RolloutResult | Yielded:
+    def work(self, payload: RolloutTask, attempt: str) -> RolloutResult | Yielded:
         """Bring every missing horizon of a rollout to a commit, or yield."""
-        return _Attempt(self, task, attempt).run()
+        # The engine may call this in another thread than the constructor.
+        make_reproducible(self.stage.threads)
+        return _Attempt(self, payload, attempt).run()
 
     def hold(self, name: str) -> BackboneConfig:
-        """Let go of another backbone than `name`, so that two never lie in memory."""
+        """Release any backbone other than `name`, so that two are never in memory."""
         if name != self._backbone_name:
             self._backbone_name, self._transformer, self._vae = name, None, None
-        return self._config.backbones[name]
+        return self.stage.backbones[name]
 
     def generator(self, weights_digest: str) -> CausalWanTransformer:
         """Transformer of the held backbone. WeightsError where this node's weights are not the run's."""
         if self._transformer is None:
-            config = self._config.backbones[self._backbone_name]
+            config = self.stage.backbones[self._backbone_name]
             if canonical_digest(weights_identity(config.weights)) != weights_digest:
                 raise WeightsError(
                     f"backbones.{self._backbone_name}.weights: the files on node {platform.node()} are not those that "
-                    "the run was started with. Mend: put the same files on every node"
+                    "the run was started with. Put the same files on every node"
                 )
-            self._transformer = load_generator(config, self._device)
+            self._transformer = load_generator(config, self.device)
         return self._transformer
 
     def vae(self) -> WanVae:
         """VAE of the held backbone."""
         if self._vae is None:
-            self._vae = load_vae(self._config.backbones[self._backbone_name], self._device)
+            self._vae = load_vae(self.stage.backbones[self._backbone_name], self.device)
         return self._vae
 
 
-class _Leaving(Exception):  # noqa: N818 - a signal, no error
-    """The worker must go."""
+class _MustLeaveError(Exception):
+    """The worker must go; unwinds the block loop."""
+
+
+def stored_pieces(inventory: Inventory, rollout: RolloutId) -> int:
+    """Parts and commits of `rollout` on storage: grows with all progress that an attempt makes."""
+    return len(inventory.part_records.get(rollout.path, ())) + len(inventory.commits.get(rollout.path, {}))
 
 
 class _Attempt:
     def __init__(self, worker: RolloutWorker, task: RolloutTask, attempt: str) -> None:
-        self._worker = worker
-        self._run, self._config, self._device = worker._run, worker._config, worker._device
+        self._worker, self._stage = worker, worker.stage
+        self._run, self._device = worker.run, worker.device
         self._task = task
         self._id = attempt
         self._device_kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
@@ -141,10 +212,10 @@ class _Attempt:
         committed = inventory.valid_commits(task.rollout)
         horizons = [horizon for horizon in task.horizons if horizon not in committed]
         if not horizons:
-            return RolloutResult((), 0, 0, time.perf_counter() - began, ())
+            return RolloutResult(made=0, units=0, seconds=time.perf_counter() - began)
         self._n = self._backbone.sampler.frames_per_block
         self._blocks_total = horizons[-1] // self._n
-        self._tell(0, "loading")
+        self._report(0, "loading")
         with self._watch.measure("store"):
             chain = self._chain(inventory, horizons[-1])
         stored = [block for part in chain.parts for block in part.blocks][: self._blocks_total]
@@ -153,6 +224,8 @@ class _Attempt:
         if not whole:
             return Yielded(f"its node is about to be taken away; {self._blocks_done} blocks are stored")
         return RolloutResult(
+            made=len(horizons),
+            units=self._blocks_total,
             committed=tuple(horizons),
             blocks_generated=self._blocks_total - len(stored),
             blocks_resumed=len(stored),
@@ -165,7 +238,7 @@ class _Attempt:
         records, broken = self._run.part_records(inventory, self._task.rollout)
         records = [record for record in records if record.rollout_key == self._task.rollout_key]
         own = [record for record in records if record.device_kind == self._device_kind]
-        if self._config.resume.on == "any":
+        if self._stage.resume.on == "any":
             own = records
         chain = self._read_chain(own)
         foreign = [record for record in records if record not in own]
@@ -199,22 +272,22 @@ class _Attempt:
             self._id,
             self._device_kind,
             horizons=horizons,
-            part_blocks=self._config.engine.checkpoint_every_blocks,
-            fps=self._config.video.fps,
+            part_blocks=self._stage.checkpoint_every_blocks,
+            fps=self._stage.video.fps,
             videos=videos,
         )
         writer.reuse(chain.parts)
         try:
-            with Behind(BLOCKS_BEHIND) as behind:
+            with BackgroundThread(BLOCKS_BEHIND) as background:
                 try:
                     for block in self._blocks(stored):
-                        behind.do(writer.take, block, dict(self._watch.timings_s))
+                        background.do(writer.take, block, dict(self._watch.timings_s))
                         self._blocks_done = block.block + 1
                     whole = True
-                except _Leaving:
-                    behind.do(writer.flush)
+                except _MustLeaveError:
+                    background.do(writer.flush)
                     whole = False
-                behind.finish()
+                background.finish()
         finally:
             if videos is not None:
                 videos.abort()
@@ -224,34 +297,34 @@ class _Attempt:
     def _blocks(self, stored: Sequence[FinishedBlock]) -> Iterator[FinishedBlock]:
         """Stored blocks, then generated ones; caches are rebuilt from the stored ones only if more are needed."""
         for block in stored:
-            self._stay()
-            self._tell(block.block, "storing")
+            self._leave_if_asked()
+            self._report(block.block, "storing")
             yield block
         left = self._blocks_total - len(stored)
         if not left:
             return
-        self._stay()
+        self._leave_if_asked()
         with self._watch.measure("load"):
             rollout = self._start()
         for block in stored:
-            self._stay()
-            self._tell(block.block, "replaying")
+            self._leave_if_asked()
+            self._report(block.block, "replaying")
             with self._watch.measure("replay"):
                 rollout.replay(block.latents[None], [[block.state]])
-        self._tell(len(stored), "generating")
+        self._report(len(stored), "generating")
         for result in rollout.blocks(left):
             # Waits for the device, whose times are then known.
             latents = result.latents[0].cpu()
             self._watch.timings_s.update(rollout.timings_s)
             state = {name: value.cpu() for name, value in result.state[0].items()}
             yield FinishedBlock(result.block, latents, result.trace[0], state)
-            self._tell(result.block + 1, "generating")
+            self._report(result.block + 1, "generating")
             if result.block + 1 < self._blocks_total:
-                self._stay()
+                self._leave_if_asked()
 
-    def _stay(self) -> None:
-        if self._worker._must_leave():
-            raise _Leaving
+    def _leave_if_asked(self) -> None:
+        if self._worker.host.must_leave():
+            raise _MustLeaveError
 
     def _start(self) -> Rollout:
         task, config = self._task, self._backbone
@@ -259,10 +332,10 @@ class _Attempt:
         if rows is None:
             path = embedding_path(task.text_digest, task.prompt)
             raise RuntimeError(f"{path}: the text features are missing or damaged; the next start makes them again")
-        method = resolve_method(self._config.methods[task.rollout.method])
+        method = resolve_method(self._stage.methods[task.rollout.method])
         latent = config.latent
         shape = (latent.channels, latent.height, latent.width)
-        seed, sample = self._config.run.seed, task.rollout.sample
+        seed, sample = self._stage.seed, task.rollout.sample
         return Rollout(
             self._worker.generator(task.weights_digest),
             config.sampler,
@@ -276,12 +349,12 @@ class _Attempt:
         )
 
     def _open_videos(self, scratch: Path, horizons: Sequence[int]) -> HorizonVideos | None:
-        video = self._config.video
+        video = self._stage.video
         if not video.enabled:
             return None
         with self._watch.measure("load"):
             vae = self._worker.vae()
         return HorizonVideos(scratch, vae, horizons, video)
 
-    def _tell(self, blocks: int, step: Step) -> None:
-        self._worker._tell(WorkerState(self._task.rollout, blocks, self._blocks_total, step))
+    def _report(self, blocks: int, step: str) -> None:
+        self._worker.host.report(WorkerState(self._task.rollout.path, blocks, self._blocks_total, step))

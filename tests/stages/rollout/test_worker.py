@@ -20,9 +20,8 @@ from lrag_ray.stages.horizon_videos import HorizonVideos
 from lrag_ray.stages.rollout.pending import open_work
 from lrag_ray.stages.rollout.worker import RolloutResult, RolloutTask, RolloutWorker
 from lrag_ray.stages.text import encode_and_store
-from lrag_ray.store.records import Commit
-from lrag_ray.store.records import new_attempt_id
-from lrag_ray.store.run_dir import RunDirectory
+from lrag_ray.store.records import Commit, new_attempt_id
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.mp4 import read_video
 from tests.stages.make import BACKBONE, METHODS, make_config, make_prompts
 
@@ -35,7 +34,7 @@ class Bench:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.run = RunDirectory(config.run.uri)
+        self.run = RolloutRun(config.run.uri)
         self.told: list[Any] = []
         self.worker = RolloutWorker(self.run, config, torch.device("cpu"), self.told.append)
 

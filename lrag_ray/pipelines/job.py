@@ -1,0 +1,129 @@
+"""The frame of every job: lease, stages, interruption, failures, outcome and exit code.
+
+A job is a subclass that says what to prepare and what to do; everything that all starts have in common is here. One
+rule gives the exit code of every job: 0 if all that was asked for is made, 1 if a rollout, decode or score that was
+asked for could not be made, 130 after an interruption. Errors of the environment and of the configuration are raised.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import ClassVar, Generic, TypeVar
+
+from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.pool import ActorPool
+from lrag_ray.engine.sizing import PoolSize
+from lrag_ray.errors import INTERRUPTED
+from lrag_ray.events import AttemptFailed, Event, Listener, Notice, StageBegan, StageEnded, TaskFinished, silent
+from lrag_ray.pipelines.failure_log import FailureLog
+from lrag_ray.pipelines.lease import keep_lease
+from lrag_ray.stages.spec import Payload, Stage, StageName, Task
+from lrag_ray.store.address import Storage
+
+Outcome = TypeVar("Outcome")
+
+
+class Job(ABC, Generic[Outcome]):
+    """One start of a job. `start` does it all."""
+
+    lease: ClassVar[str | None] = None
+    """Name under which the run's lease is held while the job works; None for jobs that hold none."""
+
+    def __init__(self, storage: Storage, engine: EngineSection, listener: Listener = silent) -> None:
+        """`storage` is where results and failure records go; `listener` receives the events."""
+        self.storage = storage
+        self.engine = engine
+        self.missing: dict[str, str] = {}
+        """What was asked for and could not be made: the reason, by title."""
+        self.made: Counter[StageName] = Counter()
+        """Results that this start has made, by stage."""
+        self._listener = listener
+        self._began = time.monotonic()
+        self._failures = FailureLog(storage, self.warn)
+
+    @abstractmethod
+    def do(self) -> None:
+        """The work. Leaves what could not be made in `missing`."""
+
+    @abstractmethod
+    def outcome(self, exit_code: int) -> Outcome:
+        """What the caller gets."""
+
+    def start(self) -> Outcome:
+        """Run the job. Ctrl-C ends the actors and gives exit code 130; nothing committed or stored is lost."""
+        try:
+            with self._leased():
+                self.do()
+        except KeyboardInterrupt:
+            self.warn("interrupted; the same command continues")
+            return self.outcome(INTERRUPTED)
+        return self.outcome(1 if self.missing else 0)
+
+    @property
+    def seconds(self) -> float:
+        """Since the job was created."""
+        return time.monotonic() - self._began
+
+    def report(self, event: Event) -> None:
+        """Take in an event and pass it on."""
+        if isinstance(event, TaskFinished):
+            self.made[event.stage] += event.result.made
+            self.missing.pop(event.task, None)
+            self._failures.clear(event.stage, event.task)
+        elif isinstance(event, AttemptFailed):
+            if event.failure.quarantined:
+                self.missing[event.failure.task] = event.failure.reason
+            self._failures.add(event.failure)
+        self._listener(event)
+
+    def note(self, text: str) -> None:
+        """Report something that a person should read."""
+        self.report(Notice(text))
+
+    def warn(self, text: str) -> None:
+        """Report something that a person should look into."""
+        self.report(Notice(text, warning=True))
+
+    @contextmanager
+    def stage(self, name: StageName, total: int = 1) -> Iterator[None]:
+        """Bracket a stage with its events; failures are on storage when it ends."""
+        began = time.monotonic()
+        self.report(StageBegan(name, total))
+        yield
+        self._failures.write(force=True)
+        self.report(StageEnded(name, time.monotonic() - began))
+
+    def run_stage(
+        self,
+        stage: Stage[Payload],
+        tasks: Sequence[Task[Payload]],
+        *,
+        size: PoolSize | None = None,
+        listener: Listener | None = None,
+    ) -> list[Task[Payload]]:
+        """Run tasks on the pool of actors that the engine section describes; returns the quarantined ones. Needs Ray.
+
+        `listener` receives the events instead of `report`, which it must call. Raises ClusterError where no worker can
+        be started, and StorageError where failures could not be written for ten minutes.
+        """
+        engine = self.engine
+        with self.stage(stage.name, len(tasks)):
+            pool = ActorPool(
+                stage,
+                size or PoolSize(engine.least_actors, engine.most_actors),
+                max_attempts=engine.max_attempts,
+                stall_timeout_s=engine.stall_timeout_s,
+                address=engine.address,
+                listener=listener or self.report,
+                tick=self._failures.write,
+            )
+            return pool.run(tasks)
+
+    def _leased(self) -> AbstractContextManager[None]:
+        if self.lease is None:
+            return nullcontext()
+        return keep_lease(self.storage, self.lease, ttl_s=self.engine.lease_ttl_s, listener=self.report)

@@ -1,0 +1,38 @@
+"""Failure records of a run, of tasks of any stage: written when an attempt fails, removed when its task succeeds."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from lrag_ray.store.address import Storage
+from lrag_ray.store.records import FailureRecord, failure_folder
+
+FOLDER = "failures"
+
+
+def write_failure(storage: Storage, failure: FailureRecord) -> None:
+    """Store why an attempt failed."""
+    storage.write(failure.path, failure.model_dump_json(indent=1).encode())
+
+
+def read_failures(storage: Storage) -> tuple[list[FailureRecord], list[str]]:
+    """All failures, oldest first, and what is wrong with records that cannot be read."""
+    paths = [path for path in storage.list_files(FOLDER) if path.endswith(".json")]
+    records, broken = [], []
+    for path, data in storage.read_many(paths).items():
+        try:
+            records.append(FailureRecord.model_validate_json(data))
+        except ValidationError as error:
+            broken.append(f"{path}: not a failure record: {error.errors()[0]['msg']}")
+    return sorted(records, key=lambda record: record.created_at), broken
+
+
+def failed_tasks(storage: Storage) -> set[str]:
+    """Folders of the tasks that have records."""
+    return {path.rpartition("/")[0] for path in storage.list_files(FOLDER)}
+
+
+def clear_failures(storage: Storage, stage: str, task: str) -> None:
+    """Remove the records of a task, which has succeeded."""
+    for path in storage.list_files(failure_folder(stage, task)):
+        storage.remove(path)
