@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrag_ray.config.prompts import make_prompt
-from lrag_ray.stages.rollout.pending import open_work
+from lrag_ray.stages.rollout.pending import pending_rollouts
 from lrag_ray.store.gc import find_leftovers
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.records import Commit, FileRecord, LatentPart, PartRecord, RolloutId, now_utc
@@ -46,7 +46,7 @@ def bench_planning(rollouts: int, folder: Path) -> dict[str, Any]:
         return found
 
     inventory = timed("inventory", run.inventory)
-    work = timed("open_work", lambda: open_work(identity, inventory))
+    work = timed("pending_rollouts", lambda: pending_rollouts(identity, inventory, lambda *_: 0))
     timed("refuse_foreign_commits", lambda: run.refuse_foreign_commits(identity, inventory))
     status = timed("run_status", lambda: run_status(run))
     videos = timed("committed_videos", lambda: sum(1 for _ in committed_videos(run)))

@@ -11,39 +11,53 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lrag_ray.engine.oom import Place, this_place
+from lrag_ray.stages.spec import Host, Resources, Result, Stage
 
 if TYPE_CHECKING:
-    # Imported by every actor of the benchmark: it needs none of this.
-    from lrag_ray.engine.pool import AttemptFailure
-    from lrag_ray.engine.queue import WorkItem
+    # Every actor of the benchmark imports this module and needs none of it.
+    from lrag_ray.events import Event
 
 
-class Span(NamedTuple):
-    """What an actor did with an item, in seconds since 1970."""
+@dataclass(frozen=True)
+class Slept(Result):
+    """What an actor did with a task, in seconds since 1970."""
 
-    actor: str
-    began: float
-    ended: float
+    actor: str = ""
+    began: float = 0.0
+    ended: float = 0.0
 
 
-class SleepingActor:
-    """Sleeps where a rollout actor works."""
+@dataclass(frozen=True)
+class SleepStage(Stage[float]):
+    """Sleeps where a rollout worker works."""
+
+    name = "rollouts"
+    cpus: float = 0.001
+    """Sleepers share the CPUs that there are."""
+
+    @property
+    def resources(self) -> Resources:
+        """Next to nothing."""
+        return Resources(self.cpus)
+
+    def open(self, host: Host) -> Sleeper:
+        """Ready at once."""
+        return Sleeper(host.name)
+
+
+class Sleeper:
+    """Does nothing for a while."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def ready(self) -> Place:
-        """The actor is ready at once."""
-        return this_place()
-
-    def work(self, seconds: float, attempt: str) -> Span:
-        """Be busy for so long."""
+    def work(self, payload: float, attempt: str) -> Slept:
+        """Be busy for `payload` seconds."""
         began = time.time()
-        time.sleep(seconds)
-        return Span(self._name, began, time.time())
+        time.sleep(payload)
+        return Slept(actor=self._name, began=began, ended=time.time())
 
 
 @dataclass(frozen=True)
@@ -73,36 +87,29 @@ def bench_runner(*, items: int, actors: int, seconds: float, address: str | None
 
     Raises ClusterError.
     """
-    import ray
-
     from lrag_ray.config.schema import EngineSection
     from lrag_ray.engine.pool import ActorPool
-    from lrag_ray.engine.queue import WorkItem
     from lrag_ray.engine.session import ray_session
-    from lrag_ray.engine.sizing import PoolSize, WorkerShape
+    from lrag_ray.engine.sizing import PoolSize
+    from lrag_ray.events import TaskFinished
+    from lrag_ray.stages.spec import Task
 
-    # Sleepers share the CPUs that there are.
-    share = 0.001
-    work = [WorkItem(f"item-{number:06d}", number, "sleep", seconds) for number in range(items)]
-    listener = _Spans()
-    actor = ray.remote(num_cpus=share, max_restarts=0, max_task_retries=0)(SleepingActor)
-    pool: ActorPool[float, Span] = ActorPool(
-        spawn=lambda name, memory: actor.remote(name),
-        submit=lambda handle, payload, attempt: handle.work.remote(payload, attempt),
-        listener=listener,
-        size=PoolSize(actors, actors),
-        shape=WorkerShape(share, 0),
-        max_attempts=3,
-    )
+    tasks = [Task(f"item-{number:06d}", seconds, number) for number in range(items)]
+    spans: list[Slept] = []
+
+    def listener(event: Event) -> None:
+        if isinstance(event, TaskFinished) and isinstance(event.result, Slept):
+            spans.append(event.result)
+
     with ray_session(EngineSection(address=address)):
-        pool.run(work)
-    return _speed(listener.spans, actors, seconds)
+        ActorPool(SleepStage(), PoolSize(actors, actors), listener=listener).run(tasks)
+    return _speed(spans, actors, seconds)
 
 
-def _speed(spans: list[Span], actors: int, seconds: float) -> RunnerSpeed:
+def _speed(spans: list[Slept], actors: int, seconds: float) -> RunnerSpeed:
     import numpy as np
 
-    by_actor: dict[str, list[Span]] = defaultdict(list)
+    by_actor: dict[str, list[Slept]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.began):
         by_actor[span.actor].append(span)
     firsts = [own[0].began for own in by_actor.values()]
@@ -122,37 +129,3 @@ def _speed(spans: list[Span], actors: int, seconds: float) -> RunnerSpeed:
         },
         starting_s=round(max(firsts) - min(firsts), 3),
     )
-
-
-class _Spans:
-    """A listener that keeps what the actors tell of themselves."""
-
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-
-    def started(self, item: WorkItem[float], attempt: str, worker: str) -> None:
-        pass
-
-    def finished(self, item: WorkItem[float], result: Span) -> None:
-        self.spans.append(result)
-
-    def yielded(self, item: WorkItem[float], worker: str, reason: str) -> None:
-        pass
-
-    def failed(self, item: WorkItem[float], attempt: str, failure: AttemptFailure) -> None:
-        pass
-
-    def worker_lost(self, worker: str, reason: str) -> None:
-        pass
-
-    def unplaced(self, seconds: float) -> None:
-        pass
-
-    def too_large(self, item: WorkItem[float], largest_node: float) -> None:
-        pass
-
-    def progress_of(self, item: WorkItem[float]) -> int:
-        return 0
-
-    def tick(self) -> None:
-        pass

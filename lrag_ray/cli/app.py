@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lrag_ray.cli import bench, decode, doctor, gc, inspect, report, score, weights
-from lrag_ray.cli.options import AsJson, Config, Overrides, Run
+from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
 from lrag_ray.cli.output import console, print_json, tells_errors
 from lrag_ray.errors import INTERRUPTED
 
@@ -37,7 +37,7 @@ def lrag_ray() -> None:
 
 @app.command()
 @tells_errors
-def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(config: Config, overrides: Overrides = None, progress: Progress = "auto", as_json: AsJson = False) -> None:
     """Run here: rollouts, scores and report, on a running Ray cluster or a local one.
 
     The same command again continues: what is committed is not done again, what is partial goes on, what failed is
@@ -51,12 +51,12 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.config.load import load_config
-    from lrag_ray.pipelines.evaluate import run as run_job
+    from lrag_ray.pipelines.evaluate import evaluate
     from lrag_ray.store.rollouts import RolloutRun
 
     loaded = load_config(config, overrides or [])
-    with shown_progress() as progress:
-        outcome = run_job(loaded, progress=progress)
+    with shown_progress(progress) as listener:
+        outcome = evaluate(loaded, listener=listener)
     if as_json:
         print_json(outcome)
     else:

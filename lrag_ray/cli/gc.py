@@ -57,7 +57,7 @@ def gc(
         remove=remove,
         older_than_s=older_than_h * 3600,
         unfinished=unfinished,
-        progress=_tell,
+        listener=_tell,
     )
     if as_json:
         print_json(outcome)

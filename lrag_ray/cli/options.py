@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,3 +13,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="A.B=VALUE", help="Replace a value of the file (YAML); may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; errors as JSON on stderr.")]
+Progress = Annotated[
+    Literal["auto", "log", "json"],
+    typer.Option("--progress", help="On stderr: live on a terminal and lines elsewhere, lines, or JSON events."),
+]

@@ -1,4 +1,4 @@
-"""A run while it works: a live display on a terminal, plain lines elsewhere. Both go to stderr.
+"""Three listeners: a live display on a terminal, plain lines elsewhere, or one JSON object per event. All on stderr.
 
 Example::
 
@@ -8,12 +8,14 @@ Example::
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,30 +23,33 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lrag_ray.cli.output import console, count, duration, printable
+from lrag_ray.cli.output import console, count, duration, natural, printable
 from lrag_ray.events import (
     AttemptFailed,
     Event,
+    Listener,
     Notice,
-    Progress,
-    RolloutAdvanced,
-    RolloutFinished,
-    RolloutStarted,
-    RolloutYielded,
     RunPlanned,
-    Stage,
     StageAdvanced,
     StageBegan,
     StageEnded,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
+    TaskYielded,
     VideosScored,
     WorkerLost,
+    as_json,
 )
-from lrag_ray.store.records import RolloutId
+from lrag_ray.stages.spec import StageName
+from lrag_ray.store.records import ROLLOUTS
+
+ProgressForm = Literal["auto", "log", "json"]
 
 _RATE_WINDOW_S = 120.0
 _PLAIN_EVERY_S = 10.0
 
-STAGE_TITLES: dict[Stage, str] = {
+STAGE_TITLES: dict[StageName, str] = {
     "connect": "connecting to Ray",
     "text": "encoding prompts",
     "rollouts": "rollouts",
@@ -56,10 +61,10 @@ STAGE_TITLES: dict[Stage, str] = {
 
 @dataclass
 class _Flight:
-    rollout: RolloutId
+    task: str
     step: str = "starting"
-    blocks: int = 0
-    blocks_total: int = 0
+    done: int = 0
+    total: int = 0
 
 
 @dataclass
@@ -69,11 +74,11 @@ class RunView:
     clock: Callable[[], float] = time.monotonic
     rollouts_total: int = 0
     rollouts_done: int = 0
-    blocks_total: int = 0
+    blocks_planned: int = 0
     failed_attempts: int = 0
     videos_scored: int = 0
     """Beside the rollouts."""
-    stage: Stage | None = None
+    stage: StageName | None = None
     stage_done: int = 0
     stage_total: int = 0
     flights: dict[str, _Flight] = field(default_factory=dict)
@@ -85,7 +90,7 @@ class RunView:
         """Take an event in; returns the line that a person should read at once, if any."""
         match event:
             case RunPlanned():
-                self.rollouts_total, self.blocks_total = event.rollouts_to_do, event.blocks_to_do
+                self.rollouts_total, self.blocks_planned = event.rollouts_to_do, event.blocks_to_do
                 return (
                     f"{event.uri}: {count(event.commits_done)} of {count(event.commits_total)} results are there, "
                     f"{count(event.rollouts_to_do)} rollouts ({count(event.blocks_to_do)} blocks) to do"
@@ -101,22 +106,24 @@ class RunView:
                 self.stage = None
                 self.flights.clear()
                 return f"{STAGE_TITLES[event.stage]}: done in {duration(event.seconds)}"
-            case RolloutStarted():
-                self.flights[event.worker] = _Flight(event.rollout)
-            case RolloutAdvanced():
-                self.flights[event.worker] = _Flight(event.rollout, event.step, event.blocks, event.blocks_total)
-            case RolloutFinished():
-                self._blocks_finished += event.blocks_generated + event.blocks_resumed
+            case TaskStarted():
+                self.flights[event.worker] = _Flight(event.task)
+            case TaskAdvanced():
+                self.flights[event.worker] = _Flight(event.task, event.step, event.done, event.total)
+            case TaskFinished(stage="rollouts"):
+                self._blocks_finished += event.result.units
                 self.rollouts_done += 1
-                self._land(event.rollout)
-            case RolloutYielded():
+                self._land(event.task)
+            case TaskFinished():
+                self._land(event.task)
+            case TaskYielded():
                 self.flights.pop(event.worker, None)
-                return f"{event.worker} gave {event.rollout.path} back: {event.reason}; it goes on elsewhere"
+                return f"{event.worker} gave {event.task} back: {event.reason}; it continues elsewhere"
             case AttemptFailed(failure):
                 self.failed_attempts += 1
-                self._land(failure.rollout)
-                then = "given up" if failure.quarantined else "will be tried again"
-                return f"warning: {failure.rollout.path}: {failure.reason} ({then}; {failure.path})"
+                self._land(failure.task)
+                then = "quarantined" if failure.quarantined else "will be retried"
+                return f"warning: {failure.task}: {failure.reason} ({then}; {failure.path})"
             case VideosScored():
                 self.videos_scored += event.videos
             case WorkerLost():
@@ -128,7 +135,12 @@ class RunView:
     @property
     def blocks_done(self) -> int:
         """Blocks of finished rollouts and of those under way."""
-        return self._blocks_finished + sum(flight.blocks for flight in list(self.flights.values()))
+        return self._blocks_finished + sum(flight.done for flight in list(self.flights.values()))
+
+    @property
+    def blocks_total(self) -> int:
+        """Blocks to generate as planned, or more where stored ones are decoded again."""
+        return max(self.blocks_planned, self.blocks_done)
 
     @property
     def blocks_per_s(self) -> float | None:
@@ -165,8 +177,8 @@ class RunView:
             parts.append(f"{count(self.failed_attempts)} failed attempts")
         return ", ".join(parts)
 
-    def _land(self, rollout: RolloutId) -> None:
-        self.flights = {worker: flight for worker, flight in self.flights.items() if flight.rollout != rollout}
+    def _land(self, task: str) -> None:
+        self.flights = {worker: flight for worker, flight in self.flights.items() if flight.task != task}
 
     def _note_pace(self) -> None:
         if self.stage != "rollouts":
@@ -178,13 +190,20 @@ class RunView:
 
 
 @contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """A receiver of events that shows them for the time of the block: live on a terminal, else as lines."""
-    if sys.stderr.isatty():
+def shown_progress(form: ProgressForm = "auto") -> Iterator[Listener]:
+    """A listener for the time of the block; `auto` is live on a terminal and lines elsewhere."""
+    if form == "json":
+        yield json_lines(lambda line: print(line, file=sys.stderr, flush=True))
+    elif form == "auto" and sys.stderr.isatty():
         with _live(console(stderr=True)) as receive:
             yield receive
     else:
         yield PlainProgress(lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def json_lines(write: Callable[[str], None]) -> Listener:
+    """A listener for other programs: one JSON object per line and event."""
+    return lambda event: write(json.dumps(as_json(event), ensure_ascii=False))
 
 
 class PlainProgress:
@@ -209,7 +228,7 @@ class PlainProgress:
 
 
 @contextmanager
-def _live(shown: Console) -> Iterator[Progress]:
+def _live(shown: Console) -> Iterator[Listener]:
     view = RunView()
     # The display draws by itself, so that times go on while no event comes.
     with Live(get_renderable=lambda: _drawn(view), console=shown, refresh_per_second=4, transient=True):
@@ -233,9 +252,9 @@ def _drawn(view: RunView) -> RenderableType:
         bar.add_row(ProgressBar(total=total, completed=min(done, total), width=60))
         lines.append(bar)
     flights = Table.grid(padding=(0, 2))
-    for worker, flight in sorted(view.flights.items()):
-        blocks = f"block {flight.blocks}/{flight.blocks_total}" if flight.blocks_total else ""
-        where = flight.rollout.path.removeprefix("rollouts/")
+    for worker, flight in sorted(view.flights.items(), key=lambda item: natural(item[0])):
+        blocks = f"{flight.done}/{flight.total}" if flight.total else ""
+        where = flight.task.removeprefix(f"{ROLLOUTS}/")
         flights.add_row(Text(worker, style="dim"), Text(where), Text(flight.step), Text(blocks))
     if view.flights:
         lines.append(flights)

@@ -115,7 +115,7 @@ def print_status(console: Console, status: RunStatus) -> None:
         console.print(printable(f"At work: {status.held_by}"))
     _print_list(
         console,
-        "Rollouts given up; the next start tries them again",
+        "Quarantined; the next start retries them",
         (f"{failure.task}: {failure.reason} ({failure.path})" for failure in status.failures),
     )
     _print_list(console, "Records that do not count; the next start makes again what is missing", status.problems)
@@ -135,7 +135,11 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
         f"This start made {count(outcome.commits_made)} of {count(outcome.commits_total)} results and scored "
         f"{count(outcome.videos_scored)} videos in {duration(outcome.seconds)}."
     )
-    _print_list(console, "Rollouts given up; the next start tries them again", (r.path for r in outcome.failed))
+    _print_list(
+        console,
+        "Could not be made; the next start retries them",
+        (f"{title}: {reason}" for title, reason in outcome.missing.items()),
+    )
     places = {"state": f"lrag-ray status {outcome.uri}"}
     if outcome.exit_code != INTERRUPTED:
         # An interrupted run has not written its summary.

@@ -6,8 +6,8 @@ With nothing left to do, Ray is not started.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +18,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.sizing import PoolSize
+from lrag_ray.errors import INTERRUPTED, StorageError
 from lrag_ray.events import Event, Listener, RunPlanned, VideosScored, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
@@ -36,6 +37,7 @@ from lrag_ray.stages.rollout.pending import PendingRollouts, pending_rollouts
 from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
 from lrag_ray.stages.spec import Task
 from lrag_ray.stages.text import TextStage, TextTask, embedding_path, without_features
+from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
 
@@ -53,8 +55,10 @@ class RunOutcome:
     """Horizons that this start committed."""
     videos_scored: int
     """Videos that this start scored."""
-    failed: tuple[str, ...]
-    """What could not be made: rollouts and scores, by title."""
+    failed: tuple[RolloutId, ...]
+    """Rollouts without all their commits."""
+    missing: Mapping[str, str]
+    """What could not be made, rollouts, texts and scores: the reason, by title."""
     seconds: float
 
 
@@ -114,13 +118,15 @@ class EvaluateJob(Job[RunOutcome]):
 
     def outcome(self, exit_code: int) -> RunOutcome:
         """What was made and what was not."""
+        rollouts = {task.title: task.payload.rollout for task in self._pending.tasks}
         return RunOutcome(
             exit_code=exit_code,
             uri=self._run.uri,
             commits_total=self._pending.commits_total,
-            commits_made=self.made["rollouts"],
+            commits_made=self._commits_made(exit_code),
             videos_scored=self._videos_scored,
-            failed=tuple(self.missing),
+            failed=tuple(rollout for title, rollout in rollouts.items() if title in self.missing),
+            missing=self.missing,
             seconds=self.seconds,
         )
 
@@ -154,6 +160,14 @@ class EvaluateJob(Job[RunOutcome]):
                 blocks_to_do=pending.blocks,
             )
         )
+
+    def _commits_made(self, exit_code: int) -> int:
+        if exit_code == INTERRUPTED and self._pending.tasks:
+            # Rollouts that were cut off may have reached some of their horizons.
+            with suppress(StorageError):
+                now = pending_rollouts(self._identity, self._run.inventory(), lambda *_: 0)
+                return self._pending.commits_open - now.commits_open
+        return self.made["rollouts"]
 
     def _history_bytes(self) -> Callable[[str, str, int], int]:
         backbones = self._config.backbones

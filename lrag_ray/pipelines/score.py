@@ -11,7 +11,7 @@ from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import INTERRUPTED, ConfigError
-from lrag_ray.events import Notice, Listener, StageBegan, StageEnded, silent
+from lrag_ray.events import Listener, Notice, StageBegan, StageEnded, silent
 from lrag_ray.pipelines.scoring import (
     ScoringOutcome,
     check_scoring,

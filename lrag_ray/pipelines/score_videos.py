@@ -21,7 +21,7 @@ from lrag_ray.config.videos import VideosConfig
 from lrag_ray.engine.fan_out import FanOut, Item
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import INTERRUPTED, ConfigError
-from lrag_ray.events import Notice, Listener, StageBegan, StageEnded, silent
+from lrag_ray.events import Listener, Notice, StageBegan, StageEnded, silent
 from lrag_ray.pipelines.scoring import ScoringOutcome, collect, each_worker, worker_count
 from lrag_ray.pipelines.video_list import ListedVideo, VideoList, list_videos
 from lrag_ray.report.csv_text import csv_text

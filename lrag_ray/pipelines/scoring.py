@@ -14,7 +14,7 @@ from lrag_ray.config.schema import EngineSection, RunConfig, ScoringSection
 from lrag_ray.engine.fan_out import FanOut, Item, Work, Workers
 from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError
-from lrag_ray.events import Notice, Listener, StageAdvanced, silent
+from lrag_ray.events import Listener, Notice, StageAdvanced, silent
 from lrag_ray.scoring.preview import worker as preview
 from lrag_ray.scoring.preview.measures import PREVIEW
 from lrag_ray.scoring.vbench_long import pending as vbench

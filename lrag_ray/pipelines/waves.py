@@ -27,17 +27,16 @@ from lrag_ray.errors import LragError
 from lrag_ray.events import (
     AttemptFailed,
     Event,
-    Notice,
     Listener,
+    Notice,
+    StageAdvanced,
     TaskFinished,
     TaskStarted,
     TaskYielded,
-    StageAdvanced,
     VideosScored,
     WorkerLost,
 )
 from lrag_ray.pipelines.scoring import Wave, each_worker, score_pending
-from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 
 FIRST_AFTER_S = 30.0
