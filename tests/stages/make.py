@@ -8,7 +8,13 @@ from typing import Any
 
 from lrag_ray.config.prompts import Prompt, make_prompt
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.store.records import Commit
+from lrag_ray.pipelines.identity import build_identity
+from lrag_ray.stages.rollout.pending import pending_rollouts
+from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
+from lrag_ray.stages.spec import LocalHost
+from lrag_ray.stages.text import TextStage, TextTask
+from lrag_ray.store.identity import RunIdentity
+from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
 
 BACKBONE: dict[str, Any] = {
@@ -69,3 +75,24 @@ def part_bytes(run: RolloutRun, commits: Sequence[Commit]) -> dict[tuple[str, st
         ]
         for commit in commits
     }
+
+
+def encode_texts(run: RolloutRun, config: RunConfig, tasks: Sequence[RolloutTask]) -> None:
+    """Store the text features of the tasks' prompts."""
+    worker = TextStage(run.storage, config.backbones, config.engine).open(LocalHost())
+    for task in tasks:
+        worker.work(TextTask(task.rollout.backbone, task.text_digest, task.prompt), new_attempt_id())
+
+
+def pending_tasks(run: RolloutRun, identity: RunIdentity) -> list[RolloutTask]:
+    """Rollouts that are not done."""
+    return [task.payload for task in pending_rollouts(identity, run.inventory(), lambda *_: 0).tasks]
+
+
+def do_all(run: RolloutRun, config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Do every rollout of `config` in this process, one after the other."""
+    tasks = pending_tasks(run, run.ensure(build_identity(config, prompts)))
+    encode_texts(run, config, tasks)
+    worker = RolloutStage.of(run, config).open(LocalHost())
+    for task in tasks:
+        worker.work(task, new_attempt_id())
