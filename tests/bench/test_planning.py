@@ -12,4 +12,4 @@ def test_a_large_run_in_small_is_counted_right(tmp_path: Path) -> None:
     assert 0 < found["open_rollouts"] < 16
     # Of the open rollouts about half have a part; only with --unfinished is it a leftover: three files each.
     assert found["partial"] == found["leftovers"] // 3 * len(HORIZONS) > 0
-    assert found["cpu_seconds"].keys() >= {"inventory", "open_work", "run_status", "gc"}
+    assert found["cpu_seconds"].keys() >= {"inventory", "pending_rollouts", "run_status", "gc"}

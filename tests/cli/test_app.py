@@ -199,8 +199,7 @@ def test_records_of_strangers_cannot_steer_the_terminal(stored_run: RolloutRun) 
     write_failure(
         stored_run.storage,
         FailureRecord(
-            rollout=rollout_id("00001-bb"),
-            rollout_key="k",
+            task=rollout_id("00001-bb").path,
             attempt="a",
             kind="exception",
             counted=True,

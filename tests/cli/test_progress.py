@@ -10,15 +10,16 @@ from lrag_ray.events import (
     AttemptFailed,
     Event,
     Notice,
-    RolloutAdvanced,
-    RolloutFinished,
-    RolloutStarted,
     RunPlanned,
     StageAdvanced,
     StageBegan,
     StageEnded,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
     WorkerLost,
 )
+from lrag_ray.stages.spec import Result
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 
 
@@ -34,15 +35,14 @@ def rollout(number: int) -> RolloutId:
     return RolloutId(backbone="tiny", method="rag", prompt_id=f"{number:05d}-aa")
 
 
-def advanced(number: int, blocks: int, worker: str = "worker-0") -> RolloutAdvanced:
-    return RolloutAdvanced(rollout(number), worker, blocks, 12, "generating")
+def advanced(number: int, blocks: int, worker: str = "worker-0") -> TaskAdvanced:
+    return TaskAdvanced("rollouts", rollout(number).path, worker, blocks, 12, "generating")
 
 
 def failed(number: int, quarantined: bool) -> AttemptFailed:
     return AttemptFailed(
         FailureRecord(
-            rollout=rollout(number),
-            rollout_key="k",
+            task=rollout(number).path,
             attempt="t0",
             kind="exception",
             counted=True,
@@ -72,13 +72,13 @@ def view(clock: Clock) -> RunView:
 
 
 def test_the_headline_counts_finished_and_running_blocks(view: RunView, clock: Clock) -> None:
-    view.take(RolloutStarted(rollout(0), "t0", "worker-0"))
+    view.take(TaskStarted("rollouts", rollout(0).path, "t0", "worker-0"))
     assert view.headline() == "rollouts 0/3, blocks 0/36"
     clock.now = 4
     view.take(advanced(0, 8))
     assert view.headline() == "rollouts 0/3, blocks 8/36, 2 blocks/s, about 14 s left"
     clock.now = 6
-    view.take(RolloutFinished(rollout(0), (36,), 12, 0, 6.0))
+    view.take(TaskFinished("rollouts", rollout(0).path, Result(units=12, seconds=6.0)))
     assert view.headline() == "rollouts 1/3, blocks 12/36, 2 blocks/s, about 12 s left"
 
 
@@ -100,7 +100,7 @@ def test_there_is_no_pace_before_something_moves(view: RunView, clock: Clock) ->
 
 
 def test_a_failed_attempt_frees_its_worker_and_is_told(view: RunView) -> None:
-    view.take(RolloutStarted(rollout(0), "t0", "worker-0"))
+    view.take(TaskStarted("rollouts", rollout(0).path, "t0", "worker-0"))
     view.take(advanced(0, 5))
     line = view.take(failed(0, quarantined=False))
     assert line == (

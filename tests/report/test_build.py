@@ -211,8 +211,7 @@ def test_failures_are_listed(tmp_path: Path) -> None:
     write_failure(
         run.storage,
         FailureRecord(
-            rollout=poisoned,
-            rollout_key=identity.rollout_key(poisoned, 12),
+            task=poisoned.path,
             attempt="three",
             kind="exception",
             counted=True,

@@ -202,7 +202,7 @@ def test_nothing_is_removed_while_a_driver_works(run: RolloutRun, monkeypatch: p
         collect_garbage(run, remove=True, older_than_s=-1)
     assert run.storage.list_files("rollouts") == before
     told: list[Event] = []
-    collect_garbage(run, progress=told.append)
+    collect_garbage(run, listener=told.append)
     assert any(isinstance(event, Notice) and "may be at work" in event.text for event in told)
 
 

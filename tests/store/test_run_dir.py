@@ -141,8 +141,7 @@ def test_status_counts_done_partial_failed_and_pending(run: RolloutRun) -> None:
     write_failure(
         run.storage,
         FailureRecord(
-            rollout=failed,
-            rollout_key="k",
+            task=failed.path,
             attempt="three",
             kind="exception",
             counted=True,

@@ -25,7 +25,7 @@ from lrag_ray.config.load import load_config
 from lrag_ray.config.prompts import make_prompt
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import WeightsError
-from lrag_ray.pipelines.evaluate import run
+from lrag_ray.pipelines.evaluate import evaluate as run
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.store.address import Storage
 from lrag_ray.wan.checkpoint import load_transformer

@@ -6,7 +6,7 @@ import traceback
 import pytest
 import torch
 
-from lrag_ray.stages.rollout.background import Behind
+from lrag_ray.stages.rollout.background import BackgroundThread
 
 
 def test_calls_are_done_in_order_and_never_more_than_the_depth_are_open() -> None:
@@ -19,11 +19,11 @@ def test_calls_are_done_in_order_and_never_more_than_the_depth_are_open() -> Non
         done.append(number)
 
     def give() -> None:
-        with Behind(2) as behind:
+        with BackgroundThread(2) as background:
             for number in range(5):
-                behind.do(call, number)
+                background.do(call, number)
                 given.append(number)
-            behind.finish()
+            background.finish()
 
     thread = threading.Thread(target=give)
     thread.start()
@@ -50,18 +50,18 @@ def test_an_exception_keeps_its_own_traceback_and_ends_what_follows() -> None:
     def fails() -> None:
         raise OSError("the disk is gone")
 
-    with pytest.raises(OSError, match="the disk is gone") as caught, Behind(3) as behind:
-        behind.do(fails)
-        behind.do(done.append, "after")
-        behind.finish()
+    with pytest.raises(OSError, match="the disk is gone") as caught, BackgroundThread(3) as background:
+        background.do(fails)
+        background.do(done.append, "after")
+        background.finish()
     assert "in fails" in "".join(traceback.format_exception(caught.value))
     assert done == []
 
 
 def test_what_was_given_is_done_when_the_giver_fails() -> None:
     done: list[str] = []
-    with pytest.raises(RuntimeError), Behind(3) as behind:
-        behind.do(done.append, "a block")
+    with pytest.raises(RuntimeError), BackgroundThread(3) as background:
+        background.do(done.append, "a block")
         raise RuntimeError("out of blocks")
     assert done == ["a block"]
 
@@ -71,8 +71,8 @@ def test_it_computes_with_as_many_threads_as_its_maker() -> None:
     found: list[int] = []
     try:
         torch.set_num_threads(3)
-        with Behind(1) as behind:
-            behind.do(lambda: found.append(torch.get_num_threads()))
+        with BackgroundThread(1) as background:
+            background.do(lambda: found.append(torch.get_num_threads()))
     finally:
         torch.set_num_threads(before)
     assert found == [3]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,15 @@ import pytest
 import torch
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.queue import Yielded
 from lrag_ray.errors import StorageError, WeightsError
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
-from lrag_ray.stages.rollout.pending import open_work
-from lrag_ray.stages.rollout.worker import RolloutResult, RolloutTask, RolloutWorker
-from lrag_ray.stages.text import encode_and_store
+from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage, RolloutTask, RolloutWorker
+from lrag_ray.stages.spec import LocalHost, Yielded
 from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.mp4 import read_video
-from tests.stages.make import BACKBONE, METHODS, make_config, make_prompts
+from tests.stages.make import BACKBONE, METHODS, encode_texts, make_config, make_prompts, pending_tasks
 
 PROMPTS = make_prompts("a red fox in the snow")
 DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink": 3}
@@ -36,14 +34,16 @@ class Bench:
         self.config = config
         self.run = RolloutRun(config.run.uri)
         self.told: list[Any] = []
-        self.worker = RolloutWorker(self.run, config, torch.device("cpu"), self.told.append)
+        self.identity = self.run.ensure(build_identity(config, PROMPTS))
+        self.worker = self.open()
+
+    def open(self, must_leave: Callable[[], bool] = lambda: False) -> RolloutWorker:
+        return RolloutStage.of(self.run, self.config).open(LocalHost(self.told.append, must_leave))
 
     def tasks(self) -> list[RolloutTask]:
-        identity = self.run.ensure(build_identity(self.config, PROMPTS))
-        tasks = [item.payload for item in open_work(identity, self.run.inventory()).items]
-        for task in tasks:
-            backbone = self.config.backbones[task.rollout.backbone]
-            encode_and_store(self.run.storage, backbone, task.text_digest, [task.prompt], self.config.engine)
+        self.identity = self.run.ensure(build_identity(self.config, PROMPTS))
+        tasks = pending_tasks(self.run, self.identity)
+        encode_texts(self.run, self.config, tasks)
         return tasks
 
     def work(self) -> RolloutResult:
@@ -138,7 +138,7 @@ def test_a_worker_that_must_leave_stores_its_open_part_and_another_goes_on_from_
         made[:] = [state.blocks for state in run.told if state.step == "generating"]
         return bool(made) and made[-1] == 3
 
-    leaver = RolloutWorker(run.run, run.config, torch.device("cpu"), run.told.append, leave_after_three)
+    leaver = run.open(leave_after_three)
     yielded = leaver.work(task, new_attempt_id())
     assert isinstance(yielded, Yielded) and "3 blocks are stored" in yielded.reason
     assert list(run.commits()) == [6]
@@ -153,7 +153,7 @@ def test_a_worker_that_must_leave_stores_its_open_part_and_another_goes_on_from_
 def test_a_worker_that_must_leave_at_once_does_nothing(tmp_path: Path) -> None:
     run = bench(tmp_path)
     (task,) = run.tasks()
-    leaver = RolloutWorker(run.run, run.config, torch.device("cpu"), run.told.append, lambda: True)
+    leaver = run.open(lambda: True)
     assert isinstance(leaver.work(task, new_attempt_id()), Yielded)
     assert not [path for path in run.run.storage.list_files() if "attempt-" in path]
 
