@@ -245,12 +245,14 @@ class _Encoder(nn.Module):
 
 
 def test_descriptor_ae_asks_for_its_encoder(model: Any) -> None:
-    assert Rag.needs_encoder(RagSettings())
-    with pytest.raises(ValueError, match="needs a retrieval encoder"):
+    (file,) = Rag.weight_files(RagSettings())
+    assert (file.key, file.used, file.address(RagSettings(encoder="e.pt"))) == ("encoder", True, "e.pt")
+    assert not any(Rag.weight_files(settings)[0].used for settings in (POOLED, RagSettings(top_k=0)))
+    with pytest.raises(ValueError, match=r"weights\['encoder'\] are not given .* needs the checkpoint of a retrieval"):
         start(model, Rag, RagSettings())
     encoder = _Encoder()
     rounded = RagSettings(descriptor_dtype="bfloat16")
-    assert generate(start(model, Rag, rounded, encoder=encoder), 8).isfinite().all()
+    assert generate(start(model, Rag, rounded, weights={"encoder": encoder}), 8).isfinite().all()
     assert encoder.weight.dtype == torch.float32, "the caller's encoder must not be changed"
 
 

@@ -145,8 +145,8 @@ def test_descriptors_are_exact_although_convolutions_are_not() -> None:
     torch.backends.cudnn.allow_tf32 = True
     encoder = tiny_encoder()
     settings = RagSettings(encoder="given")
-    expected = start(tiny_transformer(), Rag, settings, encoder=encoder)
-    found = start(tiny_transformer().cuda(), Rag, settings, encoder=copy.deepcopy(encoder).cuda())
+    expected = start(tiny_transformer(), Rag, settings, weights={"encoder": encoder})
+    found = start(tiny_transformer().cuda(), Rag, settings, weights={"encoder": copy.deepcopy(encoder).cuda()})
     latents = torch.randn(3, *LATENT, generator=torch.Generator().manual_seed(1))
     for rollout, x in ((expected, latents), (found, latents.cuda())):
         (policy,) = rollout.context.policies
