@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.context.policy import ContextPolicy, Layout, host_bank
+from lrag_ray.context.weights import Loaded
+from lrag_ray.retrieval.history import HistoryBank
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.config import SamplerConfig, WanConfig
@@ -32,12 +35,13 @@ def prompt_embeds(*prompts: str) -> Tensor:
 
 def start(
     transformer: CausalWanTransformer,
-    policy: type[ContextPolicy],
+    policy: type[ContextPolicy[Any]],
     settings: Any = None,
     *,
     prompts: tuple[str, ...] = ("a red fox",),
     sampler: SamplerConfig = SAMPLER,
-    encoder: nn.Module | None = None,
+    weights: Mapping[str, Loaded] | None = None,
+    make_bank: Callable[[Layout], HistoryBank] = host_bank,
     probe: Any = None,
     seed: int = 0,
 ) -> Rollout:
@@ -50,7 +54,8 @@ def start(
         prompt_embeds(*prompts),
         noise,
         LATENT,
-        encoder=encoder,
+        weights=weights or {},
+        make_bank=make_bank,
         keys=[(seed, prompt, 0) for prompt in prompts],
         probe=probe,
     )

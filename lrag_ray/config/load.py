@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
-from lrag_ray.config.methods import Method, check_whole_block, resolve_method, settings_keys, settings_model
+from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
 from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
@@ -104,10 +105,10 @@ def _merge_released(data: dict[str, Any]) -> None:
         if isinstance(backbone.setdefault("vae", {}), dict):
             backbone["vae"] = AS_RELEASED["vae"] | backbone["vae"]
     for name, section in _sections(data, "methods"):
-        method = section.get("method", name)
-        known = settings_keys(policy_class(method)) if method in registered() else []
-        for key in AS_RELEASED["method"].keys() & set(known):
-            section.setdefault(key, AS_RELEASED["method"][key])
+        # A method that there is not is reported where the settings are checked.
+        with suppress(ValueError):
+            for key, value in policy_class(str(section.get("method", name))).as_released.items():
+                section.setdefault(key, value)
 
 
 def _validated(document: Document) -> tuple[RunConfig | None, list[Problem]]:
@@ -140,17 +141,14 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
     for name, section in config.methods.items():
         method = resolve_method(section)
         path: KeyPath = ("methods", name)
-        if method.policy.needs_encoder(method.settings) and not getattr(method.settings, "encoder", None):
-            yield Problem(
-                (*path, "encoder"),
-                "is missing: descriptor ae needs the checkpoint of a retrieval encoder; name it, or set descriptor: "
-                "avg_pool",
-            )
+        for file in method.policy.weight_files(method.settings):
+            if file.used and file.address(method.settings) is None:
+                yield Problem((*path, file.key), f"is missing: {file.hint}")
         for backbone in config.backbones.values():
             frames_per_block = backbone.sampler.frames_per_block
             try:
                 method.policy.check(method.settings, frames_per_block)
-                check_whole_block(method, frames_per_block)
+                method.policy.check_run(method.settings, frames_per_block)
             except ValueError as error:
                 yield Problem(path, str(error))
             yield from _check_length(path, method, config.durations_s, frames_per_block)

@@ -9,17 +9,31 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, create_model
 
 from lrag_ray.config.schema import MethodConfig
-from lrag_ray.context.frames import check_local_room
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.registry import policy_class
+from lrag_ray.context.weights import WeightFile
+
+
+class NamedWeights(NamedTuple):
+    """A weights file of a method, and where it is."""
+
+    file: WeightFile
+    address: str
 
 
 class Method(NamedTuple):
     """A context method with settings."""
 
-    policy: type[ContextPolicy]
+    policy: type[ContextPolicy[Any]]
     settings: Any
     """Instance of `policy.Settings`."""
+
+    @property
+    def weights(self) -> list[NamedWeights]:
+        """The weights files that the settings name, used or not."""
+        files = self.policy.weight_files(self.settings)
+        found = [(file, file.address(self.settings)) for file in files]
+        return [NamedWeights(file, address) for file, address in found if address is not None]
 
 
 def resolve_method(method: MethodConfig) -> Method:
@@ -30,29 +44,13 @@ def resolve_method(method: MethodConfig) -> Method:
 
 
 @cache
-def settings_model(policy: type[ContextPolicy]) -> type[BaseModel]:
+def settings_model(policy: type[ContextPolicy[Any]]) -> type[BaseModel]:
     """A model with the one field `settings`, typed and checked as the policy's dataclass; unknown keys are refused."""
     config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
     model: type[BaseModel] = create_model("MethodSettings", __config__=config, settings=(policy.Settings, ...))
     return model
 
 
-def settings_keys(policy: type[ContextPolicy]) -> list[str]:
+def settings_keys(policy: type[ContextPolicy[Any]]) -> list[str]:
     """Keys that a section of this method may have besides `method`."""
     return [field.name for field in dataclasses.fields(policy.Settings)]
-
-
-def check_whole_block(method: Method, frames_per_block: int) -> None:
-    """Raise ValueError where a block would not attend to all of itself: retrieval allows it, no run can mean it."""
-    if (past_local_frames(method, frames_per_block) or 0) < 0:
-        settings = method.settings
-        check_local_room(settings.window, settings.sink, frames_per_block, settings.top_k)
-
-
-def past_local_frames(method: Method, frames_per_block: int) -> int | None:
-    """Local frames before the current block once the window is full; None where the window has no such split."""
-    settings = method.settings
-    window, sink, top_k = (getattr(settings, name, None) for name in ("window", "sink", "top_k"))
-    if not (isinstance(window, int) and isinstance(sink, int) and isinstance(top_k, int)) or window == -1:
-        return None
-    return window - sink - top_k - frames_per_block

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import RunConfig
 
 
@@ -21,8 +22,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             (backbone["vae"], "path"),
         ):
             _resolve(section, key)
-    for method in data["methods"].values():
-        _resolve(method, "encoder")
+    for name, section in data["methods"].items():
+        for file, address in resolve_method(config.methods[name]).weights:
+            # An address may be the settings' default, which no section holds.
+            section[file.key] = address
+            _resolve(section, file.key)
     # ``random`` is no path but a recipe.
     if data["scoring"]["weights"] != "random":
         _resolve(data["scoring"], "weights")

@@ -84,9 +84,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 AS_RELEASED: dict[str, dict[str, Any]] = {
     "video": {"cold_chunk": 60},
     "vae": {"dtype": "bfloat16"},
-    "method": {"descriptor_dtype": "bfloat16"},
 }
-"""What the run preset as_released puts under `video`, every backbone's `vae`, and every method that has the key."""
+"""What the run preset as_released puts under `video` and every backbone's `vae`; methods bring their own
+(`ContextPolicy.as_released`)."""
 
 
 def overlay(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,17 @@ import torch
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import Folder, Record, Vectors, case_stem, pair
-from lrag_ray.conformance.recording import Recording, generator_files, golden_transformer, record, wan_config
+from lrag_ray.conformance.recording import (
+    Recording,
+    generator_files,
+    golden_transformer,
+    record,
+    wan_config,
+    with_local_weights,
+)
 from lrag_ray.conformance.stored_cache import check_stored_cache
 from lrag_ray.conformance.token_rows import TokenRows, token_rows
 from lrag_ray.errors import UsageError
-from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.schedule import FlowMatchSchedule
 
@@ -112,7 +118,7 @@ def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None
         sheet.close("timesteps of the inputs", shared, torch.tensor(inputs.sampler["warped_timesteps"]), TIMESTEPS)
     if "timesteps" in golden:
         sampler = _own_timesteps(sampler, golden["timesteps"], vectors.shapes.get("x0_pred"))
-    own, encoder = _settings(settings, folder)
+    own = {SETTING_NAMES.get(name, name): value for name, value in settings.items() if name not in NOT_SETTINGS}
     frames = int(settings.get("frames", golden.get("frames", vectors.shapes["latents"][1])))
     step_noise = inputs.tensors["step_noise"]
     blocks, last = frames // sampler.frames_per_block, len(sampler.denoising_steps)
@@ -120,12 +126,11 @@ def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None
         golden_transformer(inputs.weights, inputs.config),
         sampler,
         settings["method"],
-        own,
+        with_local_weights(settings["method"], own, folder),
         inputs.tensors["prompt_embeds"],
         inputs.tensors["noise"][:, :frames],
         # Batch and frames may be stored as one axis or as two; a case may use fewer passes than the inputs provide for.
         (step_noise.flatten(2, 3) if step_noise.dim() == 7 else step_noise)[:, : last - 1],
-        encoder=encoder,
         wanted=lambda block, step, layer: (block, step) == (blocks - 1, last),
     )
     sheet.close("latents", recording.latents, vectors["latents"], LATENTS)
@@ -172,16 +177,6 @@ def _own_timesteps(sampler: SamplerConfig, golden: list[Any], passes: tuple[int,
     if len(whole) == len(shared) and torch.allclose(torch.tensor(whole), torch.tensor(shared), rtol=1e-6, atol=0):
         return sampler
     return replace(sampler, denoising_steps=tuple(whole[:-1]), warp=False, context_timestep=float(whole[-1]))
-
-
-def _settings(golden: Mapping[str, Any], folder: Folder) -> tuple[dict[str, Any], LatentAutoencoder | None]:
-    """The policy's settings, and the retrieval encoder if there is one."""
-    own = {SETTING_NAMES.get(name, name): value for name, value in golden.items() if name not in NOT_SETTINGS}
-    if not own.get("encoder"):
-        return own, None
-    # Only the name counts: the file lies beside the case.
-    own["encoder"] = str(folder.path / str(own["encoder"]).rsplit("/", 1)[-1])
-    return own, load_encoder(own["encoder"])
 
 
 def _check_passes(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:

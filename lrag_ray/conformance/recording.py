@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrag_ray.conformance.files import Folder, Vectors
 from lrag_ray.context.policy import ContextPolicy
@@ -36,7 +36,7 @@ class Recording:
 
     timesteps: list[float]
     """Timestep of every pass."""
-    policies: list[ContextPolicy]
+    policies: list[ContextPolicy[Any]]
     """Policy of every batch element, as the rollout left it."""
     latents: Tensor = field(default_factory=lambda: torch.empty(0))
     """Clean latents [B, F, C, H, W]."""
@@ -86,14 +86,16 @@ def record(
     noise: Tensor,
     renoise: Tensor,
     *,
-    encoder: nn.Module | None = None,
     wanted: Callable[[int, int, int], bool] = lambda block, step, layer: False,
 ) -> Recording:
     """Roll out all frames of `noise` [B, F, C, H, W] with `renoise` [blocks, steps - 1, B·n, C, H, W].
 
-    `wanted(block, pass, layer)` says where to keep attention rows. Raises ValueError for impossible settings.
+    `settings` name the method's own weights by local paths. `wanted(block, pass, layer)` says where to keep attention
+    rows. Raises ValueError for impossible settings.
     """
     policy = policy_class(method)
+    own = policy.Settings(**settings)
+    named = [(file, file.address(own)) for file in policy.weight_files(own) if file.used]
     batch, frames = noise.shape[:2]
     n = sampler.frames_per_block
     recorder = _Recorder(wanted)
@@ -101,11 +103,11 @@ def record(
         transformer,
         sampler,
         policy,
-        policy.Settings(**settings),
+        own,
         prompt_embeds,
         RecordedNoise(noise, renoise.unflatten(2, (batch, n)), n),
         (noise.shape[2], noise.shape[3], noise.shape[4]),
-        encoder=encoder,
+        weights={file.key: file.read(Path(path)) for file, path in named if path is not None},
         probe=recorder,
     )
     recording = Recording(rollout.timesteps, rollout.context.policies)
@@ -118,6 +120,14 @@ def record(
     recording.latents = torch.cat(latents, dim=1)
     recording.flow, recording.x0, recording.attended = recorder.flow, recorder.x0, recorder.attended
     return recording
+
+
+def with_local_weights(method: str, settings: Mapping[str, Any], folder: Folder) -> dict[str, Any]:
+    """`settings` with the method's own weights looked for in `folder`: of a recorded path only the name counts."""
+    policy = policy_class(method)
+    files = policy.weight_files(policy.Settings(**settings))
+    named = {file.key: settings[file.key] for file in files if settings.get(file.key)}
+    return {**settings, **{key: str(folder.path / str(path).rsplit("/", 1)[-1]) for key, path in named.items()}}
 
 
 def wan_config(model: Mapping[str, Any]) -> WanConfig:

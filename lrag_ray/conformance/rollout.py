@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import Folder, Record, Vectors, pair
-from lrag_ray.conformance.recording import Recording, golden_transformer, record, wan_config
+from lrag_ray.conformance.recording import Recording, golden_transformer, record, wan_config, with_local_weights
 from lrag_ray.context.rag import Rag
 from lrag_ray.context.trace import TraceRow
-from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
+from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.retrieval.similarity import Descriptor, average_pool
 from lrag_ray.wan.config import SamplerConfig
 
@@ -43,7 +43,6 @@ class _Plan(NamedTuple):
     sampler: SamplerConfig
     method: str
     settings: dict[str, Any]
-    encoder: LatentAutoencoder | None
 
 
 def _plan(case: Mapping[str, Any], folder: Folder) -> _Plan:
@@ -58,15 +57,12 @@ def _plan(case: Mapping[str, Any], folder: Folder) -> _Plan:
     )
     settings: dict[str, Any] = {"window": model.get("local_attn_size", -1), "sink": model.get("sink_size", 0)}
     if not model.get("use_latentmem", False):
-        return _Plan(sampler, "base", settings, None)
+        return _Plan(sampler, "base", settings)
     settings |= {"top_k": model.get("memory_size", 0), "recent_exclude": model.get("recent_exclude", 0)}
     settings |= {"descriptor": model.get("compression_method", "avg_pool"), "admission": "cache"}
-    encoder = None
-    if settings["descriptor"] == "ae" and model.get("ae_ckpt"):
-        # Only the name counts: the file lies beside the case.
-        settings["encoder"] = str(folder.path / str(model["ae_ckpt"]).rsplit("/", 1)[-1])
-        encoder = load_encoder(settings["encoder"])
-    return _Plan(sampler, "rag", settings, encoder)
+    if settings["descriptor"] == "ae":
+        settings["encoder"] = model.get("ae_ckpt")
+    return _Plan(sampler, "rag", with_local_weights("rag", settings, folder))
 
 
 def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
@@ -90,7 +86,6 @@ def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None
         vectors["prompt_embeds"],
         noise,
         vectors["renoise"] if "renoise" in vectors or steps > 1 else no_draws,
-        encoder=plan.encoder,
         wanted=lambda *place: place in places,
     )
     sheet.close("output", recording.latents, vectors["output"], LATENTS)
@@ -137,8 +132,8 @@ def _check_late(recording: Recording, vectors: Vectors, block: int, steps: int, 
 def _check_descriptors(recording: Recording, golden: Tensor, plan: _Plan, sheet: Sheet) -> None:
     """Those that the policy kept, or, where nothing is ever retrieved, those of our latents."""
     describe: Descriptor = average_pool
-    if plan.encoder is not None:
-        describe = plan.encoder.encode
+    if plan.settings.get("encoder"):
+        describe = load_encoder(plan.settings["encoder"]).encode
     ours = [
         policy.index.descriptors() if isinstance(policy, Rag) and len(policy.index) else describe(latents)
         for policy, latents in zip(recording.policies, recording.latents, strict=True)

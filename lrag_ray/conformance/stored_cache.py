@@ -7,6 +7,7 @@ frame 0, which is always at index 0. Rows that are cached but attended by nobody
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def check_stored_cache(
     sheet.close_all("kv_cache v", values)
 
 
-def _stored_tokens(policy: ContextPolicy, block: int, attended: TokenRows, rows: int) -> list[tuple[int, int]]:
+def _stored_tokens(policy: ContextPolicy[Any], block: int, attended: TokenRows, rows: int) -> list[tuple[int, int]]:
     """(frame, token) of each stored row: a compressed cache is attended as it is, others hold whole frames."""
     if getattr(policy.settings, "compression", False):
         return _tokens(attended)

@@ -28,7 +28,7 @@ class BaseSettings:
         check_window(self.window, self.sink)
 
 
-class Base(FramePolicy):
+class Base(FramePolicy[BaseSettings]):
     """Sink and window with absolute temporal indices."""
 
     Settings = BaseSettings

@@ -23,12 +23,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lrag_ray.context.frames import check_local_room, check_window
+from lrag_ray.context.frames import check_local_room, check_window, frames_in_window
 from lrag_ray.context.policy import ContextPolicy, Exposure, Layout, PolicyInputs, Span
 from lrag_ray.context.trace import RowKind, TraceRow
 from lrag_ray.wan.rope import MAX_INDEX, rotate
@@ -66,22 +66,26 @@ class DeepForcingSettings:
             raise ValueError(f"sink {self.sink} and recent {self.recent} together exceed the window {self.window}")
 
 
-class DeepForcing(ContextPolicy):
+class DeepForcing(ContextPolicy[DeepForcingSettings]):
     """Deep sink and participative compression."""
 
     Settings = DeepForcingSettings
     max_frames: ClassVar[int | None] = MAX_INDEX
 
     @classmethod
-    def check(cls, settings: Any, frames_per_block: int) -> None:
+    def check(cls, settings: DeepForcingSettings, frames_per_block: int) -> None:
         """The window must hold a block behind the sink, the recent frames the whole current block."""
-        check_local_room(settings.window, settings.sink, frames_per_block)
+        check_local_room(settings.window, frames_per_block, sink=settings.sink)
         if settings.compression and settings.recent < frames_per_block:
             raise ValueError(f"recent {settings.recent} must be at least a block's {frames_per_block} latent frames")
 
+    @classmethod
+    def attended_frames(cls, settings: DeepForcingSettings, frames_per_block: int, first_frame: int) -> int:
+        """What the window holds."""
+        return frames_in_window(settings.window, frames_per_block, first_frame)
+
     def __init__(self, settings: DeepForcingSettings, inputs: PolicyInputs) -> None:
         super().__init__(settings, inputs)
-        self.settings: DeepForcingSettings = settings
         self.observes_queries = settings.compression and settings.window != -1
         capacity = None if settings.window == -1 else self._capacity
         self._layers = [_LayerCache(self.layout, capacity, settings.recent) for _ in range(self.layout.num_layers)]

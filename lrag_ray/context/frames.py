@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -20,33 +20,53 @@ class FrameRow(NamedTuple):
     similarity: float | None = None
 
 
-def check_window(window: int, sink: int, retrieved: int = 0) -> None:
-    """Raise ValueError unless window (-1 = all frames), sink and retrieved frames are possible on their own."""
+class WindowSettings(Protocol):
+    """Settings of a method with a sink and a window."""
+
+    @property
+    def window(self) -> int:
+        """Latent frames attended to, the current block included; -1 keeps all."""
+
+    @property
+    def sink(self) -> int:
+        """First latent frames, which are never dropped."""
+
+
+W = TypeVar("W", bound=WindowSettings)
+
+
+def check_window(window: int, sink: int) -> None:
+    """Raise ValueError unless window (-1 = all frames) and sink are possible on their own."""
     if window != -1 and window < 1:
         raise ValueError(f"window {window} must be -1 (all frames) or at least 1 latent frame")
     if sink < 0:
         raise ValueError(f"sink {sink} must not be negative")
-    if retrieved < 0:
-        raise ValueError(f"top_k {retrieved} must not be negative")
 
 
-def check_local_room(window: int, sink: int, frames_per_block: int, retrieved: int = 0) -> None:
-    """Raise ValueError where the window leaves less than one block for local frames."""
-    room = window - sink - retrieved
+def check_local_room(window: int, frames_per_block: int, **taken: int) -> None:
+    """Raise ValueError where the window leaves less than one block for local frames.
+
+    `taken` are the frames of the window that are not local, by the name of their setting.
+    """
+    room = window - sum(taken.values())
     if window != -1 and room < frames_per_block:
-        taken = f"sink {sink}" + (f" and top_k {retrieved}" if retrieved else "")
+        after = " and ".join(f"{name} {frames}" for name, frames in taken.items())
         raise ValueError(
-            f"window {window} leaves {room} latent frames for local context after {taken}, but a block has "
-            f"{frames_per_block}: raise window to at least {sink + retrieved + frames_per_block} or lower the others"
+            f"window {window} leaves {room} latent frames for local context after {after}, but a block has "
+            f"{frames_per_block}: raise window to at least {window - room + frames_per_block} or lower the others"
         )
 
 
-class FramePolicy(ContextPolicy):
+def frames_in_window(window: int, frames_per_block: int, first_frame: int) -> int:
+    """Latent frames of a window, the block that starts at `first_frame` included."""
+    end = first_frame + frames_per_block
+    return end if window == -1 else min(end, window)
+
+
+class FramePolicy(ContextPolicy[W]):
     """Sink and first-in first-out cache of whole frames. A method sets `context` and `current` in `begin_block`."""
 
-    Settings: ClassVar[type[Any]]
-
-    def __init__(self, settings: Any, inputs: PolicyInputs) -> None:
+    def __init__(self, settings: W, inputs: PolicyInputs) -> None:
         super().__init__(settings, inputs)
         window = settings.window
         self.window = KVWindow(self.layout, settings.sink, None if window == -1 else window)
@@ -57,15 +77,20 @@ class FramePolicy(ContextPolicy):
         """Frames of the current block."""
 
     @classmethod
-    def check(cls, settings: Any, frames_per_block: int) -> None:
+    def check(cls, settings: W, frames_per_block: int) -> None:
         """The window must leave a block's worth of local frames after the sink."""
-        check_local_room(settings.window, settings.sink, frames_per_block)
+        check_local_room(settings.window, frames_per_block, sink=settings.sink)
+
+    @classmethod
+    def attended_frames(cls, settings: W, frames_per_block: int, first_frame: int) -> int:
+        """What the window holds."""
+        return frames_in_window(settings.window, frames_per_block, first_frame)
 
     def max_context_rows(self) -> int | None:
         """The window without the current block."""
         if self.settings.window == -1:
             return None
-        return int(self.settings.window) * self.layout.tokens_per_frame - self.layout.tokens_per_block
+        return self.settings.window * self.layout.tokens_per_frame - self.layout.tokens_per_block
 
     def make_room(self, block: int) -> list[int]:
         """Drop the oldest frames behind the sink so that the block fits, and return them."""
@@ -95,22 +120,25 @@ class FramePolicy(ContextPolicy):
         """Temporal index of each frame of the current block."""
         return [row.temporal_index for row in self.current]
 
+    def begin_expose(self) -> None:
+        """Compute the turning angles, which all layers share."""
+        self._angles = self.rope.frames([row.temporal_index for row in self.context])
+
     def expose(self, layer: int) -> Exposure:
-        """The context's rows; the turning angles are computed once per block, in the first layer."""
-        if layer == 0:
-            self._angles = self.rope.frames([row.temporal_index for row in self.context])
+        """The context's rows."""
         return Exposure(self.context_spans(layer), self._angles)
 
     def context_spans(self, layer: int) -> list[Span]:
         """Rows of `context` in one layer; all of them cached."""
         return self.window.spans(layer, [row.frame for row in self.context])
 
+    def begin_store(self) -> None:
+        """Make the block's frames part of the cache."""
+        self.window.admit(self.block_frames())
+
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Cache the block's clean rows."""
-        frames = self.block_frames()
-        if layer == 0:
-            self.window.admit(frames)
-        self.window.write(layer, frames, k, v)
+        self.window.write(layer, self.block_frames(), k, v)
 
     def trace(self) -> list[TraceRow]:
         """Context, then the block's own frames that are attended to."""

@@ -12,7 +12,7 @@ from lrag_ray.context.base import BaseSettings
 from lrag_ray.context.frames import FramePolicy
 
 
-class InfinityRope(FramePolicy):
+class InfinityRope(FramePolicy[BaseSettings]):
     """Sink and window with window-relative temporal indices."""
 
     Settings = BaseSettings

@@ -5,21 +5,31 @@ which rows the block attends to before its own and with which temporal indices; 
 and rotates them into one buffer [sink | retrieved | local | current] that all passes of the block share.
 
 A new method is one file with a `ContextPolicy` and one line in `context.registry`, or lives elsewhere and is named
-``package.module:Policy``. Most methods keep whole frames: derive from `context.frames.FramePolicy` and write
+``package.module:Policy``. The class also declares what the program must know about the method: settings, checks,
+weights, memory, notes for the plan. Most methods keep whole frames: derive from `context.frames.FramePolicy` and write
 `begin_block` alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrag_ray.context.trace import TraceRow
+from lrag_ray.context.weights import Loaded, WeightFile
+from lrag_ray.retrieval.history import HistoryBank, HostBank
 from lrag_ray.wan.rope import Angles, Rope
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S")
+"""Settings of a method: an instance of its `Settings`."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,28 @@ class Layout:
         return self.frames_per_block * self.tokens_per_frame
 
 
+def host_bank(layout: Layout) -> HistoryBank:
+    """A history bank in host memory."""
+    return HostBank(layout.device)
+
+
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What the runtime hands to a policy when a rollout begins."""
+    """What a policy is given when a rollout begins."""
 
     layout: Layout
     rope: Rope
     key: tuple[str | int, ...] = ()
     """Identity of the rollout's noise, for choices that are meant to be random (see rag, choose: random)."""
-    encoder: nn.Module | None = None
-    """Retrieval encoder, where `needs_encoder` asks for one: encode(x [N, C, H, W]) -> [N, D]."""
+    weights: Mapping[str, Loaded] = field(default_factory=dict)
+    """The method's own weights on the rollout's device, by `WeightFile.key`: those that its settings use. Shared by
+    all policies of a batch, so not to be changed."""
+    make_bank: Callable[[Layout], HistoryBank] = host_bank
+    """Where history is kept; see `bank`."""
+
+    def bank(self) -> HistoryBank:
+        """An empty history bank for this policy alone. Ask for one only if the method keeps history."""
+        return self.make_bank(self.layout)
 
 
 class Span(NamedTuple):
@@ -73,40 +95,62 @@ class Exposure(NamedTuple):
     angles: Angles
 
 
-class ContextPolicy(ABC):
-    """Which rows a block attends to, and with which temporal index. Hooks are called in the order of this class."""
+class ContextPolicy(ABC, Generic[S]):
+    """Which rows a block attends to, and with which temporal index.
 
-    Settings: ClassVar[type[Any]]
-    """Frozen dataclass of the method's settings; its __post_init__ raises ValueError for impossible values."""
+    The class methods describe the method before anything runs. The hooks of a rollout are called in the order of this
+    class; `begin_expose` to `end_expose` in a block's first pass, and `begin_store` to `store` in its last, the
+    clean-context pass. Replay runs the clean-context pass alone, which is then both.
+    """
+
+    Settings: ClassVar[type[DataclassInstance]]
+    """Frozen dataclass of the method's settings (S); its __post_init__ raises ValueError for impossible values."""
     horizon_free: ClassVar[bool] = True
     """The first blocks do not depend on how long the rollout will be, so shorter durations are prefixes."""
     max_frames: ClassVar[int | None] = None
     """Longest possible rollout in latent frames (absolute temporal indices end at 1023), or None."""
+    as_released: ClassVar[Mapping[str, Any]] = {}
+    """Settings that the run preset ``as_released`` puts in place of the defaults."""
     observes_queries: bool = False
     """Call `observe_queries` in every pass."""
 
     @classmethod
-    def check(cls, settings: Any, frames_per_block: int) -> None:
-        """Raise ValueError where the settings do not fit blocks of so many latent frames."""
+    def check(cls, settings: S, frames_per_block: int) -> None:
+        """Raise ValueError where a rollout in blocks of `frames_per_block` latent frames cannot be computed."""
 
     @classmethod
-    def needs_encoder(cls, settings: Any) -> bool:
-        """Whether the method needs a retrieval encoder."""
-        return False
+    def check_run(cls, settings: S, frames_per_block: int) -> None:
+        """Raise ValueError where it can be computed, but no run can mean it; asked of configurations alone."""
 
     @classmethod
-    def history_frames(cls, settings: Any, frames_per_block: int, total_frames: int) -> int:
+    def weight_files(cls, settings: S) -> Sequence[WeightFile]:
+        """Weights of the method's own, those that these settings do not use included."""
+        return ()
+
+    @classmethod
+    @abstractmethod
+    def attended_frames(cls, settings: S, frames_per_block: int, first_frame: int) -> int:
+        """Latent frames attended to by the block that starts at `first_frame`, its own included."""
+
+    @classmethod
+    def history_frames(cls, settings: S, frames_per_block: int, total_frames: int) -> int:
         """Latent frames held by the history bank at the end of a rollout of `total_frames`."""
         return 0
 
     @classmethod
-    def attended_frames(cls, settings: Any, frames_per_block: int, first_frame: int) -> int:
-        """Latent frames attended to by the block that starts at `first_frame`, its own included."""
-        window = int(settings.window)
-        end = first_frame + frames_per_block
-        return end if window == -1 else min(end, window)
+    def device_bytes(cls, settings: S, frames_per_block: int, total_frames: int, kv_bytes_per_frame: int) -> int:
+        """Device memory at the end of a rollout beside the attended frames: weights, retrieved frames, statistics.
 
-    def __init__(self, settings: Any, inputs: PolicyInputs) -> None:
+        `kv_bytes_per_frame` are the keys and values of one latent frame over all layers.
+        """
+        return 0
+
+    @classmethod
+    def notes(cls, settings: S, frames_per_block: int) -> Iterable[str]:
+        """What a person should know about these settings before a run; shown by ``plan``."""
+        return ()
+
+    def __init__(self, settings: S, inputs: PolicyInputs) -> None:
         self.settings = settings
         self.layout = inputs.layout
         self.rope = inputs.rope
@@ -133,19 +177,28 @@ class ContextPolicy(ABC):
     def observe_queries(self, layer: int, q: Tensor, q_rotated: Tensor) -> None:
         """Queries [n·f, H, head_dim] of a pass, before attention; only called if `observes_queries`."""
 
+    def begin_expose(self) -> None:
+        """The first layer is about to be exposed: the place to fetch what all layers share."""
+
     @abstractmethod
     def expose(self, layer: int) -> Exposure:
         """Rows to attend to before the current block's own; called once per layer, in the block's first pass."""
 
+    def end_expose(self) -> None:
+        """The rows of all layers have been copied: the place to let go of what `begin_expose` fetched."""
+
     def on_latents(self, latents: Tensor) -> None:
         """Clean latents [n, C, H, W] of the block, before its clean-context pass."""
+
+    def begin_store(self) -> None:
+        """The clean-context pass is about to store its first layer; `end_block` marks its end."""
 
     @abstractmethod
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Unrotated K and V [n·f, H, head_dim] of the block's clean-context pass."""
 
     def end_block(self) -> None:
-        """After the clean-context pass was launched: the place to fetch what the next block will need."""
+        """The clean-context pass was launched, all layers are stored: the place to fetch what the next block needs."""
 
     @abstractmethod
     def trace(self) -> list[TraceRow]:

@@ -17,20 +17,26 @@ When a frame enters the history (`admission`):
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lrag_ray.context.frames import FramePolicy, FrameRow, check_local_room, check_window
 from lrag_ray.context.policy import PolicyInputs, Span
-from lrag_ray.retrieval.history import HostBank
+from lrag_ray.context.weights import Loaded, WeightFile
+from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool
 from lrag_ray.wan.random_weights import keyed_generator
 
 RETRIEVED_INDEX = 0
 """Temporal index of every retrieved frame."""
+ENCODER_PARAMETERS = 30_231_696
+"""Of the released retrieval encoder, its decoder included."""
+ENCODER_BYTES = ENCODER_PARAMETERS * (4 + 8)
+"""The encoder in float32, and its float64 copy (see `_descriptor`)."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,16 @@ class RagSettings:
     """Which eligible frames are taken; all but similarity are controls."""
 
     def __post_init__(self) -> None:
-        check_window(self.window, self.sink, self.top_k)
+        check_window(self.window, self.sink)
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} must not be negative")
         if self.recent_exclude < 0:
             raise ValueError(f"recent_exclude {self.recent_exclude} must not be negative")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether frames are described by the retrieval encoder: for descriptor ae, unless nothing is retrieved."""
+        return self.descriptor == "ae" and self.top_k > 0
 
     def history(self, first_frame: int, frames_per_block: int) -> int:
         """Frames in the history, from frame S on, when the block that starts at `first_frame` chooses."""
@@ -69,20 +82,22 @@ class RagSettings:
         return max(0, first_frame - attended)
 
 
-class Rag(FramePolicy):
+class Rag(FramePolicy[RagSettings]):
     """Sink, retrieved history and local window."""
 
     Settings = RagSettings
+    as_released: ClassVar[Mapping[str, Any]] = {"descriptor_dtype": "bfloat16"}
 
     @classmethod
-    def check(cls, settings: Any, frames_per_block: int) -> None:
+    def check(cls, settings: RagSettings, frames_per_block: int) -> None:
         """The cache must hold a block behind the sink, and something must be attended to.
 
         The local part may be narrower than a block, as in the released code; with admission ``local``, which counts
         from its start, it may not.
         """
-        local = settings.admission == "local"
-        check_local_room(settings.window, settings.sink, frames_per_block, settings.top_k if local else 0)
+        super().check(settings, frames_per_block)
+        if settings.admission == "local":
+            _check_whole_block(settings, frames_per_block)
         if settings.window != -1 and settings.sink == 0 and settings.window <= settings.top_k:
             raise ValueError(
                 f"window {settings.window} without a sink leaves nothing to attend to beside top_k {settings.top_k}: "
@@ -90,24 +105,44 @@ class Rag(FramePolicy):
             )
 
     @classmethod
-    def needs_encoder(cls, settings: Any) -> bool:
-        """For descriptor ae, unless nothing is ever retrieved."""
-        return bool(settings.descriptor == "ae" and settings.top_k > 0)
+    def check_run(cls, settings: RagSettings, frames_per_block: int) -> None:
+        """A block must attend to all of itself."""
+        _check_whole_block(settings, frames_per_block)
 
     @classmethod
-    def history_frames(cls, settings: Any, frames_per_block: int, total_frames: int) -> int:
+    def weight_files(cls, settings: RagSettings) -> Sequence[WeightFile]:
+        """The retrieval encoder."""
+        hint = "descriptor ae needs the checkpoint of a retrieval encoder; name it, or set descriptor: avg_pool"
+        return [WeightFile("encoder", "retrieval_encoder", load_encoder, used=settings.encodes, hint=hint)]
+
+    @classmethod
+    def history_frames(cls, settings: RagSettings, frames_per_block: int, total_frames: int) -> int:
         """Frames in the bank at the end."""
-        return int(settings.history(total_frames, frames_per_block))
+        return settings.history(total_frames, frames_per_block)
+
+    @classmethod
+    def device_bytes(
+        cls, settings: RagSettings, frames_per_block: int, total_frames: int, kv_bytes_per_frame: int
+    ) -> int:
+        """The encoder, and the retrieved frames from their prefetch until every layer has copied them."""
+        return settings.top_k * kv_bytes_per_frame + (ENCODER_BYTES if settings.encodes else 0)
+
+    @classmethod
+    def notes(cls, settings: RagSettings, frames_per_block: int) -> Iterator[str]:
+        """Budgets that leave nothing of the recent past."""
+        if settings.window == settings.sink + settings.top_k + frames_per_block:
+            yield (
+                "sink and retrieved frames fill the window up to the current block: no past local frame is attended to"
+            )
 
     def __init__(self, settings: RagSettings, inputs: PolicyInputs) -> None:
         super().__init__(settings, inputs)
-        self.settings: RagSettings = settings
         self._key = inputs.key
-        self.bank = HostBank(self.layout.device)
+        self.bank = inputs.bank()
         self._banked = settings.sink
         """Next frame to enter the bank."""
         dtype = torch.bfloat16 if settings.descriptor_dtype == "bfloat16" else torch.float32
-        self.index = DescriptorIndex(_descriptor(settings, inputs.encoder, dtype), dtype)
+        self.index = DescriptorIndex(_descriptor(settings, inputs.weights, dtype), dtype)
         self._own: list[int] = []
         self._scores: HostCopy | None = None
         self._chosen: list[FrameRow] = []
@@ -134,17 +169,21 @@ class Rag(FramePolicy):
         """The tail of the block where the local part is narrower than a block, and what of it is sink."""
         return self._own
 
+    def begin_expose(self) -> None:
+        """Take the retrieved frames over from the bank."""
+        super().begin_expose()
+        self._retrieved = self.bank.gather([row.frame for row in self._chosen])
+
     def context_spans(self, layer: int) -> list[Span]:
         """Rows of sink, retrieved and local frames in one layer."""
-        if layer == 0:
-            self._retrieved = self.bank.gather([row.frame for row in self._chosen])
-        retrieved = [Span(rows[0, layer], rows[1, layer]) for rows in self._retrieved]
-        if layer == self.layout.num_layers - 1:
-            # All layers have theirs: the device needs room for these frames once, not again beside the next ones.
-            self._retrieved = []
         sink = [row.frame for row in self.context if row.kind == "sink"]
         local = [row.frame for row in self.context if row.kind == "local"]
+        retrieved = [Span(rows[0, layer], rows[1, layer]) for rows in self._retrieved]
         return [*self.window.spans(layer, sink), *retrieved, *self.window.spans(layer, local)]
+
+    def end_expose(self) -> None:
+        """All layers have theirs: the device needs room for these frames once, not again beside the next ones."""
+        self._retrieved = []
 
     def on_latents(self, latents: Tensor) -> None:
         """Describe the block's frames and compare the last one with what the next block may retrieve."""
@@ -202,11 +241,15 @@ class Rag(FramePolicy):
         return self.layout.frames_per_block
 
 
-def _descriptor(settings: RagSettings, encoder: nn.Module | None, dtype: torch.dtype) -> Descriptor:
-    if settings.descriptor == "avg_pool" or settings.top_k == 0:
+def _check_whole_block(settings: RagSettings, frames_per_block: int) -> None:
+    retrieved = {"top_k": settings.top_k} if settings.top_k else {}
+    check_local_room(settings.window, frames_per_block, sink=settings.sink, **retrieved)
+
+
+def _descriptor(settings: RagSettings, weights: Mapping[str, Loaded], dtype: torch.dtype) -> Descriptor:
+    if not settings.encodes:
         return average_pool
-    if encoder is None:
-        raise ValueError("descriptor ae needs a retrieval encoder: set `encoder` to its checkpoint")
+    encoder = cast(nn.Module, weights["encoder"])
     parameter = next(encoder.parameters())
     if parameter.device.type == "cuda" and dtype == torch.float32:
         # By default cuDNN rounds float32 convolutions to TF32, whose 10 bits tie almost like bfloat16's 7. The switch

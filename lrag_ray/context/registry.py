@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from typing import Any
 
 from lrag_ray.context.base import Base
 from lrag_ray.context.deep_forcing import DeepForcing
@@ -11,7 +12,7 @@ from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import Rag
 
-_REGISTERED: dict[str, type[ContextPolicy]] = {
+_REGISTERED: dict[str, type[ContextPolicy[Any]]] = {
     "base": Base,
     "infinity_rope": InfinityRope,
     "deep_forcing": DeepForcing,
@@ -24,7 +25,7 @@ def registered() -> list[str]:
     return list(_REGISTERED)
 
 
-def policy_class(name: str) -> type[ContextPolicy]:
+def policy_class(name: str) -> type[ContextPolicy[Any]]:
     """The policy behind a registered name or ``package.module:Policy``.
 
     Raises ValueError that names what is wrong: an unknown name (with the nearest one), a module that cannot be

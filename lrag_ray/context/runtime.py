@@ -6,7 +6,8 @@ block lays the context out; every pass then overwrites the current rows alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ class Probe(Protocol):
 class ContextRuntime:
     """Self-attention of all layers over the contexts of a batch (an `wan.transformer.AttentionContext`)."""
 
-    def __init__(self, layout: Layout, rope: Rope, policies: list[ContextPolicy], probe: Probe | None = None) -> None:
+    def __init__(
+        self, layout: Layout, rope: Rope, policies: Sequence[ContextPolicy[Any]], probe: Probe | None = None
+    ) -> None:
         self.layout = layout
-        self.policies = policies
+        self.policies = list(policies)
         self._rope = rope
         self._probe = probe
         self._observed = any(policy.observes_queries for policy in policies)
@@ -93,8 +96,7 @@ class ContextRuntime:
         assert buffer is not None
         buffer.write_current(self._attended(rotate(k, self._current)), self._attended(v))
         if self._clean:
-            for i, policy in enumerate(self.policies):
-                policy.store(layer, k[i], v[i])
+            self._store(layer, k, v)
         if self._probe is not None:
             for rows in buffer.batches():
                 self._probe.on_attention(self._block, self._step, layer, q_rotated[rows.batch], rows.k, rows.v)
@@ -107,7 +109,16 @@ class ContextRuntime:
         frames = rows.split(self.layout.tokens_per_frame, dim=1)
         return torch.cat([rows[:, :0], *(frames[i] for i in self._own)], dim=1)
 
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        for i, policy in enumerate(self.policies):
+            if layer == 0:
+                policy.begin_store()
+            policy.store(layer, k[i], v[i])
+
     def _expose(self, layer: int) -> None:
+        if layer == 0:
+            for policy in self.policies:
+                policy.begin_expose()
         exposures = [policy.expose(layer) for policy in self.policies]
         lengths = [sum(len(span.k) for span in exposure.spans) for exposure in exposures]
         buffer = self._buffers[layer]
@@ -124,6 +135,9 @@ class ContextRuntime:
                 buffer.k[i, at:end] = rotate(span.k, exposure.angles.rows(at, end))
                 buffer.v[i, at:end] = span.v
                 at = end
+        if layer == self.layout.num_layers - 1:
+            for policy in self.policies:
+                policy.end_expose()
 
     def _context_rows(self, needed: int) -> int:
         """Rows to allocate: a policy's bound, or half as much again where contexts grow without one."""

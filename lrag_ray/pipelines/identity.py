@@ -49,8 +49,8 @@ def build_identity(config: RunConfig, prompts: Sequence[Prompt]) -> RunIdentity:
 
 
 def _method(method: MethodConfig, independent: bool) -> MethodIdentity:
-    policy, settings = resolve_method(method)
-    resolved: dict[str, Any] = dataclasses.asdict(settings)
-    if resolved.get("encoder"):
-        resolved["encoder"] = {"sha256": weights_digest(resolved["encoder"])}
-    return MethodIdentity(method=method.method, settings=resolved, nested=policy.horizon_free and not independent)
+    found = resolve_method(method)
+    settings: dict[str, Any] = dataclasses.asdict(found.settings)
+    settings |= {file.key: {"sha256": weights_digest(address)} for file, address in found.weights}
+    nested = found.policy.horizon_free and not independent
+    return MethodIdentity(method=method.method, settings=settings, nested=nested)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
-from lrag_ray.config.methods import Method, past_local_frames, resolve_method
+from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.scoring.flops import vbench_flops
@@ -194,9 +194,13 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
 
 def history_bytes(backbone: BackboneConfig, method: Method, total_frames: int) -> int:
     """Host memory of the history of one rollout of `total_frames` latent frames at its end."""
-    latent = backbone.latent
     frames = method.policy.history_frames(method.settings, backbone.sampler.frames_per_block, total_frames)
-    return frames * backbone.transformer.kv_bytes_per_frame(latent.height, latent.width, _BYTES[backbone.dtype])
+    return frames * _kv_bytes_per_frame(backbone)
+
+
+def _kv_bytes_per_frame(backbone: BackboneConfig) -> int:
+    latent = backbone.latent
+    return backbone.transformer.kv_bytes_per_frame(latent.height, latent.width, _BYTES[backbone.dtype])
 
 
 def _backbone_plan(name: str, backbone: BackboneConfig) -> BackbonePlan:
@@ -206,7 +210,7 @@ def _backbone_plan(name: str, backbone: BackboneConfig) -> BackbonePlan:
         label=backbone.label,
         parameters=sizes.parameter_count(),
         tokens_per_frame=sizes.tokens_per_frame(latent.height, latent.width),
-        kv_bytes_per_frame=sizes.kv_bytes_per_frame(latent.height, latent.width, _BYTES[backbone.dtype]),
+        kv_bytes_per_frame=_kv_bytes_per_frame(backbone),
     )
 
 
@@ -245,9 +249,8 @@ def _method_plan(
         latent.width,
         frames_per_block=n,
         window_frames=policy.attended_frames(settings, n, longest - n),
-        retrieved_frames=getattr(settings, "top_k", 0),
+        method_bytes=policy.device_bytes(settings, n, longest, _kv_bytes_per_frame(backbone)),
         bytes_per_value=value_bytes,
-        encoder=policy.needs_encoder(settings),
         vae=vae,
     )
     return MethodPlan(
@@ -287,11 +290,8 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     for name, section in config.methods.items():
         method = resolve_method(section)
         for backbone in config.backbones.values():
-            if past_local_frames(method, backbone.sampler.frames_per_block) == 0:
-                yield (
-                    f"methods.{name}: sink and retrieved frames fill the window up to the current block: no past local "
-                    "frame is attended to"
-                )
+            for note in method.policy.notes(method.settings, backbone.sampler.frames_per_block):
+                yield f"methods.{name}: {note}"
 
 
 def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:

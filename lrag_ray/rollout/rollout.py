@@ -12,14 +12,16 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrag_ray.context.policy import ContextPolicy, Layout, PolicyInputs
+from lrag_ray.context.policy import ContextPolicy, Layout, PolicyInputs, S, host_bank
 from lrag_ray.context.runtime import ContextRuntime, Probe
+from lrag_ray.context.weights import Loaded
+from lrag_ray.retrieval.history import HistoryBank
 from lrag_ray.rollout.clock import PassClock
 from lrag_ray.rollout.noise import NoiseSource
 from lrag_ray.rollout.types import BlockResult
@@ -37,23 +39,28 @@ class Rollout:
         self,
         transformer: CausalWanTransformer,
         sampler: SamplerConfig,
-        policy: type[ContextPolicy],
-        settings: Any,
+        policy: type[ContextPolicy[S]],
+        settings: S,
         prompt_embeds: Tensor,
         noise: NoiseSource,
         latent_shape: tuple[int, int, int],
         *,
-        encoder: nn.Module | None = None,
+        weights: Mapping[str, Loaded] = MappingProxyType({}),
+        make_bank: Callable[[Layout], HistoryBank] = host_bank,
         keys: Sequence[tuple[str | int, ...]] | None = None,
         probe: Probe | None = None,
     ) -> None:
         """Prepare a rollout.
 
         `prompt_embeds` [B, text_len, text_dim], zero behind the prompt; `latent_shape` (C, H, W); `settings` an
-        instance of `policy.Settings`; `encoder` where the policy needs one; `keys` per batch element the identity of
-        its noise, for methods that choose at random. Raises ValueError where settings and sampler do not fit.
+        instance of `policy.Settings`; `weights` the loaded `policy.weight_files` by key; `make_bank` makes a history
+        bank for each policy that keeps history; `keys` per batch element the identity of its noise, for methods that
+        choose at random. Raises ValueError where settings and sampler do not fit or weights are absent.
         """
         policy.check(settings, sampler.frames_per_block)
+        for file in policy.weight_files(settings):
+            if file.used and file.key not in weights:
+                raise ValueError(f"weights[{file.key!r}] are not given to the rollout: {file.hint}")
         self.block = 0
         """The next block."""
         self._transformer = transformer
@@ -77,7 +84,7 @@ class Rollout:
         rope = Rope(config.head_dim, layout.grid, self._device)
         batch = len(prompt_embeds)
         keys = keys if keys is not None else [()] * batch
-        policies = [policy(settings, PolicyInputs(layout, rope, tuple(key), encoder)) for key in keys]
+        policies = [policy(settings, PolicyInputs(layout, rope, tuple(key), weights, make_bank)) for key in keys]
         if len(policies) != batch:
             raise ValueError(f"{len(policies)} keys for {batch} prompts")
         self.context = ContextRuntime(layout, rope, policies, probe)

@@ -1,4 +1,4 @@
-"""A `BackboneConfig` turned into science objects, and into the digests that identify it."""
+"""Backbones and methods turned into science objects, and into the digests that identify them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from lrag_ray.config.methods import Method
 from lrag_ray.config.schema import BackboneConfig, WeightsConfig
+from lrag_ray.context.weights import Loaded, on_device
 from lrag_ray.errors import ConfigError
-from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.lora import Lora
 from lrag_ray.wan.random_weights import fill_random
@@ -112,10 +111,8 @@ def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
     return load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
 
 
-def load_retrieval_encoder(method: Method, device: torch.device) -> nn.Module | None:
-    """The retrieval encoder that a method asks for, or None. ConfigError where its path is not given."""
-    if not method.policy.needs_encoder(method.settings):
-        return None
-    if not method.settings.encoder:
-        raise ConfigError("method rag with descriptor ae needs encoder: the path of a retrieval encoder checkpoint")
-    return load_encoder(local_copy(method.settings.encoder)).to(device)
+def load_method_weights(method: Method, device: torch.device) -> dict[str, Loaded]:
+    """The weights that a method's settings use, by key. WeightsError for a file that is absent or does not fit."""
+    return {
+        file.key: on_device(file.read(local_copy(address)), device) for file, address in method.weights if file.used
+    }

@@ -151,26 +151,22 @@ class RolloutMemory:
     """The KV cache: unrotated keys and values of the cached latent frames."""
     exposed: int
     """The attention buffers: rotated keys and values of context and current block, in every layer."""
-    retrieved: int
-    """Retrieved frames, from their prefetch until every layer has copied them; then the next ones take their place."""
     activations: int
     """The largest layer's intermediate results, its float32 copies included."""
-    encoder: int
-    """The retrieval encoder, and its float64 copy (see `context.rag`)."""
+    method: int
+    """What the context method holds beside the window (see `context.policy`, device_bytes)."""
     vae: int
     """Weights, feature cache and activations of the decoder."""
     total: int = field(init=False)
     """Sum of the parts, without the CUDA context (about 0.5 GB) and fragmentation."""
 
     def __post_init__(self) -> None:
-        parts = (self.weights, self.text, self.window, self.exposed, self.retrieved, self.activations)
-        object.__setattr__(self, "total", sum(parts) + self.encoder + self.vae)
+        parts = (self.weights, self.text, self.window, self.exposed, self.activations, self.method, self.vae)
+        object.__setattr__(self, "total", sum(parts))
 
 
 WAN_VAE_PARAMETERS = 126_892_531
 """Encoder and decoder of Wan 2.1; both are loaded, in float32."""
-RETRIEVAL_ENCODER_PARAMETERS = 30_231_696
-"""Full size, decoder included, in float32."""
 
 
 def rollout_memory(
@@ -180,15 +176,15 @@ def rollout_memory(
     *,
     frames_per_block: int,
     window_frames: int,
-    retrieved_frames: int = 0,
+    method_bytes: int = 0,
     batch: int = 1,
     bytes_per_value: int = 2,
-    encoder: bool = False,
     vae: VaeSizes | None = None,
 ) -> RolloutMemory:
     """GPU memory of an actor that runs `batch` rollouts in lockstep.
 
-    `window_frames` are the latent frames of the KV cache, the current block included; `vae` where the actor decodes.
+    `window_frames` are the latent frames of the KV cache, the current block included; `method_bytes` what the context
+    method of one rollout holds beside them; `vae` where the actor decodes.
     """
     frame = config.kv_bytes_per_frame(height, width, bytes_per_value)
     tokens = batch * frames_per_block * config.tokens_per_frame(height, width)
@@ -203,8 +199,7 @@ def rollout_memory(
         text=batch * config.num_layers * 2 * config.text_len * config.dim * bytes_per_value,
         window=batch * window_frames * frame,
         exposed=batch * window_frames * frame,
-        retrieved=batch * retrieved_frames * frame,
         activations=tokens * (widest + 3 * config.dim * bytes_per_value),
-        encoder=3 * FLOAT32_BYTES * RETRIEVAL_ENCODER_PARAMETERS if encoder else 0,
+        method=batch * method_bytes,
         vae=stored_vae + decode_bytes(vae, height, width) if vae is not None else 0,
     )

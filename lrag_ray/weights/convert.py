@@ -24,7 +24,7 @@ from lrag_ray.weights.needs import Need
 from lrag_ray.weights.verify import missing
 
 CONVERTED = ("transformer", "text_encoder", "vae")
-"""Kinds that are converted; a LoRA goes into its transformer, tokenizers and retrieval encoders stay as they are."""
+"""Kinds that are converted; a LoRA goes into its transformer, tokenizers and weights of methods stay as they are."""
 
 
 class Conversion(NamedTuple):

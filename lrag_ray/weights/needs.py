@@ -7,25 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import BackboneConfig, RunConfig
+from lrag_ray.context.weights import WeightFile
 from lrag_ray.weights.published import PUBLISHED, Published
-
-Kind = Literal["transformer", "lora", "text_encoder", "tokenizer", "vae", "retrieval_encoder", "prompts"]
 
 
 @dataclass(frozen=True)
 class Need:
     """One file or folder."""
 
-    kind: Kind
+    kind: str
+    """transformer, lora, text_encoder, tokenizer, vae, prompts, or what a context method calls its own."""
     keys: tuple[str, ...]
     """Key paths of the configuration that name it."""
     address: str
     """Path, or fsspec address of a bucket."""
     backbone: BackboneConfig | None
-    """What it must fit; None for what fits every backbone: retrieval encoders and prompts."""
+    """What it must fit; None for what fits every backbone: weights of context methods, and prompts."""
+    file: WeightFile | None = None
+    """How a context method reads its own weights; None for everything else."""
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ def _must_fit(need: Need) -> tuple[object, ...]:
     """What two uses of one file must share to be one need."""
     backbone = need.backbone
     if backbone is None:
-        return ()
+        return (need.file and need.file.load,)
     if need.kind in ("transformer", "lora"):
         return (backbone.transformer, backbone.weights, backbone.dtype)
     return (backbone.transformer.text_dim, backbone.transformer.text_len)
@@ -74,9 +76,8 @@ def _all(config: RunConfig) -> Iterator[Need]:
         if vae.kind == "wan" and vae.path is not None:
             yield Need("vae", (f"{at}.vae.path",), vae.path, backbone)
     for name, method in config.methods.items():
-        encoder = method.settings.get("encoder")
-        if encoder:
-            yield Need("retrieval_encoder", (f"methods.{name}.encoder",), str(encoder), None)
+        for file, address in resolve_method(method).weights:
+            yield Need(file.kind, (f"methods.{name}.{file.key}",), address, None, file)
     if config.prompts.path is not None:
         prompts = Need("prompts", ("prompts.path",), config.prompts.path, None)
         if prompts.published is not None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.context.weights import Loaded, tensors_of
 from lrag_ray.errors import LragError, WeightsError
-from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.wan.checkpoint import mapped_transformer
 from lrag_ray.wan.file_kinds import absence
 from lrag_ray.wan.lora import Lora, fitting_lora
@@ -19,7 +18,7 @@ from lrag_ray.wan.text import load_tokenizer, mapped_text_encoder
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import mapped_vae
 from lrag_ray.weights.local import file_digest, is_remote, known_sizes, local_copy, record_at, sizes_at
-from lrag_ray.weights.needs import Kind, Need, needs_of
+from lrag_ray.weights.needs import Need, needs_of
 
 
 class Verdict(NamedTuple):
@@ -31,14 +30,14 @@ class Verdict(NamedTuple):
     """What was found, or what is wrong with its mend."""
 
 
-def refuse_misfits(config: RunConfig, *kinds: Kind) -> None:
+def refuse_misfits(config: RunConfig, *kinds: str) -> None:
     """Raise WeightsError with everything that is wrong with the weights on this machine, before an actor meets it.
 
     With `kinds` only those of these kinds are looked at. Sizes and digests are left to `weights verify` (who gives a
     file of their own a published name may run it), and what lies in a bucket to the nodes, which copy it.
     """
-    wanted = set(kinds or get_args(Kind)) - {"prompts"}
-    needs = [need for need in needs_of(config) if need.kind in wanted and not is_remote(need.address)]
+    wanted = [need for need in needs_of(config) if need.kind != "prompts" and (not kinds or need.kind in kinds)]
+    needs = [need for need in wanted if not is_remote(need.address)]
     wrong = [verdict for verdict in (verify(need, digests=False, sizes=False) for need in needs) if not verdict.ok]
     if wrong:
         told = "\n".join(verdict.detail for verdict in wrong)
@@ -113,8 +112,8 @@ def fits(need: Need, path: Path, *, values: bool = False) -> str:
     backbone = need.backbone
     if need.kind == "prompts":
         return f"{len(path.read_text(encoding='utf-8').splitlines())} lines"
-    if need.kind == "retrieval_encoder":
-        return _tensors(need, load_encoder(path), values)
+    if need.file is not None:
+        return _tensors(need, need.file.read(path), values)
     assert backbone is not None, "everything else belongs to a backbone"
     if need.kind == "transformer":
         return _tensors(need, mapped_transformer(path, backbone.transformer, use_ema=backbone.weights.use_ema), values)
@@ -139,8 +138,8 @@ def fits(need: Need, path: Path, *, values: bool = False) -> str:
     return _tensors(need, mapped_vae(path), values)
 
 
-def _tensors(need: Need, found: nn.Module | dict[str, Tensor], values: bool) -> str:
-    tensors = found.state_dict() if isinstance(found, nn.Module) else found
+def _tensors(need: Need, found: Loaded, values: bool) -> str:
+    tensors = tensors_of(found)
     if values:
         refuse_non_finite(tensors, f"{need.kind.replace('_', ' ')} {need.address}")
     return f"{len(tensors)} tensors fit"

@@ -37,6 +37,7 @@ class Disturbed(InfinityRope):
     """Named as ``tests.cluster.disturbed:Disturbed``."""
 
     Settings = DisturbedSettings
+    settings: DisturbedSettings
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         settings = self.settings
@@ -65,6 +66,7 @@ class Remembering(Rag):
     """A method with a history that waits when told."""
 
     Settings = RememberingSettings
+    settings: RememberingSettings
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         if block == self.settings.at_block:

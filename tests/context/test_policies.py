@@ -13,14 +13,15 @@ from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import ContextPolicy
-from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.context.rag import ENCODER_PARAMETERS, Rag, RagSettings
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.context.trace import TraceRow
+from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.wan.config import SamplerConfig
 from tests.tiny import LATENT, SAMPLER, generate, start, tiny_transformer
 
 POOLED = RagSettings(descriptor="avg_pool")
-CASES: list[tuple[type[ContextPolicy], Any]] = [
+CASES: list[tuple[type[ContextPolicy[Any]], Any]] = [
     (Base, BaseSettings()),
     (Base, BaseSettings(window=7, sink=0)),
     (Base, BaseSettings(window=-1, sink=2)),
@@ -45,7 +46,9 @@ def frames(trace: list[TraceRow]) -> list[tuple[str, int, int]]:
     return [(row.kind, row.frame, row.temporal_index) for row in trace]
 
 
-def attended(model: Any, policy: type[ContextPolicy], settings: Any, blocks: int) -> list[list[tuple[str, int, int]]]:
+def attended(
+    model: Any, policy: type[ContextPolicy[Any]], settings: Any, blocks: int
+) -> list[list[tuple[str, int, int]]]:
     return [frames(result.trace[0]) for result in start(model, policy, settings).blocks(blocks)]
 
 
@@ -158,7 +161,7 @@ def test_random_choice_depends_on_the_rollout_alone(model: Any) -> None:
 
 
 @pytest.mark.parametrize(("policy", "settings"), CASES)
-def test_shorter_rollouts_are_prefixes(model: Any, policy: type[ContextPolicy], settings: Any) -> None:
+def test_shorter_rollouts_are_prefixes(model: Any, policy: type[ContextPolicy[Any]], settings: Any) -> None:
     """What `horizon_free` promises: nothing of a block depends on how long the rollout will be."""
     assert policy.horizon_free
     short, long = list(start(model, policy, settings).blocks(5)), list(start(model, policy, settings).blocks(9))
@@ -169,7 +172,9 @@ def test_shorter_rollouts_are_prefixes(model: Any, policy: type[ContextPolicy], 
 
 @pytest.mark.parametrize(("policy", "settings"), CASES)
 @pytest.mark.parametrize("kept", [1, 6, 9])
-def test_replay_continues_bit_identically(model: Any, policy: type[ContextPolicy], settings: Any, kept: int) -> None:
+def test_replay_continues_bit_identically(
+    model: Any, policy: type[ContextPolicy[Any]], settings: Any, kept: int
+) -> None:
     whole = list(start(model, policy, settings).blocks(11))
     resumed = start(model, policy, settings)
     latents = torch.cat([result.latents for result in whole[:kept]], dim=1)
@@ -181,7 +186,7 @@ def test_replay_continues_bit_identically(model: Any, policy: type[ContextPolicy
 
 
 @pytest.mark.parametrize(("policy", "settings"), CASES)
-def test_batch_elements_are_independent(model: Any, policy: type[ContextPolicy], settings: Any) -> None:
+def test_batch_elements_are_independent(model: Any, policy: type[ContextPolicy[Any]], settings: Any) -> None:
     prompts = ("a red fox", "an empty street at night")
     together = generate(start(model, policy, settings, prompts=prompts), 9)
     for i, prompt in enumerate(prompts):
@@ -200,7 +205,9 @@ class _Watch:
 
 
 @pytest.mark.parametrize(("policy", "settings"), CASES)
-def test_passes_of_a_block_share_their_context_rows(model: Any, policy: type[ContextPolicy], settings: Any) -> None:
+def test_passes_of_a_block_share_their_context_rows(
+    model: Any, policy: type[ContextPolicy[Any]], settings: Any
+) -> None:
     """Only the current rows change between the passes of a block."""
     watch = _Watch()
     generate(start(model, policy, settings, probe=watch), 8)
@@ -245,12 +252,14 @@ class _Encoder(nn.Module):
 
 
 def test_descriptor_ae_asks_for_its_encoder(model: Any) -> None:
-    assert Rag.needs_encoder(RagSettings())
-    with pytest.raises(ValueError, match="needs a retrieval encoder"):
+    (file,) = Rag.weight_files(RagSettings())
+    assert (file.key, file.used, file.address(RagSettings(encoder="e.pt"))) == ("encoder", True, "e.pt")
+    assert not any(Rag.weight_files(settings)[0].used for settings in (POOLED, RagSettings(top_k=0)))
+    with pytest.raises(ValueError, match=r"weights\['encoder'\] are not given .* needs the checkpoint of a retrieval"):
         start(model, Rag, RagSettings())
     encoder = _Encoder()
     rounded = RagSettings(descriptor_dtype="bfloat16")
-    assert generate(start(model, Rag, rounded, encoder=encoder), 8).isfinite().all()
+    assert generate(start(model, Rag, rounded, weights={"encoder": encoder}), 8).isfinite().all()
     assert encoder.weight.dtype == torch.float32, "the caller's encoder must not be changed"
 
 
@@ -265,7 +274,7 @@ def test_descriptor_ae_asks_for_its_encoder(model: Any) -> None:
     ],
 )
 def test_settings_that_leave_no_room_are_refused(
-    model: Any, policy: type[ContextPolicy], settings: Any, n: int, message: str
+    model: Any, policy: type[ContextPolicy[Any]], settings: Any, n: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         start(model, policy, settings, sampler=SamplerConfig(frames_per_block=n))
@@ -304,6 +313,48 @@ def test_history_frames_counts_what_the_bank_holds(model: Any) -> None:
         held = policy.bank.nbytes() // per_frame
         expected = Rag.history_frames(settings, 3, 33 if settings.admission == "cache" else 30)
         assert held == expected
+
+
+def test_rag_holds_retrieved_frames_and_its_encoder_on_the_device() -> None:
+    with torch.device("meta"):
+        encoder = LatentAutoencoder(EncoderConfig())
+    assert sum(p.numel() for p in encoder.parameters()) == ENCODER_PARAMETERS
+    float32, float64 = 4 * ENCODER_PARAMETERS, 8 * ENCODER_PARAMETERS
+    assert Rag.device_bytes(RagSettings(), 3, 480, 287_539_200) == 6 * 287_539_200 + float32 + float64
+    assert Rag.device_bytes(POOLED, 3, 480, 287_539_200) == 6 * 287_539_200
+    assert Base.device_bytes(BaseSettings(), 3, 480, 287_539_200) == 0
+
+
+@pytest.mark.parametrize(("policy", "settings"), CASES)
+def test_exposing_and_storing_begin_once_before_the_first_layer(
+    model: Any, policy: type[ContextPolicy[Any]], settings: Any
+) -> None:
+    """Given two layers and three passes a block, the hooks of a block come in the order of `ContextPolicy`."""
+    heard: list[str] = []
+
+    class Heard(policy):  # type: ignore[valid-type, misc]
+        pass
+
+    def listen(name: str) -> None:
+        def hook(self: Any, *given: Any) -> Any:
+            heard.append(" ".join([name, *(str(value) for value in given if isinstance(value, int))]))
+            return getattr(policy, name)(self, *given)
+
+        setattr(Heard, name, hook)
+
+    for name in ("begin_block", "begin_expose", "expose", "end_expose", "on_latents", "begin_store", "store"):
+        listen(name)
+    listen("end_block")
+    rollout = start(model, Heard, settings)
+    whole = generate(rollout, 2)
+    exposing = ["begin_expose", "expose 0", "expose 1", "end_expose"]
+    storing = ["on_latents", "begin_store", "store 0", "store 1", "end_block"]
+    assert heard == ["begin_block 0", *exposing, *storing, "begin_block 1", *exposing, *storing]
+
+    heard.clear()
+    start(model, Heard, settings).replay(whole[:, :3])
+    layers = ["begin_expose", "expose 0", "begin_store", "store 0", "expose 1", "end_expose", "store 1"]
+    assert heard == ["begin_block 0", "on_latents", *layers, "end_block"]
 
 
 def test_registry_names_the_nearest_method() -> None:

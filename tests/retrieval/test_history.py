@@ -128,10 +128,8 @@ def test_the_bank_is_told_ahead_of_exactly_what_the_next_block_evicts() -> None:
         RagSettings(descriptor="avg_pool", window=10, sink=4, top_k=2, recent_exclude=0),
         RagSettings(descriptor="avg_pool", window=-1),
     ):
-        rollout = start(tiny_transformer(), Rag, settings)
-        (policy,) = rollout.context.policies
-        assert isinstance(policy, Rag)
-        bank = policy.bank = Watched()
+        bank = Watched()
+        rollout = start(tiny_transformer(), Rag, settings, make_bank=lambda layout, bank=bank: bank)
         for _ in rollout.blocks(9):
             pass
         assert bank.appended[0] == 0

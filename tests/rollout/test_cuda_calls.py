@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def device() -> Iterator[Device]:
 
 
 @pytest.mark.parametrize(("policy", "settings"), METHODS, ids=lambda value: getattr(value, "__name__", ""))
-def test_rollout_and_replay(policy: type[ContextPolicy], settings: object, device: Device) -> None:
+def test_rollout_and_replay(policy: type[ContextPolicy[Any]], settings: object, device: Device) -> None:
     model = tiny_transformer().to("cuda")
     rollout = start(model, policy, settings)
     done = list(rollout.blocks(5))

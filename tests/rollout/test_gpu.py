@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -51,14 +52,14 @@ def tiny_encoder() -> LatentAutoencoder:
 
 
 @pytest.mark.parametrize(("policy", "settings"), METHODS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_rollout_is_that_of_the_cpu(policy: type[ContextPolicy], settings: object) -> None:
+def test_a_rollout_is_that_of_the_cpu(policy: type[ContextPolicy[Any]], settings: object) -> None:
     expected = generate(start(tiny_transformer(), policy, settings), BLOCKS)
     found = generate(start(tiny_transformer().cuda(), policy, settings), BLOCKS)
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("policy", "settings"), METHODS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_replayed_rollout_goes_on_with_the_same_bits(policy: type[ContextPolicy], settings: object) -> None:
+def test_a_replayed_rollout_goes_on_with_the_same_bits(policy: type[ContextPolicy[Any]], settings: object) -> None:
     model = tiny_transformer().cuda()
     results = list(start(model, policy, settings).blocks(BLOCKS))
     again = start(model, policy, settings)
@@ -71,7 +72,7 @@ def test_a_replayed_rollout_goes_on_with_the_same_bits(policy: type[ContextPolic
 # torch says that the mode below may miss waits; warnings are errors here.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("policy", [Base, InfinityRope, Rag])
-def test_nothing_waits_for_the_device_inside_a_block(policy: type[ContextPolicy]) -> None:
+def test_nothing_waits_for_the_device_inside_a_block(policy: type[ContextPolicy[Any]]) -> None:
     settings = RagSettings(descriptor="avg_pool") if policy is Rag else None
     rollout = start(tiny_transformer().cuda(), policy, settings)
     list(rollout.blocks(6))
@@ -145,8 +146,8 @@ def test_descriptors_are_exact_although_convolutions_are_not() -> None:
     torch.backends.cudnn.allow_tf32 = True
     encoder = tiny_encoder()
     settings = RagSettings(encoder="given")
-    expected = start(tiny_transformer(), Rag, settings, encoder=encoder)
-    found = start(tiny_transformer().cuda(), Rag, settings, encoder=copy.deepcopy(encoder).cuda())
+    expected = start(tiny_transformer(), Rag, settings, weights={"encoder": encoder})
+    found = start(tiny_transformer().cuda(), Rag, settings, weights={"encoder": copy.deepcopy(encoder).cuda()})
     latents = torch.randn(3, *LATENT, generator=torch.Generator().manual_seed(1))
     for rollout, x in ((expected, latents), (found, latents.cuda())):
         (policy,) = rollout.context.policies

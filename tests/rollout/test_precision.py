@@ -42,7 +42,7 @@ def in_bfloat16(folder: Path, case: str, method: str, **settings: Any) -> Outcom
         tensors["prompt_embeds"],
         RecordedNoise(tensors["noise"], tensors["renoise"].unflatten(2, (-1, n)), n),
         (shape[0], shape[1], shape[2]),
-        encoder=load_encoder(folder / "ae_tiny.pt") if settings.get("descriptor") == "ae" else None,
+        weights={"encoder": load_encoder(folder / "ae_tiny.pt")},
     )
     results = list(rollout.blocks(frames // n))
     latents = torch.cat([result.latents for result in results], dim=1)

@@ -16,7 +16,6 @@ from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.flops import (
     FLOAT32_BYTES,
-    RETRIEVAL_ENCODER_PARAMETERS,
     WAN_VAE_PARAMETERS,
     VaeSizes,
     _decoder,
@@ -88,14 +87,6 @@ def test_decoding_costs_and_remembers_what_torch_counts(base_dim: int) -> None:
         assert sum(p.numel() for p in parameters.values()) == WAN_VAE_PARAMETERS
 
 
-def test_the_encoder_constant_is_the_full_size_encoder() -> None:
-    from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
-
-    with torch.device("meta"):
-        encoder = LatentAutoencoder(EncoderConfig())
-    assert sum(p.numel() for p in encoder.parameters()) == RETRIEVAL_ENCODER_PARAMETERS
-
-
 def test_memory_counts_the_buffers_a_rollout_really_holds() -> None:
     """Given a rollout past its window, its KV window and exposed buffers have the sizes that the plan tells."""
     noise = KeyedNoise(0, ["p"], [0], (3, *LATENT))
@@ -115,10 +106,10 @@ def test_memory_counts_the_buffers_a_rollout_really_holds() -> None:
 def test_memory_parts_follow_batch_and_options() -> None:
     one = rollout_memory(FULL, 60, 104, frames_per_block=3, window_frames=12)
     two = rollout_memory(
-        FULL, 60, 104, frames_per_block=3, window_frames=12, retrieved_frames=6, batch=2, encoder=True, vae=VaeSizes()
+        FULL, 60, 104, frames_per_block=3, window_frames=12, method_bytes=1000, batch=2, vae=VaeSizes()
     )
     assert (two.window, two.exposed, two.text) == (2 * one.window, 2 * one.exposed, 2 * one.text)
-    assert two.retrieved == 2 * 6 * 287_539_200
-    assert (one.retrieved, one.encoder, one.vae) == (0, 0, 0)
+    assert two.method == 2 * 1000
+    assert (one.method, one.vae) == (0, 0)
     assert two.vae > FLOAT32_BYTES * WAN_VAE_PARAMETERS
     assert replace(one).total == one.weights + one.text + one.window + one.exposed + one.activations

@@ -27,7 +27,7 @@ from lrag_ray.config.schema import (
 from lrag_ray.errors import WeightsError
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
-from lrag_ray.stages.backbone import device_for, load_generator, load_retrieval_encoder, load_vae, weights_identity
+from lrag_ray.stages.backbone import device_for, load_generator, load_method_weights, load_vae, weights_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
 from lrag_ray.stages.numerics import make_reproducible
 from lrag_ray.stages.rollout.background import BackgroundThread
@@ -344,7 +344,7 @@ class _Attempt:
             pad_text(rows, config.transformer.text_len)[None],
             KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape)),
             shape,
-            encoder=load_retrieval_encoder(method, self._device),
+            weights=load_method_weights(method, self._device),
             keys=[(seed, task.prompt, sample)],
         )
 
