@@ -57,7 +57,7 @@ def bench_planning(rollouts: int, folder: Path) -> dict[str, Any]:
         "done": sum(cell.done for cell in status.cells),
         "partial": sum(cell.partial for cell in status.cells),
         "files": len(inventory.files),
-        "open_rollouts": len(work.items),
+        "open_rollouts": len(work.tasks),
         "videos": videos,
         "leftovers": len(leftovers.found),
         "cpu_seconds": seconds,

@@ -253,7 +253,8 @@ def _drawn(view: RunView) -> RenderableType:
         lines.append(bar)
     flights = Table.grid(padding=(0, 2))
     for worker, flight in sorted(view.flights.items(), key=lambda item: natural(item[0])):
-        blocks = f"{flight.done}/{flight.total}" if flight.total else ""
+        unit = "block " if view.stage == "rollouts" else ""
+        blocks = f"{unit}{flight.done}/{flight.total}" if flight.total else ""
         where = flight.task.removeprefix(f"{ROLLOUTS}/")
         flights.add_row(Text(worker, style="dim"), Text(where), Text(flight.step), Text(blocks))
     if view.flights:

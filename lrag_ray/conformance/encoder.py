@@ -25,6 +25,10 @@ FORWARD = Bound(absolute=1e-5)
 RELATIVE = 1e-4
 """Of losses, gradients and trained weights."""
 
+RECONSTRUCTION = 1e-4
+"""The decoder's group norms divide by small deviations: on a CPU with other vector units float32 sums move values of up
+to 8 by 4e-5."""
+
 KNOWN_WEIGHT_RECIPE = (
     "for each parameter name: numpy RandomState(zlib.crc32(name)).standard_normal(shape); ndim>1: *0.02; "
     "1-d '.weight': 1+0.02*z; 1-d '.bias': 0.02*z; cast to float32"
@@ -81,7 +85,7 @@ def _check_tensors(record: Record | None, vectors: Vectors | None, sheet: Sheet)
         }
     for name, ours in outputs.items():
         if name in vectors:
-            sheet.close(name, ours, vectors[name], FORWARD)
+            sheet.close(name, ours, vectors[name], RECONSTRUCTION if name == "reconstruction" else FORWARD)
     _check_counts(golden, model, sheet)
     loss_config = LossConfig(**known_fields(LossConfig, golden["ae_config"]))
     losses = encoder_losses(model, batch, loss_config)

@@ -22,7 +22,7 @@ from tests.config.make import write
 from tests.store.make import make_identity, rollout_id, store_commit
 
 SURFACE = {
-    "run": ["CONFIG", "--set", "--json"],
+    "run": ["CONFIG", "--set", "--progress", "--json"],
     "plan": ["CONFIG", "--set", "--json"],
     "status": ["RUN", "--watch", "--json"],
     "verify": ["DIR", "--run", "--json"],

@@ -104,11 +104,11 @@ def test_a_failed_attempt_frees_its_worker_and_is_told(view: RunView) -> None:
     view.take(advanced(0, 5))
     line = view.take(failed(0, quarantined=False))
     assert line == (
-        "warning: rollouts/tiny/rag/00000-aa-0: RuntimeError: no (will be tried again; "
+        "warning: rollouts/tiny/rag/00000-aa-0: RuntimeError: no (will be retried; "
         "failures/tiny/rag/00000-aa-0/t0.json)"
     )
     assert view.flights == {} and view.blocks_done == 0
-    assert "given up" in (view.take(failed(0, quarantined=True)) or "")
+    assert "quarantined" in (view.take(failed(0, quarantined=True)) or "")
     assert view.headline().endswith("2 failed attempts")
 
 

@@ -29,6 +29,7 @@ def shown(folder: Path, exit_code: int) -> str:
         commits_made=1,
         videos_scored=0,
         failed=failed,
+        missing={rollout.path: "ValueError: poison" for rollout in failed},
         seconds=75.2,
     )
     out = io.StringIO()
@@ -50,7 +51,10 @@ def test_the_end_of_a_run_says_what_was_done_and_where_it_lies(tmp_path: Path) -
 
 def test_rollouts_that_were_given_up_are_named(tmp_path: Path) -> None:
     text = shown(tmp_path, 1)
-    assert "Rollouts given up; the next start tries them again (1):\n  rollouts/tiny/base/00001-bb-0\n" in text
+    assert (
+        "Could not be made; the next start retries them (1):\n  rollouts/tiny/base/00001-bb-0: ValueError: poison\n"
+        in text
+    )
 
 
 @pytest.mark.parametrize("place", ["report.html", "ranks.csv"])

@@ -135,7 +135,7 @@ def test_a_worker_that_must_leave_stores_its_open_part_and_another_goes_on_from_
     made: list[int] = []
 
     def leave_after_three() -> bool:
-        made[:] = [state.blocks for state in run.told if state.step == "generating"]
+        made[:] = [state.done for state in run.told if state.step == "generating"]
         return bool(made) and made[-1] == 3
 
     leaver = run.open(leave_after_three)
@@ -332,5 +332,5 @@ def test_without_video_no_file_is_named(tmp_path: Path, quiet: Bench) -> None:
 def test_other_weights_on_a_node_are_refused(tmp_path: Path) -> None:
     run = bench(tmp_path)
     (task,) = run.tasks()
-    with pytest.raises(WeightsError, match="put the same files on every node"):
+    with pytest.raises(WeightsError, match="Put the same files on every node"):
         run.worker.work(replace(task, weights_digest="another"), new_attempt_id())
