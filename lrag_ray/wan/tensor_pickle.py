@@ -21,6 +21,7 @@ from torch import Tensor
 _MAX_INT_BYTES = 16
 _MAX_DIMENSIONS = 32
 _MAX_DEPTH = 100
+_MAX_NAME = 1000
 _MAX_ENTRIES = 10_000_000
 
 
@@ -264,6 +265,8 @@ def _key(value: Any) -> Any:
     # Not tuples: hashing a deep one overflows the stack.
     if value is not None and not isinstance(value, (str, bytes, int, float)):
         raise PickleRefusedError(f"it has a {type(value).__name__} as a key, expected names")
+    if isinstance(value, (str, bytes)) and len(value) > _MAX_NAME:
+        raise PickleRefusedError(f"it has a name of {len(value):,} characters")
     return value
 
 

@@ -109,7 +109,7 @@ def _as_float32(content: Mapping[str, Any], expected: Mapping[str, Tensor], sour
     if other := [key for key, value in content.items() if not _is_dense(value)]:
         raise WeightsError(
             f"{source} holds {', '.join(other[:4])} where dense tensors are expected, so it is another file. "
-            "Fix: give the published file"
+            "Mend: give the published file"
         )
     fitting = {key for key, value in content.items() if key in expected and value.shape == expected[key].shape}
     return {
