@@ -22,9 +22,11 @@ _OPTIONS = {"raw", "download", "dl", "versionid"}
 _SECRET_PARAMETER = re.compile(
     r"(?i)\b([\w-]*(?:secret|password|passwd|passphrase|pwd|token(?!s|i[sz])|signature|credential(?!s:\s)"
     r"|(?:api|access|account|private|shared|storage|master|encryption)[_-]?key|authorization|cookie)[\w-]*"
-    r"|pass|sig|sas)"
+    r"|pass(?=[\"']?=)|sig|sas)"
     r"""(["']?\s*[=:]\s*(?:(?:basic|bearer)\s+)?)("[^"]*"|'[^']*'|(?:(?:basic|bearer)\s+)?[^\s"'&,;]+)"""
 )
+_BARE_USER_INFO = re.compile(r"""(?<![\w/:@.-])[^\s:@/'"=,;()]+:(?!//)[^\s@/'",;]+@(?=[\w\[])""")
+"""``user:password@host`` where no scheme stands before it."""
 _KNOWN_TOKEN = re.compile(
     r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,})\b|(?i:(?<=bearer )[\w.~+/=-]{8,})"
 )
@@ -36,6 +38,7 @@ _RAY_ADDRESS = re.compile(r"auto|local|(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\
 def redact(text: str) -> str:
     """`text` without user info and unknown options in addresses, and without values of secret-looking parameters."""
     text = _ADDRESS.sub(lambda found: f"{found['scheme']}://{_shown(found['scheme'], found['rest'])}", text)
+    text = _BARE_USER_INFO.sub("***@", text)
     return _KNOWN_TOKEN.sub("***", _SECRET_PARAMETER.sub(r"\1\2***", text))
 
 

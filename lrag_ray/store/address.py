@@ -1,8 +1,8 @@
 """A run's storage: any fsspec address behind one small set of operations.
 
 Paths are relative to the run's address. Records name paths and come from strangers, so a path that leaves the run is
-refused, by its name and by the symbolic links on its way; the address itself may be a link. Errors name the address without the credentials it
-may hold.
+refused, by its name and by the symbolic links on its way; the address itself may be a link. Errors name the address
+without the credentials it may hold.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ class Storage:
 
     Every operation is tried again for a while where the trouble may pass (`options`), and all of them are safe to
     repeat. `follow_links` is for the user's own folders (weights), whose links may lead anywhere. Raises StorageError
-    for an address whose scheme is unknown or whose client is not installed, and for what
-    no further try can help. Cheap to make, and may be sent to another process, which then opens its own client
-    (clients do not survive a fork).
+    for an address whose scheme is unknown or whose client is not installed, and for what no further try can help. Cheap
+    to make, and may be sent to another process, which then opens its own client (clients do not survive a fork).
     """
 
     def __init__(
