@@ -187,6 +187,6 @@ def load_encoder(path: str | Path) -> LatentAutoencoder:
     with torch.device("meta"):
         model = LatentAutoencoder(sizes)
     mend = f"the sizes come from the file's own config ({sizes}), so the file is damaged or mixed up: fetch it again"
-    load_strict(model, weights, f"retrieval encoder {path}", mend)
+    load_strict(model, {str(name): value for name, value in weights.items()}, f"retrieval encoder {path}", mend)
     refuse_non_finite(model.state_dict(), f"retrieval encoder {path}")
     return model.float().eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from lrag_ray.wan.file_kinds import HEAD_BYTES, absence, is_safetensors, no_weig
 from lrag_ray.wan.tensor_pickle import PickleRefusedError
 from lrag_ray.wan.torch_file import read_torch_file
 
-_NAMES_SHOWN = 8
+_NAMES_SHOWN, _NAME_SHOWN = 8, 200
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 """What FSDP, activation checkpointing, torch.compile and data-parallel training leave in names."""
 
@@ -150,7 +150,7 @@ def _unusable(found: Tensor, expected: Tensor) -> str | None:
 
 def _shown(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    return ", ".join(name[:_NAME_SHOWN] for name in names[:_NAMES_SHOWN]) + more
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str, mend: str) -> None:

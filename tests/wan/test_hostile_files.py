@@ -17,6 +17,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -27,11 +28,13 @@ from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.encoder import load_encoder
-from lrag_ray.scoring.vbench_long import OFFICIAL, WeightFiles
+from lrag_ray.scoring.vbench_long import OFFICIAL, Networks, WeightFiles
 from lrag_ray.wan.checkpoint import mapped_transformer
 from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.lora import Lora, fitting_lora
 from lrag_ray.wan.state_dict import read_checkpoint
-from lrag_ray.wan.text import load_tokenizer, mapped_text_encoder
+from lrag_ray.wan.text import UMT5Sizes, load_tokenizer, mapped_text_encoder
+from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import mapped_vae
 
 MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
@@ -340,6 +343,42 @@ def test_sizes_that_a_file_names_have_bounds(config: dict[str, Any], named: str,
         load_encoder(path)
 
 
+STRANGE: list[dict[Any, Any]] = [
+    {},
+    {1: torch.zeros(2)},
+    {"decoder.middle.0.x": 3, 5: "x"},
+    {"config": {1: 2}, "model": {3: torch.zeros(1)}},
+    {"config": {"hidden_dims": [3]}, "model": {"x": None}},
+    {"generator": {"a": None, 3: torch.zeros(1)}},
+    {"state_dict": {3: torch.zeros(1)}},
+    {"state_dict": {"weight": torch.zeros(1, 768, device="meta"), "bias": torch.zeros(1)}},
+    {"weight": torch.zeros(1, 768).to_sparse(), "bias": torch.zeros(1)},
+    {"params": {"weight": torch.zeros(1, 768, dtype=torch.complex64), "bias": torch.zeros(1)}},
+    {"blocks.0.x.lora_A.weight": torch.zeros(2, 2)},
+    {"token_embedding.weight": torch.zeros(2)},
+]
+
+
+@pytest.mark.parametrize("content", STRANGE, ids=str)
+def test_every_reader_refuses_what_is_not_its_own(content: dict[Any, Any], tmp_path: Path) -> None:
+    path = tmp_path / OFFICIAL["laion_linear"].path
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    with torch.device("meta"):
+        transformer = CausalWanTransformer(CONFIG)
+    readers: list[Callable[[], object]] = [
+        lambda: mapped_transformer(path, CONFIG),
+        lambda: fitting_lora(transformer, Lora(path, 2, 2.0)),
+        lambda: load_encoder(path),
+        lambda: mapped_vae(path, {"base_dim": 3, "num_res_blocks": 1}),
+        lambda: mapped_text_encoder(path, UMT5Sizes(8, 4, 2, 2, 4, 1, 8)),
+        lambda: Networks(WeightFiles(tmp_path)).aesthetic_head,
+    ]
+    for read in readers:
+        with pytest.raises(WeightsError, match=path.name):
+            read()
+
+
 def _storage_reference(numel: bytes = b"K\x04", key: str = "0") -> bytes:
     return b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + numel + b"tQ"
 
@@ -361,6 +400,37 @@ def _tensor(size: bytes, stride: bytes, offset: bytes = b"K\x00") -> bytes:
 def _twelve_of(number: int) -> bytes:
     """A list of twelve times the list before it, which becomes the memo's next entry."""
     return b"](" + b"h%c" % number * 12 + b"eq%c0" % (number + 1)
+
+
+@pytest.mark.parametrize("form", ["zip", "older", "script"])
+def test_flipped_bytes_give_a_message_or_tensors_within_bounds(form: str, tmp_path: Path) -> None:
+    path, random = tmp_path / "generator.pt", Random(form)
+    if form == "script":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)  # type: ignore[no-untyped-call]
+    else:
+        content = {"generator": {"a": torch.zeros(9), "b": torch.zeros(3, 3).half()}, "more": [1, {"x": 2.0}]}
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    whole = path.read_bytes()
+    for _ in range(1000):
+        changed = bytearray(whole)
+        for _ in range(random.choice([1, 2, 5, 30])):
+            changed[random.randrange(min(len(changed), random.choice([1500, 1 << 30])))] = random.randrange(256)
+        path.write_bytes(changed)
+        try:
+            read = read_checkpoint(path)
+        except WeightsError as error:
+            assert "generator.pt" in str(error)
+        else:
+            assert sum(part.nbytes for part in _tensors(read)) <= 8 * len(whole)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []:
+        yield from _tensors(part)
 
 
 DAMAGED: dict[str, tuple[bytes, str]] = {
