@@ -15,10 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import pytest
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
 
@@ -40,6 +42,8 @@ class PatientCluster(Cluster):  # type: ignore[misc]
     """Ray's cluster of several nodes, on a machine that may be slow."""
 
     def add_node(self, wait: bool = True, **node_args: Any) -> Any:
+        # Ray notes the head's address there, and only a node without a folder of its own makes it.
+        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         return patiently(lambda: super(PatientCluster, self).add_node(wait, **node_args))
 
     def _wait_for_node(self, node: Any, timeout: float = 30) -> None:

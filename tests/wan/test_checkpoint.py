@@ -290,7 +290,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:7cace0da2b44\nsiz
         ("generator.pt", bytes(999), "no torch file and no safetensors file"),
         ("generator.safetensors", struct.pack("<Q", 10**12) + b"{}", "header is damaged"),
         ("generator.safetensors", struct.pack("<Q", 10) + b'{"a": 1, "b": 2}', "cannot be read"),
-        ("generator.pt", b"PK\x05\x06" + bytes(18), "none that torch wrote"),
+        ("generator.pt", b"PK\x05\x06" + bytes(18), "not one that torch wrote"),
     ],
 )
 def test_mixed_up_downloads_are_told(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -320,7 +320,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "generator.pt"
     torch.save({"generator": Harmful()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match="refused: it holds getattr, which is no tensor") as refusal:
+    with pytest.raises(WeightsError, match="refused: it holds getattr, which is not a tensor") as refusal:
         load_transformer(path, CONFIG)
     # torch's own text advises to load with code execution allowed.
     assert "weights_only" not in str(refusal.value)
