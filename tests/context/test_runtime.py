@@ -27,7 +27,7 @@ class Past(NamedTuple):
 
     k: Tensor
     v: Tensor
-    index: int
+    temporal_index: int
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Scripted(ContextPolicy):
     def expose(self, layer: int) -> Exposure:
         self.exposed.append((self.block, layer))
         spans = [Span(past.k[layer], past.v[layer]) for past in self.plan.past]
-        return Exposure(spans, ROPE.frames([past.index for past in self.plan.past]))
+        return Exposure(spans, ROPE.frames([past.temporal_index for past in self.plan.past]))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.stored.append((self.block, layer, k.clone(), v.clone()))
@@ -100,7 +100,8 @@ def draw(seed: int, batch: int = 1) -> Rows:
 
 
 def past(seed: int, index: int) -> Past:
-    return Past(*torch.randn(2, LAYERS, F, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(seed)), index)
+    k, v = torch.randn(2, LAYERS, F, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+    return Past(k, v, index)
 
 
 def turned(rows: Tensor, index: int) -> Tensor:
@@ -119,7 +120,7 @@ def expected(plan: Plan, layer: int, rows: Rows, element: int = 0) -> Tensor:
     """Softmax attention [n·f, H, head_dim] of one batch element over [past | own frames]."""
     q, k, v = (x[element].split(F) for x in rows)
     queries = torch.cat([turned(x, index) for x, index in zip(q, plan.query_indices, strict=True)])
-    keys = [turned(frame.k[layer], frame.index) for frame in plan.past]
+    keys = [turned(frame.k[layer], frame.temporal_index) for frame in plan.past]
     keys += [turned(k[i], plan.query_indices[i]) for i in plan.own]
     values = torch.cat([*(frame.v[layer] for frame in plan.past), *(v[i] for i in plan.own)]).double()
     weights = torch.einsum("qhd,khd->hqk", queries, torch.cat(keys)).div(math.sqrt(HEAD_DIM)).softmax(dim=-1)
@@ -217,14 +218,18 @@ def test_batch_elements_have_contexts_and_indices_of_their_own(lengths: tuple[in
         Plan([past(10 * element + i, i + element) for i in range(length)], [5 + element, 9])
         for element, length in enumerate(lengths)
     ]
-    runtime = ContextRuntime(LAYOUT, ROPE, [Scripted([plan]) for plan in plans])
+    policies = [Scripted([plan]) for plan in plans]
+    runtime = ContextRuntime(LAYOUT, ROPE, [*policies])
     runtime.begin_block(0)
     for step in range(2):
         rows = draw(step, batch=2)
-        for layer, out in enumerate(run(runtime, rows, step)):
+        for layer, out in enumerate(run(runtime, rows, step, clean=step == 1)):
             for element, plan in enumerate(plans):
                 ours = out[element].double()
                 torch.testing.assert_close(ours, expected(plan, layer, rows, element), atol=1e-5, rtol=1e-5)
+    for element, policy in enumerate(policies):
+        for *_, k, v in policy.stored:
+            assert torch.equal(k, rows.k[element]) and torch.equal(v, rows.v[element])
 
 
 def test_queries_are_shown_to_those_who_ask() -> None:
@@ -245,7 +250,7 @@ def test_queries_are_shown_to_those_who_ask() -> None:
 
 def test_recorded_choices_reach_the_element_that_made_them() -> None:
     policies = [Scripted([Plan()]), Scripted([Plan()])]
-    runtime = ContextRuntime(LAYOUT, ROPE, policies)
+    runtime = ContextRuntime(LAYOUT, ROPE, [*policies])
     states = [{"chosen": torch.tensor([i])} for i in range(2)]
     runtime.begin_block(0, states)
     assert [policy.state for policy in policies] == states

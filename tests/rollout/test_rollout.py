@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.context.base import Base, BaseSettings
+from lrag_ray.context.frames import FramePolicy
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import Exposure, PolicyInputs
 from lrag_ray.rollout.rollout import Rollout
@@ -28,8 +29,8 @@ TWO_STEPS = SamplerConfig(denoising_steps=(1000, 500), shift=1.0, frames_per_blo
 class ConstantNoise:
     """Every block starts from 8, and 2 is added back; keeps what it was asked for."""
 
-    def __init__(self, batch: int = 1) -> None:
-        self.shape = (batch, N, *LATENT)
+    def __init__(self, batch: int = 1, n: int = N) -> None:
+        self.shape = (batch, n, *LATENT)
         self.asked: list[tuple[str, int, int]] = []
 
     def initial(self, block: int) -> Tensor:
@@ -98,7 +99,7 @@ def rollout(model: CausalWanTransformer, sampler: SamplerConfig = TWO_STEPS, *, 
 
 
 @pytest.fixture
-def inputs() -> Iterator[tuple[CausalWanTransformer, list[tuple[float, Tensor]]]]:
+def inputs() -> Iterator[tuple[CausalWanTransformer, list[tuple[Tensor, Tensor]]]]:
     """A generator that predicts a flow of 1, and (x, timesteps) of each of its passes."""
     model = predicting(1.0)
     passes: list[tuple[Tensor, Tensor]] = []
@@ -204,16 +205,18 @@ def test_every_prompt_needs_a_key(keys: list[tuple[()]]) -> None:
 
 
 def test_absolute_methods_run_to_the_end_of_the_released_table_and_no_further() -> None:
-    """Given 339 finished blocks of 3, two more end at frame 1023; a third would need index 1025."""
-    running = rollout(predicting(1.0))
-    running.block = 339
-    with pytest.raises(ValueError, match="1026 latent frames"):
-        next(running.blocks(3))
-    running.context.begin_block(339)
-    next(running.blocks(2))
-    relative = rollout(predicting(1.0), policy=InfinityRope)
-    relative.block = 339
-    next(relative.blocks(3))
+    """Given 511 finished blocks of 2, one more ends with frame 1023; another would need an index of 1024."""
+    sampler = SamplerConfig(denoising_steps=(1000,), frames_per_block=2)
+
+    def late(policy: type[FramePolicy]) -> Rollout:
+        running = rollout(predicting(1.0), sampler, policy=policy, noise=ConstantNoise(n=2))
+        running.block = 511
+        return running
+
+    with pytest.raises(ValueError, match=r"1026 latent frames: .* ends at 1024"):
+        next(late(Base).blocks(2))
+    next(late(Base).blocks(1))
+    next(late(InfinityRope).blocks(2))
 
 
 def test_no_gradients_are_kept() -> None:

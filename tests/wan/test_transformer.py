@@ -17,7 +17,7 @@ from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.transformer import CausalWanTransformer, RMSNorm, sinusoidal_embedding
 
 CONFIG = WanConfig(
-    dim=24, ffn_dim=20, freq_dim=8, text_dim=6, text_len=3, in_dim=5, out_dim=4, num_heads=2, num_layers=2, eps=1e-5
+    dim=24, ffn_dim=20, freq_dim=8, text_dim=6, text_len=3, in_dim=5, out_dim=4, num_heads=2, num_layers=2, eps=1e-2
 )
 FRAMES, HEIGHT, WIDTH = 2, 4, 6
 
@@ -53,7 +53,10 @@ def latents() -> Tensor:
 
 @pytest.fixture(scope="module")
 def prompts() -> Tensor:
-    return torch.randn(2, CONFIG.text_len, CONFIG.text_dim, generator=torch.Generator().manual_seed(2))
+    """Of the second prompt's rows all but the first are padding."""
+    rows = torch.randn(2, CONFIG.text_len, CONFIG.text_dim, generator=torch.Generator().manual_seed(2))
+    rows[1, 1:] = 0
+    return rows
 
 
 TIMESTEPS = torch.tensor([[1000.0, 625.0], [0.0, 937.5]])
@@ -163,7 +166,7 @@ def test_the_context_answers_for_self_attention(model: CausalWanTransformer, lat
 def test_queries_and_keys_are_normed_over_all_heads_together_and_values_are_not(
     model: CausalWanTransformer, latents: Tensor, prompts: Tensor
 ) -> None:
-    """Given norm weights of 1, a token's query has a root mean square of 1 over the whole width, not in each head."""
+    """Given norm weights of 1, a query has a mean square of 1 (but for epsilon) over its width, not in each head."""
     plain = CausalWanTransformer(CONFIG).eval().requires_grad_(False)
     state = model.state_dict().items()
     plain.load_state_dict({name: torch.ones_like(x) if "self_attn.norm" in name else x for name, x in state})
@@ -171,7 +174,7 @@ def test_queries_and_keys_are_normed_over_all_heads_together_and_values_are_not(
     plain(latents, TIMESTEPS, plain.embed_text(prompts), context)
     for _, q, k, v in context.seen:
         for rows in (q, k):
-            torch.testing.assert_close(rows.square().mean(dim=(-2, -1)), torch.ones(rows.shape[:2]), atol=1e-3, rtol=0)
+            torch.testing.assert_close(rows.square().mean(dim=(-2, -1)), torch.ones(rows.shape[:2]), atol=0.05, rtol=0)
             assert (rows.square().mean(dim=-1) - 1).abs().max() > 0.1
         assert (v.square().mean(dim=(-2, -1)) - 1).abs().max() > 0.1
 
