@@ -118,7 +118,9 @@ class PlainLayer:
         pytest.param(
             DeepForcingSettings(window=6, sink=1, budget=5, recent=2, first_sink_offset="released"), id="21-N"
         ),
+        pytest.param(DeepForcingSettings(window=6, sink=1, budget=9, recent=2), id="budget beyond the window"),
         pytest.param(DeepForcingSettings(window=6, sink=2, compression=False), id="deep sink alone"),
+        pytest.param(DeepForcingSettings(window=5, sink=1, compression=False), id="first drop within a block"),
         pytest.param(DeepForcingSettings(window=-1), id="all frames"),
     ],
 )
@@ -143,5 +145,7 @@ def test_every_block_attends_as_the_rules_say(settings: DeepForcingSettings) -> 
                     rules.store(start, rows)
             runtime.end_pass()
         runtime.end_block()
+        for selected in policy.block_state().values():
+            assert selected.tolist() == sorted(selected.tolist()), "kept rows stay in temporal order"
     if settings.compression and settings.window != -1:
         assert plain[0].sink_start > 0

@@ -20,11 +20,12 @@ def test_parts_of_a_key_are_kept_apart() -> None:
 
 def test_a_weight_depends_on_seed_and_name_and_nothing_else() -> None:
     """Given the same layer in a larger module, filled after others and under another global seed, it is the same."""
-    alone, beside = nn.ModuleDict({"b": nn.Linear(4, 3)}), nn.ModuleDict({"a": nn.Linear(9, 9), "b": nn.Linear(4, 3)})
+    alone, beside = nn.ModuleDict({"b": nn.Linear(4, 3)}), nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)})
     fill_random(alone, seed=5)
     torch.manual_seed(123)
     fill_random(beside, seed=5)
     assert torch.equal(alone["b"].weight, beside["b"].weight)
+    assert not torch.equal(beside["a"].weight, beside["b"].weight)
     fill_random(beside, seed=6)
     assert not torch.equal(alone["b"].weight, beside["b"].weight)
 
