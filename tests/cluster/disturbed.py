@@ -65,6 +65,7 @@ class Remembering(Rag):
     """A method with a history that waits when told."""
 
     Settings = RememberingSettings
+    settings: RememberingSettings
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         if block == self.settings.at_block:

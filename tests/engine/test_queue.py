@@ -11,7 +11,7 @@ def item(key: str, order: int, group: str = "a", memory: int = 0) -> WorkItem[No
 
 def taken(waiting: WaitingItems[None], memory: int = 0, held: str | None = None, **more: bool) -> str | None:
     found = waiting.take(memory, held, Counter(), **more)
-    return found and found.key
+    return found.key if found else None
 
 
 def test_items_come_in_order_interrupted_ones_first_and_what_raised_last() -> None:
