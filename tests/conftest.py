@@ -28,16 +28,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+GOLDEN = Path(os.environ.get("LRAG_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
+"""Folder of the larger set of golden vectors: $LRAG_GOLDEN, else ../shared/golden beside the checkout. The subset in
+tests/golden is there in any case."""
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of the golden vectors: $LRAG_GOLDEN, else ../shared/golden beside the checkout."""
-    named = os.environ.get("LRAG_GOLDEN")
-    folder = Path(named) if named else REPOSITORY.parent / "shared" / "golden"
-    if not folder.is_dir():
-        pytest.skip(f"no golden vectors: {folder} is not a folder (set LRAG_GOLDEN)")
-    return folder
+    """Folder of the larger set of golden vectors; skips where it is absent."""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"no golden vectors: {GOLDEN} is not a folder (set LRAG_GOLDEN)")
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")

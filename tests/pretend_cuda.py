@@ -36,13 +36,15 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor, device_of: Device) -> OnDevice:
         shape: Any = (held.shape, held.stride(), held.storage_offset())
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: OnDevice = make(cls, *shape, dtype=held.dtype, device="cuda:0")
         made.held, made.device_of = held, device_of
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         device = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)).device_of
         return device.call(func, args, kwargs or {})
 
@@ -247,8 +249,8 @@ def pretend_cuda() -> Iterator[Device]:
     """The device, for as long as the block lasts, in this thread."""
     device = Device()
     # As torch's own FakeTensorMode does where there is no driver.
-    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
-    torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+    torch._C._ensureCUDADeviceGuardSet()
+    torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
@@ -264,4 +266,4 @@ def pretend_cuda() -> Iterator[Device]:
         with device:
             yield device
     torch.__future__.set_overwrite_module_params_on_conversion(False)
-    torch._C._set_only_lift_cpu_tensors(False)  # type: ignore[attr-defined]
+    torch._C._set_only_lift_cpu_tensors(False)

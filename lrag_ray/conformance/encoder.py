@@ -25,7 +25,7 @@ FORWARD = Bound(absolute=1e-5)
 RELATIVE = 1e-4
 """Of losses, gradients and trained weights."""
 
-RECONSTRUCTION = 1e-4
+RECONSTRUCTION = Bound(1e-4)
 """The decoder's group norms divide by small deviations: on a CPU with other vector units float32 sums move values of up
 to 8 by 4e-5."""
 

@@ -20,14 +20,22 @@ from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.random_weights import fill_random, keyed_generator
 from lrag_ray.wan.transformer import CausalWanTransformer
 
-MODEL = {"dim": 32, "ffn_dim": 40, "freq_dim": 16, "text_dim": 8, "text_len": 5, "num_heads": 2, "num_layers": 2}
+MODEL: dict[str, Any] = {
+    "dim": 32,
+    "ffn_dim": 40,
+    "freq_dim": 16,
+    "text_dim": 8,
+    "text_len": 5,
+    "num_heads": 2,
+    "num_layers": 2,
+}
 
 
 class Key(NamedTuple):
     """A frame that attention sees, and the temporal index of its keys."""
 
     frame: int
-    index: int
+    temporal_index: int
 
 
 class PlainContext:
@@ -48,7 +56,7 @@ class PlainContext:
         own = {frame: (per_frame[1][i], per_frame[2][i]) for i, frame in enumerate(self.current)}
         rows = [own.get(key.frame) or self.clean[layer, key.frame] for key in self.keys]
         queries = torch.cat([self.turn(x, i) for x, i in zip(per_frame[0], self.query_indices, strict=True)])
-        keys = torch.cat([self.turn(k, key.index) for (k, _), key in zip(rows, self.keys, strict=True)])
+        keys = torch.cat([self.turn(k, key.temporal_index) for (k, _), key in zip(rows, self.keys, strict=True)])
         values = torch.cat([v for _, v in rows]).double()
         if self.store:
             self.clean |= {(layer, frame): kv for frame, kv in own.items()}

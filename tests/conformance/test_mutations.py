@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -47,12 +47,13 @@ def entry(file: str, value: Any, *path: str | int) -> Change:
 
     def apply(folder: Path) -> None:
         content = json.loads((folder / file).read_text())
-        place = content
-        for key in path[:-1]:
+        place: Any = content
+        above, last = path[:-1], cast(Any, path[-1])
+        for key in above:
             place = place[key]
-        if isinstance(place, list) or path[-1] in place:
-            assert place[path[-1]] != value, "the mutation changes nothing"
-        place[path[-1]] = value
+        if isinstance(place, list) or last in place:
+            assert place[last] != value, "the mutation changes nothing"
+        place[last] = value
         (folder / file).write_text(json.dumps(content))
 
     return apply

@@ -119,7 +119,8 @@ def test_rag_layout_follows_the_formula(
         assert all(index == 0 for _, _, index in retrieved)
         exposed = [j for j in range(length) if j < sink or j >= max(sink, length - budget)]
         assert [(f, i) for kind, f, i in rows if kind != "retrieved"] == [(slot_frame[j], j) for j in exposed]
-        similarities = [row.similarity for row in result.trace[0] if row.kind == "retrieved"]
+        similarities = [row.similarity for row in result.trace[0] if row.similarity is not None]
+        assert len(similarities) == len(retrieved)
         assert similarities == sorted(similarities, reverse=True)
 
 

@@ -29,7 +29,7 @@ SLACK_BYTES = 150e6
 
 
 class Files(NamedTuple):
-    widths: dict[str, int]
+    widths: dict[str, Any]
     weight_bytes: int
     """Of the generator in bf16."""
     pt: Path
@@ -49,7 +49,7 @@ def weights(config: WanConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     return drawn
 
 
-def written(folder: Path, widths: dict[str, int], rank: int) -> Files:
+def written(folder: Path, widths: dict[str, Any], rank: int) -> Files:
     """One generator in the reference formats: EMA with FSDP names (.pt), bare (.safetensors), float32, and a LoRA."""
     config = WanConfig(**widths)
     state = weights(config, torch.bfloat16)

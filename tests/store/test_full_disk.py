@@ -12,7 +12,7 @@ import pytest
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
-from lrag_ray.store import create_only, retry
+from lrag_ray.store import retry
 from lrag_ray.store.address import Storage
 from tests.store.namespaces import run_on_small_disk
 
@@ -95,7 +95,7 @@ def test_a_network_file_system_that_stutters_is_tried_again(tmp_path: Path, monk
         if answers:
             raise OSError(answers.pop(0), "made up by the test")
 
-    monkeypatch.setattr(create_only.os, "link", stuttering)
+    monkeypatch.setattr(os, "link", stuttering)
     storage = Storage(str(tmp_path), StorageSection(attempts=2))
     assert storage.create("commit-6.json", b"mine")
     assert not storage.create("commit-6.json", b"yours")

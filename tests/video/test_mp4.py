@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -39,7 +40,7 @@ def test_file_is_what_browsers_want(video: Path) -> None:
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
-        assert (context.name, context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 16)
+        assert (context.name, context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", Fraction(16))
         tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
         assert tags == (1, 1, 1, 1)
     content = video.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_original_file_and_diffusers_folder_are_the_same_encoder(
     torch.save(weights, tmp_path / "umt5.pth")
     sizes = UMT5Sizes.of(weights)
     original = load_text_encoder(tmp_path / "umt5.pth", tokenizer_folder, text_len=8, sizes=sizes, dtype=torch.float32)
-    original.model.save_pretrained(tmp_path / "text_encoder")
+    model: Any = original.model
+    model.save_pretrained(tmp_path / "text_encoder")
     folder = load_text_encoder(tmp_path / "text_encoder", tokenizer_folder, text_len=8, dtype=torch.float32)
     assert folder.digest == original.digest
     assert torch.equal(folder.encode(["a red fox"])[0], original.encode(["a red fox"])[0])

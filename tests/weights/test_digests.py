@@ -23,8 +23,13 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeyp
     file.write_bytes(b"one")
     assert weights_digest(str(file)) == hashlib.sha256(b"one").hexdigest()
     read: list[Path] = []
-    real = digests.file_digest
-    monkeypatch.setattr(digests, "file_digest", lambda path: read.append(path) or real(path))
+    real = digests.file_digest  # type: ignore[attr-defined]
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(digests, "file_digest", counted)
     assert weights_digest(str(file)) == hashlib.sha256(b"one").hexdigest()
     assert read == []
     file.write_bytes(b"two")

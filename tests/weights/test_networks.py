@@ -54,7 +54,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
                 content = archive({**members, "ensemble_lora/../../escaped": b"x"})
             serving.files[place] = content
             published = official._replace(url=f"{serving.endpoint}/{place}", sha256=digest)
-            monkeypatch.setitem(OFFICIAL, name, published)  # type: ignore[arg-type]
+            monkeypatch.setitem(OFFICIAL, name, published)
         yield serving
 
 
@@ -129,7 +129,7 @@ def test_without_network_the_error_says_which_file_to_put_where(hub: Hub, tmp_pa
         pull_source(source_of("dreamsim_ensemble_lora"), WeightFiles(tmp_path))
     message = str(refused.value)
     for name in ("dreamsim_clip_vitb16", "dreamsim_open_clip_vitb16", "dreamsim_ensemble_lora"):
-        official = OFFICIAL[name]  # type: ignore[index]
+        official = OFFICIAL[name]
         assert f"its member {official.member} at {tmp_path / official.path}" in message
     assert official.url in message and "the same command goes on with it" in message
 
@@ -137,7 +137,7 @@ def test_without_network_the_error_says_which_file_to_put_where(hub: Hub, tmp_pa
 def test_verify_tells_what_loads_from_what_is_damaged_or_missing(hub: Hub, tmp_path: Path) -> None:
     path = tmp_path / OFFICIAL["laion_linear"].path
     buffer = io.BytesIO()
-    torch.save({"weight": torch.ones(1, 768), "bias": torch.zeros(1)}, buffer)  # type: ignore[no-untyped-call]
+    torch.save({"weight": torch.ones(1, 768), "bias": torch.zeros(1)}, buffer)
     hub.files["files/laion_linear"] = buffer.getvalue()
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     OFFICIAL["laion_linear"] = OFFICIAL["laion_linear"]._replace(sha256=digest)  # type: ignore[index]

@@ -20,7 +20,7 @@ LENGTH = 8
 def lossless(path: Path, frame: np.ndarray[Any, Any], count: int) -> Path:
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264rgb", rate=4, options={"crf": "0"})
-        stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "rgb24"
+        stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], "rgb24"
         for _ in range(count):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

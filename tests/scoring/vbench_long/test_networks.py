@@ -198,7 +198,7 @@ def test_imaging_quality(frames: ClipFrames, networks: Networks, per_frame: dict
 
 def test_scores_do_not_depend_on_the_batch_size(frames: ClipFrames, networks: Networks) -> None:
     """Given three frames, batches of two leave a rest; the other tests hold whole batches against the golden scores."""
-    measures = {
+    measures: dict[str, tuple[Any, int, float]] = {
         "imaging_quality": (imaging_quality.score, 3, 1e-3),
         "background_consistency": (background_consistency.score, 3, 1e-5),
         "dynamic_degree": (partial(dynamic_degree.score, early_stop=False), 4, 0.0),

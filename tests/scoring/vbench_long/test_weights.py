@@ -64,7 +64,7 @@ def _torchscript(tensors: Mapping[str, Tensor], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = _Nested({**{name: tensor.half() for name, tensor in tensors.items()}, **other})
-        torch.jit.save(torch.jit.trace(module, torch.zeros(1)), path)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.trace(module, torch.zeros(1)), path)
 
 
 def _saved(wrap: Callable[[dict[str, Tensor]], object]) -> Callable[[Mapping[str, Tensor], Path], None]:
@@ -139,7 +139,7 @@ def test_a_damaged_file_is_told_with_its_place_and_mend(name: NetworkName, damag
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     whole = file.read_bytes()
     if damage == "other":
-        torch.save({"epoch": 3, "weight": "none"}, file)  # type: ignore[no-untyped-call]
+        torch.save({"epoch": 3, "weight": "none"}, file)
     else:
         file.write_bytes({"cut": whole[: len(whole) // 2], "text": b"<html>not found</html>" * 9, "empty": b""}[damage])
     if damage == "other" and name == "clip_vitb32":
@@ -154,7 +154,7 @@ def test_a_damaged_file_is_told_with_its_place_and_mend(name: NetworkName, damag
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / OFFICIAL["laion_linear"].path
     path.parent.mkdir(parents=True)
-    torch.save({"weight": torch.zeros(1, 512), "bias": torch.zeros(1)}, path)  # type: ignore[no-untyped-call]
+    torch.save({"weight": torch.zeros(1, 512), "bias": torch.zeros(1)}, path)
     with pytest.raises(
         WeightsError, match=r"weights of laion_linear\) does not fit(.|\n)*\[1, 512\], expected \[1, 768\]"
     ):

@@ -107,7 +107,7 @@ def test_an_attempt_that_dies_is_continued_from_its_parts_with_the_same_result(
     assert [part.sha256 for part in found.trace_parts] == [part.sha256 for part in expected.trace_parts]
     assert found.video is not None and expected.video is not None
     frames = [read_video(b.run.storage.full(c.video.path)) for b, c in ((whole, expected), (broken, found))]  # type: ignore[union-attr]
-    assert np.array_equal(*frames)
+    assert np.array_equal(frames[0], frames[1])
     assert len({part.path.split("/")[-2] for part in found.latent_parts}) == 2
 
 
@@ -115,7 +115,8 @@ def die_after(patch: pytest.MonkeyPatch, parts: int) -> None:
     """Let the storage fail when more than `parts` parts are to be written."""
     import lrag_ray.stages.rollout.block_writer as module
 
-    real, written = module.write_part, []
+    real = module.write_part  # type: ignore[attr-defined]
+    written: list[object] = []
 
     def write_part(*args: Any, **named: Any) -> Any:
         if len(written) == parts:
@@ -289,6 +290,7 @@ def test_of_two_attempts_the_first_commit_stands(tmp_path: Path) -> None:
     (task,) = run.tasks()
     first = run.worker.work(task, "first")
     again = run.worker.work(task, "second")
+    assert isinstance(first, RolloutResult) and isinstance(again, RolloutResult)
     assert (first.committed, again.committed) == ((6, 12), ())
     assert {commit.attempt for commit in run.commits().values()} == {"first"}
 
