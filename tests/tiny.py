@@ -14,7 +14,8 @@ from lrag_ray.retrieval.history import HistoryBank
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.config import SamplerConfig, WanConfig
-from lrag_ray.wan.random_weights import fill_random, keyed_generator
+from lrag_ray.wan.keyed import keyed_generator
+from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.transformer import CausalWanTransformer
 
 CONFIG = WanConfig(dim=24, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=2)

@@ -29,7 +29,7 @@ from lrag_ray.context.policy import PolicyInputs, Span
 from lrag_ray.context.weights import Loaded, WeightFile
 from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool
-from lrag_ray.wan.random_weights import keyed_generator
+from lrag_ray.wan.keyed import keyed_generator
 
 RETRIEVED_INDEX = 0
 """Temporal index of every retrieved frame."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lrag_ray.wan.random_weights import keyed_generator
+from lrag_ray.wan.keyed import keyed_generator
 
 
 class NoiseSource(Protocol):

@@ -6,26 +6,12 @@ depend on the order of construction, the device or the global random state.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import nn
 
-
-def keyed_generator(*key: str | int) -> torch.Generator:
-    """CPU generator seeded by the SHA-256 of `key`; equal keys give equal draws on every machine.
-
-    Parts are length-prefixed, so that ("ab", "c") and ("a", "bc") differ.
-    """
-    digest = hashlib.sha256()
-    for part in key:
-        text = str(part).encode("utf-8")
-        digest.update(f"{len(text)}:".encode())
-        digest.update(text)
-    # torch takes 64-bit seeds; the top bit is dropped to stay in the signed range.
-    seed = int.from_bytes(digest.digest()[:8], "big") >> 1
-    return torch.Generator(device="cpu").manual_seed(seed)
+from lrag_ray.wan.keyed import keyed_generator
 
 
 @torch.no_grad()

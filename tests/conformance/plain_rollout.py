@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrag_ray.wan.config import WanConfig
-from lrag_ray.wan.random_weights import fill_random, keyed_generator
+from lrag_ray.wan.keyed import keyed_generator
+from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.transformer import CausalWanTransformer
 
 MODEL: dict[str, Any] = {

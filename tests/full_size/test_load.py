@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.lora import lora_targets
-from lrag_ray.wan.random_weights import keyed_generator
 from lrag_ray.wan.transformer import CausalWanTransformer
 from tests.conftest import REPOSITORY
 

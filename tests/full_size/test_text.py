@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrag_ray.wan.random_weights import keyed_generator
+from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.text import UMT5Sizes
 from tests.conftest import REPOSITORY
 

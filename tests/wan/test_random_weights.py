@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lrag_ray.wan.random_weights import fill_random, keyed_generator
+from lrag_ray.wan.keyed import keyed_generator
+from lrag_ray.wan.random_weights import fill_random
 
 
 def test_parts_of_a_key_are_kept_apart() -> None:
