@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest, unwrapped
 
 
 def known_fields(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,8 @@ def load_encoder(path: str | Path) -> LatentAutoencoder:
         raise WeightsError(f"retrieval encoder {path}: its config is wrong: {error}") from error
     with torch.device("meta"):
         model = LatentAutoencoder(sizes)
-    mend = f"the sizes come from the file's own config ({sizes}), so the file is damaged or mixed up: fetch it again"
-    load_strict(model, weights, f"retrieval encoder {path}", mend)
+    fix = f"the sizes are those of the file's own config ({sizes}); use a checkpoint whose config and model agree"
+    bare = {unwrapped(str(name)).removeprefix("model."): value for name, value in weights.items()}
+    load_strict(model, bare if len(bare) == len(weights) else weights, f"retrieval encoder {path}", fix)
     refuse_non_finite(model.state_dict(), f"retrieval encoder {path}")
     return model.float().eval().requires_grad_(False)
