@@ -134,18 +134,19 @@ class LoraConfig(Section):
     """Low-rank weights merged into the transformer at load."""
 
     path: Address
-    """LoRA checkpoint."""
-    rank: int = Field(default=256, ge=1)
-    """Rank of the update."""
-    alpha: float = 256.0
-    """Scaling numerator: the update is alpha / rank * B A."""
+    """LoRA file (LongLive, PEFT, Diffusers, ComfyUI or kohya), or the folder of one."""
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of the update; None takes the file's. A file of another rank is refused."""
+    alpha: float | None = None
+    """Scaling numerator: the update is alpha / rank * B A. None takes what the file (or the adapter_config.json beside it)
+    says, else the rank, so that the scale is 1. A value that contradicts the file is refused."""
 
 
 class WeightsConfig(Section):
     """Where the transformer's weights come from: a checkpoint, or a random recipe for the tiny backbone."""
 
     path: Address | None = None
-    """Checkpoint file (.pt or .safetensors)."""
+    """Checkpoint file (.pt or .safetensors), or a Diffusers ``transformer`` folder."""
     use_ema: bool = False
     """Take ``generator_ema`` instead of ``generator``."""
     lora: LoraConfig | None = None

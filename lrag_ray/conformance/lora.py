@@ -63,7 +63,7 @@ def _files(folder: Folder, record: Record, *, alone: bool) -> _Files | None:
 
 def _is_lora(path: Path) -> bool:
     try:
-        return bool(read_lora(path))
+        return bool(read_lora(Lora(path)))
     except WeightsError:
         return False
 

@@ -14,6 +14,9 @@ from lrag_ray.store.records import Record, RolloutId
 FORMAT_VERSION = 1
 """Layout of the run directory; raised when an older program could misread a newer run."""
 
+_FORMER_ALPHA = 256.0
+"""Default of lora.alpha until it came from the file."""
+
 JsonValue = Any
 """None, bool, int, float, str, and lists and dicts of them."""
 
@@ -135,6 +138,7 @@ def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
         old, new = stored.backbones[name], wanted.backbones[name]
         for part in ("latents", "pixels"):
             found += _compare(f"backbones.{name}", getattr(old, part), getattr(new, part))
+        found += _former_alpha(name, old, new)
     for name in stored.methods.keys() & wanted.methods.keys():
         found += _compare(
             f"methods.{name}",
@@ -148,6 +152,17 @@ def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
         if old_text != prompt.text and _shortened(old_text) == _shortened(prompt.text):
             found.append(f"prompts, line {prompt.index + 1}: the texts differ after their first words")
     return sorted(found)
+
+
+def _former_alpha(name: str, old: BackboneIdentity, new: BackboneIdentity) -> Iterator[str]:
+    """What an absent lora.alpha used to mean, where a run was begun so."""
+    before, now = (identity.latents.get("weights", {}).get("lora") or {} for identity in (old, new))
+    if before.get("alpha") == _FORMER_ALPHA and now and now.get("alpha") != _FORMER_ALPHA:
+        yield (
+            f"backbones.{name}.weights.lora.alpha: an absent alpha meant {_FORMER_ALPHA:g} when this run was begun; it now "
+            "means that of the file, else the rank. `lora.alpha: 256` continues the run as it was begun; another run.uri "
+            "begins one at the right strength"
+        )
 
 
 def grown(stored: RunIdentity, wanted: RunIdentity) -> RunIdentity:

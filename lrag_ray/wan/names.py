@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lrag_ray.wan.state_dict import unwrapped
 
-_LEADING = re.compile(r"(?:(?:generator|diffusion_model|transformer|base_model|model)\.)+")
+_LEADING = re.compile(r"(?:(?:generator|diffusion_model|transformer|base_model|model|pipe|dit)\.)+")
 _DIFFUSERS_BLOCK = {
     **{
         f"{theirs}.{their_layer}": f"{ours}.{our_layer}"
