@@ -199,7 +199,8 @@ class BackboneConfig(Section):
     """One frozen generator with its text encoder and VAE."""
 
     preset: str | None = None
-    """Preset whose values are the defaults of this section: tiny, self_forcing, causal_forcing or longlive."""
+    """Preset whose values are the defaults of this section: tiny, self_forcing, causal_forcing (the 5 s checkpoint, as
+    the paper used it), causal_forcing_long (its authors' checkpoint for long video) or longlive."""
     label: str = ""
     """Shown in tables and pages beside the name, e.g. ``tiny, untrained``."""
     transformer: WanConfig = WanConfig()
