@@ -103,9 +103,7 @@ def _wanted(outcome: str, path: Path, use_ema: bool, expected: Vectors) -> dict[
         if held is None and all(isinstance(value, Tensor) for value in content.values()):
             # Tensors without a top level are one generator, which the public loader does not know.
             held = content
-        shapes = {
-            bare_name(str(name)): tuple(value.shape) for name, value in (held or {}).items()
-        }
+        shapes = {bare_name(str(name)): tuple(value.shape) for name, value in (held or {}).items()}
         result = "ema" if use_ema and "generator_ema" in content else "generator"
         if shapes != {name: expected.shapes[f"{result}.{name}"] for name in expected.named(f"{result}.")}:
             return None

@@ -34,7 +34,9 @@ _TOP_LEVEL = ("generator", "generator_ema", "model")
 _BUNDLED = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
 """Other networks in one file with the generator, as ComfyUI bundles them."""
 _LORA_KEY = re.compile(r"\.(?:lora_(?:A|B|down|up|magnitude_vector)|lora\.(?:down|up)|dora_scale)\b")
-_QUANTISED = re.compile(r"(?:scale_weight|scale_input|weight_scale|input_scale|scaled_fp8|absmax|quant_map|qweight|qzeros)\b")
+_QUANTISED = re.compile(
+    r"(?:scale_weight|scale_input|weight_scale|input_scale|scaled_fp8|absmax|quant_map|qweight|qzeros)\b"
+)
 _CONFIG_KEYS = {
     "num_attention_heads": "num_heads",
     "in_channels": "in_dim",

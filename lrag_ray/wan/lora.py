@@ -30,7 +30,9 @@ _KEY = re.compile(
     r"(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)"
     r"(?:\.(?!weight$|bias$)(?P<adapter>\w+))?(?:\.weight)?"
 )
-_OLD_PROCESSOR = re.compile(r"(?P<layer>.+)\.processor\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<half>down|up)\.weight")
+_OLD_PROCESSOR = re.compile(
+    r"(?P<layer>.+)\.processor\.(?P<projection>to_[qkv]|to_out)_lora\.(?P<half>down|up)\.weight"
+)
 _KOHYA = re.compile(r"(?:lora_unet|lora_transformer|lycoris)_(?P<layer>\w+)")
 _TEXT = ("lora_te", "text_encoder", "cond_stage_model.", "text_model.", "conditioner.")
 _REFUSED: tuple[tuple[str, str], ...] = (
@@ -226,7 +228,9 @@ def _read(lora: Lora) -> _Found:
     found.settings.extend(_settings(lora, file, keys=bool(found.alphas)))
     for name in ("alpha", "lora_alpha"):
         if name in stored:
-            found.settings.append(AdapterSettings(f"its entry {name}", rank=None, alpha=_number(stored[name], name, file)))
+            found.settings.append(
+                AdapterSettings(f"its entry {name}", rank=None, alpha=_number(stored[name], name, file))
+            )
     return found
 
 

@@ -211,12 +211,17 @@ def umt5_from_state_dict(state: Mapping[str, Tensor], sizes: UMT5Sizes, source: 
 def _filled(model: nn.Module, state: dict[str, Tensor], source: str) -> nn.Module:
     """A UMT5EncoderModel on the meta device with the tensors of `state`, under transformers' names."""
     # transformers ties the two names to one table; files hold it once, a strict load wants both.
-    for here, there in (("shared.weight", "encoder.embed_tokens.weight"), ("encoder.embed_tokens.weight", "shared.weight")):
+    for here, there in (
+        ("shared.weight", "encoder.embed_tokens.weight"),
+        ("encoder.embed_tokens.weight", "shared.weight"),
+    ):
         if here in state:
             state = {there: state[here], **state}
     fix = "give models_t5_umt5-xxl-enc-bf16.pth, or a Diffusers `text_encoder` folder with all of its parts"
     if any("scale_weight" in name or name == "scaled_fp8" for name in state):
-        fix = f"the file is quantised to fp8 (it holds scales beside the weights), and only plain weights are read; {fix}"
+        fix = (
+            f"the file is quantised to fp8 (it holds scales beside the weights), and only plain weights are read; {fix}"
+        )
     load_strict(model, state, source, fix)
     return model
 
