@@ -21,13 +21,13 @@ def import_config(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Inference YAML of the released code.")],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="CONFIG", help="File to write, which must not be there [default: stdout]."),
+        typer.Option("--to", metavar="CONFIG", help="File to write, which must not exist yet [default: stdout]."),
     ] = None,
 ) -> None:
     """Write a configuration from an inference YAML of Self-Forcing, Causal-Forcing, LongLive or LongLive-RAG.
 
-    What has no equivalent is listed in comments at its top (and printed with --to). Relative paths stay as they are, so run it from the folder
-    in which the released code runs.
+    What has no equivalent is listed in comments at its top, and printed with --to. Relative paths stay as they are:
+    they are those of the folder in which the released code runs.
 
     \b
     Examples:

@@ -75,8 +75,8 @@ def import_config(name: str, data: Mapping[str, Any]) -> str:
     """
     if not is_foreign(data):
         raise ConfigError(
-            f"{name}: not an inference configuration of Self-Forcing, Causal-Forcing, LongLive or LongLive-RAG: none of "
-            f"{', '.join(_SIGNS)} is in it. Fix: give such a file"
+            f"{name}: not an inference configuration of Self-Forcing, Causal-Forcing, LongLive or LongLive-RAG: none "
+            f"of {', '.join(_SIGNS)} is in it. Fix: give such a file"
         )
     return _Import(name, data).text()
 
@@ -208,7 +208,7 @@ class _Import:
             window = -1 if frames <= _GLOBAL_FRAMES else _GLOBAL_FRAMES
             if window != -1:
                 self._notes.append(
-                    f"local_attn_size is not set: window is {_GLOBAL_FRAMES}, the latent frames that their attention holds"
+                    f"local_attn_size is not set: window is {_GLOBAL_FRAMES}, the frames that their attention holds"
                 )
         settings = {"window": window, "sink": sink}
         top_k, exclude = model.pop("memory_size", 0), model.pop("recent_exclude", 0)
@@ -244,7 +244,7 @@ class _Import:
         }
         lines = [
             f"Imported from {Path(self._name).name} by `lrag-ray import-config`.",
-            "Noise is drawn by seed, prompt, block and pass here, so the videos are others than those of the released code.",
+            "Noise is drawn by seed, prompt, block and pass here, so videos differ from those of the released code.",
             "`preset: as_released` at the top level switches on the numerics and the decoding of the released code.",
             *self._notes,
         ]

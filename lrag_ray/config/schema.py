@@ -138,8 +138,8 @@ class LoraConfig(Section):
     rank: int | None = Field(default=None, ge=1)
     """Rank of the update; None takes the file's. A file of another rank is refused."""
     alpha: float | None = None
-    """Scaling numerator: the update is alpha / rank * B A. None takes what the file (or the adapter_config.json beside it)
-    says, else the rank, so that the scale is 1. A value that contradicts the file is refused."""
+    """Scaling numerator: the update is alpha / rank * B A. None takes that of the file or the
+    adapter_config.json beside it, else the rank, so that the scale is 1. A value that contradicts it is refused."""
 
 
 class WeightsConfig(Section):

@@ -156,13 +156,19 @@ def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
 
 def _former_alpha(name: str, old: BackboneIdentity, new: BackboneIdentity) -> Iterator[str]:
     """What an absent lora.alpha used to mean, where a run was begun so."""
-    before, now = (identity.latents.get("weights", {}).get("lora") or {} for identity in (old, new))
+    before, now = _lora_of(old), _lora_of(new)
     if before.get("alpha") == _FORMER_ALPHA and now and now.get("alpha") != _FORMER_ALPHA:
         yield (
-            f"backbones.{name}.weights.lora.alpha: an absent alpha meant {_FORMER_ALPHA:g} when this run was begun; it now "
-            "means that of the file, else the rank. `lora.alpha: 256` continues the run as it was begun; another run.uri "
-            "begins one at the right strength"
+            f"backbones.{name}.weights.lora.alpha: an absent alpha used to mean {_FORMER_ALPHA:g}; it now means that "
+            "of the file, else the rank. `lora.alpha: 256` continues this run as begun, if the file states none; "
+            "another run.uri begins one at the strength of the file"
         )
+
+
+def _lora_of(backbone: BackboneIdentity) -> Mapping[str, JsonValue]:
+    weights = backbone.latents.get("weights")
+    lora = weights.get("lora") if isinstance(weights, Mapping) else None
+    return lora if isinstance(lora, Mapping) else {}
 
 
 def grown(stored: RunIdentity, wanted: RunIdentity) -> RunIdentity:

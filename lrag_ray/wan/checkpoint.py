@@ -178,8 +178,7 @@ def _wan_names(state: Mapping[Any, Any], path: str | Path) -> dict[str, Tensor]:
         if halves := sum(_LORA_KEY.search(name) is not None for name in kept.values()):
             raise WeightsError(
                 f"checkpoint {path} was saved with its LoRA around it by PEFT ({wrapped} base_layer tensors, {halves} "
-                "of the LoRA). Fix: merge it first, with merge_and_unload() of PEFT, and save that; its alpha is not in "
-                "the file"
+                "of the LoRA), without its alpha. Fix: merge it first, with PEFT's merge_and_unload(), and save that"
             )
         kept = {key: name.replace(".base_layer.", ".") for key, name in kept.items()}
     if is_diffusers(kept.values()):

@@ -215,15 +215,13 @@ def _read(lora: Lora) -> _Found:
         found.halves[f"{layer}.{half}"] = value
         found.spelled[layer] = spelled
     if len(adapters) > 1:
-        raise WeightsError(
-            f"LoRA {file} holds {len(adapters)} adapters ({', '.join(sorted(name or 'unnamed' for name in adapters))}). "
-            "Fix: save one of them alone"
-        )
+        named = ", ".join(sorted(name or "unnamed" for name in adapters))
+        raise WeightsError(f"LoRA {file} holds {len(adapters)} adapters ({named}). Fix: save one of them alone")
     if strange or not found.halves:
         held = ", ".join(strange[:8]) or "nothing"
         raise WeightsError(
-            f"LoRA {file} holds {held}; expected pairs such as '<layer>.lora_A.weight' and '<layer>.lora_B.weight' (PEFT, "
-            "Diffusers, ComfyUI) or lora_down and lora_up (kohya). Fix: give the LoRA file of this generator"
+            f"LoRA {file} holds {held}; expected pairs of '<layer>.lora_A.weight' and '<layer>.lora_B.weight' (PEFT, "
+            "Diffusers, ComfyUI) or of lora_down and lora_up (kohya). Fix: give the LoRA file of this generator"
         )
     found.settings.extend(_settings(lora, file, keys=bool(found.alphas)))
     for name in ("alpha", "lora_alpha"):
@@ -288,7 +286,7 @@ def _number(value: Any, name: str, file: Path) -> float:
 
 
 def _settings(lora: Lora, file: Path, *, keys: bool) -> Iterator[AdapterSettings]:
-    """What is said of the strength beside the tensors; kohya's metadata counts only where it wrote no ``.alpha`` key."""
+    """What is said of the strength beside the tensors; kohya's metadata counts only without ``.alpha`` keys."""
     beside = lora.adapter_config or file.with_name("adapter_config.json")
     if beside.is_file():
         yield adapter_settings(_json(beside.read_bytes(), beside), str(beside))

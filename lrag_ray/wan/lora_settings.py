@@ -70,8 +70,8 @@ def adapter_settings(config: Mapping[str, Any], source: str) -> AdapterSettings:
         refused.append(f"trained biases (bias: {config['bias']})")
     if refused:
         raise WeightsError(
-            f"LoRA: {source} names {' and '.join(refused)}. Fix: merge it into the generator with the program that made "
-            "it, and give the merged checkpoint"
+            f"LoRA: {source} names {' and '.join(refused)}. Fix: merge it into the generator with the program that "
+            "made it, and give the merged checkpoint"
         )
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank, alpha = config.get("r"), config.get("lora_alpha")

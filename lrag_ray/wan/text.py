@@ -190,7 +190,7 @@ def _of_encoder(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sizes_of(state: Mapping[str, Any]) -> UMT5Sizes | None:
-    """Sizes of a repacked umT5 of another width than xxl (of which no layer may be missing); None if they are unclear."""
+    """Sizes of a repacked umT5 of another width than xxl (of which no layer may be missing), or None."""
     try:
         sizes = UMT5Sizes.of({_original_name(name): value for name, value in state.items()})
     except (KeyError, ValueError, AttributeError, IndexError):
