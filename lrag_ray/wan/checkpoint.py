@@ -39,12 +39,7 @@ _QUANTISED = re.compile(
 )
 _CONFIG_KEYS = {
     "num_attention_heads": "num_heads",
-    "in_channels": "in_dim",
-    "out_channels": "out_dim",
-    **{
-        name: name
-        for name in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_dim")
-    },
+    **{name: name for name in ("dim", "eps", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_dim")},
     "text_len": "text_len",
     "patch_size": "patch_size",
 }
@@ -151,8 +146,7 @@ def _nested(content: dict[str, Any]) -> dict[str, Any]:
         if top not in ("generator", "generator_ema") or not rest:
             return content
         groups.setdefault(top, {})[rest] = value
-    # Without EMA beside it, the name is one more prefix, and `use_ema` makes no difference.
-    return groups if "generator_ema" in groups else content
+    return groups or content
 
 
 def _absence(wanted: str, held: list[str], content: Mapping[str, Any]) -> str:
@@ -215,7 +209,7 @@ def _hint(weights: Mapping[str, Any], config: WanConfig, expected: Mapping[str, 
     return "give the checkpoint of a causal Wan generator"
 
 
-def _fits_with(weights: Mapping[str, Any], config: WanConfig, sizes: Mapping[str, int]) -> bool:
+def _fits_with(weights: Mapping[str, Any], config: WanConfig, sizes: Mapping[str, Any]) -> bool:
     try:
         other = dataclasses.replace(config, **sizes)
         with torch.device("meta"):

@@ -61,7 +61,7 @@ LAYOUTS: dict[str, tuple[bool, Callable[[State], dict[str, Any]]]] = {
             | {"first_stage_model.decoder.conv1.weight": torch.zeros(1)}
         ),
     ),
-    "flat generator alone": (True, lambda s: {f"generator.{name}": value for name, value in wrapped(s).items()}),
+    "flat generator alone": (False, lambda s: {f"generator.{name}": value for name, value in wrapped(s).items()}),
     "DeepSpeed": (False, lambda s: {"model": {f"module._forward_module.{name}": value for name, value in s.items()}}),
     "PEFT without its LoRA": (
         False,

@@ -469,7 +469,7 @@ def test_a_lora_in_a_bucket_keeps_the_settings_beside_it(tmp_path: Path) -> None
     assert lora is not None
     assert lora_identity(lora)["alpha"] == 6.0
     verdict = verify(need_of(config, "lora"))
-    assert verdict.ok and "30 layers, rank 2, scale 3" in verdict.detail, verdict.detail
+    assert verdict.ok and "20 layers, rank 2, scale 3" in verdict.detail, verdict.detail
 
 
 def test_loading_verifying_and_converting_agree_on_a_lora_without_alpha(tmp_path: Path) -> None:
