@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from lrag_ray.config.redaction import holds_credentials
+from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -289,7 +289,7 @@ class EngineSection(Section):
     """How the work is spread. Free to change between starts of the same run."""
 
     address: str | None = None
-    """Ray address; None uses a running cluster if there is one (RAY_ADDRESS), else starts a local one."""
+    """Ray address (host:port, auto or local); None uses that in RAY_ADDRESS, else starts a local cluster."""
     actors: Annotated[ActorRange | int | Literal["per_gpu"], BeforeValidator(_actors)] = 1
     """Rollout actors: a number that is asked for always; per_gpu, as many as the GPUs of the cluster have room for; or
     {min: a, max: b}, at least a and up to b as nodes have room. The last two follow nodes that join and leave."""
@@ -309,6 +309,14 @@ class EngineSection(Section):
     lease_ttl_s: float = Field(default=120, ge=1, le=3600)
     """A driver that showed no sign of life on storage for so long is taken for dead: it stops itself, and the next one
     takes the run over. It shows twelve of them in that time."""
+
+    @field_validator("address")
+    @classmethod
+    def _no_user_info(cls, value: str | None) -> str | None:
+        # Ray Client's addresses are refused where the cluster is reached, with the way out.
+        if value is not None and not is_ray_address(value.removeprefix("ray://")):
+            raise ValueError(f"must be {RAY_ADDRESS_FORM}, without credentials: tokens belong in RAY_AUTH_TOKEN")
+        return value
 
     @property
     def least_actors(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import secrets
 import signal
 import socket
@@ -13,12 +12,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import ray
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.cluster_address import ClusterAddress, cluster_address
 from lrag_ray.engine.head_watch import head_watch
+from lrag_ray.engine.local_cluster import LOOPBACK, loopback_alone, private_folder
 from lrag_ray.errors import ClusterError
 
 _CONNECT_TIMEOUT_S = 20.0
@@ -36,17 +38,23 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = engine.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(engine)
+    with private_folder() if address is None else nullcontext() as folder:
+        yield from _session(engine, address, folder)
+
+
+def _session(engine: EngineSection, address: ClusterAddress | None, folder: Path | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a FutureWarning; actors without a GPU must not see one anyway.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if address and address != "local":
+        if folder is None:
+            assert address is not None
             _see_somebody(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address.text, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            _start_local(engine)
+            _start_local(engine, folder)
     except ClusterError:
         raise
     except SystemExit:
@@ -55,7 +63,9 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
     except Exception as error:
         # Ray raises whatever comes, and plain Exception where a node takes more than half a minute to start.
         where = (
-            f"the Ray cluster at {address!r} cannot be reached" if address else "no local Ray cluster can be started"
+            f"the Ray cluster at {address.text!r} cannot be reached"
+            if address
+            else "no local Ray cluster can be started"
         )
         raise ClusterError(
             f"{where}: {redact(str(error))}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, RAY_AUTH_TOKEN "
@@ -66,9 +76,7 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
         # Ray's own would end the process with a crash report.
         signal.signal(signal.SIGTERM, signal.default_int_handler if on_sigterm == signal.SIG_DFL else on_sigterm)
     try:
-        # A client (ray://) knows no head.
-        is_client = ray.util.client.ray.is_connected()
-        with nullcontext() if is_client else head_watch(ray.get_runtime_context().gcs_address, _warn):
+        with head_watch(ray.get_runtime_context().gcs_address, _warn):
             yield
     finally:
         ray.shutdown()
@@ -81,27 +89,29 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _see_somebody(address: str) -> None:
-    """OSError where nobody listens at ``host:port``: Ray itself would try for a quarter of an hour."""
-    if match := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address):
-        socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_TIMEOUT_S).close()
+def _see_somebody(address: ClusterAddress) -> None:
+    """OSError where nobody listens there: Ray itself would try for a quarter of an hour."""
+    if address.host is not None:
+        socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S).close()
 
 
-def _start_local(engine: EngineSection) -> None:
-    # Ray's ports answer on the network, so the cluster needs a token unless the user says otherwise (RAY_AUTH_MODE).
+def _start_local(engine: EngineSection, folder: Path) -> None:
+    # Other users of this machine reach its ports: it asks for a token unless the user says otherwise (RAY_AUTH_MODE).
     # Without one in the environment Ray would write it into the home folder, which switches later clusters to tokens.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for tries_left in reversed(range(_START_TRIES)):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, math.ceil(engine.cpus_per_actor)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-            )
+            with loopback_alone():
+                ray.init(
+                    address="local",
+                    num_cpus=max(cpus, math.ceil(engine.cpus_per_actor)),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(folder),
+                )
             break
         except Exception as error:
             # Ray gives a node half a minute, which cannot be set; a machine that is busy for a while needs more.

@@ -15,13 +15,13 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
 from lrag_ray.config.prompts import load_prompts, plan_prompts
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.errors import LragError
 from lrag_ray.pipelines.plan import Plan, make_plan
 from lrag_ray.scoring.vbench_long.pending import check_weights
@@ -98,16 +98,24 @@ def _packages() -> Iterator[Row]:
 
 
 def _ray(config: RunConfig | None) -> Row:
-    address = (config.engine.address if config is not None else None) or os.environ.get("RAY_ADDRESS")
-    if not address or address in ("auto", "local"):
-        return Row("ray", "ok", f"ray {version('ray')}; no cluster address given, a run starts or finds one here")
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
     try:
-        with socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=5):
-            return Row("ray", "ok", f"ray {version('ray')}; {parts.hostname}:{parts.port or 10001} answers")
-    except (OSError, ValueError) as error:
-        mend = "start the cluster (`ray start --head`), or correct engine.address or RAY_ADDRESS"
-        return Row("ray", "fail", f"the Ray cluster at {parts.hostname}:{parts.port} does not answer: {error}", mend)
+        address = cluster_address(config.engine if config is not None else None)
+        if address is None:
+            # Imports Ray, which takes seconds.
+            from lrag_ray.engine.local_cluster import folder_for_ray
+
+            folder_for_ray()
+            return Row("ray", "ok", f"ray {version('ray')}; no cluster address given, a run starts a cluster here")
+    except LragError as error:
+        return Row("ray", "fail", str(error))
+    if address.host is None:
+        return Row("ray", "ok", f"ray {version('ray')}; a run uses the cluster of this machine")
+    try:
+        with socket.create_connection((address.host, address.port), timeout=5):
+            return Row("ray", "ok", f"ray {version('ray')}; {address.text} answers")
+    except OSError as error:
+        fix = "start the cluster (`ray start --head`), or correct engine.address or RAY_ADDRESS"
+        return Row("ray", "fail", f"the Ray cluster at {address.text} does not answer: {error}", fix)
 
 
 def _gpus(config: RunConfig | None) -> Iterator[Row]:

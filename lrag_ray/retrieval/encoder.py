@@ -9,6 +9,7 @@ Parameter names are those of the released checkpoints.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest, unwrapped
+
+_MAX_SIZE, _MAX_LEVELS = 1 << 16, 16
+"""Sizes come from the checkpoint, and modules are made before its tensors show that they do not fit."""
 
 
 def known_fields(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,9 +50,12 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         for name in ("in_channels", "spatial_h", "spatial_w", "latent_dim"):
             if not _is_size(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 1")
-        if not self.hidden_dims or not all(_is_size(width) for width in self.hidden_dims):
-            raise ValueError(f"hidden_dims {self.hidden_dims!r} must be whole numbers of at least 1")
+                raise ValueError(
+                    f"{name} {reprlib.repr(getattr(self, name))} must be a whole number from 1 to {_MAX_SIZE}"
+                )
+        widths = self.hidden_dims
+        if not isinstance(widths, tuple) or not 1 <= len(widths) <= _MAX_LEVELS or not all(map(_is_size, widths)):
+            raise ValueError(f"hidden_dims {reprlib.repr(widths)} must be 1 to {_MAX_LEVELS} such numbers")
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any]) -> EncoderConfig:
@@ -68,7 +75,7 @@ class EncoderConfig:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_SIZE
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -181,6 +188,8 @@ def load_encoder(path: str | Path) -> LatentAutoencoder:
         model = LatentAutoencoder(sizes)
     fix = f"the sizes are those of the file's own config ({sizes}); use a checkpoint whose config and model agree"
     bare = {unwrapped(str(name)).removeprefix("model."): value for name, value in weights.items()}
-    load_strict(model, bare if len(bare) == len(weights) else weights, f"retrieval encoder {path}", fix)
+    if len(bare) < len(weights):
+        bare = {str(name): value for name, value in weights.items()}
+    load_strict(model, bare, f"retrieval encoder {path}", fix)
     refuse_non_finite(model.state_dict(), f"retrieval encoder {path}")
     return model.float().eval().requires_grad_(False)

@@ -1,13 +1,15 @@
 """A run's storage: any fsspec address behind one small set of operations.
 
 Paths are relative to the run's address. Records name paths and come from strangers, so a path that leaves the run is
-refused. Errors name the address without the credentials it may hold.
+refused, by its name and by the symbolic links on its way; the address itself may be a link. Errors name the address
+without the credentials it may hold.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -54,12 +56,17 @@ class Storage:
     """Files below one address.
 
     Every operation is tried again for a while where the trouble may pass (`options`), and all of them are safe to
-    repeat. Raises StorageError for an address whose scheme is unknown or whose client is not installed, and for what
-    no further try can help. Cheap to make, and may be sent to another process, which then opens its own client
-    (clients do not survive a fork).
+    repeat. `follow_links` is for the user's own folders (weights), whose links may lead anywhere. Raises StorageError
+    for an address whose scheme is unknown or whose client is not installed, and for what no further try can help. Cheap
+    to make, and may be sent to another process, which then opens its own client (clients do not survive a fork).
     """
 
-    def __init__(self, uri: str, options: StorageSection = StorageSection()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        uri: str,
+        options: StorageSection = StorageSection(),  # noqa: B008 - frozen
+        follow_links: bool = False,
+    ) -> None:
         if mistake := _mistake(uri):
             raise StorageError(f"run.uri {redact(uri)!r} cannot be opened: {mistake}")
         try:
@@ -75,26 +82,54 @@ class Storage:
             self.fs.retries = 1
         self.root = str(root).rstrip("/")
         self.options = options
+        self.follow_links = follow_links
+        self._folders_inside: set[str] = set()
+        """Folders below a local root that are known to be no links."""
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.uri = redact(self.root if self.is_local else uri.rstrip("/"))
         """The address as it may be shown."""
         self.address = self.root if self.is_local else uri.rstrip("/")
         """The address that another process opens with `options`; it may hold credentials, so it is never shown."""
 
-    def __reduce__(self) -> tuple[type[Storage], tuple[str, StorageSection]]:
-        return Storage, (self.address, self.options)
+    def __reduce__(self) -> tuple[type[Storage], tuple[str, StorageSection, bool]]:
+        return Storage, (self.address, self.options, self.follow_links)
 
     def below(self, path: str) -> Storage:
         """The folder `path` as a storage of its own, reached in the same way."""
         self.full(path)
-        return Storage(f"{self.address}/{path}", self.options)
+        return Storage(f"{self.address}/{path}", self.options, self.follow_links)
 
     def full(self, path: str) -> str:
         """Address of `path` for the fsspec client; refuses a path that leaves the run."""
         pieces = path.split("/")
         if path.startswith("/") or ".." in pieces or "\\" in path or "\0" in path:
             raise StorageError(f"{self.uri}: a record names the path {path!r}, which is not inside the run")
-        return f"{self.root}/{path}" if path else self.root
+        full = f"{self.root}/{path}" if path else self.root
+        if self.is_local and not self.follow_links:
+            self._refuse_links(full)
+        return full
+
+    def _refuse_links(self, full: str) -> None:
+        """StorageError where a link between the root and `full` leads out of the run.
+
+        It costs one lstat per file and folder, because a hundred thousand commits are read when a run starts.
+        """
+        at = full
+        while len(at) > len(self.root) and at not in self._folders_inside:
+            try:
+                mode = os.lstat(at).st_mode
+            except OSError:
+                mode = 0
+            if stat.S_ISLNK(mode):
+                real, root = os.path.realpath(at), os.path.realpath(self.root or "/")
+                if real != root and not real.startswith(root.rstrip("/") + "/"):
+                    raise StorageError(
+                        f"{at} is a symbolic link to {real}, which is not inside the run: it is neither read nor "
+                        "written. Fix: remove the link, or put in its place what it names"
+                    )
+            elif stat.S_ISDIR(mode):
+                self._folders_inside.add(at)
+            at = at.rpartition("/")[0]
 
     def read_bytes(self, path: str) -> bytes:
         """Content of a file; FileNotFoundError if there is none."""

@@ -1,18 +1,15 @@
 """State-dict files from strangers: read safely, fitted strictly, named by digest.
 
-Nothing is executed on reading (`weights_only`), the tensors stay mapped to the file until they are used, and a file
-that does not fit the model is refused with a list of what is wrong.
+Nothing is executed on reading (see `tensor_pickle`), the tensors stay mapped to the file until they are used, and a
+file that does not fit the model is refused with a list of what is wrong.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
-import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,10 @@ from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.file_kinds import HEAD_BYTES, absence, foreign_zip, is_safetensors, is_zip, no_weights
+from lrag_ray.wan.tensor_pickle import PickleRefusedError
+from lrag_ray.wan.torch_file import read_torch_file
 
-_NAMES_SHOWN = 8
+_NAMES_SHOWN, _NAME_SHOWN = 8, 200
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_orig_mod|module)\."
 )
@@ -38,6 +37,8 @@ _STORED_AS = "bfloat16 or float32 (float16 and float64 load too)"
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Content of a ``.pt``/``.pth`` or ``.safetensors`` file, tensors on the CPU and mapped to the file.
+
+    A TorchScript archive gives the tensors of its modules; its code is not run.
 
     The format is told from the content, not from the suffix. Raises WeightsError if the file is absent, truncated or
     holds anything but tensors and plain containers.
@@ -58,7 +59,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return _read_safetensors(path)
     if mistaken := no_weights(head, path.suffix) or (foreign_zip(path) if is_zip(head) else None):
         raise WeightsError(f"checkpoint {path} {mistaken}")
-    return _read_torch(path, head)
+    return _read_torch(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -74,21 +75,20 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise WeightsError(_damaged(path, f"a safetensors file that cannot be read ({error})")) from error
 
 
-def _read_torch(path: Path, head: bytes) -> dict[str, Any]:
-    zipped = zipfile.is_zipfile(path)
-    if is_zip(head) and not zipped:
-        raise WeightsError(_damaged(path, "a torch zip archive without its end, so it is truncated"))
+def _read_torch(path: Path) -> dict[str, Any]:
+    size = f"{path.stat().st_size:,}"
     try:
-        records = _stored_records(path) if zipped else None
-        with warnings.catch_warnings():
-            # What torch warns of here (odd pickle protocols, sparse tensors) is refused below.
-            warnings.simplefilter("ignore")
-            # Only zip archives can be mapped; the older pickle format is read whole.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_refusal(path, str(error))) from error
+        content = read_torch_file(path)
+    except PickleRefusedError as error:
+        raise WeightsError(
+            f"checkpoint {path} ({size} bytes) is refused: {error}. "
+            "Mend: use the published file, or save the state dict alone"
+        ) from error
+    except zipfile.BadZipFile as error:
+        reason = f"a torch zip archive without its end or with a damaged one, so it is truncated ({error})"
+        raise WeightsError(_damaged(path, reason)) from error
     except Exception as error:
-        # Over bytes that are no pickle torch's unpickler raises anything.
+        # Over bytes that are not a pickle the readers of the standard library raise anything.
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise WeightsError(_damaged(path, f"a torch file that cannot be read ({reason})")) from error
     if not isinstance(content, dict):
@@ -96,50 +96,7 @@ def _read_torch(path: Path, head: bytes) -> dict[str, Any]:
             f"checkpoint {path} holds a {type(content).__name__}, expected a dict of tensors. "
             "Mend: save the state dict itself, or give another file"
         )
-    if records is not None and (short := _storage_sizes(content) - records):
-        raise WeightsError(_damaged(path, f"a torch archive with {short.total()} tensors of other sizes than it says"))
     return {str(name): value for name, value in content.items()}
-
-
-def _stored_records(path: Path) -> Counter[int]:
-    """Sizes of the storages in a torch archive. ValueError for compressed ones: mapped, they would be garbage."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        raise ValueError("it is a zip archive, but none that torch wrote")
-    held = [entry for entry in entries if "/data/" in entry.filename]
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in held):
-        raise ValueError("its tensors are compressed, as torch never does: unpack it and save it again with torch")
-    return Counter(entry.file_size for entry in held)
-
-
-def _storage_sizes(content: object) -> Counter[int]:
-    """Sizes of the storages that the tensors in nested containers lie in, each storage once."""
-    storages: dict[int, int] = {}
-    pending = [content]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            if value.layout == torch.strided and value.device.type == "cpu":
-                storage = value.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, Mapping):
-            pending += value.values()
-        elif isinstance(value, (list, tuple)):
-            pending += value
-    return Counter(size for size in storages.values() if size)
-
-
-def _refusal(path: Path, reason: str) -> str:
-    """torch's own text advises to load with code execution allowed; only the name of what it met is of use."""
-    if found := re.search(r"GLOBAL ([\w.]+)", reason):
-        what = f"it holds {found[1]}, which is no tensor and could run code on loading"
-    else:
-        what = "it is no torch file, or it is damaged"
-    return (
-        f"checkpoint {path} ({path.stat().st_size:,} bytes) is refused: {what}. "
-        "Mend: use the published file, or save the state dict alone"
-    )
 
 
 def _damaged(path: Path, looks_like: str) -> str:
@@ -195,7 +152,7 @@ def _unusable(found: Tensor, expected: Tensor) -> str | None:
 
 def _shown(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    return ", ".join(name[:_NAME_SHOWN] for name in names[:_NAMES_SHOWN]) + more
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str, mend: str) -> None:

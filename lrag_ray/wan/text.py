@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.diffusers_folder import model_of_folder
+from lrag_ray.wan.diffusers_folder import model_of_folder, read_config
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.state_dict import load_strict, refuse_non_finite, state_dict_digest, unwrapped
 from lrag_ray.wan.weight_parts import read_weights
@@ -264,14 +264,49 @@ def _original_name(name: str) -> str:
 
 _FROM_TRANSFORMERS = {theirs: ours for ours, theirs in _IN_LAYER.items()}
 
+_UMT5_SETTINGS = {
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "layer_norm_epsilon",
+    "feed_forward_proj",
+}
+"""What a config.json may set."""
+
 
 def _from_folder(path: Path) -> nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
     # Not from_pretrained, which gives its defaults where the file is absent.
-    model = model_of_folder(path, "umT5 encoder", lambda config: UMT5EncoderModel(UMT5Config.from_dict(dict(config))))
+    model = model_of_folder(path, "umT5 encoder", _UMT5_SETTINGS, lambda config: UMT5EncoderModel(UMT5Config(**config)))
     # Mapped part by part; from_pretrained would copy them, and only warn about what is missing.
     return _filled(model, _of_encoder(read_weights(path, "text encoder")), f"text encoder {path}")
+
+
+_TOKENIZERS = {None, "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
+"""Classes that read tokenizer.json; some others read pickles."""
+_MODELS = {None, "t5", "umt5", "mt5"}
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """ValueError for a folder whose configuration makes the library do more than read tokenizer.json."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError("it holds no tokenizer.json")
+    if list(folder.glob("chat_template*")):
+        raise ValueError("it holds a chat template, which is a program of its own and not of umT5")
+    for file, key, known in (
+        ("tokenizer_config.json", "tokenizer_class", _TOKENIZERS),
+        ("config.json", "model_type", _MODELS),
+    ):
+        if (folder / file).exists():
+            value = read_config(folder / file).get(key)
+            if not (value is None or isinstance(value, str)) or value not in known:
+                raise ValueError(f"{file} asks for {key} {str(value)[:80]!r}, expected that of umT5")
 
 
 def load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
@@ -279,12 +314,11 @@ def load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
     from transformers import AutoTokenizer
 
     try:
+        _check_tokenizer(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # The library raises anything over files that are cut off or none of its own.
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        if not (folder / "tokenizer.json").is_file():
-            reason = "it holds no tokenizer.json"
         raise WeightsError(
             f"no tokenizer in {folder}: {reason}. Mend: give the folder that holds tokenizer.json and "
             "tokenizer_config.json (google/umt5-xxl beside the checkpoint)"

@@ -10,6 +10,7 @@ in the cache. The cache is an argument here, never state of the VAE, so that one
 
 from __future__ import annotations
 
+import inspect
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def mapped_vae(path: str | Path, config: dict[str, Any] | None = None) -> Any:
     path = Path(path)
     if path.is_dir():
         # from_pretrained only warns about missing tensors; our own strict fill does not.
-        model = model_of_folder(path, "VAE", AutoencoderKLWan.from_config)
+        model = model_of_folder(path, "VAE", _vae_settings(), AutoencoderKLWan.from_config)
         state = read_checkpoint(path / "diffusion_pytorch_model.safetensors")
     else:
         state = convert_wan_vae_to_diffusers(read_checkpoint(path))
@@ -152,3 +153,10 @@ def mapped_vae(path: str | Path, config: dict[str, Any] | None = None) -> Any:
             model = AutoencoderKLWan.from_config(config or {})
     load_strict(model, state, f"VAE {path}", "give Wan2.1_VAE.pth or the `vae` folder of the Diffusers repository")
     return model
+
+
+def _vae_settings() -> set[str]:
+    """What a config.json may set: the arguments of the class, and which of them it left at their defaults."""
+    from diffusers import AutoencoderKLWan
+
+    return {*inspect.signature(AutoencoderKLWan.__init__).parameters, "_use_default_values"} - {"self"}

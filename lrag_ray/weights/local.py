@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 def split(address: str) -> tuple[Storage, str]:
     """Storage of the folder that an address lies in, and its name there."""
     folder, _, name = address.rstrip("/").rpartition("/")
-    return Storage(folder or ("/" if address.startswith("/") else ".")), name
+    return Storage(folder or ("/" if address.startswith("/") else "."), follow_links=True), name
 
 
 def sizes_at(address: str) -> dict[str, int]:

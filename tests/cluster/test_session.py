@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -58,15 +61,32 @@ except ClusterError as error:
 assert len(tries) == 3
 ray.init = init
 
-for address in ("not an address", "127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"):
+for address, said in (
+    ("127.0.0.1:9", "'127.0.0.1:9' cannot be reached"),
+    ("not an address", "RAY_ADDRESS 'not an address' is not a Ray address; expected"),
+    ("ray://127.0.0.1:9", "RAY_ADDRESS 'ray://127.0.0.1:9' is a Ray Client address"),
+    ("127.0.0.1:99999", "RAY_ADDRESS '127.0.0.1:99999' is not a Ray address"),
+    ("me:hunter2@127.0.0.1:9", "RAY_ADDRESS holds user info before an @"),
+    ("ray://me:hunter2@127.0.0.1:9", "RAY_ADDRESS holds user info before an @"),
+):
     os.environ["RAY_ADDRESS"] = address
     try:
         with ray_session(EngineSection()):
             pass
     except ClusterError as error:
-        assert f"{address!r} cannot be reached" in str(error), error
+        assert said in str(error) and "hunter2" not in str(error), error
     else:
         raise AssertionError("no cluster is there")
+
+os.environ |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": "/tmp/" + "x" * 105}
+try:
+    with ray_session(EngineSection()):
+        pass
+except ClusterError as error:
+    assert "RAY_TMPDIR" in str(error) and "has 110 bytes" in str(error) and "such as /tmp" in str(error), error
+else:
+    raise AssertionError("the paths of sockets are too long")
+assert not os.path.exists(os.environ["RAY_TMPDIR"])
 """
 
 
@@ -77,3 +97,53 @@ def test_a_local_cluster_asks_for_a_token_and_leaves_nothing_in_the_home_folder(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not (tmp_path / ".ray").exists()
+
+
+EXPOSED = """
+import glob, json, os, stat, sys, time
+import psutil, ray
+from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.session import ray_session
+
+with ray_session(EngineSection()):
+    @ray.remote
+    class Actor:
+        def node(self):
+            return ray.util.get_node_ip_address()
+
+    actor = Actor.remote()
+    assert ray.get(actor.node.remote()) == "127.0.0.1"
+    # The agents of a node start behind its first actor.
+    expected, deadline = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}, time.time() + 60
+    listeners = {}
+    while not expected <= {name for name, _ in listeners} and time.time() < deadline:
+        time.sleep(1)
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            name = (process.cmdline() or [process.name()])[0].rsplit("/", 1)[-1].split(" ")[0]
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listeners[name, connection.laddr.port] = connection.laddr.ip
+    (folder,) = glob.glob(os.environ["RAY_TMPDIR"] + "/*")
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    if sys.argv[1:] == ["die"]:
+        os.kill(os.getpid(), 9)
+assert glob.glob(os.environ["RAY_TMPDIR"] + "/*") == []
+assert "AUTOSCALER_METRIC_PORT" in os.environ and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+print(json.dumps([[name, ip] for (name, _), ip in listeners.items()]))
+"""
+
+
+def test_a_local_cluster_listens_on_loopback_alone_and_leaves_no_folder() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment["RAY_TMPDIR"] = folder
+        killed = subprocess.run([sys.executable, "-c", EXPOSED, "die"], env=environment, capture_output=True, text=True)
+        assert killed.returncode == -9, killed.stderr
+        assert len(list(Path(folder).iterdir())) == 1, "a driver that was killed cannot clean up"
+        time.sleep(5)  # Ray's processes notice that their driver is gone.
+        done = subprocess.run([sys.executable, "-c", EXPOSED], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert list(Path(folder).iterdir()) == [], "the next one does"
+    listeners = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, _ in listeners} >= {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    assert {ip.removeprefix("::ffff:") for _, ip in listeners} == {"127.0.0.1"}, listeners

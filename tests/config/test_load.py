@@ -368,6 +368,14 @@ def test_secrets_in_addresses_are_refused_and_never_repeated(tmp_path: Path) -> 
     assert "methods.rag: encoder holds credentials before an @" in line and "hunter2" not in line
 
 
+def test_an_address_of_a_cluster_holds_host_and_port_alone(tmp_path: Path) -> None:
+    for address in ("me:hunter2@10.0.0.1:6379", "ray://me:hunter2@10.0.0.1:10001", "http://10.0.0.1:8265"):
+        (line,) = problems(tmp_path, SMALL, f"engine.address={address}")
+        assert "engine.address: must be auto, local or host:port, without credentials" in line and "hunter2" not in line
+    (line,) = problems(tmp_path, SMALL, "run.uri=s3://KEY:123/hunter2@bucket/run")
+    assert "holds credentials before an @" in line and "hunter2" not in line
+
+
 def test_a_method_from_outside_is_checked_by_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "outside_method.py").write_text(
         "from dataclasses import dataclass\n"

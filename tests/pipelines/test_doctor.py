@@ -84,8 +84,24 @@ def test_a_cluster_that_does_not_answer_fails(tmp_path: Path, prompts: dict[str,
         listening.listen()
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         assert rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"address": address}))["ray"].state == "ok"
-    row = rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"address": f"ray://{address}"}))["ray"]
+    row = rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"address": address}))["ray"]
     assert row.state == "fail" and "ray start --head" in row.mend
+
+
+def test_what_a_run_would_refuse_of_ray_the_doctor_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, said in (
+        ("ray://127.0.0.1:9991", "Ray Client address"),
+        ("user:hunter2@10.0.0.1:6379", "holds user info"),
+        ("http://10.0.0.1:8265", "is not a Ray address; expected auto, local or host:port"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        row = rows_of(None)["ray"]
+        assert row.state == "fail" and said in row.found and "RAY_ADDRESS" in row.found
+        assert "hunter2" not in row.found
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 110)))
+    row = rows_of(None)["ray"]
+    assert row.state == "fail" and "RAY_TMPDIR" in row.found and "such as /tmp" in row.found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -119,6 +119,73 @@ def test_a_recorded_path_cannot_leave_the_run(tmp_path: Path, path: str) -> None
         Storage(str(tmp_path)).read_bytes(path)
 
 
+@pytest.fixture
+def linked(tmp_path: Path) -> tuple[Path, Path]:
+    """A run whose folders and files are links out of it, and what they lead to."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    (run / "rollouts").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "secret.json").write_bytes(b"secret")
+    (run / "summary").symlink_to(outside)
+    (run / "rollouts/deep").symlink_to("../../outside")
+    (run / "commit.json").symlink_to(outside / "secret.json")
+    (run / "new.json").symlink_to(outside / "new.json")
+    (run / "loop").symlink_to("loop")
+    return run, outside
+
+
+LINKS = ["summary/secret.json", "summary/new/deep.json", "rollouts/deep/secret.json", "commit.json", "new.json"]
+
+
+@pytest.mark.parametrize("path", LINKS)
+@pytest.mark.parametrize("sent", [False, True])
+def test_nothing_is_read_or_written_through_a_link_out_of_the_run(
+    path: str, sent: bool, linked: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, outside = linked
+    storage = Storage(str(run))
+    if sent:
+        storage = pickle.loads(pickle.dumps(storage))
+    (run / "own.json").write_bytes(b"own")
+    operations = [
+        lambda: storage.read_bytes(path),
+        lambda: storage.read_many([path]),
+        lambda: storage.read_many([path] * 600),
+        lambda: storage.get_file(path, tmp_path / "copy"),
+        lambda: storage.write(path, b"x"),
+        lambda: storage.create(path, b"x"),
+        lambda: storage.put_file(run / "own.json", path),
+        lambda: storage.move("own.json", path),
+        lambda: storage.move(path, "moved.json"),
+        lambda: storage.remove(path),
+        lambda: storage.list_files(path),
+        lambda: storage.below(path),
+    ]
+    for operation in operations:
+        with pytest.raises(StorageError, match=r"is a symbolic link to .*outside.*, which is not inside the run.*Fix:"):
+            operation()
+    assert {entry.name: entry.read_bytes() for entry in outside.iterdir()} == {"secret.json": b"secret"}
+    assert not (tmp_path / "copy").exists()
+
+
+def test_links_within_a_run_and_a_run_that_is_a_link_are_followed(tmp_path: Path) -> None:
+    real, link = tmp_path / "scratch/run", tmp_path / "run"
+    (real / "a").mkdir(parents=True)
+    link.symlink_to(real)
+    (real / "b").symlink_to("a")
+    storage = Storage(str(link))
+    storage.write("b/file.txt", b"x")
+    storage.below("b").write("other.txt", b"y")
+    assert storage.read_bytes("a/file.txt") == b"x" and storage.read_bytes("b/other.txt") == b"y"
+
+
+def test_a_link_to_itself_is_an_error_and_no_traceback(linked: tuple[Path, Path]) -> None:
+    storage = Storage(str(linked[0]))
+    for operation in (lambda: storage.read_bytes("loop"), lambda: storage.write("loop/file", b"x")):
+        with pytest.raises(StorageError, match="loop"):
+            operation()
+
+
 def test_a_storage_that_is_sent_to_another_process_keeps_its_options(run_uri: str) -> None:
     storage = Storage(run_uri, StorageSection(attempts=2, read_timeout_s=7))
     storage.write("a.txt", b"here")

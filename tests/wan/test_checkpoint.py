@@ -349,7 +349,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "generator.pt"
     torch.save({"generator": Harmful()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match="refused: it holds getattr, which is no tensor") as refusal:
+    with pytest.raises(WeightsError, match="refused: it holds getattr, which is not a tensor") as refusal:
         load_transformer(path, CONFIG)
     # torch's own text advises to load with code execution allowed.
     assert "weights_only" not in str(refusal.value)

@@ -6,10 +6,8 @@ Nothing is downloaded here. Without a folder the caches of VBench, torch.hub, CL
 from __future__ import annotations
 
 import json
+import math
 import os
-import typing
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,29 +94,31 @@ class WeightFiles:
         source = f"{path} (weights of {name})"
         try:
             if name == "dreamsim_ensemble_lora":
-                return _read_lora(path, source)
-            content = _unwrap(_read_torchscript(path) if _is_torchscript(path) else _read_checkpoint(path))
+                return _read_lora(path, expected, source)
+            content = _unwrap(read_checkpoint(path))
         except WeightsError as error:
             raise WeightsError(f"weights of {name}: {error}, with {self.pull_command} --again") from error
-        content = {key.removeprefix("module."): value for key, value in content.items()}
+        content = {str(key).removeprefix("module."): value for key, value in content.items()}
         if name in ("clip_vitb32", "clip_vitl14"):
             content = {key: value for key, value in content.items() if key in expected}
-        return Weights(_as_float32(content, source), source)
+        return Weights(_as_float32(content, expected, source), source)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    # AMT's file was pickled with typing's name of OrderedDict, which torch does not count among its plain containers.
-    with torch.serialization.safe_globals([typing.OrderedDict]):
-        return read_checkpoint(path)
-
-
-def _as_float32(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    if other := [key for key, value in content.items() if not isinstance(value, Tensor)]:
+def _as_float32(content: Mapping[str, Any], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors in float32; those that do not fit stay as they are stored, for the message that lists them."""
+    if other := [key for key, value in content.items() if not _is_dense(value)]:
         raise WeightsError(
-            f"{source} holds {', '.join(other[:4])} where tensors are expected, so it is another file. "
+            f"{source} holds {', '.join(other[:4])} where dense tensors are expected, so it is another file. "
             "Mend: give the published file"
         )
-    return {key: value.float() if value.is_floating_point() else value for key, value in content.items()}
+    fitting = {key for key, value in content.items() if key in expected and value.shape == expected[key].shape}
+    return {
+        key: value.float() if key in fitting and value.is_floating_point() else value for key, value in content.items()
+    }
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _unwrap(content: dict[str, Any]) -> dict[str, Any]:
@@ -129,37 +129,19 @@ def _unwrap(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _is_torchscript(path: Path) -> bool:
-    """The OpenAI CLIP files are TorchScript archives, which hold code beside the tensors."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _read_torchscript(path: Path) -> dict[str, Any]:
-    """Tensors of a TorchScript archive; its code is parsed but never called."""
-    try:
-        with warnings.catch_warnings():
-            # torch announces the end of TorchScript; OpenAI publishes CLIP in no other form.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            module: Any = torch.jit.load(str(path), map_location="cpu")
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{path} is a TorchScript archive that cannot be read: {error}. Mend: fetch it again"
-        ) from error
-    return dict(module.state_dict())
-
-
-def _read_lora(folder: Path, source: str) -> Weights:
+def _read_lora(folder: Path, expected: Mapping[str, Tensor], source: str) -> Weights:
     config_path = folder / "adapter_config.json"
     try:
+        if config_path.exists() and not config_path.is_file():
+            raise ValueError("not a regular file")
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        scale = config["lora_alpha"] / config["r"]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        scale = float(config["lora_alpha"] / config["r"])
+        if not math.isfinite(scale):
+            raise ValueError(f"lora_alpha / r is {scale}")
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise WeightsError(
             f"{config_path} does not say r and lora_alpha ({error}). Mend: unpack DreamSim's ensemble_lora again"
         ) from error
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     path = next((file for file in files if file.is_file()), files[0])
-    return Weights(_as_float32(_read_checkpoint(path), source), source, scale)
+    return Weights(_as_float32(read_checkpoint(path), expected, source), source, scale)
