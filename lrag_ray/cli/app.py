@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli import bench, decode, doctor, gc, inspect, report, score, weights
+from lrag_ray.cli import bench, decode, doctor, gc, import_config, inspect, report, score, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
 from lrag_ray.cli.output import console, print_json, tells_errors
 from lrag_ray.errors import INTERRUPTED
@@ -168,6 +168,7 @@ inspect.register(app)
 doctor.register(app)
 gc.register(app)
 weights.register(app)
+import_config.register(app)
 bench.register(app)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lrag_ray.config.foreign import is_foreign
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
 from lrag_ray.config.overrides import apply_overrides
@@ -23,6 +25,7 @@ from lrag_ray.config.problems import Problem, key_paths, raise_problems, transla
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.source import Document, KeyPath, read_document
 from lrag_ray.context.registry import policy_class, registered
+from lrag_ray.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -37,6 +40,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
     """What `load_config` does after reading; changes `document`."""
+    if is_foreign(document.data):
+        raise ConfigError(
+            f"{document.name}: an inference configuration of Self-Forcing, Causal-Forcing, LongLive or LongLive-RAG. "
+            f"Fix: lrag-ray import-config {shlex.quote(document.name)} --to mine.yaml, and give mine.yaml"
+        )
     refused = [*apply_overrides(document, overrides)]
     problems = [*_name_methods(document), *_merge_presets(document)]
     if document.data.get("preset") == "as_released":

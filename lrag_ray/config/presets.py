@@ -2,7 +2,8 @@
 
 The real ones are Wan2.1-T2V-1.3B generators; their files are looked for under ``weights/`` in the working directory
 unless the configuration names other paths. File names are those of the releases: the generators come from the Hub
-repository qixinhu11/LongLive-RAG (``checkpoints/``), text encoder, tokenizer and VAE from Wan-AI/Wan2.1-T2V-1.3B.
+repository qixinhu11/LongLive-RAG (``checkpoints/``), Causal-Forcing's model for long video from zhuhz22/Causal-Forcing,
+text encoder, tokenizer and VAE from Wan-AI/Wan2.1-T2V-1.3B.
 """
 
 from __future__ import annotations
@@ -66,8 +67,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "causal_forcing": {
         **_WAN_1_3B,
-        "label": "Causal-Forcing",
+        "label": "Causal-Forcing (5 s checkpoint, as in the paper)",
         "weights": {"path": "weights/causal_forcing.pt"},
+    },
+    "causal_forcing_long": {
+        **_WAN_1_3B,
+        "label": "Causal-Forcing (long-video checkpoint)",
+        "weights": {"path": "weights/longvideo.pt", "use_ema": True},
     },
     "longlive": {
         **_WAN_1_3B,
@@ -79,6 +85,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Values by preset name."""
+
+CHECKPOINT_NOTES: dict[str, str] = {
+    "causal_forcing.pt": (
+        "causal_forcing.pt is Causal-Forcing's checkpoint for videos of 5 s, as the LongLive-RAG paper used it. Its "
+        "authors call that baseline extremely unfair for long video and publish longvideo.pt for it: preset "
+        "causal_forcing_long"
+    ),
+    "longvideo.pt": (
+        "longvideo.pt is Causal-Forcing's checkpoint for long video. Its authors sample it in rolling windows; here it "
+        "is sampled block by block, which they have not tested"
+    ),
+}
+"""What a plan says of a published checkpoint, by its file name."""
 
 
 AS_RELEASED: dict[str, dict[str, Any]] = {

@@ -134,18 +134,19 @@ class LoraConfig(Section):
     """Low-rank weights merged into the transformer at load."""
 
     path: Address
-    """LoRA checkpoint."""
-    rank: int = Field(default=256, ge=1)
-    """Rank of the update."""
-    alpha: float = 256.0
-    """Scaling numerator: the update is alpha / rank * B A."""
+    """LoRA file (LongLive, PEFT, Diffusers, ComfyUI or kohya), or the folder of one."""
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of the update; None takes the file's. A file of another rank is refused."""
+    alpha: float | None = None
+    """Scaling numerator: the update is alpha / rank * B A. None takes that of the file or the
+    adapter_config.json beside it, else the rank, so that the scale is 1. A value that contradicts it is refused."""
 
 
 class WeightsConfig(Section):
     """Where the transformer's weights come from: a checkpoint, or a random recipe for the tiny backbone."""
 
     path: Address | None = None
-    """Checkpoint file (.pt or .safetensors)."""
+    """Checkpoint file (.pt or .safetensors), or a Diffusers ``transformer`` folder."""
     use_ema: bool = False
     """Take ``generator_ema`` instead of ``generator``."""
     lora: LoraConfig | None = None
@@ -198,7 +199,8 @@ class BackboneConfig(Section):
     """One frozen generator with its text encoder and VAE."""
 
     preset: str | None = None
-    """Preset whose values are the defaults of this section: tiny, self_forcing, causal_forcing or longlive."""
+    """Preset whose values are the defaults of this section: tiny, self_forcing, causal_forcing (the 5 s checkpoint, as
+    the paper used it), causal_forcing_long (its authors' checkpoint for long video) or longlive."""
     label: str = ""
     """Shown in tables and pages beside the name, e.g. ``tiny, untrained``."""
     transformer: WanConfig = WanConfig()

@@ -16,7 +16,8 @@ from lrag_ray.conformance.files import Folder, Record, Vectors
 from lrag_ray.conformance.recording import wan_config
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer
-from lrag_ray.wan.state_dict import read_checkpoint, unwrapped
+from lrag_ray.wan.names import bare_name
+from lrag_ray.wan.state_dict import read_checkpoint
 
 EXACT = Bound()
 
@@ -76,8 +77,8 @@ def _judge_refusal(label: str, outcome: str, refusal: str, sheet: Sheet) -> None
     """A refusal is right unless the public loader had a complete result."""
     if _result(outcome) is not None:
         sheet.add(label, "fail", f"was refused: {refusal}")
-    elif "Mend:" not in refusal:
-        sheet.add(label, "fail", f"was refused without saying how to mend it: {refusal}")
+    elif not re.search(r"\b(Mend|Fix): ", refusal):
+        sheet.add(label, "fail", f"was refused without a fix: {refusal}")
     else:
         sheet.add(label, "pass", f"refused: {refusal}")
 
@@ -102,9 +103,7 @@ def _wanted(outcome: str, path: Path, use_ema: bool, expected: Vectors) -> dict[
         if held is None and all(isinstance(value, Tensor) for value in content.values()):
             # Tensors without a top level are one generator, which the public loader does not know.
             held = content
-        shapes = {
-            unwrapped(str(name)).removeprefix("model."): tuple(value.shape) for name, value in (held or {}).items()
-        }
+        shapes = {bare_name(str(name)): tuple(value.shape) for name, value in (held or {}).items()}
         result = "ema" if use_ema and "generator_ema" in content else "generator"
         if shapes != {name: expected.shapes[f"{result}.{name}"] for name in expected.named(f"{result}.")}:
             return None

@@ -63,7 +63,7 @@ def _files(folder: Folder, record: Record, *, alone: bool) -> _Files | None:
 
 def _is_lora(path: Path) -> bool:
     try:
-        return bool(read_lora(path))
+        return bool(read_lora(Lora(path)))
     except WeightsError:
         return False
 
@@ -79,9 +79,9 @@ def _check(record: Record, files: _Files | None, sheet: Sheet) -> None:
         sheet.same("target layers", sorted(lora_targets(base)), sorted(golden["target_modules"]))
     models = {"base": base}
     for path in files.loras:
-        # Without alpha the update counts once, or as `scaling` says.
-        alpha = golden.get("alpha", golden.get("scaling", 1) * golden["rank"])
-        lora = Lora(path, rank=int(golden["rank"]), alpha=float(alpha))
+        # Without either the strength is that of the file, else the update counts once.
+        alpha = golden.get("alpha", golden["scaling"] * golden["rank"] if "scaling" in golden else None)
+        lora = Lora(path, rank=int(golden["rank"]), alpha=None if alpha is None else float(alpha))
         merged = load_transformer(files.base.path, config, dtype=torch.float32, lora=lora)
         models[path.stem] = merged
         if files.merged is not None:

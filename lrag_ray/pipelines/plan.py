@@ -8,6 +8,7 @@ from itertools import groupby
 
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
+from lrag_ray.config.presets import CHECKPOINT_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.scoring.flops import vbench_flops
@@ -280,7 +281,9 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         named = f"{config.prompts.path} is not there yet" if config.prompts.path else "no prompts.path is given"
         yield f"{named}: planned for prompts.count {len(prompts)}. `run` needs the file: {WHERE_TO_GET}"
     yield from duplicate_warnings(prompts)
-    for backbone in config.backbones.values():
+    for name, backbone in config.backbones.items():
+        if note := CHECKPOINT_NOTES.get((backbone.weights.path or "").rpartition("/")[2]):
+            yield f"backbones.{name}: {note}"
         yield from _duration_notes(config.durations_s, backbone.sampler.frames_per_block)
     if len(config.durations_s) > 1 and not config.independent_durations:
         yield (

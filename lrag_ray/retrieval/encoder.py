@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
+from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest, unwrapped
 
 _MAX_SIZE, _MAX_LEVELS = 1 << 16, 16
 """Sizes come from the checkpoint, and modules are made before its tensors show that they do not fit."""
@@ -186,7 +186,10 @@ def load_encoder(path: str | Path) -> LatentAutoencoder:
         raise WeightsError(f"retrieval encoder {path}: its config is wrong: {error}") from error
     with torch.device("meta"):
         model = LatentAutoencoder(sizes)
-    mend = f"the sizes come from the file's own config ({sizes}), so the file is damaged or mixed up: fetch it again"
-    load_strict(model, {str(name): value for name, value in weights.items()}, f"retrieval encoder {path}", mend)
+    fix = f"the sizes are those of the file's own config ({sizes}); use a checkpoint whose config and model agree"
+    bare = {unwrapped(str(name)).removeprefix("model."): value for name, value in weights.items()}
+    if len(bare) < len(weights):
+        bare = {str(name): value for name, value in weights.items()}
+    load_strict(model, bare, f"retrieval encoder {path}", fix)
     refuse_non_finite(model.state_dict(), f"retrieval encoder {path}")
     return model.float().eval().requires_grad_(False)

@@ -12,13 +12,13 @@ from lrag_ray.config.schema import BackboneConfig, WeightsConfig
 from lrag_ray.context.weights import Loaded, on_device
 from lrag_ray.errors import ConfigError
 from lrag_ray.wan.checkpoint import load_transformer
-from lrag_ray.wan.lora import Lora
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.text import TextEncoder, load_text_encoder, tiny_text_encoder
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae, load_wan_vae, tiny_vae
 from lrag_ray.weights.digests import weights_digest
 from lrag_ray.weights.local import local_copy
+from lrag_ray.weights.loras import local_lora, lora_identity
 
 ATTENTION_BACKEND = "sdpa"
 """What `lrag_ray.wan.attention` computes with; part of every rollout key."""
@@ -39,12 +39,11 @@ def latents_identity(config: BackboneConfig) -> dict[str, Any]:
 
 def weights_identity(weights: WeightsConfig) -> dict[str, Any]:
     """The transformer's weights, by digest or recipe. WeightsError for a file that is absent."""
-    lora = weights.lora
     return {
         "sha256": weights_digest(weights.path) if weights.path else None,
         "random_seed": weights.random_seed,
         "use_ema": weights.use_ema,
-        "lora": lora and {"sha256": weights_digest(lora.path), "rank": lora.rank, "alpha": lora.alpha},
+        "lora": weights.lora and lora_identity(weights.lora),
     }
 
 
@@ -78,8 +77,7 @@ def load_generator(config: BackboneConfig, device: torch.device) -> CausalWanTra
     dtype = getattr(torch, config.dtype)
     weights = config.weights
     if weights.path is not None:
-        given = weights.lora
-        lora = Lora(local_copy(given.path), given.rank, given.alpha) if given else None
+        lora = local_lora(weights.lora) if weights.lora else None
         return load_transformer(
             local_copy(weights.path), config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
         )

@@ -14,6 +14,9 @@ from lrag_ray.store.records import Record, RolloutId
 FORMAT_VERSION = 1
 """Layout of the run directory; raised when an older program could misread a newer run."""
 
+_FORMER_ALPHA = 256.0
+"""Default of lora.alpha until it came from the file."""
+
 JsonValue = Any
 """None, bool, int, float, str, and lists and dicts of them."""
 
@@ -135,6 +138,7 @@ def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
         old, new = stored.backbones[name], wanted.backbones[name]
         for part in ("latents", "pixels"):
             found += _compare(f"backbones.{name}", getattr(old, part), getattr(new, part))
+        found += _former_alpha(name, old, new)
     for name in stored.methods.keys() & wanted.methods.keys():
         found += _compare(
             f"methods.{name}",
@@ -148,6 +152,23 @@ def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
         if old_text != prompt.text and _shortened(old_text) == _shortened(prompt.text):
             found.append(f"prompts, line {prompt.index + 1}: the texts differ after their first words")
     return sorted(found)
+
+
+def _former_alpha(name: str, old: BackboneIdentity, new: BackboneIdentity) -> Iterator[str]:
+    """What an absent lora.alpha used to mean, where a run was begun so."""
+    before, now = _lora_of(old), _lora_of(new)
+    if before.get("alpha") == _FORMER_ALPHA and now and now.get("alpha") != _FORMER_ALPHA:
+        yield (
+            f"backbones.{name}.weights.lora.alpha: an absent alpha used to mean {_FORMER_ALPHA:g}; it now means that "
+            "of the file, else the rank. `lora.alpha: 256` continues this run as begun, if the file states none; "
+            "another run.uri begins one at the strength of the file"
+        )
+
+
+def _lora_of(backbone: BackboneIdentity) -> Mapping[str, JsonValue]:
+    weights = backbone.latents.get("weights")
+    lora = weights.get("lora") if isinstance(weights, Mapping) else None
+    return lora if isinstance(lora, Mapping) else {}
 
 
 def grown(stored: RunIdentity, wanted: RunIdentity) -> RunIdentity:

@@ -3,14 +3,17 @@
 A published file is a dict with ``generator``, ``generator_ema`` or ``model`` at the top; each is the state dict of a
 diffusion wrapper, so that Wan's names stand behind ``model.``, and FSDP leaves ``_fsdp_wrapped_module.`` inside names.
 A flat file (safetensors cannot nest) holds the tensors of one generator, or spells the top level as the first part of
-every name. The public loader fills gaps with random weights when EMA is asked for; here nothing but a complete fit is
-loaded.
+every name. ComfyUI's ``diffusion_model.`` is dropped, and Diffusers' names, in a file or a `transformer` folder, are
+mapped to Wan's. The public loader fills gaps with random weights when EMA is asked for; here nothing but a complete fit
+is loaded.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,27 @@ from torch import Tensor
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.lora import Lora, apply_lora
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest, unwrapped
+from lrag_ray.wan.names import bare_name, is_diffusers, wan_name
+from lrag_ray.wan.state_dict import load_strict, misfits, refuse_non_finite, state_dict_digest
 from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.weight_parts import read_weights
 
 __all__ = ["generator_weights", "load_transformer", "mapped_transformer", "state_dict_digest"]
 
-_DIFFUSION_WRAPPER = "model."
 _TOP_LEVEL = ("generator", "generator_ema", "model")
+_BUNDLED = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
+"""Other networks in one file with the generator, as ComfyUI bundles them."""
+_LORA_KEY = re.compile(r"\.(?:lora_(?:A|B|down|up|magnitude_vector)|lora\.(?:down|up)|dora_scale)\b")
+_QUANTISED = re.compile(
+    r"(?:scale_weight|scale_input|weight_scale|input_scale|scaled_fp8|absmax|quant_map|qweight|qzeros)\b"
+)
+_CONFIG_KEYS = {
+    "num_attention_heads": "num_heads",
+    **{name: name for name in ("dim", "eps", "ffn_dim", "freq_dim", "num_heads", "num_layers", "text_dim")},
+    "text_len": "text_len",
+    "patch_size": "patch_size",
+}
+"""Entries of a folder's config.json, as Diffusers and Wan call them, and of `WanConfig`."""
 
 
 def load_transformer(
@@ -61,18 +78,49 @@ def mapped_transformer(path: str | Path, config: WanConfig, *, use_ema: bool = F
     """
     with torch.device("meta"):
         transformer = CausalWanTransformer(config)
+    _check_folder_config(Path(path), config)
     weights = generator_weights(path, use_ema=use_ema)
-    load_strict(transformer, weights, f"checkpoint {path} ({_looks_like(weights)})", _size_hint(weights, config))
+    expected = transformer.state_dict()
+    hint = _hint(weights, config, expected) if misfits(weights, expected) else ""
+    load_strict(transformer, weights, f"checkpoint {path} ({_looks_like(weights)})", hint)
     return transformer
+
+
+def _check_folder_config(path: Path, config: WanConfig) -> None:
+    """WeightsError where the config.json of a folder contradicts `config`: the number of heads leaves shapes alike."""
+    file = path / "config.json"
+    if not path.is_dir() or not file.is_file():
+        return
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(stated, dict):
+            raise ValueError(f"it holds a {type(stated).__name__}, expected an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"checkpoint {path}: config.json cannot be read ({error}). Fix: use the config.json of the release, or "
+            "remove it: the transformer section gives the sizes"
+        ) from error
+    wrong = {}
+    for theirs, ours in _CONFIG_KEYS.items():
+        value, wanted = stated.get(theirs), getattr(config, ours)
+        if value is not None and value != (list(wanted) if isinstance(wanted, tuple) else wanted):
+            wrong[ours] = value
+    if wrong:
+        listed = ", ".join(f"{name}: {value}" for name, value in wrong.items())
+        raise WeightsError(
+            f"checkpoint {path}: its config.json says {listed}, the configuration "
+            f"{', '.join(f'{name}: {getattr(config, name)}' for name in wrong)}. "
+            "Fix: set these keys of the transformer section to those of the file, or use another one"
+        )
 
 
 def generator_weights(path: str | Path, *, use_ema: bool) -> dict[str, Tensor]:
     """Tensors of the generator that the options mean, under Wan's names, mapped to the file.
 
-    A file of bare tensors holds one generator and `use_ema` makes no difference. Raises WeightsError if the file holds
-    no generator, or not that one.
+    A file of bare tensors (or a folder of them) holds one generator and `use_ema` makes no difference. Raises
+    WeightsError if the file holds no generator, or not that one.
     """
-    content = _nested(read_checkpoint(path))
+    content = _nested(read_weights(path, "checkpoint"))
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return _wan_names(content, path)
     held = [key for key in _TOP_LEVEL if key in content]
@@ -85,7 +133,7 @@ def generator_weights(path: str | Path, *, use_ema: bool) -> dict[str, Tensor]:
     if not isinstance(content[wanted], Mapping):
         raise WeightsError(
             f"checkpoint {path}: '{wanted}' is a {type(content[wanted]).__name__}, expected a state dict. "
-            "Mend: use the published file"
+            "Fix: use the published file"
         )
     return _wan_names(content[wanted], path)
 
@@ -106,40 +154,97 @@ def _absence(wanted: str, held: list[str], content: Mapping[str, Any]) -> str:
     if not held:
         return (
             f"it holds {keys} at the top level, expected one of {', '.join(_TOP_LEVEL)}. "
-            "Mend: use a generator checkpoint, or rename its top-level key"
+            "Fix: use a generator checkpoint, or rename its top-level key"
         )
     return (
         f"it holds {' and '.join(held)}, but not {wanted}. "
-        f"Mend: set use_ema: {str(wanted == 'generator').lower()}, or use another file"
+        f"Fix: set use_ema: {str(wanted == 'generator').lower()}, or use another file"
     )
 
 
 def _wan_names(state: Mapping[Any, Any], path: str | Path) -> dict[str, Tensor]:
-    """Names without what training wrapped around the modules, and without the diffusion wrapper's prefix."""
+    """Names without what training wrapped around the modules and what others put in front, Diffusers' names as Wan's.
+
+    Raises WeightsError for names that occur twice then, and for a generator with its LoRA still around it.
+    """
+    kept = {key: bare_name(str(key)) for key in state if not str(key).startswith(_BUNDLED)}
+    if wrapped := sum(".base_layer." in name for name in kept.values()):
+        if halves := sum(_LORA_KEY.search(name) is not None for name in kept.values()):
+            raise WeightsError(
+                f"checkpoint {path} was saved with its LoRA around it by PEFT ({wrapped} base_layer tensors, {halves} "
+                "of the LoRA), without its alpha. Fix: merge it first, with PEFT's merge_and_unload(), and save that"
+            )
+        kept = {key: name.replace(".base_layer.", ".") for key, name in kept.items()}
+    if is_diffusers(kept.values()):
+        kept = {key: wan_name(name) for key, name in kept.items()}
     cleaned: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = unwrapped(str(key)).removeprefix(_DIFFUSION_WRAPPER)
+    for key, name in kept.items():
         if name in cleaned:
             raise WeightsError(
                 f"checkpoint {path} holds '{name}' twice once prefixes are removed (again as '{key}'). "
-                "Mend: save one state dict alone"
+                "Fix: save one state dict alone"
             )
-        cleaned[name] = value
+        cleaned[name] = state[key]
     return cleaned
 
 
-def _size_hint(weights: Mapping[str, Any], config: WanConfig) -> str:
-    """The edit that would make the sizes fit, where the file tells them; else to fetch the file again."""
-    differing = [f"{name}: {size}" for name, size in _sizes(weights) if size and getattr(config, name) != size]
-    if differing:
-        return f"set transformer sizes to those of the file ({', '.join(differing)}) or use another file"
-    return "its sizes are right but its tensors are not: fetch the file again or use another one"
+def _hint(weights: Mapping[str, Any], config: WanConfig, expected: Mapping[str, Tensor]) -> str:
+    """What to do about weights that do not fit: what they are instead, or the sizes with which they fit."""
+    if kind := _other_kind(weights):
+        return f"{kind}; give the checkpoint of a causal Wan generator"
+    sizes = dict(_sizes(weights))
+    if sizes.get("dim", config.dim) != config.dim and sizes["dim"] % config.head_dim == 0:
+        sizes["num_heads"] = sizes["dim"] // config.head_dim
+    differing = {name: size for name, size in sizes.items() if getattr(config, name) != size}
+    # Advice must hold: the sizes are named only if everything fits with them.
+    if differing and _fits_with(weights, config, differing):
+        listed = ", ".join(f"{name}: {size}" for name, size in differing.items())
+        return f"set transformer sizes to those of the file ({listed}) or use another file"
+    here = len(expected.keys() & weights.keys())
+    if 0 < here < len(expected):
+        return (
+            f"{here} of the generator's {len(expected)} tensors are there, so the file may be one part of several; "
+            "give the folder of all parts, or a file that holds all"
+        )
+    return "give the checkpoint of a causal Wan generator"
+
+
+def _fits_with(weights: Mapping[str, Any], config: WanConfig, sizes: Mapping[str, Any]) -> bool:
+    try:
+        other = dataclasses.replace(config, **sizes)
+        with torch.device("meta"):
+            return other.num_layers <= _MOST_LAYERS and not misfits(weights, CausalWanTransformer(other).state_dict())
+    except (ValueError, RuntimeError):
+        return False
+
+
+_MOST_LAYERS = 200
+
+
+def _other_kind(names: Iterable[str]) -> str | None:
+    """What a file is instead of a generator, by the names in it; None where they do not say."""
+    names = list(names)
+    first = {name.split(".", 1)[0] for name in names}
+    if any(_QUANTISED.search(name) for name in names):
+        return "the file is quantised (it holds scales beside the weights), and only plain weights are read"
+    if any(_LORA_KEY.search(name) for name in names) or any(name.startswith("lora_") for name in names):
+        return "the file is a LoRA, which weights.lora.path takes beside the checkpoint that it was trained on"
+    if first & {"token_embedding", "shared"} or any(name.startswith("encoder.block.") for name in names):
+        return "the file is a umT5 text encoder, which text_encoder.path takes"
+    if first & {"quant_conv", "post_quant_conv"} or any(re.match(r"(?:encoder|decoder)\.conv", name) for name in names):
+        return "the file is a VAE or a retrieval encoder, which vae.path and a method's encoder take"
+    if any(re.search(r"(?:^img_emb\.|image_embedder|_img\b|add_[kv]_proj)", name) for name in names):
+        return "the file is an image-to-video generator, and only text-to-video ones are run"
+    if any(name.startswith(("vace_", "control_adapter", "ref_conv")) for name in names):
+        return "the file is a Wan generator with control inputs, and only text-to-video ones are run"
+    return None
 
 
 def _sizes(weights: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Sizes that the shapes tell."""
+    """Sizes that the shapes show."""
     layers = [int(found.group(1)) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))]
-    yield "num_layers", max(layers, default=-1) + 1
+    if layers:
+        yield "num_layers", max(layers) + 1
     for name, axis, size in (
         ("patch_embedding.weight", 0, "dim"),
         ("blocks.0.ffn.0.weight", 0, "ffn_dim"),

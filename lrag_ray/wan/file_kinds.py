@@ -1,10 +1,11 @@
-"""What lies where weights should be: the usual mix-ups of downloads, told from the first bytes of a file."""
+"""What is stored where weights should be: the usual mix-ups, recognised by the first bytes of a file."""
 
 from __future__ import annotations
 
 import errno
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 HEAD_BYTES = 512
@@ -42,35 +43,77 @@ def is_safetensors(head: bytes, size: int) -> bool:
     return bool(2 <= header_bytes <= max(size, 1 << 27))
 
 
+_UNPACK = "Fix: unpack it and give the weights file inside"
+_CONVERTED = "Fix: give the same weights as .safetensors or .pt, in bfloat16 or float32"
+_KINDS: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"GGUF", f"is a GGUF file (weights quantised for llama.cpp and ComfyUI). {_CONVERTED}"),
+    (0, b"\x1f\x8b", f"is a gzip archive. {_UNPACK}"),
+    (0, b"7z\xbc\xaf\x27\x1c", f"is a 7z archive. {_UNPACK}"),
+    (0, b"Rar!\x1a\x07", f"is a RAR archive. {_UNPACK}"),
+    (0, b"\xfd7zXZ\x00", f"is an xz archive. {_UNPACK}"),
+    (0, b"BZh", f"is a bzip2 archive. {_UNPACK}"),
+    (0, b"\x28\xb5\x2f\xfd", f"is a zstd archive. {_UNPACK}"),
+    (257, b"ustar", f"is a tar archive. {_UNPACK}"),
+    (0, b"\x93NUMPY", f"is a NumPy array. {_CONVERTED}"),
+    (0, b"\x89HDF\r\n", f"is an HDF5 file, as Keras writes. {_CONVERTED}"),
+    (4, b"ftyp", "is an MP4 or MOV video. Fix: correct the path"),
+    (0, b"\x1a\x45\xdf\xa3", "is a Matroska or WebM video. Fix: correct the path"),
+    (0, b"\x89PNG", "is a PNG image. Fix: correct the path"),
+    (0, b"\xff\xd8\xff", "is a JPEG image. Fix: correct the path"),
+    (0, b"%PDF", "is a PDF document. Fix: correct the path"),
+    (0, b"PAR1", "is a Parquet table. Fix: correct the path"),
+)
+"""Offset and first bytes of files of other kinds, what they are, and the fix."""
+_INSIDE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
+
+
 def no_weights(head: bytes, suffix: str) -> str | None:
-    """What a file is instead of weights, with the mend; None for one that could hold weights."""
+    """What a file is instead of weights, with the fix; None for one that could hold weights."""
     if not head:
-        return "is empty (0 bytes). Mend: fetch it again"
+        return "is empty (0 bytes). Fix: fetch it again"
     if pointer := re.match(rb"version https://git-lfs\S*\s+oid \S+\s+size (\d+)", head):
         return (
-            f"is a Git LFS pointer to a file of {int(pointer[1]):,} bytes, not the file. Mend: `git lfs pull` where it "
+            f"is a Git LFS pointer to a file of {int(pointer[1]):,} bytes, not the file. Fix: `git lfs pull` where it "
             "was cloned, or fetch the file itself"
         )
-    if head.startswith(b"\x1f\x8b"):
-        return "is a gzip archive. Mend: unpack it and give the file inside"
+    for offset, magic, what in _KINDS:
+        if head[offset:].startswith(magic):
+            return what
     if is_zip(head) or is_pickle(head):
         return None
     text = _as_text(head)
     if text is None and suffix == ".safetensors":
-        return "is named .safetensors, but its header is damaged or that of no such file. " + _AGAIN
+        return f"is named .safetensors, but does not begin as such a file does. {_COMPARE}"
     if text is None:
-        return "is no torch file and no safetensors file, or its beginning is damaged. " + _AGAIN
+        return f"is neither a torch file nor a safetensors file, or its beginning is damaged. {_COMPARE}"
     if text.startswith("<"):
-        return f"is a web page ({_shown(text)}), perhaps an error or login page of its source. " + _AGAIN
+        return f"is a web page ({_shown(text)}), perhaps an error or login page of its source. Fix: fetch it again"
     if '"weight_map"' in text or '"total_size"' in text:
         return (
-            "is the index of weights that are split over several files. Mend: give one file that holds them all "
-            "(the published checkpoints are single files)"
+            "is the index of weights that are split over several files. Fix: put it and its parts in a folder and give "
+            "that folder"
         )
-    return f"is text ({_shown(text)}), no torch file. " + _AGAIN
+    return f"is text ({_shown(text)}), not a torch or safetensors file. Fix: correct the path"
 
 
-_AGAIN = "Mend: fetch it again and compare its size with the source"
+def foreign_zip(path: Path) -> str | None:
+    """What a zip archive is that torch did not write, with the fix; None for torch's own and for damaged ones."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [entry.filename for entry in archive.infolist()[:_MOST_ENTRIES] if not entry.is_dir()]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None
+    if any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in names):
+        return None
+    if names and all(name.endswith(".npy") for name in names):
+        return f"is a NumPy archive (.npz) of {len(names)} arrays. {_CONVERTED}"
+    inside = next((name for name in names if name.lower().endswith(_INSIDE)), None)
+    shown = inside or ", ".join(names[:3]) or "nothing"
+    return f"is a zip archive that torch did not write; it holds {shown[:_SHOWN]}. {_UNPACK if names else _COMPARE}"
+
+
+_COMPARE = "Fix: give a .pt, .pth or .safetensors file; if this was one, compare its size and digest with the source"
+_MOST_ENTRIES = 100_000
 
 
 def _as_text(head: bytes) -> str | None:

@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.file_kinds import HEAD_BYTES, absence, is_safetensors, no_weights
+from lrag_ray.wan.file_kinds import HEAD_BYTES, absence, foreign_zip, is_safetensors, is_zip, no_weights
 from lrag_ray.wan.tensor_pickle import PickleRefusedError
 from lrag_ray.wan.torch_file import read_torch_file
 
 _NAMES_SHOWN, _NAME_SHOWN = 8, 200
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_orig_mod|module)\."
+)
 """What FSDP, activation checkpointing, torch.compile and data-parallel training leave in names."""
 
 
@@ -55,7 +57,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if is_safetensors(head, size):
         return _read_safetensors(path)
-    if mistaken := no_weights(head, path.suffix):
+    if mistaken := no_weights(head, path.suffix) or (foreign_zip(path) if is_zip(head) else None):
         raise WeightsError(f"checkpoint {path} {mistaken}")
     return _read_torch(path)
 
@@ -161,7 +163,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str, m
     wrong = misfits(tensors, module.state_dict())
     if wrong:
         listed = "\n  ".join(wrong)
-        raise WeightsError(f"{source} does not fit the model:\n  {listed}\nMend: {mend}")
+        raise WeightsError(f"{source} does not fit the model:\n  {listed}\nFix: {mend}")
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
@@ -176,7 +178,7 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     if broken:
         raise WeightsError(
             f"{source} holds NaN or infinite values in {len(broken)} of {len(tensors)} tensors: {_shown(broken)}. "
-            "Mend: fetch the file again or use another one; training that diverged leaves such weights"
+            "Fix: use another file, or fetch this one again; training that diverged leaves such weights"
         )
 
 

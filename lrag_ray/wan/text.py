@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.wan.diffusers_folder import model_of_folder, no_folder_of, read_config
+from lrag_ray.wan.diffusers_folder import model_of_folder, read_config
 from lrag_ray.wan.random_weights import fill_random
-from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
+from lrag_ray.wan.state_dict import load_strict, refuse_non_finite, state_dict_digest, unwrapped
+from lrag_ray.wan.weight_parts import read_weights
 
 if TYPE_CHECKING:
     from transformers import UMT5Config
@@ -171,7 +172,30 @@ def mapped_text_encoder(path: str | Path, sizes: UMT5Sizes | None = None) -> nn.
     path = Path(path)
     if path.is_dir():
         return _from_folder(path)
-    return umt5_from_state_dict(read_checkpoint(path), sizes or UMT5Sizes(), f"text encoder {path}")
+    content = read_weights(path, "text encoder")
+    state = _of_encoder(content)
+    if sizes is None and "spiece_model" in content:
+        sizes = _sizes_of(state)
+    return umt5_from_state_dict(state, sizes or UMT5Sizes(), f"text encoder {path}")
+
+
+def _of_encoder(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of the encoder, without prefixes, the decoder, and the tokenizer that ComfyUI's files carry."""
+    bare = {unwrapped(name.removeprefix("text_encoders.umt5xxl.transformer.")): name for name in state}
+    return {
+        name: state[key]
+        for name, key in bare.items()
+        if name not in ("spiece_model", "lm_head.weight") and not name.startswith("decoder.")
+    }
+
+
+def _sizes_of(state: Mapping[str, Any]) -> UMT5Sizes | None:
+    """Sizes of a repacked umT5 of another width than xxl (of which no layer may be missing), or None."""
+    try:
+        sizes = UMT5Sizes.of({_original_name(name): value for name, value in state.items()})
+    except (KeyError, ValueError, AttributeError, IndexError):
+        return None
+    return sizes if sizes.dim != UMT5Sizes.dim else None
 
 
 def umt5_from_state_dict(state: Mapping[str, Tensor], sizes: UMT5Sizes, source: str) -> nn.Module:
@@ -186,10 +210,19 @@ def umt5_from_state_dict(state: Mapping[str, Tensor], sizes: UMT5Sizes, source: 
 
 def _filled(model: nn.Module, state: dict[str, Tensor], source: str) -> nn.Module:
     """A UMT5EncoderModel on the meta device with the tensors of `state`, under transformers' names."""
-    if "shared.weight" in state:
-        # transformers ties the two names to one table; files hold it once, a strict load wants both.
-        state = {**state, "encoder.embed_tokens.weight": state["shared.weight"]}
-    load_strict(model, state, source, "give models_t5_umt5-xxl-enc-bf16.pth or a Diffusers `text_encoder` folder")
+    # transformers ties the two names to one table; files hold it once, a strict load wants both.
+    for here, there in (
+        ("shared.weight", "encoder.embed_tokens.weight"),
+        ("encoder.embed_tokens.weight", "shared.weight"),
+    ):
+        if here in state:
+            state = {there: state[here], **state}
+    fix = "give models_t5_umt5-xxl-enc-bf16.pth, or a Diffusers `text_encoder` folder with all of its parts"
+    if any("scale_weight" in name or name == "scaled_fp8" for name in state):
+        fix = (
+            f"the file is quantised to fp8 (it holds scales beside the weights), and only plain weights are read; {fix}"
+        )
+    load_strict(model, state, source, fix)
     return model
 
 
@@ -219,6 +252,18 @@ def _transformers_name(name: str) -> str:
     return name
 
 
+def _original_name(name: str) -> str:
+    """The original name of a key of transformers; any other is returned as it is."""
+    if name in ("shared.weight", "encoder.embed_tokens.weight"):
+        return "token_embedding.weight"
+    if match := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", name):
+        layer, rest = match.groups()
+        return f"blocks.{layer}.{_FROM_TRANSFORMERS.get(rest, rest)}"
+    return name
+
+
+_FROM_TRANSFORMERS = {theirs: ours for ours, theirs in _IN_LAYER.items()}
+
 _UMT5_SETTINGS = {
     "vocab_size",
     "d_model",
@@ -239,18 +284,8 @@ def _from_folder(path: Path) -> nn.Module:
 
     # Not from_pretrained, which gives its defaults where the file is absent.
     model = model_of_folder(path, "umT5 encoder", _UMT5_SETTINGS, lambda config: UMT5EncoderModel(UMT5Config(**config)))
-    shards = sorted(path.glob("*.safetensors"))
-    if not shards:
-        raise WeightsError(no_folder_of(path, "umT5 encoder", "it holds no .safetensors file"))
-    # Mapped shard by shard; from_pretrained would copy them, and only warn about what is missing.
-    state: dict[str, Tensor] = {}
-    for shard in shards:
-        held = read_checkpoint(shard)
-        if twice := sorted(held.keys() & state.keys()):
-            reason = f"{shard.name} and another file both hold {twice[0]} ({len(twice)} tensors are there twice)"
-            raise WeightsError(no_folder_of(path, "umT5 encoder", reason))
-        state |= held
-    return _filled(model, state, f"text encoder {path}")
+    # Mapped part by part; from_pretrained would copy them, and only warn about what is missing.
+    return _filled(model, _of_encoder(read_weights(path, "text encoder")), f"text encoder {path}")
 
 
 _TOKENIZERS = {None, "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}

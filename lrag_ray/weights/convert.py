@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer
-from lrag_ray.wan.lora import Lora
 from lrag_ray.wan.state_dict import read_checkpoint
 from lrag_ray.weights.local import local_copy
+from lrag_ray.weights.loras import local_lora
 from lrag_ray.weights.needs import Need
 from lrag_ray.weights.verify import missing
 
@@ -45,7 +45,7 @@ def convert(need: Need, folder: Path) -> Conversion | None:
     if need.kind not in CONVERTED or need.backbone is None:
         return None
     source = local_copy(need.address)
-    if source.is_dir():
+    if source.is_dir() and need.kind != "transformer":
         return None
     if not source.exists():
         raise WeightsError(missing(need))
@@ -55,9 +55,7 @@ def convert(need: Need, folder: Path) -> Conversion | None:
     settings: dict[str, str | bool | None] = {key: str(target) for key in need.keys}
     if need.kind == "transformer":
         weights, dtype = need.backbone.weights, getattr(torch, need.backbone.dtype)
-        lora = None
-        if weights.lora is not None:
-            lora = Lora(local_copy(weights.lora.path), weights.lora.rank, weights.lora.alpha)
+        lora = local_lora(weights.lora) if weights.lora is not None else None
         model = load_transformer(source, need.backbone.transformer, use_ema=weights.use_ema, dtype=dtype, lora=lora)
         _write(model.state_dict(), target)
         at = [key.removesuffix(".path") for key in need.keys]

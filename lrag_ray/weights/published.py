@@ -57,6 +57,7 @@ class Published(NamedTuple):
 
 
 _RAG, _WAN = "qixinhu11/LongLive-RAG", "Wan-AI/Wan2.1-T2V-1.3B"
+_CAUSAL_FORCING = "zhuhz22/Causal-Forcing"
 _WAN_REVISION = "37ec512624d61f7aa208f7ea8140a131f93afc9a"
 _TOKENIZER = "google/umt5-xxl"
 
@@ -80,6 +81,12 @@ PUBLISHED: dict[str, Published] = {
         _rag("ae_latent_mem.pt"),
         _rag("moviegenbench_128_refined.txt"),
         _rag("vidprom_filtered_extended.txt"),
+        Published(
+            "longvideo.pt",
+            _CAUSAL_FORCING,
+            (HubFile("chunkwise/longvideo.pt"),),
+            licence="Apache-2.0 (code; its long_video folder is for academic use only); see the model card",
+        ),
         _wan(
             "models_t5_umt5-xxl-enc-bf16.pth",
             HubFile(

@@ -12,12 +12,13 @@ from lrag_ray.context.weights import Loaded, tensors_of
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.wan.checkpoint import mapped_transformer
 from lrag_ray.wan.file_kinds import absence
-from lrag_ray.wan.lora import Lora, fitting_lora
+from lrag_ray.wan.lora import fitting_lora, lora_strength, lora_tensors
 from lrag_ray.wan.state_dict import refuse_non_finite
 from lrag_ray.wan.text import load_tokenizer, mapped_text_encoder
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import mapped_vae
 from lrag_ray.weights.local import file_digest, is_remote, known_sizes, local_copy, record_at, sizes_at
+from lrag_ray.weights.loras import local_lora
 from lrag_ray.weights.needs import Need, needs_of
 
 
@@ -122,7 +123,8 @@ def fits(need: Need, path: Path, *, values: bool = False) -> str:
         assert lora is not None, "the need comes from this key"
         with torch.device("meta"):
             transformer = CausalWanTransformer(backbone.transformer)
-        return _tensors(need, fitting_lora(transformer, Lora(path, lora.rank, lora.alpha)), values)
+        updates = fitting_lora(transformer, local_lora(lora))
+        return f"{_tensors(need, lora_tensors(updates), values)} ({lora_strength(updates)})"
     if need.kind == "text_encoder":
         model = mapped_text_encoder(path)
         width = next(model.parameters()).shape[-1]

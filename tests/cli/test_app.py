@@ -58,6 +58,7 @@ SURFACE = {
     ],
     "bench runner": ["--items", "--actors", "--seconds", "--address"],
     "weights convert": ["CONFIG", "--to", "--set", "--json"],
+    "import-config": ["FILE", "--to"],
 }
 
 

@@ -2,20 +2,44 @@ from __future__ import annotations
 
 import pytest
 
-from lrag_ray.config.presets import PRESETS, overlay
+from lrag_ray.config.load import load_config
+from lrag_ray.config.presets import CHECKPOINT_NOTES, PRESETS, overlay
+from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.config.schema import BackboneConfig
+from lrag_ray.pipelines.plan import make_plan
 from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.weights.published import PUBLISHED
+from tests.conftest import REPOSITORY
 
 
-@pytest.mark.parametrize("name", ["self_forcing", "causal_forcing", "longlive"])
+@pytest.mark.parametrize("name", ["self_forcing", "causal_forcing", "causal_forcing_long", "longlive"])
 def test_the_real_presets_are_wan_1_3b_as_the_paper_runs_it(name: str) -> None:
     backbone = BackboneConfig.model_validate(PRESETS[name])
     assert backbone.transformer == WanConfig()
     assert backbone.sampler == SamplerConfig()
     assert backbone.transformer.kv_bytes_per_frame(backbone.latent.height, backbone.latent.width, 2) == 287_539_200
     assert backbone.dtype == "bfloat16"
-    assert backbone.weights.use_ema == (name == "self_forcing")
+    assert backbone.weights.use_ema == (name in ("self_forcing", "causal_forcing_long"))
     assert (backbone.weights.lora is not None) == (name == "longlive")
+
+
+def test_causal_forcing_is_the_papers_checkpoint_and_says_so() -> None:
+    """The authors call the 5 s checkpoint an extremely unfair baseline for long video, and publish another."""
+    of_paper, of_authors = (BackboneConfig.model_validate(PRESETS[f"causal_forcing{end}"]) for end in ("", "_long"))
+    assert of_paper.weights.path == "weights/causal_forcing.pt" and "5 s checkpoint" in of_paper.label
+    assert of_authors.weights.path == "weights/longvideo.pt" and "long-video" in of_authors.label
+    assert "extremely unfair" in CHECKPOINT_NOTES["causal_forcing.pt"]
+    published = PUBLISHED["longvideo.pt"]
+    assert (published.repository, published.files[0].path) == ("zhuhz22/Causal-Forcing", "chunkwise/longvideo.pt")
+
+
+@pytest.mark.parametrize("name", ["ablation_budget", "ablation_embedding"])
+def test_the_ablations_are_those_of_table_3(name: str) -> None:
+    config = load_config(REPOSITORY / "configs" / f"{name}.yaml")
+    assert config.durations_s == [30]
+    assert [backbone.preset for backbone in config.backbones.values()] == ["causal_forcing"]
+    notes = make_plan(config, plan_prompts(config.prompts)).notes
+    assert any(note.startswith("backbones.causal_forcing: causal_forcing.pt is") for note in notes)
 
 
 def test_the_tiny_preset_needs_no_file() -> None:

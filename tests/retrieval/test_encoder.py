@@ -51,6 +51,14 @@ def test_a_saved_encoder_loads_with_the_same_digest(tmp_path: Path, model: Laten
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod.", "model."])
+def test_what_training_wrapped_around_an_encoder_is_dropped(
+    tmp_path: Path, model: LatentAutoencoder, prefix: str
+) -> None:
+    weights = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    assert load_encoder(save(tmp_path / "encoder.pt", model, model=weights)).digest() == model.digest()
+
+
 def test_every_misfit_is_listed(tmp_path: Path, model: LatentAutoencoder) -> None:
     weights = dict(model.state_dict())
     del weights["encoder.fc.bias"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.store.identity import Horizon, MethodIdentity, PromptIdentity, differences, grown
+from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, differences, grown
 from tests.store.make import make_identity, rollout_id
 
 
@@ -73,3 +73,17 @@ def test_growth_is_no_difference() -> None:
 def test_any_other_change_is_named(change: dict[str, Any], named: str) -> None:
     found = differences(make_identity(), make_identity(**change))
     assert len(found) == 1 and named in found[0]
+
+
+def with_lora(rank: int, alpha: float) -> BackboneIdentity:
+    lora = {"sha256": "aa", "rank": rank, "alpha": alpha}
+    return make_identity().backbones["tiny"].model_copy(update={"latents": {"weights": {"lora": lora}}})
+
+
+def test_a_run_of_the_former_default_strength_does_not_go_on_at_another() -> None:
+    """An absent lora.alpha meant 256 whatever the rank; stored identities hold the number."""
+    stored = make_identity(backbones={"tiny": with_lora(4, 256.0)})
+    compared, explained = differences(stored, make_identity(backbones={"tiny": with_lora(4, 4.0)}))
+    assert compared == "backbones.tiny.weights.lora.alpha: 256.0 in the run, 4.0 in the configuration"
+    assert "an absent alpha used to mean 256" in explained and "`lora.alpha: 256` continues this run" in explained
+    assert differences(stored, make_identity(backbones={"tiny": with_lora(4, 256.0)})) == []

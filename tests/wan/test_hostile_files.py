@@ -186,7 +186,7 @@ def test_an_archive_in_an_archive_is_not_opened(tmp_path: Path, bait: int) -> No
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("model.pt", inner)
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(WeightsError, match="not one that torch wrote"):
+    with pytest.raises(WeightsError, match="torch did not write"):
         read_checkpoint(path)
 
 

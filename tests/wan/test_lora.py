@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.config import WanConfig
-from lrag_ray.wan.lora import Lora, lora_targets
+from lrag_ray.wan.lora import Lora, lora_targets, read_lora
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.transformer import CausalWanTransformer
 
@@ -79,13 +83,21 @@ def test_the_merge_is_rounded_once(tmp_path: Path, checkpoint: Path, transformer
 
 def test_misfits_are_listed(tmp_path: Path, checkpoint: Path, transformer: CausalWanTransformer) -> None:
     halves = updates(transformer)
-    del halves["base_model.model.blocks.1.ffn.2.lora_B.weight"]
-    halves["base_model.model.head.head.lora_A.weight"] = torch.zeros(RANK, 24)
+    halves["base_model.model.blocks.7.ffn.2.lora_A.weight"] = torch.zeros(RANK, 32)
+    halves["base_model.model.blocks.7.ffn.2.lora_B.weight"] = torch.zeros(24, RANK)
+    halves["base_model.model.blocks.1.ffn.2.lora_B.weight"] = torch.zeros(25, RANK)
     path = save(tmp_path / "lora.pt", halves)
     with pytest.raises(WeightsError) as caught:
-        load_transformer(checkpoint, CONFIG, lora=Lora(path, rank=RANK, alpha=1.0))
-    assert "missing 1: blocks.1.ffn.2.B" in str(caught.value)
-    assert "unexpected 1: head.head.A" in str(caught.value)
+        load_transformer(checkpoint, CONFIG, lora=Lora(path))
+    assert "unexpected 2: blocks.7.ffn.2.A, blocks.7.ffn.2.B" in str(caught.value)
+    assert "misshapen 1: blocks.1.ffn.2.B is [25, 3], expected [24, 3]" in str(caught.value)
+
+
+def test_a_half_without_the_other_is_named(tmp_path: Path, checkpoint: Path, transformer: CausalWanTransformer) -> None:
+    halves = updates(transformer)
+    del halves["base_model.model.blocks.1.ffn.2.lora_B.weight"]
+    with pytest.raises(WeightsError, match=r"missing 1: blocks\.1\.ffn\.2\.B"):
+        load_transformer(checkpoint, CONFIG, lora=Lora(save(tmp_path / "lora.pt", halves)))
 
 
 def test_an_update_that_is_not_finite_is_told(
@@ -110,3 +122,184 @@ def test_the_rank_of_the_file_is_told(tmp_path: Path, checkpoint: Path, transfor
 def test_another_kind_of_file_is_refused(tmp_path: Path, checkpoint: Path, content: dict[str, Any]) -> None:
     with pytest.raises(WeightsError, match="LoRA"):
         load_transformer(checkpoint, CONFIG, lora=Lora(save(tmp_path / "lora.pt", content)))
+
+
+LAYER = "blocks.1.cross_attn.o"
+"""The layer by which strengths are looked at."""
+
+
+def plain(transformer: CausalWanTransformer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both halves by Wan's name of the layer."""
+    halves = updates(transformer)
+    return {
+        name: (halves[f"base_model.model.{name}.lora_A.weight"], halves[f"base_model.model.{name}.lora_B.weight"])
+        for name in lora_targets(transformer)
+    }
+
+
+DIFFUSERS = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+
+
+def diffusers(name: str) -> str:
+    _, block, layer = name.split(".", 2)
+    return f"blocks.{block}.{DIFFUSERS[layer]}"
+
+
+SPELLINGS: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "LongLive": (lambda name: f"base_model.model.{name}", "lora_A.weight", "lora_B.weight"),
+    "PEFT": (lambda name: f"base_model.model.model.{name}", "lora_A.default.weight", "lora_B.default.weight"),
+    "Diffusers": (lambda name: f"transformer.{diffusers(name)}", "lora_A.weight", "lora_B.weight"),
+    "older Diffusers": (lambda name: f"transformer.{diffusers(name)}", "lora.down.weight", "lora.up.weight"),
+    "ComfyUI": (lambda name: f"diffusion_model.{name}", "lora_A.weight", "lora_B.weight"),
+    "ComfyUI, down and up": (lambda name: f"diffusion_model.{name}", "lora_down.weight", "lora_up.weight"),
+    "kohya": (lambda name: f"lora_unet_{name.replace('.', '_')}", "lora_down.weight", "lora_up.weight"),
+    "kohya of Diffusers": (
+        lambda name: f"lora_unet_{diffusers(name).replace('.', '_')}",
+        "lora_down.weight",
+        "lora_up.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("part", ["all layers", "attention alone"])
+def test_every_spelling_is_the_same_update(
+    tmp_path: Path, checkpoint: Path, transformer: CausalWanTransformer, spelling: str, part: str
+) -> None:
+    name_of, down, up = SPELLINGS[spelling]
+    wanted = {name: pair for name, pair in plain(transformer).items() if part == "all layers" or "attn" in name}
+    stored = {}
+    for name, (a, b) in wanted.items():
+        stored |= {f"{name_of(name)}.{down}": a, f"{name_of(name)}.{up}": b}
+    save_file(stored, tmp_path / "lora.safetensors")
+    merged = load_transformer(
+        checkpoint, CONFIG, dtype=torch.float32, lora=Lora(tmp_path / "lora.safetensors")
+    ).state_dict()
+    before = transformer.state_dict()
+    for name in before:
+        layer = name.removesuffix(".weight")
+        expected = before[name] + wanted[layer][1] @ wanted[layer][0] if layer in wanted else before[name]
+        torch.testing.assert_close(merged[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def peft(**changes: Any) -> dict[str, Any]:
+    return {"peft_type": "LORA", "r": RANK, "lora_alpha": 12, "bias": "none", **changes}
+
+
+@pytest.mark.parametrize(
+    ("alpha_keys", "beside", "metadata", "configured", "scale"),
+    [
+        (None, None, {}, None, 1.0),
+        (None, None, {}, 6.0, 2.0),
+        (6.0, None, {}, None, 2.0),
+        (6.0, None, {}, 6.0, 2.0),
+        (None, peft(), {}, None, 4.0),
+        (None, peft(use_rslora=True), {}, None, 12 / math.sqrt(RANK)),
+        (None, peft(alpha_pattern={"cross_attn.o": 3}), {}, None, 1.0),
+        (None, peft(alpha_pattern={r".*\.blocks\.1\..*_attn\.o": 3}), {}, None, 4.0),
+        (None, peft(alpha_pattern={r"blocks\.\d\.cross_attn\.o": 3}), {}, None, 1.0),
+        (None, peft(r=8, rank_pattern={"blocks": 8, "o": RANK, "[qkv]": RANK, "0": RANK, "2": RANK}), {}, None, 4.0),
+        (None, None, {"ss_network_alpha": "1.5", "ss_network_dim": "3"}, None, 0.5),
+        (6.0, None, {"ss_network_alpha": "1.5"}, None, 2.0),
+        (
+            None,
+            None,
+            {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 9})},
+            None,
+            3.0,
+        ),
+    ],
+)
+def test_the_strength_is_that_of_the_file_else_one(
+    tmp_path: Path,
+    transformer: CausalWanTransformer,
+    alpha_keys: float | None,
+    beside: dict[str, Any] | None,
+    metadata: dict[str, str],
+    configured: float | None,
+    scale: float,
+) -> None:
+    stored = {name.removeprefix("base_model.model."): value for name, value in updates(transformer).items()}
+    if alpha_keys is not None:
+        stored |= {
+            f"{name}.alpha": torch.tensor(alpha_keys, dtype=torch.bfloat16) for name in lora_targets(transformer)
+        }
+    save_file(stored, tmp_path / "adapter_model.safetensors", metadata=metadata)
+    if beside is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(beside))
+    for path in (tmp_path / "adapter_model.safetensors", tmp_path):
+        update = read_lora(Lora(path, alpha=configured))[LAYER]
+        assert update.scale == pytest.approx(scale)
+
+
+def test_layers_may_have_ranks_and_alphas_of_their_own(
+    tmp_path: Path, checkpoint: Path, transformer: CausalWanTransformer
+) -> None:
+    first, second = "blocks.0.self_attn.q", "blocks.1.ffn.2"
+    stored = {
+        f"{first}.lora_A.weight": torch.ones(2, 24),
+        f"{first}.lora_B.weight": torch.ones(24, 2),
+        f"{first}.alpha": torch.tensor(1.0),
+        f"{second}.lora_A.weight": torch.ones(5, 32),
+        f"{second}.lora_B.weight": torch.ones(24, 5),
+        f"{second}.alpha": torch.tensor([20.0]),
+    }
+    save_file(stored, tmp_path / "lora.safetensors")
+    merged = load_transformer(checkpoint, CONFIG, dtype=torch.float32, lora=Lora(tmp_path / "lora.safetensors"))
+    before = transformer.state_dict()
+    torch.testing.assert_close(merged.state_dict()[f"{first}.weight"], before[f"{first}.weight"] + 2 * 0.5)
+    torch.testing.assert_close(merged.state_dict()[f"{second}.weight"], before[f"{second}.weight"] + 5 * 4.0)
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, Lora, str]] = {
+    "configuration": (
+        {f"{LAYER}.alpha": 6.0},
+        None,
+        Lora("", alpha=3.0),
+        "says alpha 6 .scale 2., the configuration says 3",
+    ),
+    "adapter_config": ({}, peft(), Lora("", alpha=3.0), "adapter_config.json says alpha 12"),
+    "two sources": ({f"{LAYER}.alpha": 6.0}, peft(), Lora(""), "alpha says alpha 6, .*adapter_config.json says 12"),
+    "another adapter": ({}, peft(r=8), Lora(""), "says rank 8 for .*, the tensors have 3"),
+    "rank": ({}, None, Lora("", rank=4), "the file has rank 3, the configuration says 4"),
+    "no strength": ({f"{LAYER}.alpha": 0.0}, None, Lora(""), "alpha is 0.0, which loaders read differently"),
+    "DoRA": ({}, peft(use_dora=True), Lora(""), "names DoRA"),
+    "DoRA by its tensors": ({f"{LAYER}.lora_magnitude_vector": 1.0}, None, Lora(""), "is a DoRA"),
+    "DoRA of kohya": ({f"{LAYER}.dora_scale": 1.0}, None, Lora(""), "is a DoRA"),
+    "LoHa": ({f"{LAYER}.hada_w1_a": 1.0}, None, Lora(""), "is a LoHa"),
+    "LoKr": ({f"{LAYER}.lokr_w1": 1.0}, None, Lora(""), "is a LoKr"),
+    "bias": ({f"{LAYER}.diff_b": 1.0}, None, Lora(""), "whole weight or bias differences"),
+    "text encoder": ({"lora_te_encoder_block_0.alpha": 1.0}, None, Lora(""), "also updates a text encoder"),
+    "another method": ({}, {"peft_type": "IA3"}, Lora(""), "names IA3 instead of LoRA"),
+    "PiSSA": ({}, peft(init_lora_weights="pissa"), Lora(""), "changed the base weights"),
+    "unknown layer": (
+        {"lora_unet_blocks_0_nothing.alpha": 1.0},
+        None,
+        Lora(""),
+        "holds lora_unet_blocks_0_nothing.alpha",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_what_cannot_be_merged_exactly_is_refused_by_name(
+    tmp_path: Path, transformer: CausalWanTransformer, what: str
+) -> None:
+    more, beside, lora, said = CONTRADICTIONS[what]
+    stored = {name.removeprefix("base_model.model."): value for name, value in updates(transformer).items()}
+    save_file(stored | {name: torch.tensor(value) for name, value in more.items()}, tmp_path / "lora.safetensors")
+    if beside is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(beside))
+    with pytest.raises(WeightsError, match=f"{said}(.|\n)*Fix: "):
+        read_lora(lora._replace(path=tmp_path / "lora.safetensors"))

@@ -202,5 +202,28 @@ def test_damaged_tokenizers_are_refused(
 def test_a_folder_that_no_encoder_can_be_built_from_is_refused(tmp_path: Path, config: str | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(WeightsError, match=r"no Diffusers folder of a umT5 encoder: .*Mend:"):
+    with pytest.raises(WeightsError, match=r"no Diffusers folder of a umT5 encoder: .*(Mend|Fix):"):
         mapped_text_encoder(tmp_path)
+
+
+def test_a_repacked_encoder_loads_without_its_tokenizer_and_decoder(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """ComfyUI's files have transformers' names and carry the tokenizer; a whole umT5 has a decoder."""
+    original = umt5_from_state_dict(weights, UMT5Sizes.of(weights), "golden").state_dict()
+    stored = {name: value.contiguous() for name, value in original.items() if name != "encoder.embed_tokens.weight"}
+    more = {"spiece_model": torch.zeros(9, dtype=torch.uint8), "decoder.final_layer_norm.weight": torch.zeros(2)}
+    save_file(stored | more, tmp_path / "umt5_fp16.safetensors")
+    loaded = mapped_text_encoder(tmp_path / "umt5_fp16.safetensors").state_dict()
+    assert all(torch.equal(loaded[name], original[name]) for name in original)
+    save_file(stored | more | {"scaled_fp8": torch.zeros(1)}, tmp_path / "umt5_fp8_scaled.safetensors")
+    with pytest.raises(WeightsError, match="Fix: the file is quantised to fp8"):
+        mapped_text_encoder(tmp_path / "umt5_fp8_scaled.safetensors")
+
+
+def test_a_missing_part_of_the_encoder_is_named(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    model = umt5_from_state_dict(weights, UMT5Sizes.of(weights), "golden")
+    model.save_pretrained(tmp_path / "text_encoder", max_shard_size="20KB")
+    mapped_text_encoder(tmp_path / "text_encoder")
+    part = sorted((tmp_path / "text_encoder").glob("model-*.safetensors"))[1]
+    part.unlink()
+    with pytest.raises(WeightsError, match=rf"text encoder .* lacks {part.name} \(1 of its \d parts\)\. Fix: "):
+        mapped_text_encoder(tmp_path / "text_encoder")

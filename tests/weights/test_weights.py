@@ -18,6 +18,7 @@ import ray
 import torch
 import typer
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lrag_ray.cli import weights as cli
@@ -27,11 +28,13 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import WeightsError
 from lrag_ray.pipelines.evaluate import evaluate as run
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
+from lrag_ray.stages.backbone import load_generator, weights_identity
 from lrag_ray.store.address import Storage
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.lora import Lora, lora_targets
 from lrag_ray.weights.convert import convert
 from lrag_ray.weights.local import local_copy, record_at, sizes_at
+from lrag_ray.weights.loras import lora_identity
 from lrag_ray.weights.needs import Need, needs_of
 from lrag_ray.weights.pull import pull
 from lrag_ray.weights.verify import verify
@@ -433,3 +436,55 @@ def test_commands(hub: Hub, tmp_path: Path) -> None:
     assert verified.exit_code == 0 and verified.stdout.startswith("ok")
     converted = runner.invoke(app, ["weights", "convert", file, "--to", str(tmp_path / "out"), *avg_pool])
     assert converted.exit_code == 0 and "--set backbones.sf.weights.path=" in converted.stdout
+
+
+def test_the_identity_of_a_run_holds_the_strength_of_its_lora(tmp_path: Path) -> None:
+    """Rank and alpha are resolved from the file, so that the same strength is the same run however it was written."""
+    folder = tmp_path / "w"
+    folder.mkdir()
+    checkpoint(folder / "self_forcing.pt", folder / "lora.pt")
+
+    def identity(**lora: Any) -> dict[str, Any]:
+        config = config_of(tmp_path, str(folder), lora={"path": str(folder / "lora.pt"), **lora})
+        found: dict[str, Any] = weights_identity(config.backbones["sf"].weights)["lora"]
+        return found
+
+    resolved = identity()
+    assert (resolved["rank"], resolved["alpha"]) == (2, 2.0)
+    assert resolved == identity(rank=2, alpha=2) == identity(alpha=2.0)
+    assert (identity(alpha=256)["rank"], identity(alpha=256)["alpha"]) == (2, 256.0), "as runs before had it stored"
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    assert identity() == resolved | {"alpha": 8.0}
+
+
+def test_a_lora_in_a_bucket_keeps_the_settings_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    folder.mkdir()
+    checkpoint(folder / "self_forcing.pt", folder / "lora.pt")
+    bucket = Storage("memory://adapters/one")
+    bucket.put_file(folder / "lora.pt", "lora.pt")
+    bucket.write("adapter_config.json", json.dumps({"r": 2, "lora_alpha": 6}).encode())
+    config = config_of(tmp_path, str(folder), lora={"path": "memory://adapters/one/lora.pt"})
+    lora = config.backbones["sf"].weights.lora
+    assert lora is not None
+    assert lora_identity(lora)["alpha"] == 6.0
+    verdict = verify(need_of(config, "lora"))
+    assert verdict.ok and "20 layers, rank 2, scale 3" in verdict.detail, verdict.detail
+
+
+def test_loading_verifying_and_converting_agree_on_a_lora_without_alpha(tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    folder.mkdir()
+    checkpoint(folder / "self_forcing.pt", folder / "lora.pt")
+    config = config_of(tmp_path, str(folder), lora={"path": str(folder / "lora.pt")})
+    assert "scale 1)" in verify(need_of(config, "lora")).detail
+    done = convert(need_of(config, "transformer"), tmp_path / "converted")
+    assert done is not None
+    halves = torch.load(folder / "lora.pt")["generator_lora"]
+    before, layer = tiny_transformer().state_dict(), "blocks.0.self_attn.q"
+    update = halves[f"base_model.model.{layer}.lora_B.weight"] @ halves[f"base_model.model.{layer}.lora_A.weight"]
+    dtype = getattr(torch, config.backbones["sf"].dtype)
+    expected = (before[f"{layer}.weight"] + update).to(dtype)
+    torch.testing.assert_close(load_file(done.target)[f"{layer}.weight"], expected, atol=1e-6, rtol=1e-6)
+    loaded = load_generator(config.backbones["sf"], torch.device("cpu")).state_dict()
+    torch.testing.assert_close(loaded[f"{layer}.weight"], expected, atol=1e-6, rtol=1e-6)
