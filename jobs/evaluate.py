@@ -1,18 +1,29 @@
-"""Ray job entry point of an evaluation: the same call as ``lrag-ray run``, with plain progress lines in the job's log.
+"""Ray job entry point of a configuration: progress as lines in the job's log, or as JSON events.
 
-Run as ``python -m jobs.evaluate CONFIG [--set a.b=value …]`` where the job's working directory is.
+Run as ``python -m jobs.evaluate CONFIG [--set a.b=value …] [--progress log|json]`` in the job's working directory. The
+exit code is that of the job.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from lrag_ray.cli.app import app
+from jobs.entry import listener, reporting_errors
+from lrag_ray.config.load import load_config
+from lrag_ray.pipelines.jobs import start
 
 
 def main() -> None:
-    """Run the configuration named on the command line; the exit code is that of ``lrag-ray run``."""
-    app(["run", *sys.argv[1:]], prog_name="python -m jobs.evaluate")
+    """Run the configuration named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.evaluate")
+    parser.add_argument("config")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    parser.add_argument("--progress", choices=("log", "json"), default="log")
+    given = parser.parse_args()
+    with reporting_errors():
+        outcome = start(load_config(given.config, given.overrides), listener=listener(given.progress))
+        sys.exit(outcome.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,36 @@
-"""Ray job entry point of scoring: the same call as ``lrag-ray score``, with plain progress lines in the job's log.
+"""Ray job entry point of scoring: progress as lines in the job's log, or as JSON events.
 
-Run as ``python -m jobs.score RUN [--suite vbench_long …]`` where the job's working directory is.
+Run as ``python -m jobs.score RUN|VIDEOS [--set scoring.suite=vbench_long …] [--manifest FILE] [--to ADDRESS]`` in the
+job's working directory. The exit code is that of ``lrag-ray score``.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from lrag_ray.cli.app import app
+from jobs.entry import listener, reporting_errors
+from lrag_ray.api import score
 
 
 def main() -> None:
-    """Score what is named on the command line; the exit code is that of ``lrag-ray score``."""
-    app(["score", *sys.argv[1:]], prog_name="python -m jobs.score")
+    """Score what is named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.score")
+    parser.add_argument("target")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    parser.add_argument("--manifest")
+    parser.add_argument("--to")
+    parser.add_argument("--progress", choices=("log", "json"), default="log")
+    given = parser.parse_args()
+    with reporting_errors():
+        outcome = score(
+            given.target,
+            overrides=given.overrides,
+            manifest=given.manifest,
+            to=given.to,
+            listener=listener(given.progress),
+        )
+        sys.exit(outcome.exit_code)
 
 
 if __name__ == "__main__":

@@ -51,12 +51,12 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.config.load import load_config
-    from lrag_ray.pipelines.evaluate import evaluate
+    from lrag_ray.pipelines.jobs import start
     from lrag_ray.store.rollouts import RolloutRun
 
     loaded = load_config(config, overrides or [])
     with shown_progress(progress) as listener:
-        outcome = evaluate(loaded, listener=listener)
+        outcome = start(loaded, listener=listener)
     if as_json:
         print_json(outcome)
     else:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from lrag_ray.config.foreign import is_foreign
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
+from lrag_ray.config.jobs import schema_of
 from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
 from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
@@ -122,9 +123,13 @@ def _merge_released(data: dict[str, Any]) -> None:
 def _validated(document: Document) -> tuple[RunConfig | None, list[Problem]]:
     # Strict JSON takes no quoted number for a number and no true for 1, but lists and sections for tuples, dataclasses.
     try:
-        return RunConfig.model_validate_json(json.dumps(document.data), strict=True), []
+        schema = schema_of(document.data)
+    except ValueError as error:
+        return None, [Problem(("job",), str(error))]
+    try:
+        return schema.model_validate_json(json.dumps(document.data), strict=True), []
     except ValidationError as error:
-        return None, [*translate(error, RunConfig, elsewhere=config_keys())]
+        return None, [*translate(error, schema, elsewhere=config_keys())]
 
 
 def _check_settings(path: KeyPath, section: dict[str, Any]) -> Iterator[Problem]:

@@ -1,45 +1,85 @@
-"""The configuration that a run was last started with, kept beside the run.
+"""Later commands on a run without its configuration: `decode RUN` and `score RUN`.
 
-``RUN/config.json`` says where the VAE and the weights lie, which the run's identity (digests) leaves open. It is for
-later commands on the run alone, and decides nothing about what counts.
+A run directory may come from a stranger: it is data, and nothing in it acts. So only what describes its results is
+taken from it (sizes, video settings, names; from ``run.json``) and which scores it was meant to have (suite, mode,
+dimensions, controls; from ``config.json``). Everything that acts comes from the caller: addresses, storage, places of
+weights, plug-ins. A plug-in that the run names is reported by name and never imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lrag_ray.config.load import complete
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.config.source import parse_document
+from lrag_ray.config.source import Document, parse_document
 from lrag_ray.errors import ConfigError
+from lrag_ray.scoring.registry import registered
+from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.rollouts import RolloutRun
 
 CONFIG_FILE = "config.json"
+_DESCRIBES_SCORES = ("suite", "mode", "dimensions", "controls")
+_DESCRIBES_LATENTS = ("transformer", "sampler", "latent", "dtype")
 
 
 def store_config(run: RolloutRun, config: RunConfig) -> None:
-    """Keep `config`, whose paths are absolute, as the run's last one."""
+    """Keep `config`, whose paths are absolute, beside the run, for people and for the scores that it asks for."""
     run.storage.write(CONFIG_FILE, config.model_dump_json(indent=1).encode())
 
 
-def stored_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run's last configuration with `overrides`, for the run as it lies at `uri` now.
+def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = False) -> RunConfig:
+    """A configuration for a command on the run at `uri`, from what describes its data and the caller's `overrides`.
+
+    With `decodes` it has the VAE of each backbone, whose place `overrides` must give where it is a file; the weights
+    of generators and text encoders, which neither command reads, are never in it.
 
     Raises:
         StorageError: there is no run at `uri`.
-        ConfigError: the run has no configuration, or one that this version does not understand.
+        ConfigError: `overrides` are wrong, or lack the place of a VAE.
     """
     run = RolloutRun(uri)
-    run.require()
-    name = f"{run.uri}/{CONFIG_FILE}"
+    identity = run.require()
+    data = {
+        "run": {"uri": run.storage.address, "seed": identity.seed},
+        "prompts": {"count": max(1, len(identity.prompts)), "samples": identity.samples},
+        "durations_s": sorted({h.duration_s for backbone in identity.backbones.values() for h in backbone.horizons}),
+        "backbones": {name: _backbone(identity, name, decodes=decodes) for name in identity.backbones},
+        "methods": {name: {"method": "base"} for name in identity.methods},
+        "video": identity.video,
+        "scoring": _scoring(run),
+    }
+    try:
+        return complete(Document(f"{run.uri}/run.json", data), overrides)
+    except ConfigError as error:
+        if not decodes:
+            raise
+        raise ConfigError(
+            f"{error}\nThe places of weights are never taken from a run directory: name the configuration that the run "
+            "was made with (--config), or the VAE (--set backbones.NAME.vae.path=…)"
+        ) from None
+
+
+def _backbone(identity: RunIdentity, name: str, *, decodes: bool) -> dict[str, Any]:
+    backbone = identity.backbones[name]
+    vae = backbone.pixels.get("vae", {})
+    return {
+        **{key: backbone.latents[key] for key in _DESCRIBES_LATENTS if key in backbone.latents},
+        "label": backbone.label,
+        "weights": {"random_seed": 0},
+        "text_encoder": {"kind": "tiny"},
+        "vae": {key: vae[key] for key in ("kind", "dtype") if key in vae} if decodes else {"kind": "tiny"},
+    }
+
+
+def _scoring(run: RolloutRun) -> dict[str, Any]:
+    """The scores that the run was meant to have; the default where its configuration does not say."""
     try:
         text = run.storage.read_bytes(CONFIG_FILE).decode()
-    except FileNotFoundError:
-        raise ConfigError(f"{name} is missing; give the run's configuration with --config") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{name} is damaged; give the run's configuration with --config") from None
-    document = parse_document(name, text)
-    section = document.data.setdefault("run", {})
-    if isinstance(section, dict):
-        section["uri"] = run.storage.address
-    return complete(document, overrides)
+        section = parse_document(f"{run.uri}/{CONFIG_FILE}", text).data.get("scoring")
+    except (FileNotFoundError, UnicodeDecodeError, ConfigError):
+        return {}
+    if not isinstance(section, dict) or section.get("suite") not in ("none", *registered()):
+        return {}
+    return {key: section[key] for key in _DESCRIBES_SCORES if key in section}

@@ -31,7 +31,7 @@ def test_whole_decode_matches_the_public_one(vae: WanVae, tensors: dict[str, Ten
     public = tensors["decode_raw"][0].clamp(-1, 1).transpose(0, 1)
     assert ours.shape[0] == video_frames(7) == 25
     # Recorded on a CPU with other vector units, whose sums differ in the last bits.
-    torch.testing.assert_close(ours, public, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, public, rtol=0, atol=1e-5)
 
 
 def test_encode_matches_the_public_one(vae: WanVae, tensors: dict[str, Tensor]) -> None:

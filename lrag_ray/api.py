@@ -1,0 +1,224 @@
+"""The public Python API: what `import lrag_ray as lr` offers. Every command of the CLI is one call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lrag_ray.config.load import load_config as load_config
+from lrag_ray.config.prompts import Prompt, plan_prompts
+from lrag_ray.config.schema import RunConfig, StorageSection
+from lrag_ray.errors import UsageError
+from lrag_ray.events import Listener, silent
+from lrag_ray.store.records import Commit, RolloutId
+from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.status import RunStatus, run_status
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from lrag_ray.pipelines.evaluate import RunOutcome
+    from lrag_ray.pipelines.plan import Plan
+    from lrag_ray.pipelines.score import RunScores
+    from lrag_ray.pipelines.score_videos import VideoScores
+    from lrag_ray.report.collect import ReportData
+
+
+def plan(config: RunConfig, prompts: Sequence[Prompt] | None = None) -> Plan:
+    """What a run would come to, from nothing: rollouts, arithmetic, memory, bytes. Reads no weights.
+
+    `prompts` are those of the configuration unless they are given. Raises PromptError.
+    """
+    from lrag_ray.pipelines.plan import make_plan
+
+    return make_plan(config, plan_prompts(config.prompts) if prompts is None else prompts)
+
+
+def run(
+    config: RunConfig | str | Path, prompts: Sequence[Prompt] | None = None, *, listener: Listener = silent
+) -> RunOutcome:
+    """Run the job that a configuration (or its file) describes, to its end. The same call again continues.
+
+    `listener` receives the events of `lrag_ray.events`. Errors and exit code: see `lrag_ray.pipelines.evaluate`.
+    """
+    from lrag_ray.pipelines.jobs import start
+
+    loaded = config if isinstance(config, RunConfig) else load_config(config)
+    return start(loaded, prompts, listener)
+
+
+def score(
+    target: str,
+    *,
+    config: RunConfig | None = None,
+    overrides: Sequence[str] = (),
+    manifest: str | None = None,
+    to: str | None = None,
+    listener: Listener = silent,
+) -> RunScores | VideoScores:
+    """Score the videos of the run at `target`, or any other videos (folder, file, glob, address of a bucket).
+
+    `config` is the run's configuration, else `overrides` (``scoring.suite=vbench_long``) change the defaults.
+    `manifest` and `to` are for videos outside a run. Raises UsageError, WeightsError, StorageError, ClusterError.
+    """
+    from lrag_ray.config.videos import videos_config
+    from lrag_ray.pipelines.score import is_run, score_run
+    from lrag_ray.pipelines.score_videos import score_videos
+    from lrag_ray.pipelines.stored_config import stored_config
+
+    if is_run(target):
+        if manifest is not None or to is not None:
+            raise UsageError(f"manifest and to are for videos outside a run, and {target} is a run")
+        return score_run(config or stored_config(target, overrides), listener=listener)
+    return score_videos(target, videos_config(overrides), manifest=manifest, to=to, listener=listener)
+
+
+def open_run(uri: str | Path, storage: StorageSection | None = None) -> Run:
+    """The run at an address, from its storage alone. StorageError where there is none."""
+    return Run(RolloutRun(str(uri), storage or StorageSection()))
+
+
+class Video(NamedTuple):
+    """A committed video of a run."""
+
+    prompt_id: str
+    prompt: str
+    sample: int
+    backbone: str
+    method: str
+    duration_s: float
+    address: str
+    """Of the file; longer than the duration where only a longer horizon was committed."""
+    frames: int
+    """Video frames from its start that belong to the duration."""
+    fps: int
+
+
+class Run:
+    """A run directory, read only."""
+
+    def __init__(self, run: RolloutRun) -> None:
+        self._run = run
+        self.identity = run.require()
+        """What the run is: prompts, backbones, methods, durations."""
+
+    @property
+    def uri(self) -> str:
+        """The address as it may be shown."""
+        return self._run.uri
+
+    def status(self) -> RunStatus:
+        """How far the run is: counts per cell, rate, failures."""
+        return run_status(self._run)
+
+    def scores(self, suite: str | None = None, mode: str | None = None) -> pd.DataFrame:
+        """One row per video and dimension: prompt_id, prompt, sample, backbone, method, duration_s, dimension, value.
+
+        Without `suite` and `mode` those that compare best. Values are as the suite's files hold them.
+        """
+        import pandas as pd
+
+        data = self._collect(suite, mode)
+        columns = ["prompt_id", "prompt", "sample", "backbone", "method", "duration_s", "dimension", "value"]
+        rows = [
+            (
+                video.prompt_id,
+                self._prompt(video.prompt_id),
+                video.sample,
+                video.backbone,
+                video.method,
+                data.duration_s(video.backbone, video.latent_frames),
+                dimension,
+                value,
+            )
+            for video in data.scores.videos
+            for dimension, value in video.values.items()
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+    def ranks(self, suite: str | None = None, mode: str | None = None) -> pd.DataFrame:
+        """One row per backbone, duration and method: average_rank, its prompts, and the mean of every dimension."""
+        import pandas as pd
+
+        data = self._collect(suite, mode)
+        rows: list[Mapping[str, Any]] = [
+            {
+                "backbone": block.backbone,
+                "duration_s": data.duration_s(block.backbone, block.latent_frames),
+                "method": row.method,
+                "average_rank": row.average_rank,
+                "prompts": block.prompts,
+                **row.means,
+            }
+            for block in data.blocks
+            for row in block.rows
+        ]
+        return pd.DataFrame(rows)
+
+    def videos(
+        self,
+        *,
+        prompt: str | None = None,
+        method: str | None = None,
+        backbone: str | None = None,
+        duration_s: float | None = None,
+    ) -> list[Video]:
+        """Committed videos, prompt-major; `prompt` is a prompt_id or a part of the text, in any case."""
+        from lrag_ray.store.videos import committed_videos
+
+        found = []
+        for video in committed_videos(self._run):
+            rollout = video.rollout
+            if not self._matches(rollout, prompt, method, backbone) or duration_s not in (None, video.duration_s):
+                continue
+            found.append(
+                Video(
+                    prompt_id=rollout.prompt_id,
+                    prompt=self._prompt(rollout.prompt_id),
+                    sample=rollout.sample,
+                    backbone=rollout.backbone,
+                    method=rollout.method,
+                    duration_s=video.duration_s,
+                    address=f"{self.uri}/{video.video.path}",
+                    frames=video.frames,
+                    fps=video.fps,
+                )
+            )
+        return found
+
+    def latents(
+        self, *, prompt: str | None = None, method: str | None = None, backbone: str | None = None
+    ) -> Iterator[tuple[RolloutId, Tensor]]:
+        """Committed latents [frames, C, H, W] of each rollout, at its longest horizon, checked as they are read.
+
+        `prompt` is a prompt_id or a part of the text. Raises BrokenPartError for damaged parts.
+        """
+        import torch
+
+        from lrag_ray.store.parts import read_latents
+
+        longest: dict[RolloutId, Commit] = {}
+        for commit in self._run.commits():
+            if self._matches(commit.rollout, prompt, method, backbone):
+                longest[commit.rollout] = commit
+        for rollout, commit in longest.items():
+            yield rollout, torch.cat([read_latents(self._run.storage, part) for part in commit.latent_parts])
+
+    def _collect(self, suite: str | None, mode: str | None) -> ReportData:
+        from lrag_ray.report.collect import collect
+
+        return collect([self._run], suite, mode)
+
+    def _prompt(self, prompt_id: str) -> str:
+        return self.identity.prompts[prompt_id].text
+
+    def _matches(self, rollout: RolloutId, prompt: str | None, method: str | None, backbone: str | None) -> bool:
+        if not self.identity.knows(rollout) or method not in (None, rollout.method):
+            return False
+        if backbone not in (None, rollout.backbone):
+            return False
+        return (
+            prompt is None or prompt == rollout.prompt_id or prompt.lower() in self._prompt(rollout.prompt_id).lower()
+        )

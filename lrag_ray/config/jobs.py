@@ -1,0 +1,20 @@
+"""Configuration schemas by job. `job` in the file says which one applies; `evaluate` where it is absent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lrag_ray.config.problems import unknown
+from lrag_ray.config.schema import RunConfig
+
+JOB_SCHEMAS: Mapping[str, type[RunConfig]] = {"evaluate": RunConfig}
+"""The discriminated union over `job`."""
+
+
+def schema_of(data: Mapping[str, Any]) -> type[RunConfig]:
+    """The schema of a configuration as it was read. ValueError for a job that does not exist."""
+    job = data.get("job", "evaluate")
+    if not isinstance(job, str) or job not in JOB_SCHEMAS:
+        raise ValueError(unknown(f"job {job!r}", str(job), JOB_SCHEMAS))
+    return JOB_SCHEMAS[job]
