@@ -13,7 +13,7 @@ from lrag_ray.cli.output import console, print_json, quantity, say, tells_errors
 from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
 
 if TYPE_CHECKING:
-    from lrag_ray.scoring.vbench_long import WeightFiles
+    from lrag_ray.scoring.vbench_long.weights import WeightFiles
     from lrag_ray.weights.needs import Need
 
 OptionalConfig = Annotated[
@@ -65,7 +65,7 @@ def list_needs(
       lrag-ray weights list configs/table2.yaml
       lrag-ray weights list --suite vbench_long --folder weights/vbench
     """
-    from lrag_ray.scoring.vbench_long import OFFICIAL
+    from lrag_ray.scoring.vbench_long.official import OFFICIAL
     from lrag_ray.weights.local import sizes_at
     from lrag_ray.weights.networks import place_of, size_of
     from lrag_ray.weights.published import UNKNOWN
@@ -246,7 +246,7 @@ class _Selection(NamedTuple):
 
 def _selected(config: str | None, overrides: list[str] | None, suite: str | None, folder: str | None) -> _Selection:
     from lrag_ray.config.load import load_config
-    from lrag_ray.scoring.vbench_long import WeightFiles
+    from lrag_ray.scoring.vbench_long.weights import WeightFiles
     from lrag_ray.weights.local import is_remote
     from lrag_ray.weights.needs import needs_of
 

@@ -20,7 +20,7 @@ from lrag_ray.pipelines.scoring import (
     set_aside_damaged,
 )
 from lrag_ray.report.build import report
-from lrag_ray.scoring.vbench_long.rows import Mode
+from lrag_ray.scoring.vbench_long.names import Mode
 from lrag_ray.store.rollouts import RolloutRun
 
 

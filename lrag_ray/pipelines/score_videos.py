@@ -31,7 +31,8 @@ from lrag_ray.scoring.vbench_long.measures import vbench_long
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.parquet import is_untrained
 from lrag_ray.scoring.vbench_long.pending import check_weights, last_file, refuse_mixture
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Mode, ScoreRow
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
 from lrag_ray.scoring.vbench_long.score import IN_CLIP_NETWORKS, SLOW_NETWORKS
 from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.scoring.vbench_long.worker import RANDOM, VbenchTask, VbenchWork, prefix_frames, read_row_files
@@ -86,7 +87,7 @@ class VideoScores:
     mode: Mode
     csv: str
     """Name of the table in `to`."""
-    dimensions: Sequence[Dimension]
+    dimensions: Sequence[DimensionName]
     untrained: bool
     """The networks had random weights: the numbers mean nothing."""
     videos_scored: int
@@ -189,7 +190,7 @@ def _identity(video: ListedVideo) -> str:
     return f"{video.name}@{video.stamp}"
 
 
-def _task(video: ListedVideo, mode: str, dimensions: Sequence[Dimension]) -> VbenchTask:
+def _task(video: ListedVideo, mode: str, dimensions: Sequence[DimensionName]) -> VbenchTask:
     identity = _identity(video)
     # The longest duration is the whole file.
     prefixes = video.durations_s[:-1]
@@ -207,7 +208,7 @@ def _task(video: ListedVideo, mode: str, dimensions: Sequence[Dimension]) -> Vbe
 def _results(
     videos: Sequence[ListedVideo],
     rows: Mapping[str, Sequence[ScoreRow]],
-    dimensions: Sequence[Dimension],
+    dimensions: Sequence[DimensionName],
     failures: Mapping[str, str],
 ) -> tuple[list[GroupResult], list[VideoResult]]:
     grouped: dict[tuple[str, float | None, str], list[ListedVideo]] = {}
@@ -248,7 +249,7 @@ def _aggregated(
     videos: Iterable[ListedVideo],
     duration_s: float | None,
     rows: Mapping[str, Sequence[ScoreRow]],
-    dimensions: Sequence[Dimension],
+    dimensions: Sequence[DimensionName],
 ) -> Aggregate:
     frames, own = {}, []
     for video in videos:
@@ -275,7 +276,7 @@ def _reason(missing: Mapping[str, str], failure: str | None) -> str:
 
 
 def _ranked(
-    groups: Sequence[GroupResult], videos: Sequence[VideoResult], dimensions: Sequence[Dimension]
+    groups: Sequence[GroupResult], videos: Sequence[VideoResult], dimensions: Sequence[DimensionName]
 ) -> list[GroupResult]:
     """Average ranks where the manifest names methods and prompts."""
     measures = vbench_long("direct", dimensions).measures
@@ -301,9 +302,9 @@ def _milliseconds(duration_s: float | None) -> int:
     return round((duration_s or 0) * 1000)
 
 
-def _csv(videos: Sequence[VideoResult], dimensions: Sequence[Dimension]) -> str:
+def _csv(videos: Sequence[VideoResult], dimensions: Sequence[DimensionName]) -> str:
     labels = ("path", "method", "backbone", "prompt", "sample", "duration_s", "clips")
-    names = [name for name in DIMENSIONS if name in dimensions]
+    names = [name for name in DIMENSION_NAMES if name in dimensions]
     rows = (
         {label: getattr(video, label) for label in (*labels, "reason")}
         | {name: video.scores[name] for name in names if name in video.scores}

@@ -14,7 +14,7 @@ from lrag_ray.report.page import render_page
 from lrag_ray.report.strips import make_strips, unused_strips
 from lrag_ray.report.tables import terminal_tables, warnings
 from lrag_ray.scoring.ranks import RankBlock
-from lrag_ray.scoring.vbench_long.rows import Mode
+from lrag_ray.scoring.vbench_long.names import Mode
 from lrag_ray.store.address import Storage
 from lrag_ray.store.rollouts import RolloutRun
 

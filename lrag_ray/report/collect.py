@@ -15,7 +15,7 @@ from lrag_ray.report.vbench_scores import add_vbench_scores
 from lrag_ray.scoring.drift import DriftPoint, drift
 from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks
 from lrag_ray.scoring.table import Suite
-from lrag_ray.scoring.vbench_long.rows import Mode
+from lrag_ray.scoring.vbench_long.names import Mode
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun

@@ -17,7 +17,7 @@ from lrag_ray.scoring.table import ScoreRow, Suite, from_parquet
 from lrag_ray.scoring.vbench_long.measures import MEASURES, vbench_long
 from lrag_ray.scoring.vbench_long.measures import NAME as VBENCH_LONG
 from lrag_ray.scoring.vbench_long.parquet import folder
-from lrag_ray.scoring.vbench_long.rows import Mode
+from lrag_ray.scoring.vbench_long.names import Mode
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import CommittedVideo

@@ -16,7 +16,7 @@ from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL, Interval
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.scoring.table import Suite
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
 
 AVERAGE = "average_rank"
 """Key of the average rank beside the measures' names."""
@@ -126,9 +126,9 @@ def warnings(data: ReportData) -> list[str]:
     found = []
     if data.scores.untrained:
         found.append("These scores come from networks with random weights: the numbers mean nothing.")
-    if data.suite.percent and len(data.suite.measures) < len(DIMENSIONS):
+    if data.suite.percent and len(data.suite.measures) < len(DIMENSION_NAMES):
         found.append(
-            f"Scores of {len(data.suite.measures)} of the {len(DIMENSIONS)} dimensions: the average rank is not the "
+            f"Scores of {len(data.suite.measures)} of the {len(DIMENSION_NAMES)} dimensions: the average rank is not the "
             "paper's."
         )
     names = Counter(network.partition(":")[0] for network in data.scores.networks)

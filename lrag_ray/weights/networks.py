@@ -20,7 +20,9 @@ from huggingface_hub.file_download import http_get
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.errors import LragError, WeightsError
-from lrag_ray.scoring.vbench_long import NETWORKS, OFFICIAL, NetworkName, Networks, WeightFiles
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NETWORKS, OFFICIAL, NetworkName
+from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.store.records import now_utc
 from lrag_ray.weights.local import RECORD_SUFFIX, PulledFile, PullRecord, file_digest, locked, record_at
 

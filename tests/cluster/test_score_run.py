@@ -18,7 +18,7 @@ from lrag_ray.pipelines.evaluate import run as run_all
 from lrag_ray.pipelines.scoring import check_scoring, pending_scores, score_pending, set_aside_damaged
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.report.collect import collect
-from lrag_ray.scoring.vbench_long import aggregate
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.parquet import folder, frozen_folder, frozen_identity, is_untrained, rollout_folder
 from lrag_ray.scoring.vbench_long.pending import pending_items
 from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow

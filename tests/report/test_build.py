@@ -25,7 +25,7 @@ from lrag_ray.scoring.preview.measures import MEASURES, PREVIEW
 from lrag_ray.scoring.preview.worker import pending_targets, score_video
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.table import ScoreRow, to_parquet
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
 from lrag_ray.store.failures import write_failure
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.rollouts import RolloutRun
@@ -117,10 +117,10 @@ def test_columns_of_the_data_files_stay_what_they_are(tmp_path: Path) -> None:
         return run.storage.read_bytes(f"summary/{name}").decode().splitlines()[0].split(",")
 
     block = ["suite", "mode", "backbone", "backbone_label", "duration_s", "latent_frames"]
-    places_of = [f"rank_{name}" for name in DIMENSIONS]
-    video_means = [f"video_mean_{name}" for name in DIMENSIONS]
+    places_of = [f"rank_{name}" for name in DIMENSION_NAMES]
+    video_means = [f"video_mean_{name}" for name in DIMENSION_NAMES]
     counts = ["prompts", "videos_per_method", "prompts_left_out", "method", "average_rank"]
-    assert columns("ranks.csv") == [*block, *counts, *DIMENSIONS, *places_of, *video_means]
+    assert columns("ranks.csv") == [*block, *counts, *DIMENSION_NAMES, *places_of, *video_means]
     interval = ["method", "reference", "measure", "difference", "lower", "upper", "sample_deviation"]
     assert columns("differences.csv") == [*block, "prompts", *interval]
     in_clip = ["in_clip", "in_clip_lower", "in_clip_upper", "final"]

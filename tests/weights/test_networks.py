@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli import weights as cli
 from lrag_ray.errors import WeightsError
-from lrag_ray.scoring.vbench_long import NETWORKS, OFFICIAL, WeightFiles
+from lrag_ray.scoring.vbench_long.official import NETWORKS, OFFICIAL
+from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.weights import networks
 from lrag_ray.weights.local import record_at
 from lrag_ray.weights.networks import Source, pull_source, sources, verify_networks

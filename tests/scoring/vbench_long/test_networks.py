@@ -17,12 +17,6 @@ from torch import Tensor
 from lrag_ray.bench import official_loops
 from lrag_ray.errors import RunEnvironmentError
 from lrag_ray.scoring.vbench_long import (
-    NETWORKS,
-    BatchSizes,
-    NetworkName,
-    Networks,
-    RandomWeights,
-    Weights,
     aesthetic_quality,
     background_consistency,
     dynamic_degree,
@@ -30,6 +24,10 @@ from lrag_ray.scoring.vbench_long import (
     motion_smoothness,
     subject_consistency,
 )
+from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
+from lrag_ray.scoring.vbench_long.official import NETWORKS, NetworkName
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+from lrag_ray.scoring.vbench_long.weights import Weights
 from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.frames import decode, probe

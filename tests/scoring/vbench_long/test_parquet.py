@@ -12,7 +12,8 @@ from lrag_ray.config import schema
 from lrag_ray.scoring import table
 from lrag_ray.scoring.preview.measures import PREVIEW
 from lrag_ray.scoring.vbench_long.parquet import is_untrained, rows_from_parquet, rows_to_parquet
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, ScoreRow
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
 
 ROW = ScoreRow(
     video="rollouts/tiny/base/00000-ab-0@" + "f" * 64,
@@ -50,4 +51,4 @@ def test_untrained_scores_can_be_told() -> None:
 
 
 def test_the_configuration_knows_the_same_dimensions() -> None:
-    assert get_args(schema.Dimension) == DIMENSIONS
+    assert get_args(schema.DimensionName) == DIMENSION_NAMES
