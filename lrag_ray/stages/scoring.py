@@ -58,8 +58,3 @@ class ScoringWorker:
         except UnscorableError as reason:
             return Refused(str(reason))
         return Result(seconds=time.perf_counter() - began)
-
-
-def scoring_tasks(pending: list[Any]) -> list[Task[Any]]:
-    """What a suite says is pending, as tasks of the stage."""
-    return [Task(key=name, payload=payload, order=order) for order, (name, payload) in enumerate(pending)]
