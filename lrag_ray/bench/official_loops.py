@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrag_ray.scoring.vbench_long import background_consistency, dynamic_degree, imaging_quality
-from lrag_ray.scoring.vbench_long.names import DimensionName
-from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.clips import Clip, Frame
 from lrag_ray.scoring.vbench_long.frames import decode
 from lrag_ray.scoring.vbench_long.motion_smoothness import MULTIPLE
+from lrag_ray.scoring.vbench_long.names import DimensionName
+from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.preprocess import (
     DINOV2_RESIZE,
     IMAGENET,

@@ -19,13 +19,13 @@ import torch
 
 from lrag_ray.bench import official_loops
 from lrag_ray.errors import UsageError
-from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName
-from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
-from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
-from lrag_ray.scoring.vbench_long.score import ClipScorer
-from lrag_ray.scoring.vbench_long.prefetch import prefetch
 from lrag_ray.scoring.vbench_long.clips import Clip, Span, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName
+from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
+from lrag_ray.scoring.vbench_long.prefetch import prefetch
+from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.score import ClipScorer
 from lrag_ray.video.mp4 import Mp4Writer
 
 T = TypeVar("T")

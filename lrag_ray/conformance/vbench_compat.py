@@ -24,11 +24,11 @@ from lrag_ray.conformance.vbench_frames import (
     source_of,
     videos_of,
 )
-from lrag_ray.scoring.vbench_long.names import DimensionName
-from lrag_ray.scoring.vbench_long.score import ClipScorer
 from lrag_ray.scoring.vbench_long.clips import Frame, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DimensionName
 from lrag_ray.scoring.vbench_long.reencode import reencode
+from lrag_ray.scoring.vbench_long.score import ClipScorer
 
 DIMENSION: DimensionName = "motion_smoothness"
 REPEATABILITY = Bound(absolute=5e-4)

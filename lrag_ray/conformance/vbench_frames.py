@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.files import Record
+from lrag_ray.scoring.vbench_long.clips import Frame, Span, clip_length, cut
+from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
 from lrag_ray.scoring.vbench_long.weights import Weights
-from lrag_ray.scoring.vbench_long.clips import Frame, Span, clip_length, cut
-from lrag_ray.scoring.vbench_long.frames import decode, probe
 
 
 class GoldenClip(NamedTuple):

@@ -15,6 +15,7 @@ from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usa
 from lrag_ray.errors import ClusterError
 from lrag_ray.events import Listener, Notice, silent
 from lrag_ray.scoring.registry import suite_of
+from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import ScoringTask, Suite
 from lrag_ray.stages.scoring import ScoringStage
 from lrag_ray.stages.spec import Resources, Task
@@ -88,6 +89,15 @@ class RunScoring:
             found[path] = f"{reason}; kept as {self.run.set_aside(path)}, and the same command scores what is missing"
             listener(Notice(f"{path}: {found[path]}", warning=True))
         return found
+
+    def missing(self, shown: Suite[Any], scores: Scores, listener: Listener = silent) -> dict[str, str]:
+        """What a report of the suite `shown` finds missing of this one's `scores`, with the reason, by path.
+
+        Score files that cannot be read are set aside.
+        """
+        if self.suite is None or shown.folder != self.suite.folder:
+            return {}
+        return scores.failures | self.set_aside_damaged(scores.damaged, listener)
 
     def _stage(self, suite: Suite[Any]) -> ScoringStage:
         return scoring_stage(suite, self.run.storage, self.run.storage, self._scoring)

@@ -68,7 +68,7 @@ class WeightFile(NamedTuple):
 
     name: str
     """As messages and records call it; unique within the suite."""
-    places: Sequence[Path]
+    places: tuple[Path, ...]
     """Where it is looked for, in order; pulled to the first."""
     url: str
     """Where it is published; an archive where `member` is set."""
@@ -181,9 +181,14 @@ class Suite(ABC, Generic[SettingsT]):
             raise WeightsError(f"scoring.suite {self.name} needs files that are not here:\n  {places}\n{self.advice}")
 
     @property
+    def pull_command(self) -> str:
+        """What brings the weight files to their first places."""
+        return f"lrag-ray weights pull --suite {self.name}"
+
+    @property
     def advice(self) -> str:
         """What to do about missing weight files."""
-        return "Fix: put them there, or choose another scoring.suite"
+        return f"Fix: {self.pull_command}, or choose another scoring.suite"
 
     def check_stored(self, rows: Storage) -> None:
         """ConfigError where stored scores do not belong in one table with those that would be added."""

@@ -110,7 +110,7 @@ class VbenchLong(LooseVideoSuite[VbenchSettings]):
         return [
             WeightFile(
                 name=name,
-                places=self.settings.files.places(name),
+                places=tuple(self.settings.files.places(name)),
                 url=official.url,
                 licence=official.licence,
                 member=official.member,
@@ -128,10 +128,15 @@ class VbenchLong(LooseVideoSuite[VbenchSettings]):
         return networks.digests.keys()
 
     @property
+    def pull_command(self) -> str:
+        """Into the configured folder."""
+        return self.settings.files.pull_command
+
+    @property
     def advice(self) -> str:
-        """How to get the networks."""
+        """How to get the networks, or do without them."""
         return (
-            f"Fix: {self.settings.files.pull_command}, set scoring.weights to the folder that has them, or score "
+            f"Fix: {self.pull_command}, set scoring.weights to the folder that has them, or score "
             "without them (scoring.dimensions, or scoring.suite: preview)"
         )
 
