@@ -31,7 +31,7 @@ def report(
         str | None,
         typer.Option(
             "--suite",
-            help="Which scores: preview, vbench_long or package.module:Suite [default: those that compare best].",
+            help="Which scores, or package.module:Suite [default: those that compare best].",
         ),
     ] = None,
     mode: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @cache
-def settings_model(settings: type) -> type[BaseModel]:
+def settings_model(settings: Hashable) -> type[BaseModel]:
     """A model with the one field `settings`, typed and checked as the dataclass; unknown keys are refused."""
     config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
     model: type[BaseModel] = create_model("PluginSettings", __config__=config, settings=(settings, ...))

@@ -114,8 +114,8 @@ def _pull(source: Source, missing: dict[WeightFile, Path]) -> None:
             arrived.unlink()
             _remove(fresh)
             raise WeightsError(
-                f"{source.url} arrived with sha256 {digest} for {wanted.name}, expected {expected}; it was thrown away. "
-                "Mend: pull again, without a proxy that changes files"
+                f"{source.url} arrived with sha256 {digest} for {wanted.name}, expected {expected}; it was thrown away"
+                ". Mend: pull again, without a proxy that changes files"
             )
         _remove(path)
         fresh.rename(path)
@@ -144,8 +144,8 @@ def _download(url: str, beside: Path, missing: dict[WeightFile, Path]) -> Path:
             f"{f'its member {file.member}' if file.member else 'it'} at {path}" for file, path in missing.items()
         )
         raise WeightsError(
-            f"{url} (weights of {', '.join(file.name for file in missing)}) cannot be fetched: {reason}. What has arrived is kept and the "
-            f"same command goes on with it. Without network: fetch it elsewhere and put {places}"
+            f"{url} (weights of {', '.join(file.name for file in missing)}) cannot be fetched: {reason}. What has "
+            f"arrived is kept and the same command goes on with it. Without network: fetch it elsewhere and put {places}"
         ) from error
     raise AssertionError("the second attempt returns or raises")
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from lrag_ray.bench.scoring import bench_scoring, make_clip
 from lrag_ray.cli import bench as cli
 from lrag_ray.errors import UsageError
+from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.names import DimensionName
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
-from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.video.mp4 import Mp4Writer
 
 

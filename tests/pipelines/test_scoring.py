@@ -19,15 +19,16 @@ from lrag_ray.errors import ClusterError
 from lrag_ray.events import Event, StageAdvanced
 from lrag_ray.pipelines.scoring import score_pending, set_aside_damaged
 from lrag_ray.report.collect import collect
-from lrag_ray.scoring.preview.measures import MEASURES, PREVIEW, measures
-from lrag_ray.scoring.preview.worker import pending_targets, score_target, score_video
-from lrag_ray.scoring.table import ScoreRow, from_parquet, to_parquet
+from lrag_ray.scoring.per_video import score_target
+from lrag_ray.scoring.preview.measures import MEASURES, measures
+from lrag_ray.scoring.preview.suite import PREVIEW
+from lrag_ray.scoring.video_rows import VideoRow, from_parquet, to_parquet
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
 from tests.cluster.nodes import patiently
-from tests.report.make_run import make_identity, make_run, store_rollout
+from tests.report.make_run import make_identity, make_run, preview_row, store_rollout
 
 pytestmark = pytest.mark.cluster
 
@@ -56,7 +57,7 @@ def config_for(run: RolloutRun) -> RunConfig:
     )
 
 
-def stored_rows(run: RolloutRun) -> dict[tuple[str, str, int], ScoreRow]:
+def stored_rows(run: RolloutRun) -> dict[tuple[str, str, int], VideoRow]:
     rows = {}
     for path in run.storage.list_files(PREVIEW.folder):
         (row,) = from_parquet(run.storage.read_bytes(path), PREVIEW)
@@ -96,25 +97,25 @@ def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
     assert score_pending(run, config_for(run)).scored == 1
     store_rollout(run, identity, rag, [6, 12])
     assert score_pending(run, config_for(run)).scored == 2
-    assert pending_targets(run) == []
+    assert PREVIEW.pending_targets(run) == []
 
 
 def test_a_score_file_that_cannot_be_read_is_kept_aside_and_made_again(run: RolloutRun) -> None:
-    target, other = pending_targets(run)[:2]
+    target, other = PREVIEW.pending_targets(run)[:2]
     for each in (target, other):
-        content = to_parquet([score_video(run.storage, each)], PREVIEW)
+        content = to_parquet([preview_row(run.storage, each)], PREVIEW)
         run.storage.write(each.score_path(PREVIEW), content[:50] if each == target else content)
     damaged = collect([run]).scores.damaged
     assert damaged == [target.score_path(PREVIEW)]
     told = set_aside_damaged(run, config_for(run), damaged)
     assert list(told) == damaged and "it cannot be read; kept as " in told[damaged[0]]
-    assert target in pending_targets(run) and other not in pending_targets(run)
+    assert target in PREVIEW.pending_targets(run) and other not in PREVIEW.pending_targets(run)
     assert collect([run]).scores.damaged == []
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_broken_video_is_one_failed_row(run: RolloutRun) -> None:
-    broken = pending_targets(run)[0]
+    broken = PREVIEW.pending_targets(run)[0]
     content = run.storage.read_bytes(broken.video_path)
     # Same size, so that the commit still counts; other bytes.
     run.storage.write(broken.video_path, content[:100] + bytes(len(content) - 100))
@@ -195,23 +196,23 @@ def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None
     assert (whole.latent_frames, whole.video_frames) == (12, 45)
     assert short.video_path == whole.video_path
     video = read_video(Path(run.storage.full(short.video_path)))
-    assert score_video(run.storage, short).values == measures(video[:21], fps=16)
+    assert preview_row(run.storage, short).values == measures(video[:21], fps=16)
 
 
 def test_a_bucket_is_scored_like_a_folder(run: RolloutRun) -> None:
     bucket = make_run(f"memory://{Path(run.uri).parent.name}", ["a red fox", "a river"])
     try:
-        ours = [score_video(bucket.storage, target).values for target in pending_targets(bucket)[:2]]
-        assert ours == [score_video(run.storage, target).values for target in pending_targets(run)[:2]]
-        gone = pending_targets(bucket)[0]
+        ours = [preview_row(bucket.storage, target).values for target in PREVIEW.pending_targets(bucket)[:2]]
+        assert ours == [preview_row(run.storage, target).values for target in PREVIEW.pending_targets(run)[:2]]
+        gone = PREVIEW.pending_targets(bucket)[0]
         bucket.storage.remove(gone.video_path)
-        assert score_video(bucket.storage, gone).reason == f"{gone.video_path} is missing"
+        assert preview_row(bucket.storage, gone).reason == f"{gone.video_path} is missing"
     finally:
         bucket.storage.fs.rm(bucket.storage.root, recursive=True)
 
 
 def test_a_video_that_is_shorter_than_its_commit_says_is_not_scored(run: RolloutRun) -> None:
-    target = replace(pending_targets(run)[0], video_frames=99)
-    row = score_video(run.storage, target)
+    target = replace(PREVIEW.pending_targets(run)[0], video_frames=99)
+    row = preview_row(run.storage, target)
     assert row.values == {}
     assert row.reason == f"{target.video_path} has 21 frames, its commit speaks of 99"

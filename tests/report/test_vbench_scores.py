@@ -12,8 +12,8 @@ from lrag_ray.report import ReportData, collect
 from lrag_ray.report.scores import Scores
 from lrag_ray.report.tables import warnings
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
-from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows_from_parquet
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
+from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows_from_parquet
 from lrag_ray.scoring.vbench_long.slow_fast import map_score
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lrag_ray.scoring.vbench_long.clips import clip_length, spans
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
 from lrag_ray.scoring.vbench_long.parquet import (
     frozen_folder,
     frozen_identity,
@@ -12,7 +13,6 @@ from lrag_ray.scoring.vbench_long.parquet import (
     rows_to_parquet,
     video_identity,
 )
-from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
 from lrag_ray.scoring.vbench_long.rows import Kind, ScoreRow
 from lrag_ray.scoring.vbench_long.slow_fast import MAPPING
 from lrag_ray.store.records import RolloutId

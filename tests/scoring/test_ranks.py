@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from lrag_ray.report.tables import number
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock, VideoScore, average_ranks, rank_means
-from lrag_ray.scoring.vbench_long.measures import vbench_long
+from lrag_ray.scoring.vbench_long.settings import VbenchSettings
+from lrag_ray.scoring.vbench_long.suite import VbenchLong
 
 UP = Measure("up", "Up", "", 0, 1, higher_is_better=True)
 DOWN = Measure("down", "Down", "", 0, 1, higher_is_better=False)
-SUITE = vbench_long("compat")
+SUITE = VbenchLong(VbenchSettings(mode="compat"))
 
 
 def score(method: str, prompt: str, up: float, down: float = 0.0, sample: int = 0, frames: int = 18) -> VideoScore:

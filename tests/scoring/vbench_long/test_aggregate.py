@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
-from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
-from lrag_ray.scoring.vbench_long.rows import ScoreRow
-from lrag_ray.scoring.vbench_long.names import Mode
-from lrag_ray.scoring.vbench_long.rows import Kind
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
+from lrag_ray.scoring.vbench_long.rows import Kind, ScoreRow
 from lrag_ray.scoring.vbench_long.slow_fast import MAPPING
 
 

@@ -25,11 +25,11 @@ from lrag_ray.scoring.vbench_long import (
     motion_smoothness,
     subject_consistency,
 )
+from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
 from lrag_ray.scoring.vbench_long.official import NetworkName
-from lrag_ray.scoring.vbench_long.weights import Weights
-from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, pad_to_multiple
+from lrag_ray.scoring.vbench_long.weights import Weights
 
 META = torch.device("meta")
 

@@ -24,15 +24,14 @@ from lrag_ray.scoring.vbench_long import (
     motion_smoothness,
     subject_consistency,
 )
-from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
-from lrag_ray.scoring.vbench_long.official import NETWORKS, NetworkName
-from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
-from lrag_ray.scoring.vbench_long.weights import Weights
 from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.frames import decode, probe
-from lrag_ray.scoring.vbench_long.networks import _public
+from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks, _public
+from lrag_ray.scoring.vbench_long.official import NETWORKS, NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+from lrag_ray.scoring.vbench_long.weights import Weights
 
 CLIP = "shapes_000"
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
+from lrag_ray.scoring.vbench_long.clips import Span, clip_length, cut, spans
+from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.motion_smoothness import MIN_SIDE
 from lrag_ray.scoring.vbench_long.names import DimensionName, Mode
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.rows import ScoreRow
 from lrag_ray.scoring.vbench_long.score import VideoSource, score_video
-from lrag_ray.scoring.vbench_long.clips import Span, clip_length, cut, spans
-from lrag_ray.scoring.vbench_long.frames import decode, probe
-from lrag_ray.scoring.vbench_long.motion_smoothness import MIN_SIDE
 from tests.scoring.vbench_long.conftest import VideoMaker
 
 MOTION: list[DimensionName] = ["motion_smoothness"]
