@@ -145,7 +145,8 @@ def _download(url: str, beside: Path, missing: dict[WeightFile, Path]) -> Path:
         )
         raise WeightsError(
             f"{url} (weights of {', '.join(file.name for file in missing)}) cannot be fetched: {reason}. What has "
-            f"arrived is kept and the same command goes on with it. Without network: fetch it elsewhere and put {places}"
+            "arrived is kept and the same command goes on with it. Without network: fetch it elsewhere and put "
+            f"{places}"
         ) from error
     raise AssertionError("the second attempt returns or raises")
 

@@ -1,28 +1,25 @@
-"""Scoring on a real Ray: what is committed gets one row each, once; broken videos are told and stop nothing."""
+"""Scoring on a real Ray: what is committed gets one row each, once; broken videos are recorded and stop nothing."""
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import ray
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.engine.fan_out import ATTEMPTS, FanOut, GoOn, Item, Refused, Result, Stopped, Work, Workers
-from lrag_ray.errors import ClusterError
-from lrag_ray.events import Event, StageAdvanced
-from lrag_ray.pipelines.scoring import score_pending, set_aside_damaged
+from lrag_ray.events import AttemptFailed, Event, StageAdvanced, TaskFinished
+from lrag_ray.pipelines.scoring import RunScoring
 from lrag_ray.report.collect import collect
 from lrag_ray.scoring.per_video import score_target
 from lrag_ray.scoring.preview.measures import MEASURES, measures
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.video_rows import VideoRow, from_parquet, to_parquet
+from lrag_ray.stages.spec import Task
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
@@ -57,6 +54,20 @@ def config_for(run: RolloutRun) -> RunConfig:
     )
 
 
+def scoring_of(run: RolloutRun) -> RunScoring:
+    config = config_for(run)
+    return RunScoring(run, config.scoring, config.engine)
+
+
+def score(run: RolloutRun, seen: list[Event]) -> list[Task[Any]]:
+    scoring = scoring_of(run)
+    return scoring.score(scoring.pending(), seen.append)
+
+
+def finished(events: list[Event]) -> int:
+    return sum(isinstance(event, TaskFinished) for event in events)
+
+
 def stored_rows(run: RolloutRun) -> dict[tuple[str, str, int], VideoRow]:
     rows = {}
     for path in run.storage.list_files(PREVIEW.folder):
@@ -74,9 +85,11 @@ def run(tmp_path: Path) -> RolloutRun:
 @pytest.mark.usefixtures("cluster")
 def test_every_committed_video_is_scored_once(run: RolloutRun) -> None:
     seen: list[Event] = []
-    outcome = score_pending(run, config_for(run), seen.append)
-    assert (outcome.scored, outcome.failures) == (8, {})
-    assert seen == [StageAdvanced("scoring", i, 8) for i in range(1, 9)]
+    assert score(run, seen) == []
+    assert [event for event in seen if isinstance(event, StageAdvanced)] == [
+        StageAdvanced("scoring", i, 8) for i in range(1, 9)
+    ]
+    assert finished(seen) == 8
     rows = stored_rows(run)
     assert len(rows) == 8
     row = rows[run.require().prompts.popitem()[0], "rag", 12]
@@ -94,9 +107,11 @@ def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
         RolloutId(backbone="tiny", method=method, prompt_id=next(iter(identity.prompts))) for method in identity.methods
     )
     store_rollout(run, identity, base, [6])
-    assert score_pending(run, config_for(run)).scored == 1
+    score(run, seen := [])
+    assert finished(seen) == 1
     store_rollout(run, identity, rag, [6, 12])
-    assert score_pending(run, config_for(run)).scored == 2
+    score(run, seen := [])
+    assert finished(seen) == 2
     assert PREVIEW.pending_targets(run) == []
 
 
@@ -107,7 +122,7 @@ def test_a_score_file_that_cannot_be_read_is_kept_aside_and_made_again(run: Roll
         run.storage.write(each.score_path(PREVIEW), content[:50] if each == target else content)
     damaged = collect([run]).scores.damaged
     assert damaged == [target.score_path(PREVIEW)]
-    told = set_aside_damaged(run, config_for(run), damaged)
+    told = scoring_of(run).set_aside_damaged(damaged)
     assert list(told) == damaged and "it cannot be read; kept as " in told[damaged[0]]
     assert target in PREVIEW.pending_targets(run) and other not in PREVIEW.pending_targets(run)
     assert collect([run]).scores.damaged == []
@@ -119,68 +134,28 @@ def test_a_broken_video_is_one_failed_row(run: RolloutRun) -> None:
     content = run.storage.read_bytes(broken.video_path)
     # Same size, so that the commit still counts; other bytes.
     run.storage.write(broken.video_path, content[:100] + bytes(len(content) - 100))
-    outcome = score_pending(run, config_for(run))
-    assert outcome.scored == 7
-    assert list(outcome.failures) == [f"{broken.rollout_path} at {broken.latent_frames} latent frames"]
+    seen: list[Event] = []
+    (failed,) = score(run, seen)
+    assert finished(seen) == 7
+    assert failed.title == f"{broken.rollout_path} at {broken.latent_frames} latent frames"
+    (failure,) = [event.failure for event in seen if isinstance(event, AttemptFailed)]
+    assert (failure.stage, failure.task, failure.kind, failure.quarantined) == (
+        "scoring",
+        failed.title,
+        "refused",
+        True,
+    )
     row = stored_rows(run)[broken.prompt_id, broken.method, broken.latent_frames]
     assert row.values == {} and row.reason is not None
     assert row.reason == f"{broken.video_path} does not have the checksum of its commit"
-    assert score_pending(run, config_for(run)).scored == 0, "a broken video stays broken; it is not tried for ever"
-
-
-def do(payload: str, go_on: GoOn) -> None:
-    match payload:
-        case "kill":
-            os._exit(1)
-        case "refuse":
-            raise Refused("not today")
-        case "bug":
-            raise KeyError("token=hunter2")
-        case "wait":
-            while go_on():
-                time.sleep(0.05)
-            raise Stopped
-
-
-def make() -> Work:
-    return do
-
-
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("keep", [True, False], ids=["actors", "tasks"])
-def test_an_item_that_kills_its_workers_or_raises_stops_nothing(keep: bool) -> None:
-    payloads = ["kill", "fine", "refuse", "bug", "good"]
-    found = {r.key: r for r in FanOut([Item(p, p) for p in payloads], make, Workers(2, 1), keep=keep)}
-    assert set(found) == set(payloads)
-    assert found["fine"] == Result("fine", "scored", "") and found["good"].state == "scored"
-    assert found["refuse"] == Result("refuse", "failed", "not today")
-    assert found["kill"].state == "failed" and f"died {ATTEMPTS} times" in found["kill"].reason
-    assert found["bug"].reason.startswith("KeyError: 'token=***' (test_scoring.py:")
-
-
-def cannot_start() -> Work:
-    raise RuntimeError("no such package")
-
-
-@pytest.mark.usefixtures("cluster")
-def test_workers_that_cannot_start_end_the_wave() -> None:
-    with pytest.raises(ClusterError, match=r"scoring workers cannot work: .*no such package"):
-        list(FanOut([Item("a", "fine")], cannot_start, Workers(1, 1), keep=True))
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_wave_stops_when_it_is_told_to() -> None:
-    fan_out = FanOut([Item(str(i), "wait") for i in range(4)], make, Workers(1, 1), keep=True)
-    told = threading.Timer(2, fan_out.stop)
-    told.start()
-    assert [result.state for result in fan_out] == ["stopped"] * 4
+    assert scoring_of(run).pending() == [], "a broken video stays broken; it is not tried forever"
 
 
 def test_without_work_ray_is_not_needed(tmp_path: Path) -> None:
     run = RolloutRun(str(tmp_path / "run"))
     run.ensure(make_identity(["a red fox"], ["base"]))
     was_running = ray.is_initialized()
-    assert score_pending(run, config_for(run)).scored == 0
+    assert score(run, []) == []
     assert ray.is_initialized() == was_running
 
 

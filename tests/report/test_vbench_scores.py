@@ -9,8 +9,8 @@ from zlib import crc32
 import pytest
 
 from lrag_ray.report import ReportData, collect
-from lrag_ray.report.scores import Scores
 from lrag_ray.report.tables import warnings
+from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
 from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows_from_parquet

@@ -10,9 +10,9 @@ import pytest
 from lrag_ray.scoring import video_rows
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.vbench_long.parquet import is_untrained, rows_from_parquet, rows_to_parquet
-from lrag_ray.scoring.vbench_long.rows import VideoRow
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
 
-ROW = VideoRow(
+ROW = ScoreRow(
     video="rollouts/tiny/base/00000-ab-0@" + "f" * 64,
     kind="clip",
     dimension="imaging_quality",
