@@ -110,13 +110,6 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True)
-class VideosScored:
-    """A wave of scoring beside the rollouts has scored this many videos."""
-
-    videos: int
-
-
-@dataclass(frozen=True)
 class WorkerLost:
     """A worker died and is being replaced."""
 
@@ -135,7 +128,6 @@ Event = (
     | TaskFinished
     | TaskYielded
     | AttemptFailed
-    | VideosScored
     | WorkerLost
 )
 

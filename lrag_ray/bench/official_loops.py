@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long import Dimension, Networks, background_consistency, dynamic_degree, imaging_quality
+from lrag_ray.scoring.vbench_long import background_consistency, dynamic_degree, imaging_quality
 from lrag_ray.scoring.vbench_long.clips import Clip, Frame
 from lrag_ray.scoring.vbench_long.frames import decode
 from lrag_ray.scoring.vbench_long.motion_smoothness import MULTIPLE
+from lrag_ray.scoring.vbench_long.names import DimensionName
+from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.preprocess import (
     DINOV2_RESIZE,
     IMAGENET,
@@ -54,12 +56,12 @@ def split(clips: Sequence[Clip], fps: int) -> list[bytes]:
     return files
 
 
-def score_clip(name: Dimension, clip: Clip, fps: int, networks: Networks) -> float:
+def score_clip(name: DimensionName, clip: Clip, fps: int, networks: Networks) -> float:
     """In-clip score."""
     return _run(networks, lambda: _IN_CLIP[name](ClipFrames(clip.frames, fps, networks.device), networks))
 
 
-def score_first_frames(name: Dimension, frames: Sequence[Frame], fps: int, networks: Networks) -> float:
+def score_first_frames(name: DimensionName, frames: Sequence[Frame], fps: int, networks: Networks) -> float:
     """Clip-to-clip score of a consistency dimension."""
     return _run(networks, lambda: _SLOW[name](ClipFrames(frames, fps, networks.device).uint8, networks))
 
@@ -156,7 +158,7 @@ def _slow_background(frames: Tensor, networks: Networks) -> float:
     return _one_by_one(background_consistency.slow_features(frame[None], networks) for frame in frames)
 
 
-_IN_CLIP: Mapping[Dimension, Callable[[ClipFrames, Networks], float]] = {
+_IN_CLIP: Mapping[DimensionName, Callable[[ClipFrames, Networks], float]] = {
     "subject_consistency": _subject,
     "background_consistency": _background,
     "motion_smoothness": _motion,
@@ -164,7 +166,7 @@ _IN_CLIP: Mapping[Dimension, Callable[[ClipFrames, Networks], float]] = {
     "aesthetic_quality": _aesthetic,
     "imaging_quality": _imaging,
 }
-_SLOW: Mapping[Dimension, Callable[[Tensor, Networks], float]] = {
+_SLOW: Mapping[DimensionName, Callable[[Tensor, Networks], float]] = {
     "subject_consistency": _slow_subject,
     "background_consistency": _slow_background,
 }

@@ -19,10 +19,13 @@ import torch
 
 from lrag_ray.bench import official_loops
 from lrag_ray.errors import UsageError
-from lrag_ray.scoring.vbench_long import DIMENSIONS, BatchSizes, ClipScorer, Dimension, Networks, RowKey, ScoreRow
-from lrag_ray.scoring.vbench_long.ahead import ahead
 from lrag_ray.scoring.vbench_long.clips import Clip, Span, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName
+from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
+from lrag_ray.scoring.vbench_long.prefetch import prefetch
+from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.score import ClipScorer
 from lrag_ray.video.mp4 import Mp4Writer
 
 T = TypeVar("T")
@@ -145,7 +148,7 @@ def bench_scoring(
     videos: Sequence[str | Path],
     networks: Networks,
     *,
-    dimensions: Sequence[Dimension] = DIMENSIONS,
+    dimensions: Sequence[DimensionName] = DIMENSION_NAMES,
     official: bool = False,
     early_stop: bool = True,
 ) -> ScoringBench:
@@ -212,7 +215,7 @@ def _read(path: str | Path) -> _Video:
     return _Video(path, int(rate.fps), clips, Seconds.now() - start)
 
 
-def _warm_up(video: _Video, networks: Networks, dimensions: Sequence[Dimension]) -> None:
+def _warm_up(video: _Video, networks: Networks, dimensions: Sequence[DimensionName]) -> None:
     """Build the networks; on a GPU also choose the kernels for frames of this size."""
     clip, scorer = video.clips[0], ClipScorer("warm-up", networks, video.fps, early_stop=False)
     few = clip.frames if networks.device.type == "cuda" else clip.frames[:4]
@@ -221,13 +224,13 @@ def _warm_up(video: _Video, networks: Networks, dimensions: Sequence[Dimension])
 
 
 def _ours(
-    videos: Sequence[_Video], networks: Networks, dimensions: Sequence[Dimension], early_stop: bool
+    videos: Sequence[_Video], networks: Networks, dimensions: Sequence[DimensionName], early_stop: bool
 ) -> tuple[Side, dict[RowKey, ScoreRow]]:
     side, rows = Side(), {}
     for video in videos:
         scorer = ClipScorer(str(video.path), networks, video.fps, early_stop=early_stop)
         firsts = []
-        for clip, waited in _timed(ahead(cut(decode(video.path), clip_length(video.fps))), networks):
+        for clip, waited in _timed(prefetch(cut(decode(video.path), clip_length(video.fps))), networks):
             side.frames += waited
             firsts.append(clip.frames[0])
             for row, took in _timed(scorer.clip(clip.span, clip.frames, dimensions), networks):
@@ -246,12 +249,12 @@ def _ours(
 
 
 def _official(
-    videos: Sequence[_Video], networks: Networks, dimensions: Sequence[Dimension], rows: Mapping[RowKey, ScoreRow]
+    videos: Sequence[_Video], networks: Networks, dimensions: Sequence[DimensionName], rows: Mapping[RowKey, ScoreRow]
 ) -> tuple[Side, dict[str, float]]:
     side = Side()
     difference: dict[str, float] = dict.fromkeys(dimensions, 0.0)
 
-    def score(name: Dimension, key: RowKey, read: Callable[[], None], run: Callable[[], float]) -> None:
+    def score(name: DimensionName, key: RowKey, read: Callable[[], None], run: Callable[[], float]) -> None:
         _sync(networks)
         start = Seconds.now()
         read()

@@ -68,11 +68,14 @@ def scoring(
     import torch
 
     from lrag_ray.bench.scoring import bench_scoring, make_clip
-    from lrag_ray.scoring.vbench_long import DIMENSIONS, BatchSizes, Networks, RandomWeights, WeightFiles
+    from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
+    from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
+    from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+    from lrag_ray.scoring.vbench_long.weights import WeightFiles
 
-    wanted = [name for name in DIMENSIONS if dimensions is None or name in dimensions.split(",")]
-    if dimensions is not None and (unknown := set(dimensions.split(",")) - set(DIMENSIONS)):
-        raise UsageError(f"no dimension is called {', '.join(sorted(unknown))}. Mend: of {', '.join(DIMENSIONS)}")
+    wanted = [name for name in DIMENSION_NAMES if dimensions is None or name in dimensions.split(",")]
+    if dimensions is not None and (unknown := set(dimensions.split(",")) - set(DIMENSION_NAMES)):
+        raise UsageError(f"no dimension is called {', '.join(sorted(unknown))}. Mend: of {', '.join(DIMENSION_NAMES)}")
     source = RandomWeights() if weights == "random" else WeightFiles(Path(weights) if weights else None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     networks = Networks(source, place, batch=BatchSizes.for_device(place, frames, pairs))

@@ -37,7 +37,6 @@ from lrag_ray.events import (
     TaskFinished,
     TaskStarted,
     TaskYielded,
-    VideosScored,
     WorkerLost,
     as_json,
 )
@@ -115,6 +114,8 @@ class RunView:
                 self.rollouts_done += 1
                 self._land(event.task)
             case TaskFinished():
+                if event.stage == "scoring":
+                    self.videos_scored += event.result.made
                 self._land(event.task)
             case TaskYielded():
                 self.flights.pop(event.worker, None)
@@ -124,8 +125,6 @@ class RunView:
                 self._land(failure.task)
                 then = "quarantined" if failure.quarantined else "will be retried"
                 return f"warning: {failure.task}: {failure.reason} ({then}; {failure.path})"
-            case VideosScored():
-                self.videos_scored += event.videos
             case WorkerLost():
                 self.flights.pop(event.worker, None)
                 return f"warning: {event.worker} was lost and is replaced: {event.reason}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,12 +28,15 @@ def report(
         ),
     ] = None,
     suite: Annotated[
-        Literal["preview", "vbench_long"] | None,
-        typer.Option("--suite", help="Which scores [default: those that compare best]."),
+        str | None,
+        typer.Option(
+            "--suite",
+            help="Which scores, or package.module:Suite [default: those that compare best].",
+        ),
     ] = None,
     mode: Annotated[
-        Literal["compat", "direct"] | None,
-        typer.Option("--mode", help="Which scores of vbench_long: modes never share a table."),
+        str | None,
+        typer.Option("--mode", help="Which scores of vbench_long, compat or direct: modes never share a table."),
     ] = None,
     strips: Annotated[
         int | None,

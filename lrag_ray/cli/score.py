@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,8 @@ from lrag_ray.cli.output import console, count, duration, print_json, printable,
 if TYPE_CHECKING:
     from lrag_ray.pipelines.score import RunScores
     from lrag_ray.pipelines.score_videos import GroupResult, VideoScores
+    from lrag_ray.scoring.measure import Measure
+    from lrag_ray.scoring.suite import Suite
     from lrag_ray.store.rollouts import RolloutRun
 
 _MOST_VIDEOS_SHOWN = 40
@@ -35,7 +37,9 @@ def score(
     target: Annotated[
         str, typer.Argument(metavar="RUN|VIDEOS", help="Address of a run; or a folder, file, glob or bucket of videos.")
     ],
-    suite: Annotated[str | None, typer.Option("--suite", help="preview (runs only) or vbench_long.")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="preview (runs only), vbench_long or module:Suite.")
+    ] = None,
     mode: Annotated[
         str | None, typer.Option("--mode", help="direct, or compat: clips re-encoded as the official code does.")
     ] = None,
@@ -58,7 +62,7 @@ def score(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score videos: those of a run, or any others, with VBench-Long or the preview suite.
+    """Score videos: those of a run, or any others, with VBench-Long, the preview suite or a suite of your own.
 
     A run is scored as its configuration says; options change that for this command. The rows lie in the run, and its
     report is written again. Other videos are scored with vbench_long: all files of a folder that look like videos,
@@ -78,6 +82,7 @@ def score(
     from lrag_ray.pipelines.score import is_run, score_run
     from lrag_ray.pipelines.score_videos import score_videos
     from lrag_ray.pipelines.stored_config import stored_config
+    from lrag_ray.scoring.registry import suite_class
     from lrag_ray.store.rollouts import RolloutRun
 
     if context.args:
@@ -97,12 +102,12 @@ def score(
         if config is not None:
             raise typer.BadParameter(f"--config belongs to a run, and {target} is none")
         videos = videos_config(chosen)
-        with shown_progress() as progress:
-            scores = score_videos(target, videos, manifest=manifest, to=to, progress=progress)
+        with shown_progress() as listener:
+            scores = score_videos(target, videos, manifest=manifest, to=to, listener=listener)
         if as_json:
             print_json(scores)
         else:
-            print_video_scores(console(), scores)
+            print_video_scores(console(), scores, suite_class(videos.scoring.suite).of(videos.scoring))
         raise typer.Exit(scores.exit_code)
     if manifest is not None or to is not None:
         raise typer.BadParameter(f"--manifest and --to are for other videos, and {target} is a run")
@@ -110,22 +115,23 @@ def score(
         loaded = stored_config(target, chosen)
     else:
         loaded = load_config(config, [*chosen, f"run.uri={json.dumps(target)}"])
-    with shown_progress() as progress:
-        outcome = score_run(loaded, progress=progress)
+    with shown_progress() as listener:
+        outcome = score_run(loaded, listener=listener)
     if as_json:
         print_json(outcome)
     else:
-        print_run_scores(console(), RolloutRun(loaded.run.uri, loaded.storage), outcome)
+        run = RolloutRun(loaded.run.uri, loaded.storage)
+        print_run_scores(console(), run, outcome, suite_class(loaded.scoring.suite).of(loaded.scoring))
     raise typer.Exit(outcome.exit_code)
 
 
-def print_run_scores(shown: Console, run: RolloutRun, outcome: RunScores) -> None:
-    """Rank tables, what this start did, what failed, and where everything lies."""
+def print_run_scores(shown: Console, run: RolloutRun, outcome: RunScores, suite: Suite[Any]) -> None:
+    """Rank tables, what this start did, what failed, and where everything is."""
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import terminal_tables
 
     if outcome.report_folder:
-        for ranks in terminal_tables(collect([run], outcome.suite, outcome.mode)):
+        for ranks in terminal_tables(collect([run], suite)):
             shown.print(ranks)
             shown.print()
     shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
@@ -134,22 +140,22 @@ def print_run_scores(shown: Console, run: RolloutRun, outcome: RunScores) -> Non
         shown.print(f"{outcome.report_folder}/{name}", soft_wrap=True)
 
 
-def print_video_scores(shown: Console, outcome: VideoScores) -> None:
+def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) -> None:
     """Per video where no manifest names several methods; both global means of every backbone and duration; what failed.
 
     Methods stand in columns and dimensions below one another, as in the rank tables of a run: a terminal of 80 columns
     holds them.
     """
     from lrag_ray.cli.tables import table
-    from lrag_ray.scoring.vbench_long.measures import vbench_long
+    from lrag_ray.report.tables import number
 
-    measures = vbench_long(outcome.mode, outcome.dimensions).measures
-    title = f"VBench-Long, {outcome.mode} mode, from 0 to 100"
+    measures = suite.measures
+    title = suite.title + (", from 0 to 100" if all(measure.unit == "percent" for measure in measures) else "")
     if outcome.untrained:
         title += ", RANDOM WEIGHTS: the numbers mean nothing"
 
-    def value(scores: Mapping[str, float], name: str) -> str:
-        return f"{100 * scores[name]:.2f}" if name in scores else "-"
+    def value(scores: Mapping[str, float], measure: Measure) -> str:
+        return number(scores[measure.name], measure) if measure.name in scores else "-"
 
     if len(outcome.groups) == 1 and len(outcome.videos) <= _MOST_VIDEOS_SHOWN:
         # The first word tells the dimensions apart; the next table has their names in the same order.
@@ -157,7 +163,7 @@ def print_video_scores(shown: Console, outcome: VideoScores) -> None:
         made = table(f"{title}: mean over the clips of each video", "video", "clips", *heads)
         made.columns[0].min_width = _LEAST_NAME
         for video in outcome.videos:
-            values = [value(video.scores, measure.name) for measure in measures]
+            values = [value(video.scores, measure) for measure in measures]
             made.add_row(printable(video.path), count(video.clips), *values)
         shown.print(made)
         shown.print()
@@ -171,7 +177,7 @@ def print_video_scores(shown: Console, outcome: VideoScores) -> None:
         for kind, which in _MEANS.items():
             means.add_row(kind)
             for measure in measures:
-                cells = [value(getattr(group, which), measure.name) for group in groups]
+                cells = [value(getattr(group, which), measure) for group in groups]
                 means.add_row(f"  {measure.title}", *cells)
         if any(group.average_rank is not None for group in groups):
             ranks = ["-" if group.average_rank is None else f"{group.average_rank:.2f}" for group in groups]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -13,14 +13,14 @@ from lrag_ray.cli.output import console, print_json, quantity, say, tells_errors
 from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
 
 if TYPE_CHECKING:
-    from lrag_ray.scoring.vbench_long import WeightFiles
+    from lrag_ray.scoring.suite import Suite
     from lrag_ray.weights.needs import Need
 
 OptionalConfig = Annotated[
     str | None, typer.Argument(metavar="CONFIG", help="YAML file that describes the run; or give --suite.")
 ]
-Suite = Annotated[
-    Literal["vbench_long"] | None,
+SuiteOption = Annotated[
+    str | None,
     typer.Option("--suite", help="Also the networks of this scoring suite; without CONFIG those alone."),
 ]
 FolderOption = Annotated[
@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
 @tells_errors
 def list_needs(
     config: OptionalConfig = None,
-    suite: Suite = None,
+    suite: SuiteOption = None,
     folder: FolderOption = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -65,13 +65,12 @@ def list_needs(
       lrag-ray weights list configs/table2.yaml
       lrag-ray weights list --suite vbench_long --folder weights/vbench
     """
-    from lrag_ray.scoring.vbench_long import OFFICIAL
     from lrag_ray.weights.local import sizes_at
-    from lrag_ray.weights.networks import place_of, size_of
+    from lrag_ray.weights.networks import size_of
     from lrag_ray.weights.published import UNKNOWN
 
     rows: list[dict[str, Any]] = []
-    needs, networks = _selected(config, overrides, suite, folder)
+    needs, suite_networks = _selected(config, overrides, suite, folder)
     for need in needs:
         published = need.published
         rows.append(
@@ -85,20 +84,18 @@ def list_needs(
                 "licence": published.licence if published else UNKNOWN,
             }
         )
-    if networks is not None:
-        for name, official in OFFICIAL.items():
-            path = place_of(networks, name)
-            rows.append(
-                {
-                    "kind": name,
-                    "address": str(path),
-                    "keys": ["scoring.weights"],
-                    "present_bytes": size_of(path) if path.exists() else None,
-                    "source": f"{official.url}#{official.member}" if official.member else official.url,
-                    "published_bytes": official.size_bytes,
-                    "licence": official.licence,
-                }
-            )
+    for file in suite_networks.weight_files() if suite_networks is not None else ():
+        rows.append(
+            {
+                "kind": file.name,
+                "address": str(file.path),
+                "keys": ["scoring.weights"],
+                "present_bytes": size_of(file.path) if file.path.exists() else None,
+                "source": f"{file.url}#{file.member}" if file.member else file.url,
+                "published_bytes": file.size_bytes,
+                "licence": file.licence,
+            }
+        )
     if as_json:
         print_json({"needs": rows})
         return
@@ -119,7 +116,7 @@ def list_needs(
 @tells_errors
 def pull(
     config: OptionalConfig = None,
-    suite: Suite = None,
+    suite: SuiteOption = None,
     folder: FolderOption = None,
     overrides: Overrides = None,
     again: Annotated[bool, typer.Option("--again", help="Replace what is there already.")] = False,
@@ -151,17 +148,17 @@ def pull(
             state = f"{'pulled' if pulled else 'there'}, {quantity(size_bytes, 'B')}"
             _say(f"{kind:<{_KIND}} {address}: {error or state}")
 
-    needs, networks = _selected(config, overrides, suite, folder)
+    needs, suite_networks = _selected(config, overrides, suite, folder)
     for need in needs:
         try:
             result = pull_need(need, again=again, tell=tell)
             add(need.kind, need.address, result.pulled, result.size_bytes)
         except LragError as error:
             add(need.kind, need.address, False, 0, str(error))
-    if networks is not None:
-        for source in sources():
+    if suite_networks is not None:
+        for source in sources(suite_networks.weight_files()):
             try:
-                for network in pull_source(source, networks, again=again, tell=tell):
+                for network in pull_source(source, again=again, tell=tell):
                     add(network.name, str(network.path), network.pulled, network.size_bytes)
             except LragError as error:
                 add(" ".join(source.names), source.url, False, 0, str(error))
@@ -172,7 +169,7 @@ def pull(
 @tells_errors
 def verify(
     config: OptionalConfig = None,
-    suite: Suite = None,
+    suite: SuiteOption = None,
     folder: FolderOption = None,
     overrides: Overrides = None,
     digests: Annotated[bool, typer.Option(help="Read every byte and compare digests.")] = True,
@@ -196,12 +193,12 @@ def verify(
         if not as_json:
             _say(f"{'ok' if ok else 'fail':<5} {kind:<{_KIND}} {address}: {detail}")
 
-    needs, networks = _selected(config, overrides, suite, folder)
+    needs, suite_networks = _selected(config, overrides, suite, folder)
     for need in needs:
         verdict = verify_need(need, digests=digests)
         add(need.kind, need.address, verdict.ok, verdict.detail)
-    if networks is not None:
-        for network in verify_networks(networks, digests=digests):
+    if suite_networks is not None:
+        for network in verify_networks(suite_networks, digests=digests):
             add(network.name, str(network.path), network.ok, network.detail)
     _finish({"verified": rows}, as_json, failed=not all(row["ok"] for row in rows))
 
@@ -240,28 +237,35 @@ class _Selection(NamedTuple):
     """What a command is about."""
 
     needs: list[Need]
-    networks: WeightFiles | None
-    """Where the networks of the scoring suite are; None where they are not asked for."""
+    suite: Suite[Any] | None
+    """The scoring suite whose networks are meant; None where they are not asked for."""
 
 
 def _selected(config: str | None, overrides: list[str] | None, suite: str | None, folder: str | None) -> _Selection:
     from lrag_ray.config.load import load_config
-    from lrag_ray.scoring.vbench_long import WeightFiles
+    from lrag_ray.config.schema import ScoringSection
+    from lrag_ray.scoring.registry import NONE, suite_class
     from lrag_ray.weights.local import is_remote
     from lrag_ray.weights.needs import needs_of
 
     if config is None and suite is None:
-        raise UsageError("neither CONFIG nor --suite is given. Mend: name a configuration, or --suite vbench_long")
+        raise UsageError("neither CONFIG nor --suite is given. Fix: name a configuration, or --suite vbench_long")
     loaded = load_config(config, overrides or []) if config is not None else None
     needs = needs_of(loaded) if loaded is not None else []
-    if suite is None and (loaded is None or loaded.scoring.suite != "vbench_long"):
+    scoring = loaded.scoring if loaded is not None else ScoringSection()
+    name = suite or scoring.suite
+    if name == NONE:
         return _Selection(needs, None)
-    named = folder or (loaded.scoring.weights if loaded is not None else None)
-    if named == "random":
-        return _Selection(needs, None)
-    if named is not None and is_remote(named):
-        raise UsageError(f"{named} is no folder of this machine. Mend: give --folder a path that all nodes see")
-    return _Selection(needs, WeightFiles(Path(named) if named is not None else None))
+    if folder is not None:
+        scoring = scoring.model_copy(update={"weights": folder})
+    if scoring.weights is not None and is_remote(scoring.weights):
+        raise UsageError(
+            f"{scoring.weights} is not a folder of this machine. Fix: give --folder a path that all nodes see"
+        )
+    try:
+        return _Selection(needs, suite_class(name).of(scoring))
+    except ValueError as error:
+        raise UsageError(f"--suite: {error}") from None
 
 
 def _say(line: str) -> None:

@@ -19,14 +19,17 @@ from pydantic import ValidationError
 from lrag_ray.config.foreign import is_foreign
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.jobs import schema_of
-from lrag_ray.config.methods import Method, resolve_method, settings_keys, settings_model
+from lrag_ray.config.methods import Method, resolve_method, settings_keys
 from lrag_ray.config.overrides import apply_overrides
+from lrag_ray.config.plugin_settings import settings_model
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
-from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import Document, KeyPath, read_document
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
+from lrag_ray.scoring.registry import NONE, suite_class
+from lrag_ray.scoring.registry import registered as registered_suites
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -54,6 +57,7 @@ def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
     problems += found
     for name, section in _sections(document.data, "methods"):
         problems += _check_settings(("methods", name), section)
+    problems += check_suite(document.data)
     if config is not None and not problems:
         problems += _check_fit(config)
     raise_problems(document, problems, refused)
@@ -144,9 +148,30 @@ def _check_settings(path: KeyPath, section: dict[str, Any]) -> Iterator[Problem]
         return
     given = {key: value for key, value in section.items() if key != "method"}
     try:
-        settings_model(policy).model_validate_json(json.dumps({"settings": given}), strict=True)
+        settings_model(policy.Settings).model_validate_json(json.dumps({"settings": given}), strict=True)
     except ValidationError as error:
         yield from translate(error, policy.Settings, path, skip=1)
+
+
+def check_suite(data: dict[str, Any]) -> Iterator[Problem]:
+    """Check the settings of a scoring suite against the suite's own."""
+    section = data.get("scoring")
+    if not isinstance(section, dict):
+        return
+    name, given = section.get("suite", ""), section.get("settings", {})
+    if not isinstance(name, str) or not isinstance(given, dict) or not (":" in name or given):
+        return
+    if name == NONE or (":" not in name and name not in registered_suites()):
+        return
+    try:
+        suite = suite_class(name or ScoringSection().suite)
+    except ValueError as error:
+        yield Problem(("scoring", "suite"), str(error))
+        return
+    try:
+        settings_model(suite.Settings).model_validate_json(json.dumps({"settings": given}), strict=True)
+    except ValidationError as error:
+        yield from translate(error, suite.Settings, ("scoring", "settings"), skip=1)
 
 
 def _check_fit(config: RunConfig) -> Iterator[Problem]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, create_model
-
+from lrag_ray.config.plugin_settings import parse_settings
 from lrag_ray.config.schema import MethodConfig
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.registry import policy_class
@@ -39,16 +37,7 @@ class Method(NamedTuple):
 def resolve_method(method: MethodConfig) -> Method:
     """Policy and settings of a loaded configuration's method (`load_config` has checked them)."""
     policy = policy_class(method.method)
-    model = settings_model(policy).model_validate({"settings": method.settings})
-    return Method(policy, getattr(model, "settings"))  # noqa: B009 - a field made at run time
-
-
-@cache
-def settings_model(policy: type[ContextPolicy[Any]]) -> type[BaseModel]:
-    """A model with the one field `settings`, typed and checked as the policy's dataclass; unknown keys are refused."""
-    config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-    model: type[BaseModel] = create_model("MethodSettings", __config__=config, settings=(policy.Settings, ...))
-    return model
+    return Method(policy, parse_settings(policy.Settings, method.settings))
 
 
 def settings_keys(policy: type[ContextPolicy[Any]]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lrag_ray.config.methods import resolve_method
-from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.schema import RunConfig, ScoringSection
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -27,10 +27,21 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             # An address may be the settings' default, which no section holds.
             section[file.key] = address
             _resolve(section, file.key)
-    # ``random`` is no path but a recipe.
-    if data["scoring"]["weights"] != "random":
-        _resolve(data["scoring"], "weights")
+    _resolve_scoring(data["scoring"])
     return RunConfig.model_validate(data)
+
+
+def with_absolute_weights(scoring: ScoringSection) -> ScoringSection:
+    """The same for a scoring section alone."""
+    data = scoring.model_dump()
+    _resolve_scoring(data)
+    return ScoringSection.model_validate(data)
+
+
+def _resolve_scoring(section: dict[str, Any]) -> None:
+    # ``random`` is a recipe, not a path.
+    if section["weights"] != "random":
+        _resolve(section, "weights")
 
 
 def _resolve(section: dict[str, Any] | None, key: str) -> None:

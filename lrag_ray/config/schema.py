@@ -6,7 +6,7 @@ A loaded `RunConfig` is complete: presets are merged in, so nothing else needs t
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,8 @@ from pydantic import (
 )
 
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
+from lrag_ray.scoring.registry import check_name
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -363,26 +365,18 @@ class VideoSection(Section):
     with one video frame instead of four, with a visible seam. None decodes without seams."""
 
 
-# Spelt out because lrag_ray.scoring.vbench_long.rows, where they are at home, comes with torch; a test compares.
-Dimension = Literal[
-    "subject_consistency",
-    "background_consistency",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-]
-
-
 class ScoringSection(Section):
     """Which scores are computed after (and while) videos are made. Free to change between starts of the same run."""
 
-    suite: Literal["preview", "vbench_long", "none"] = "preview"
-    """preview: training-free measures, not VBench. vbench_long: the six dimensions of VBench-Long. none: no scoring."""
-    mode: Literal["direct", "compat"] = "direct"
+    suite: Annotated[str, AfterValidator(check_name)] = "preview"
+    """preview: training-free measures, not VBench. vbench_long: the six dimensions of VBench-Long. none: no scoring.
+    ``package.module:Suite``: a suite of your own."""
+    settings: dict[str, Any] = {}
+    """Settings of a suite of your own, checked against its ``Settings``."""
+    mode: Mode = "direct"
     """vbench_long: direct cuts clips from the decoded frames, compat re-encodes them as the official splitter does.
     Each has its own folder and tables; only compat stands beside published numbers."""
-    dimensions: list[Dimension] = Field(default=list(get_args(Dimension)), min_length=1)
+    dimensions: list[DimensionName] = Field(default=list(DIMENSION_NAMES), min_length=1)
     """vbench_long: which dimensions; those added later are scored in addition."""
     weights: Address | None = None
     """vbench_long: folder with the networks' official files, laid out as VBench's own cache; None looks into the caches
@@ -405,10 +399,19 @@ class ScoringSection(Section):
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs that each scoring worker reserves; of vbench_long also its torch threads, rounded down."""
     gpus_per_worker: float = Field(default=0, ge=0)
-    """GPUs, or the share of one, that each worker of vbench_long reserves; 0 scores on the CPU."""
+    """GPUs, or the share of one, that each worker of a suite with networks (vbench_long) reserves; 0 scores on the
+    CPU."""
     during_generation: bool = True
     """Score what is committed while rollouts go on, on CPUs and GPUs that no rollout holds; what is left is scored at
     the end."""
+
+    @field_validator("settings")
+    @classmethod
+    def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, setting in value.items():
+            if isinstance(setting, str) and holds_credentials(setting):
+                raise ValueError(f"{key} holds {_CREDENTIALS}")
+        return value
 
     @field_validator("gpus_per_worker")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from lrag_ray.config.load import check_suite
 from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.problems import raise_problems, translate
 from lrag_ray.config.schema import EngineSection, ScoringSection, Section, StorageSection
@@ -37,5 +38,5 @@ def videos_config(overrides: Sequence[str]) -> VideosConfig:
     except ValidationError as error:
         raise_problems(document, translate(error, VideosConfig), refused)
         raise
-    raise_problems(document, [], refused)
+    raise_problems(document, check_suite(document.data), refused)
     return config

@@ -27,17 +27,11 @@ from lrag_ray.conformance.vbench_frames import (
     source_of,
     videos_of,
 )
-from lrag_ray.scoring.vbench_long import (
-    DIMENSIONS,
-    ClipScorer,
-    Dimension,
-    RowKey,
-    ScoreRow,
-    VideoSource,
-    aggregate,
-    dynamic_degree,
-    score_video,
-)
+from lrag_ray.scoring.vbench_long import dynamic_degree
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName
+from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.score import ClipScorer, VideoSource, score_video
 from lrag_ray.scoring.vbench_long.slow_fast import MAPPING
 
 UNIT = Bound(absolute=1e-5)
@@ -63,13 +57,13 @@ def cases(folder: Folder) -> list[GoldenCase]:
         GoldenCase(f"{record.path.stem} {name}", partial(_check, folder, record, name))
         for record in folder.records
         if recognises(record)
-        for name in DIMENSIONS
+        for name in DIMENSION_NAMES
         if name in record.content["dimensions"]
     ]
     return [*scores, *vbench_compat.cases(folder), *vbench_parts.cases(folder)]
 
 
-def _check(folder: Folder, record: Record, name: Dimension, sheet: Sheet) -> None:
+def _check(folder: Folder, record: Record, name: DimensionName, sheet: Sheet) -> None:
     if missing := missing_files(record):
         sheet.add("clips", "skip", missing)
         return
@@ -181,7 +175,7 @@ def _number(value: float) -> torch.Tensor:
 
 
 def _check_per_frame(
-    folder: Folder, record: Record, name: Dimension, scored: Mapping[str, ScoreRow], sheet: Sheet
+    folder: Folder, record: Record, name: DimensionName, scored: Mapping[str, ScoreRow], sheet: Sheet
 ) -> None:
     path = record.path.with_name(record.path.name.replace("golden", "per_frame", 1))
     lists = folder.record(path)
@@ -195,7 +189,7 @@ def _check_per_frame(
     sheet.close_all("per frame", pairs)
 
 
-def _rows(record: Record, video: str, name: Dimension) -> Iterator[ScoreRow]:
+def _rows(record: Record, video: str, name: DimensionName) -> Iterator[ScoreRow]:
     if is_in_memory(record):
         yield from score_video(
             VideoSource(source_of(record, video), video), networks(), dimensions=[name], early_stop=False

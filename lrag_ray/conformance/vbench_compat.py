@@ -24,12 +24,13 @@ from lrag_ray.conformance.vbench_frames import (
     source_of,
     videos_of,
 )
-from lrag_ray.scoring.vbench_long import ClipScorer, Dimension
 from lrag_ray.scoring.vbench_long.clips import Frame, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DimensionName
 from lrag_ray.scoring.vbench_long.reencode import reencode
+from lrag_ray.scoring.vbench_long.score import ClipScorer
 
-DIMENSION: Dimension = "motion_smoothness"
+DIMENSION: DimensionName = "motion_smoothness"
 REPEATABILITY = Bound(absolute=5e-4)
 """On the grainy clip two official runs were 1.0e-4 apart, and three encodes of the official encoder (PyAV 12.3) lay
 -0.2e-4 to 2.0e-4 from one of those, as ours do. What an encoder gets wrong at large shows in the frames."""

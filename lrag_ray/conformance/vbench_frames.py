@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.files import Record
-from lrag_ray.scoring.vbench_long import DIMENSIONS, NetworkName, Networks, RandomWeights, Weights
 from lrag_ray.scoring.vbench_long.clips import Frame, Span, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NetworkName
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+from lrag_ray.scoring.vbench_long.weights import Weights
 
 
 class GoldenClip(NamedTuple):
@@ -31,7 +35,7 @@ def recognises(record: Record) -> bool:
     return (
         record.holds("clips", "dimensions")
         and isinstance(record.content["dimensions"], dict)
-        and any("per_clip" in record.content["dimensions"].get(name, {}) for name in DIMENSIONS)
+        and any("per_clip" in record.content["dimensions"].get(name, {}) for name in DIMENSION_NAMES)
     )
 
 

@@ -26,9 +26,6 @@ from lrag_ray.conformance.vbench_frames import (
     videos_of,
 )
 from lrag_ray.scoring.vbench_long import (
-    NETWORKS,
-    NetworkName,
-    Networks,
     aesthetic_quality,
     background_consistency,
     motion_smoothness,
@@ -37,6 +34,8 @@ from lrag_ray.scoring.vbench_long import (
 from lrag_ray.scoring.vbench_long.clips import Frame, clip_length, spans
 from lrag_ray.scoring.vbench_long.dynamic_degree import sampling_interval
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NETWORKS, NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, pad_to_multiple
 from lrag_ray.scoring.vbench_long.raft import STRIDE
 from lrag_ray.scoring.vbench_long.slow_fast import CLIP_TO_CLIP_WEIGHT, IN_CLIP_WEIGHT, MAPPING, map_score

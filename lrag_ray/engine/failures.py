@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import NamedTuple
 
 from ray.exceptions import (
@@ -63,13 +64,21 @@ class Cause(NamedTuple):
 
 def explain(error: Exception) -> Cause:
     """Name what `ray.get` raised."""
-    raised = isinstance(error, RayTaskError)
+    return _cause(error, isinstance(error, RayTaskError), str(error))
+
+
+def explain_here(error: Exception) -> Cause:
+    """Name what a task raised, in the worker's own process."""
+    return _cause(error, True, "".join(traceback.format_exception(error)))
+
+
+def _cause(error: Exception, raised: bool, text: str) -> Cause:
     fix = _memory_fix(error.cause if isinstance(error, RayTaskError) else error)
     kind: FailureKind = "exception" if raised else "death"
     reason = first_line(error)
     if fix is not None:
         kind, reason = "out_of_memory", f"{reason} ({fix})"
-    return Cause(kind, raised, reason, redact(str(error)))
+    return Cause(kind, raised, reason, redact(text))
 
 
 def raised_at_start(error: Exception) -> bool:

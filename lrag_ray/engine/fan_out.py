@@ -1,7 +1,8 @@
-"""Items through Ray Data to workers: each once at a time, none waiting behind another, poison put aside.
+"""A stage's tasks through Ray Data: each once at a time, none waiting behind another.
 
-Ray Data by itself tries an item whose worker dies again for ever. A foreman (an actor that takes no CPU) counts how
-often each item was begun, and a worker that is handed one for the fourth time gives it up unread.
+Ray Data by itself repeats a task whose worker died forever. A supervisor (an actor that reserves nothing) keeps the
+attempt ledger that the actor pool keeps in the driver: exceptions are retried within `max_attempts`, deaths count from
+the third in a row without progress, and a task that exhausts its attempts is quarantined.
 """
 
 from __future__ import annotations
@@ -10,177 +11,230 @@ import logging
 import os
 import pickle
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lrag_ray.config.redaction import redact
-from lrag_ray.errors import ClusterError, LragError
+from lrag_ray.engine.attempts import AttemptLedger
+from lrag_ray.engine.failures import Cause, explain_here
+from lrag_ray.errors import ClusterError, StorageError
+from lrag_ray.events import (
+    AttemptFailed,
+    Event,
+    Listener,
+    StageAdvanced,
+    TaskFinished,
+    TaskStarted,
+    TaskYielded,
+    silent,
+)
+from lrag_ray.stages.spec import Outcome, Payload, Refused, Resources, Stage, StageName, Task, WorkerState, Yielded
+from lrag_ray.store.records import FailureRecord, new_attempt_id
 
-ATTEMPTS = 3
-"""Times that an item is begun before it is given up."""
-
-
-class Item(NamedTuple):
-    """Something to score."""
-
-    key: str
-    """What people call it; unique within a wave."""
-    payload: Any
-    """What the worker is handed."""
-
-
-class Result(NamedTuple):
-    """What became of an item."""
-
-    key: str
-    state: Literal["scored", "failed", "stopped"]
-    reason: str
-    """Why it failed, or empty."""
+Verdict = Literal["go", "died", "settled", "stop"]
+"""What a worker does with a task that it received: begin; report that the worker before it died; pass it on because
+nothing is left to do; pass it on because all work is to stop."""
 
 
-class Refused(Exception):  # noqa: N818 - a result, no error of the program
-    """Raised by a worker: this item cannot be scored, for this reason."""
-
-
-class Stopped(Exception):  # noqa: N818 - a result, no error of the program
-    """Raised by a worker that was told to stop before the item was done."""
-
-
-GoOn = Callable[[], bool]
-"""Whether a worker should go on; asked between the clips of a video."""
-Work = Callable[[Any, GoOn], None]
-"""Scores one payload and commits what it gives; ends early with Stopped where it should not go on."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many workers, and what each reserves."""
-
-    count: int
-    cpus: float
-    gpus: float = 0
-
-
-def room_for(workers: Workers, resources: Mapping[str, float]) -> int:
-    """How many such workers fit `resources` (CPU and GPU of a node, or of what is free)."""
-    cpus = resources.get("CPU", 0) / workers.cpus
-    gpus = resources.get("GPU", 0) / workers.gpus if workers.gpus else cpus
+def room_for(each: Resources, free: Mapping[str, float]) -> int:
+    """How many such workers fit into `free` (CPU and GPU)."""
+    cpus = free.get("CPU", 0) / each.cpus
+    gpus = free.get("GPU", 0) / each.gpus if each.gpus else cpus
     # Sums of shares such as 0.1 fall short of a whole by a rounding.
     return max(0, int(min(cpus, gpus) + 1e-6))
 
 
-class Foreman:
-    """Counts attempts and knows whether to go on; made into an actor by `FanOut`."""
+class _Open(NamedTuple):
+    """An attempt that has not ended."""
 
-    def __init__(self) -> None:
-        self._begun: dict[str, int] = {}
+    attempt: str
+    worker: str
+
+
+class Supervisor:
+    """Keeps the attempt ledger and the events of one fan-out; made into an actor by `FanOut`."""
+
+    def __init__(self, stage: StageName, max_attempts: int) -> None:
+        self._stage: StageName = stage
+        self._ledger = AttemptLedger(stage, max_attempts)
+        self._open: dict[str, _Open] = {}
+        self._settled: set[str] = set()
+        self._events: list[Event] = []
         self._stopped = False
 
-    def begin(self, key: str) -> int:
-        """How often the item was begun, this time included; 0 where all work is to stop."""
+    def begin(self, key: str, title: str, attempt: str, worker: str) -> Verdict:
+        """A worker wants to begin an attempt."""
+        if key in self._settled:
+            # Its worker died between the end of the task and the arrival of the answer.
+            return "settled"
+        if key in self._open:
+            return "died"
         if self._stopped:
-            return 0
-        self._begun[key] = self._begun.get(key, 0) + 1
-        return self._begun[key]
+            return "stop"
+        self._open[key] = _Open(attempt, worker)
+        self._events.append(TaskStarted(self._stage, title, attempt, worker))
+        return "go"
+
+    def died(self, key: str, title: str, progress: int | None) -> None:
+        """The worker of the open attempt died."""
+        lost = self._open.pop(key)
+        reason = f"{lost.worker} died (out of memory?)"
+        self._failed(key, self._ledger.failed(key, title, lost.attempt, Cause("death", False, reason, ""), progress))
+
+    def raised(self, key: str, title: str, cause: Cause) -> bool:
+        """The open attempt raised; returns whether the task is to be tried again."""
+        attempt = self._open.pop(key).attempt
+        self._failed(key, self._ledger.failed(key, title, attempt, cause))
+        return key not in self._settled
+
+    def ended(self, key: str, title: str, outcome: Outcome) -> None:
+        """The open attempt ended."""
+        attempt, worker = self._open.pop(key)
+        if isinstance(outcome, Refused):
+            self._failed(key, self._ledger.refused(key, title, attempt, outcome.reason))
+        elif isinstance(outcome, Yielded):
+            self._events.append(TaskYielded(self._stage, title, worker, outcome.reason))
+        else:
+            self._settled.add(key)
+            self._events.append(TaskFinished(self._stage, title, outcome))
 
     def stop(self) -> None:
         """Let workers stop at their next look."""
         self._stopped = True
 
-    def goes_on(self) -> bool:
-        """Whether nobody said stop."""
-        return not self._stopped
+    def stopped(self) -> bool:
+        """Whether to stop."""
+        return self._stopped
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _failed(self, key: str, failure: FailureRecord) -> None:
+        if failure.quarantined:
+            self._settled.add(key)
+        self._events.append(AttemptFailed(failure))
 
 
-class FanOut:
-    """One wave: iterate over it for the results, in the order in which they come. Needs Ray.
+class FanOut(Generic[Payload]):
+    """One wave of a stage's tasks on `workers` actors of Ray Data. Needs Ray."""
 
-    `make` makes what works on items: once per worker where `keep` (Ray actors, for what is expensive to load), else
-    once per item (Ray tasks). ClusterError where workers cannot start.
-    """
-
-    def __init__(self, items: Sequence[Item], make: Callable[[], Work], workers: Workers, *, keep: bool) -> None:
-        self._items, self._make, self._workers, self._keep = items, make, workers, keep
+    def __init__(
+        self, stage: Stage[Payload], workers: int, *, max_attempts: int = 3, listener: Listener = silent
+    ) -> None:
+        self._stage, self._workers, self._report = stage, workers, listener
         # On the driver's own node, so that it is not lost while the wave goes on.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
-        self._foreman = ray.remote(Foreman).options(**options).remote()
+        self._supervisor = ray.remote(Supervisor).options(**options).remote(stage.name, max_attempts)
 
     def stop(self) -> None:
-        """Have the workers put down what they are at; from any thread. The iteration then ends by itself soon."""
-        self._foreman.stop.remote()
+        """Have the workers stop at their next look; from any thread. `run` then ends by itself soon."""
+        self._supervisor.stop.remote()
 
-    def __iter__(self) -> Iterator[Result]:
+    def run(self, tasks: Sequence[Task[Payload]]) -> list[Task[Payload]]:
+        """Work through `tasks` once; returns those that were quarantined.
+
+        `listener` receives the events, in this thread and whenever a task ends. Raises ClusterError where workers
+        cannot start.
+        """
         import ray.data
 
-        rows = [{"key": item.key, "payload": pickle.dumps(item.payload)} for item in self._items]
-        workers = self._workers
-        resources = {"num_cpus": workers.cpus, "num_gpus": workers.gpus or None}
+        rows = [{"key": task.key, "task": pickle.dumps(task)} for task in tasks]
+        needs = self._stage.resources
+        quarantined: set[str] = set()
         with _quiet_ray_data():
-            dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            if self._keep:
-                # By default a second item would wait behind a busy worker.
-                actors = ray.data.ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=1)
-                arguments = (self._make, self._foreman)
-                results = dataset.map(_Actor, fn_constructor_args=arguments, compute=actors, **resources)
-            else:
-                make, foreman = self._make, self._foreman
-                tasks = ray.data.TaskPoolStrategy(size=workers.count)
-                results = dataset.map(lambda row: _attempt(make(), foreman, row), compute=tasks, **resources)
+            # By default a second task would wait behind a busy worker.
+            actors = ray.data.ActorPoolStrategy(size=self._workers, max_tasks_in_flight_per_actor=1)
+            dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                _DataWorker,
+                fn_constructor_args=(self._stage, self._supervisor),
+                compute=actors,
+                num_cpus=needs.cpus,
+                num_gpus=needs.gpus or None,
+            )
             try:
-                for row in results.iter_rows():
-                    yield Result(**row)
+                for done, _ in enumerate(dataset.iter_rows(), start=1):
+                    self._take_events(quarantined)
+                    self._report(StageAdvanced(self._stage.name, done, len(tasks)))
             except ray.exceptions.RayError as error:
-                # What an item does wrong is a result; this is a worker that cannot even start.
+                # What a task does wrong is in the ledger; this is a worker that cannot even start.
                 lines = str(error).strip().splitlines()
                 raise ClusterError(
-                    f"scoring workers cannot work: {redact(lines[-1] if lines else repr(error))}"
+                    f"{self._stage.name} workers cannot start: {redact(lines[-1] if lines else repr(error))}"
                 ) from error
             finally:
-                ray.kill(self._foreman)
+                ray.kill(self._supervisor)
+        return [task for task in tasks if task.title in quarantined]
+
+    def _take_events(self, quarantined: set[str]) -> None:
+        for event in ray.get(self._supervisor.take_events.remote()):
+            self._report(event)
+            if isinstance(event, AttemptFailed) and event.failure.quarantined:
+                quarantined.add(event.failure.task)
+                if (error := self._stage.ends_with(event.failure)) is not None:
+                    raise error
 
 
-class _Actor:
-    """Keeps one worker object for all its items."""
+class _DataHost:
+    """The place where a stage's worker runs, inside an actor of Ray Data."""
 
-    def __init__(self, make: Callable[[], Work], foreman: Any) -> None:
-        self._work = make()
-        self._foreman = foreman
+    def __init__(self, supervisor: Any) -> None:
+        self.name = f"worker-{ray.get_runtime_context().get_actor_id()[:8]}"
+        self._supervisor = supervisor
+
+    def must_leave(self) -> bool:
+        """Whether the wave is to stop."""
+        return bool(ray.get(self._supervisor.stopped.remote()))
+
+    def report(self, state: WorkerState) -> None:
+        """Waves show whole tasks only."""
+
+
+class _DataWorker:
+    """Sets a stage up and does one task at a time, with its retries."""
+
+    def __init__(self, stage: Stage[Any], supervisor: Any) -> None:
+        self._stage, self._supervisor = stage, supervisor
+        self._host = _DataHost(supervisor)
+        self._worker = stage.open(self._host)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        return _attempt(self._work, self._foreman, row)
+        task: Task[Any] = pickle.loads(row["task"])
+        while self._attempt(task):
+            pass
+        return {"key": task.key}
 
+    def _attempt(self, task: Task[Any]) -> bool:
+        """Make one attempt; returns whether there is to be another."""
+        supervisor, attempt = self._supervisor, new_attempt_id()
+        verdict: Verdict = ray.get(supervisor.begin.remote(task.key, task.title, attempt, self._host.name))
+        if verdict == "died":
+            ray.get(supervisor.died.remote(task.key, task.title, self._progress(task)))
+            return True
+        if verdict != "go":
+            return False
+        try:
+            outcome = self._worker.work(task.payload, attempt)
+        except Exception as error:  # noqa: BLE001 - recorded as this task's failed attempt; the others go on
+            again = bool(ray.get(supervisor.raised.remote(task.key, task.title, explain_here(error))))
+            if again and _gpu_is_lost():
+                # Everything after would fail in this process; Ray starts another one and hands it the task again.
+                os._exit(1)
+            return again
+        ray.get(supervisor.ended.remote(task.key, task.title, outcome))
+        return False
 
-def _attempt(work: Work, foreman: Any, row: dict[str, Any]) -> dict[str, str]:
-    key = row["key"]
-    attempt = ray.get(foreman.begin.remote(key))
-    if attempt == 0:
-        return Result(key, "stopped", "")._asdict()
-    if attempt > ATTEMPTS:
-        reason = f"its worker died {ATTEMPTS} times (out of memory?); it is tried again at the next start"
-        return Result(key, "failed", reason)._asdict()
-    try:
-        work(pickle.loads(row["payload"]), lambda: bool(ray.get(foreman.goes_on.remote())))
-    except Stopped:
-        return Result(key, "stopped", "")._asdict()
-    except Refused as refused:
-        return Result(key, "failed", str(refused))._asdict()
-    except LragError as error:
-        return Result(key, "failed", str(error))._asdict()
-    except Exception as error:  # noqa: BLE001 - told as this item's failure; the others go on
-        if attempt < ATTEMPTS and _gpu_is_lost():
-            # Everything after would fail in this process; Ray starts another one and hands it the item again.
-            os._exit(1)
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} ({place.filename.rpartition('/')[2]}:{place.lineno})"
-        return Result(key, "failed", redact(reason))._asdict()
-    return Result(key, "scored", "")._asdict()
+    def _progress(self, task: Task[Any]) -> int | None:
+        try:
+            return self._stage.progress(task)
+        except StorageError:
+            return None
 
 
 def _gpu_is_lost() -> bool:

@@ -24,7 +24,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.errors import LragError
 from lrag_ray.pipelines.plan import Plan, make_plan
-from lrag_ray.scoring.vbench_long.pending import check_weights
+from lrag_ray.scoring.registry import suite_of
 from lrag_ray.store.address import Storage
 from lrag_ray.video.mp4 import Mp4Writer, read_video
 from lrag_ray.weights.local import is_remote
@@ -173,15 +173,16 @@ def _weights(config: RunConfig) -> Iterator[Row]:
 
 def _scoring_networks(config: RunConfig) -> Iterator[Row]:
     """Whether every network that the suite would load has its file."""
-    scoring = config.scoring
-    if scoring.suite != "vbench_long":
+    suite = suite_of(config.scoring)
+    if suite is None:
         return
     try:
-        check_weights(scoring)
+        suite.check_weights()
     except LragError as error:
         yield Row("scoring networks", "fail", str(error))
     else:
-        yield Row("scoring networks", "ok", f"all files of {', '.join(scoring.dimensions)}")
+        needed = ", ".join(file.name for file in suite.weight_files() if file.needed)
+        yield Row("scoring networks", "ok", f"all files: {needed}" if needed else f"{suite.label} needs no files")
 
 
 def _storage(config: RunConfig) -> Row:

@@ -19,17 +19,11 @@ from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.sizing import PoolSize
 from lrag_ray.errors import INTERRUPTED, StorageError
-from lrag_ray.events import Event, Listener, RunPlanned, VideosScored, silent
+from lrag_ray.events import Listener, RunPlanned, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
-from lrag_ray.pipelines.scoring import (
-    check_scoring,
-    pending_scores,
-    refuse_without_room,
-    score_pending,
-    set_aside_damaged,
-)
+from lrag_ray.pipelines.scoring import RunScoring
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves
 from lrag_ray.report import build_report
@@ -85,36 +79,34 @@ class EvaluateJob(Job[RunOutcome]):
         super().__init__(run.storage, config.engine, listener)
         self._config = config
         self._run = run
-        self._videos_scored = 0
+        self._scoring = RunScoring(run, config.scoring, config.engine)
         self._pending = PendingRollouts([], [], 0, 0)
         for note in make_plan(config, prompts).notes:
             self.note(note)
         self._identity = build_identity(config, prompts)
         # Before anything is written: another user's run must not receive our lease.
         run.refuse_another_run(self._identity)
-        check_scoring(run, config)
+        self._scoring.check()
 
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
         self._prepare()
         with ExitStack() as cluster:
-            videos = pending_scores(self._run, self._config)
+            videos = self._scoring.pending()
             if self._pending.tasks or videos:
                 with self.stage("connect"):
                     cluster.enter_context(ray_session(self.engine))
                     probe_nodes(self._run, self._config, self.report)
-                    refuse_without_room(self._config)
+                    self._scoring.refuse_without_room()
             if self._pending.tasks:
                 self._roll_out(self._encode_prompts(self._pending.tasks))
-                videos = pending_scores(self._run, self._config)
+                videos = self._scoring.pending()
             if videos:
                 with self.stage("scoring", len(videos)):
-                    outcome = score_pending(self._run, self._config, self.report, items=videos)
-                self._videos_scored += outcome.scored
-                self.missing |= outcome.failures
+                    self._scoring.score(videos, self.report)
         with self.stage("report"):
-            made = build_report(self._run)
-        set_aside_damaged(self._run, self._config, made.data.scores.damaged, self.report)
+            made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
+        self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
 
     def outcome(self, exit_code: int) -> RunOutcome:
         """What was made and what was not."""
@@ -124,17 +116,11 @@ class EvaluateJob(Job[RunOutcome]):
             uri=self._run.uri,
             commits_total=self._pending.commits_total,
             commits_made=self._commits_made(exit_code),
-            videos_scored=self._videos_scored,
+            videos_scored=self.made["scoring"],
             failed=tuple(rollout for title, rollout in rollouts.items() if title in self.missing),
             missing=self.missing,
             seconds=self.seconds,
         )
-
-    def report(self, event: Event) -> None:
-        """Count what waves beside the rollouts have scored."""
-        if isinstance(event, VideosScored):
-            self._videos_scored += event.videos
-        super().report(event)
 
     def _prepare(self) -> None:
         """Check and grow the run directory, and find out what is open."""
@@ -212,5 +198,5 @@ class EvaluateJob(Job[RunOutcome]):
         return [task for task in tasks if task.title not in self.missing]
 
     def _roll_out(self, tasks: Sequence[Task[RolloutTask]]) -> None:
-        with scoring_waves(self._run, self._config, self.report) as relay:
+        with scoring_waves(self._run, self._config.scoring, self.engine, self.report) as relay:
             self.run_stage(RolloutStage.of(self._run, self._config), tasks, listener=relay)

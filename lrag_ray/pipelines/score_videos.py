@@ -1,40 +1,32 @@
-"""Score any videos with VBench-Long: everything that `lrag-ray score FOLDER` does is `score_videos`.
+"""Score videos outside a run: everything that `lrag-ray score FOLDER` does is `score_videos`.
 
 ::
 
-    TO/<mode>/<name of the video, hashed>/rows-<token>.parquet    see lrag_ray.scoring.vbench_long.parquet
-    TO/videos-<mode>.csv                                          one line per video and duration, written anew
+    TO/<mode>/…              scores, see the suite (lrag_ray.scoring.vbench_long.videos)
+    TO/videos-<mode>.csv     one line per video and duration, written anew
+    TO/failures/…            why videos could not be scored
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from typing import Any
 
-from lrag_ray.config.schema import ScoringSection
+from lrag_ray.config.paths import with_absolute_weights
+from lrag_ray.config.schema import EngineSection, ScoringSection
 from lrag_ray.config.videos import VideosConfig
-from lrag_ray.engine.fan_out import FanOut, Item
 from lrag_ray.engine.session import ray_session
-from lrag_ray.errors import INTERRUPTED, ConfigError
-from lrag_ray.events import Listener, Notice, StageBegan, StageEnded, silent
-from lrag_ray.pipelines.scoring import ScoringOutcome, collect, each_worker, worker_count
+from lrag_ray.errors import ConfigError
+from lrag_ray.events import Listener, silent
+from lrag_ray.pipelines.job import Job
+from lrag_ray.pipelines.scoring import as_tasks, score_tasks, scoring_stage
 from lrag_ray.pipelines.video_list import ListedVideo, VideoList, list_videos
 from lrag_ray.report.csv_text import csv_text
+from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
-from lrag_ray.scoring.vbench_long.aggregate import Aggregate, aggregate
-from lrag_ray.scoring.vbench_long.measures import vbench_long
-from lrag_ray.scoring.vbench_long.networks import Networks
-from lrag_ray.scoring.vbench_long.parquet import is_untrained
-from lrag_ray.scoring.vbench_long.pending import check_weights, last_file, refuse_mixture
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Mode, ScoreRow
-from lrag_ray.scoring.vbench_long.score import IN_CLIP_NETWORKS, SLOW_NETWORKS
-from lrag_ray.scoring.vbench_long.weights import WeightFiles
-from lrag_ray.scoring.vbench_long.worker import RANDOM, VbenchTask, VbenchWork, prefix_frames, read_row_files
+from lrag_ray.scoring.registry import suite_of
+from lrag_ray.scoring.suite import LooseVideo, LooseVideoSuite, VideoReader
 from lrag_ray.store.address import Storage
 
 
@@ -83,10 +75,10 @@ class VideoScores:
     exit_code: int
     """0 all done, 1 some videos have no score or miss a dimension, 130 interrupted."""
     to: str
-    mode: Mode
+    mode: str
     csv: str
     """Name of the table in `to`."""
-    dimensions: Sequence[Dimension]
+    dimensions: Sequence[str]
     untrained: bool
     """The networks had random weights: the numbers mean nothing."""
     videos_scored: int
@@ -104,110 +96,96 @@ def score_videos(
     *,
     manifest: str | None = None,
     to: str | None = None,
-    progress: Listener = silent,
+    listener: Listener = silent,
 ) -> VideoScores:
     """Score the videos at `target` (folder, file, glob, or address of a bucket) into the folder or address `to`.
 
-    The same call continues: rows are there as soon as a few clips are done. Raises UsageError for a target or manifest
-    that cannot be used; ConfigError for another suite than vbench_long; WeightsError; StorageError; ClusterError.
+    The same call continues: rows are stored as soon as a few clips are done. Raises UsageError for a target or manifest
+    that cannot be used; ConfigError for a suite that scores runs only; WeightsError; StorageError; ClusterError.
     """
-    began = time.monotonic()
-    scoring = config.scoring
-    if scoring.suite != "vbench_long":
-        raise ConfigError(f"scoring.suite is {scoring.suite}, but videos outside a run are scored with vbench_long")
-    if scoring.controls:
-        raise ConfigError("scoring.controls belong to runs: other videos say nothing of their first method")
-    if scoring.weights is not None and scoring.weights != RANDOM:
-        scoring = scoring.model_copy(update={"weights": str(Path(scoring.weights).absolute())})
-        config = config.model_copy(update={"scoring": scoring})
+    scoring = with_absolute_weights(config.scoring)
+    suite = suite_of(scoring)
+    if not isinstance(suite, LooseVideoSuite):
+        raise ConfigError(
+            f"scoring.suite is {scoring.suite}, which does not score videos outside a run: use vbench_long"
+        )
+    suite.check_weights()
     listed = list_videos(target, manifest, config.storage)
-    check_weights(scoring)
-    for note in listed.notes:
-        progress(Notice(note, warning=True))
-    out = Storage(to or f"scores-{scoring.suite}", config.storage)
+    out = Storage(to or f"scores-{suite.name}", config.storage)
     out.probe()
-    refuse_mixture(out, scoring.mode, scoring)
-    exit_code, outcome = 0, ScoringOutcome(0, {})
-    try:
-        outcome = _score(listed, config, out, progress)
-    except KeyboardInterrupt:
-        progress(Notice("interrupted; the same command continues", warning=True))
-        exit_code = INTERRUPTED
-    rows = read_row_files(out, out.list_files(scoring.mode))
-    by_video: dict[str, list[ScoreRow]] = {}
-    for row in (row for found in rows.values() for row in found):
-        by_video.setdefault(row.video, []).append(row)
-    groups, videos = _results(listed.videos, by_video, scoring.dimensions, outcome.failures)
-    table = f"videos-{scoring.mode}.csv"
-    out.write(table, _csv(videos, scoring.dimensions).encode())
-    failed = {f"{v.path}" + (f" at {v.duration_s:g} s" if v.duration_s else ""): v.reason for v in videos if v.reason}
-    return VideoScores(
-        exit_code=exit_code or int(bool(failed)),
-        to=out.uri,
-        mode=scoring.mode,
-        csv=table,
-        dimensions=scoring.dimensions,
-        untrained=any(is_untrained(row) for video in listed.videos for row in by_video.get(_identity(video), ())),
-        videos_scored=outcome.scored,
-        groups=groups,
-        videos=videos,
-        failed=failed,
-        seconds=time.monotonic() - began,
-    )
+    suite.check_videos(out)
+    return ScoreVideosJob(scoring, config.engine, suite, listed, out, listener).start()
 
 
-def _score(listed: VideoList, config: VideosConfig, out: Storage, progress: Listener) -> ScoringOutcome:
-    scoring = config.scoring
-    present = out.list_files(scoring.mode)
-    tasks = [_task(video, scoring.mode, scoring.dimensions) for video in listed.videos if video.stamp]
-    items = [Item(task.name, task) for task in tasks if f"{task.folder}/{task.last_file}" not in present]
-    missing = {video.name: video.problem for video in listed.videos if not video.stamp}
-    if not items:
-        return ScoringOutcome(0, missing)
-    _check_that_networks_load(scoring)
-    with ray_session(config.engine):
-        began = time.monotonic()
-        progress(StageBegan("scoring", len(items)))
-        make = partial(VbenchWork, out, listed.storage, scoring)
-        count = min(len(items), worker_count(scoring, config.engine, progress))
-        outcome = collect(FanOut(items, make, each_worker(scoring, count), keep=True), len(items), progress)
-        progress(StageEnded("scoring", time.monotonic() - began))
-    return replace(outcome, failures=missing | outcome.failures)
+class ScoreVideosJob(Job[VideoScores]):
+    """One start of scoring videos outside a run."""
+
+    def __init__(
+        self,
+        scoring: ScoringSection,
+        engine: EngineSection,
+        suite: LooseVideoSuite[Any],
+        listed: VideoList,
+        out: Storage,
+        listener: Listener,
+    ) -> None:
+        super().__init__(out, engine, listener)
+        self._scoring = scoring
+        self._suite = suite
+        self._listed = listed
+        for note in listed.notes:
+            self.warn(note)
+
+    def do(self) -> None:
+        """Score what is pending."""
+        scoring, listed = self._scoring, self._listed
+        self.missing |= {video.name: video.problem for video in listed.videos if not video.stamp}
+        videos = [loose(video) for video in listed.videos if video.stamp]
+        tasks = as_tasks(self._suite.pending_videos(videos, self.storage))
+        if not tasks:
+            return
+        # A file that is damaged or a different one is reported once, not by every worker for every video.
+        loaded: set[str] = set()
+        for file in self._suite.weight_files():
+            if file.needed and file.name not in loaded:
+                loaded |= set(self._suite.check_loads(file.name))
+        stage = scoring_stage(self._suite, self.storage, listed.storage, scoring)
+        with ray_session(self.engine), self.stage("scoring", len(tasks)):
+            score_tasks(stage, tasks, scoring, self.engine, self.report)
+
+    def outcome(self, exit_code: int) -> VideoScores:
+        """What is stored, of this start and earlier ones."""
+        suite, listed = self._suite, self._listed.videos
+        reader = suite.read_videos(self.storage)
+        groups, videos = _results(listed, reader, suite.measures, self.missing)
+        name = f"videos{f'-{suite.mode}' if suite.mode else ''}.csv"
+        self.storage.write(name, _csv(videos, suite.measures).encode())
+        failed = {v.path + (f" at {v.duration_s:g} s" if v.duration_s else ""): v.reason for v in videos if v.reason}
+        return VideoScores(
+            # A video may also be missing some measures, or be missing since an earlier start.
+            exit_code=exit_code or int(bool(failed)),
+            to=self.storage.uri,
+            mode=suite.mode,
+            csv=name,
+            dimensions=[measure.name for measure in suite.measures],
+            untrained=reader.untrained([loose(video) for video in listed]),
+            videos_scored=self.made["scoring"],
+            groups=groups,
+            videos=videos,
+            failed=failed,
+            seconds=self.seconds,
+        )
 
 
-def _check_that_networks_load(scoring: ScoringSection) -> None:
-    """WeightsError for a file that is damaged or another one: told once, not by every worker for every video."""
-    if scoring.weights == RANDOM:
-        return
-    networks = Networks(WeightFiles(Path(scoring.weights) if scoring.weights else None))
-    for dimension in scoring.dimensions:
-        for name in (*IN_CLIP_NETWORKS[dimension], *SLOW_NETWORKS.get(dimension, ())):
-            networks.build(name)
-
-
-def _identity(video: ListedVideo) -> str:
-    return f"{video.name}@{video.stamp}"
-
-
-def _task(video: ListedVideo, mode: str, dimensions: Sequence[Dimension]) -> VbenchTask:
-    identity = _identity(video)
-    # The longest duration is the whole file.
-    prefixes = video.durations_s[:-1]
-    return VbenchTask(
-        path=video.path,
-        name=video.name,
-        sha256=None,
-        video=identity,
-        folder=f"{mode}/{hashlib.sha256(identity.encode()).hexdigest()[:20]}",
-        last_file=last_file(identity, prefixes, dimensions),
-        durations_s=prefixes,
-    )
+def loose(video: ListedVideo) -> LooseVideo:
+    """A listed video as suites know it."""
+    return LooseVideo(video.path, video.name, f"{video.name}@{video.stamp}", video.durations_s)
 
 
 def _results(
     videos: Sequence[ListedVideo],
-    rows: Mapping[str, Sequence[ScoreRow]],
-    dimensions: Sequence[Dimension],
+    reader: VideoReader,
+    measures: Sequence[Measure],
     failures: Mapping[str, str],
 ) -> tuple[list[GroupResult], list[VideoResult]]:
     grouped: dict[tuple[str, float | None, str], list[ListedVideo]] = {}
@@ -216,11 +194,8 @@ def _results(
             grouped.setdefault((video.labels.backbone, duration_s, video.labels.method), []).append(video)
     groups, results, scored = [], [], []
     for (backbone, duration_s, method), members in grouped.items():
-        found = _aggregated(members, duration_s, rows, dimensions)
-        spans = Counter(video for video, _ in {(clip.video, clip.span) for clip in found.clips})
-        reasons: dict[str, dict[str, str]] = {}
-        for gone in found.unscored:
-            reasons.setdefault(gone.video, {})[gone.dimension] = gone.reason
+        own = {video.name: loose(video) for video in members}
+        found = reader.at(list(own.values()), duration_s)
         made = [
             VideoResult(
                 path=video.name,
@@ -229,9 +204,9 @@ def _results(
                 prompt=video.labels.prompt,
                 sample=video.labels.sample,
                 duration_s=duration_s,
-                clips=spans[_identity(video)],
-                scores=_unit(found.per_video.get(_identity(video), {})),
-                reason=_reason(reasons.get(_identity(video), {}), failures.get(video.name)),
+                clips=found.clips.get(own[video.name].identity, 0),
+                scores=found.per_video.get(own[video.name].identity, {}),
+                reason=_reason(found.missing.get(own[video.name].identity, {}), failures.get(video.name)),
             )
             for video in members
         ]
@@ -241,29 +216,7 @@ def _results(
         means = (found.mean_over_clips, found.mean_of_video_means)
         groups.append(GroupResult(backbone, duration_s, method, len(ready), clips, *means, None, 0))
         scored += ready
-    return _ranked(groups, scored, dimensions), results
-
-
-def _aggregated(
-    videos: Iterable[ListedVideo],
-    duration_s: float | None,
-    rows: Mapping[str, Sequence[ScoreRow]],
-    dimensions: Sequence[Dimension],
-) -> Aggregate:
-    frames, own = {}, []
-    for video in videos:
-        identity = _identity(video)
-        found = [row for row in rows.get(identity, ()) if row.dimension in dimensions or row.kind == "failure"]
-        own += found
-        prefix = duration_s if duration_s in video.durations_s[:-1] else None
-        # 0 stands for as far as the clips go.
-        frames[identity] = prefix_frames(prefix, found[0].fps) if prefix and found else 0
-    return aggregate(own, frames)
-
-
-def _unit(scores: Mapping[str, float]) -> dict[str, float]:
-    """All dimensions on 0..1."""
-    return {name: value / 100 if name == "imaging_quality" else value for name, value in scores.items()}
+    return _ranked(groups, scored, measures), results
 
 
 def _reason(missing: Mapping[str, str], failure: str | None) -> str:
@@ -275,10 +228,9 @@ def _reason(missing: Mapping[str, str], failure: str | None) -> str:
 
 
 def _ranked(
-    groups: Sequence[GroupResult], videos: Sequence[VideoResult], dimensions: Sequence[Dimension]
+    groups: Sequence[GroupResult], videos: Sequence[VideoResult], measures: Sequence[Measure]
 ) -> list[GroupResult]:
     """Average ranks where the manifest names methods and prompts."""
-    measures = vbench_long("direct", dimensions).measures
     methods = list(dict.fromkeys(group.method for group in groups))
     if len(methods) < 2 or not all(video.prompt for video in videos):
         return list(groups)
@@ -301,9 +253,9 @@ def _milliseconds(duration_s: float | None) -> int:
     return round((duration_s or 0) * 1000)
 
 
-def _csv(videos: Sequence[VideoResult], dimensions: Sequence[Dimension]) -> str:
+def _csv(videos: Sequence[VideoResult], measures: Sequence[Measure]) -> str:
     labels = ("path", "method", "backbone", "prompt", "sample", "duration_s", "clips")
-    names = [name for name in DIMENSIONS if name in dimensions]
+    names = [measure.name for measure in measures]
     rows = (
         {label: getattr(video, label) for label in (*labels, "reason")}
         | {name: video.scores[name] for name in names if name in video.scores}

@@ -1,144 +1,144 @@
-"""One wave of scoring over a run, whatever the suite.
+"""Scoring by the configured suite: what is pending, how many workers, one wave.
 
-`score_pending` may be called while generation goes on (from a thread of the driver, with a `Wave`) and is called once
-more at the end.
+`RunScoring.score` may be called while generation goes on (from a thread of the driver, see `lrag_ray.pipelines.waves`)
+and is called once more at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
-from lrag_ray.config.schema import EngineSection, RunConfig, ScoringSection
-from lrag_ray.engine.fan_out import FanOut, Item, Work, Workers
+from lrag_ray.config.schema import EngineSection, ScoringSection
+from lrag_ray.engine.fan_out import FanOut
 from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError
-from lrag_ray.events import Listener, Notice, StageAdvanced, silent
-from lrag_ray.scoring.preview import worker as preview
-from lrag_ray.scoring.preview.measures import PREVIEW
-from lrag_ray.scoring.vbench_long import pending as vbench
-from lrag_ray.scoring.vbench_long.parquet import folder
-from lrag_ray.scoring.vbench_long.worker import VbenchWork
+from lrag_ray.events import Listener, Notice, silent
+from lrag_ray.scoring.registry import suite_of
+from lrag_ray.scoring.scores import Scores
+from lrag_ray.scoring.suite import ScoringTask, Suite
+from lrag_ray.stages.scoring import ScoringStage
+from lrag_ray.stages.spec import Resources, Task
+from lrag_ray.store.address import Storage
 from lrag_ray.store.rollouts import RolloutRun
 
 
-@dataclass(frozen=True)
-class ScoringOutcome:
-    """What one wave did."""
+class RunScoring:
+    """Scoring of a run."""
 
-    scored: int
-    """Videos that got values."""
-    failures: dict[str, str]
-    """Reason by video, for broken ones (recorded) and for other trouble (tried again in the next wave)."""
+    def __init__(self, run: RolloutRun, scoring: ScoringSection, engine: EngineSection) -> None:
+        self.run = run
+        self.suite = suite_of(scoring)
+        """None where scoring is off."""
+        self._scoring = scoring
+        self._engine = engine
 
+    def check(self) -> None:
+        """WeightsError or ConfigError, before anything is computed, for what would keep the suite from scoring."""
+        if self.suite is not None:
+            self.suite.check_stored(self.run.storage)
+            self.suite.check_weights()
 
-@dataclass(frozen=True)
-class Wave:
-    """A wave beside rollouts: small, on what they leave free, and stopped when they are done."""
+    def refuse_without_room(self) -> None:
+        """ClusterError where no scoring worker will ever find a place. Needs Ray."""
+        if self.suite is not None:
+            worker_count(self._stage(self.suite).resources, self._scoring, self._engine, silent)
 
-    workers: int
-    """At most so many."""
-    videos: int
-    """At most so many."""
-    began: Callable[[FanOut], None]
-    """Told what to stop."""
-    without: Container[str] = ()
-    """Items, by key, that it leaves to the last wave."""
+    def resources(self) -> Resources:
+        """What each worker reserves."""
+        assert self.suite is not None, "nothing reserves resources where scoring is off"
+        return self._stage(self.suite).resources
 
+    def pending(self, *, settled: bool = False) -> list[Task[Any]]:
+        """What is committed and not scored; with `settled` what no later commit of its rollout will replace.
 
-def check_scoring(run_dir: RolloutRun, config: RunConfig) -> None:
-    """WeightsError or ConfigError, before anything is computed, for what would keep the suite from scoring."""
-    if config.scoring.suite == "vbench_long":
-        vbench.refuse_mixture(run_dir.storage, folder(config.scoring.mode), config.scoring)
-        vbench.check_weights(config.scoring)
+        Raises StorageError if the run cannot be listed.
+        """
+        return as_tasks(self.suite.pending(self.run, settled=settled)) if self.suite is not None else []
 
+    def score(
+        self,
+        tasks: Sequence[Task[Any]],
+        listener: Listener = silent,
+        *,
+        most_workers: int | None = None,
+        began: Callable[[FanOut[Any]], None] = lambda _: None,
+    ) -> list[Task[Any]]:
+        """Score `tasks`; returns the quarantined ones. Needs a running Ray; starts nothing without work.
 
-def refuse_without_room(config: RunConfig) -> None:
-    """ClusterError where no scoring worker will ever find a place. Needs Ray."""
-    if config.scoring.suite != "none":
-        worker_count(config.scoring, config.engine, silent)
-
-
-def pending_scores(run_dir: RolloutRun, config: RunConfig, *, settled: bool = False) -> Sequence[Item]:
-    """What is committed and not scored; with `settled` what no later commit of its rollout will replace.
-
-    Raises StorageError if the run cannot be listed.
-    """
-    match config.scoring.suite:
-        case "none":
+        `began` receives what can be stopped. Raises ClusterError where no node has room for a worker.
+        """
+        if self.suite is None:
             return []
-        case "preview":
-            return preview.pending_items(run_dir)
-        case "vbench_long":
-            return vbench.pending_items(run_dir, config, settled=settled)
+        stage = self._stage(self.suite)
+        return score_tasks(stage, tasks, self._scoring, self._engine, listener, most_workers=most_workers, began=began)
+
+    def set_aside_damaged(self, damaged: Collection[str], listener: Listener = silent) -> dict[str, str]:
+        """Rename score files of the suite that cannot be read, so that the next start scores their videos again.
+
+        Reports each, and returns what was reported by path.
+        """
+        suite = self.suite
+        if suite is None:
+            return {}
+        found = {path: "it cannot be read" for path in damaged if path.startswith(f"{suite.folder}/")}
+        if found:
+            behind = suite.files_behind(self.run, found) - found.keys()
+            found |= dict.fromkeys(behind, "another file of the same video cannot be read")
+        for path, reason in found.items():
+            found[path] = f"{reason}; kept as {self.run.set_aside(path)}, and the same command scores what is missing"
+            listener(Notice(f"{path}: {found[path]}", warning=True))
+        return found
+
+    def missing(self, shown: Suite[Any], scores: Scores, listener: Listener = silent) -> dict[str, str]:
+        """What a report of the suite `shown` finds missing of this one's `scores`, with the reason, by path.
+
+        Score files that cannot be read are set aside.
+        """
+        if self.suite is None or shown.folder != self.suite.folder:
+            return {}
+        return scores.failures | self.set_aside_damaged(scores.damaged, listener)
+
+    def _stage(self, suite: Suite[Any]) -> ScoringStage:
+        return scoring_stage(suite, self.run.storage, self.run.storage, self._scoring)
 
 
-def set_aside_damaged(
-    run_dir: RolloutRun, config: RunConfig, damaged: Collection[str], progress: Listener = silent
-) -> dict[str, str]:
-    """Rename score files of the configured suite that cannot be read, so that the next start scores their videos again.
-
-    Says so of each, and returns it by path.
-    """
-    is_vbench = config.scoring.suite == "vbench_long"
-    place = folder(config.scoring.mode) if is_vbench else PREVIEW.folder
-    told = {path: "it cannot be read" for path in damaged if path.startswith(f"{place}/")}
-    if told and is_vbench:
-        behind = vbench.files_behind(run_dir, config, told) - told.keys()
-        told |= dict.fromkeys(behind, "another file of the same video cannot be read")
-    for path, reason in told.items():
-        told[path] = f"{reason}; kept as {run_dir.set_aside(path)}, and the same command scores what is missing"
-        progress(Notice(f"{path}: {told[path]}", warning=True))
-    return told
+def scoring_stage(suite: Suite[Any], rows: Storage, videos: Storage | None, scoring: ScoringSection) -> ScoringStage:
+    """The stage with the resources of the configuration."""
+    return ScoringStage(suite, rows, videos, scoring.cpus_per_worker, scoring.gpus_per_worker)
 
 
-def score_pending(
-    run_dir: RolloutRun,
-    config: RunConfig,
-    progress: Listener = silent,
+def as_tasks(pending: Sequence[ScoringTask]) -> list[Task[Any]]:
+    """What a suite says is pending, as tasks of the stage."""
+    return [Task(key=task.name, payload=task.payload, order=order) for order, task in enumerate(pending)]
+
+
+def score_tasks(
+    stage: ScoringStage,
+    tasks: Sequence[Task[Any]],
+    scoring: ScoringSection,
+    engine: EngineSection,
+    listener: Listener,
     *,
-    items: Sequence[Item] | None = None,
-    wave: Wave | None = None,
-) -> ScoringOutcome:
-    """Score `items`, or everything that is pending. Needs a running Ray; starts nothing without work.
+    most_workers: int | None = None,
+    began: Callable[[FanOut[Any]], None] = lambda _: None,
+) -> list[Task[Any]]:
+    """One fan-out over `tasks`; see `RunScoring.score`."""
+    if not tasks:
+        return []
+    count = worker_count(stage.resources, scoring, engine, listener)
+    workers = min(count, len(tasks), most_workers or count)
+    fan_out = FanOut(stage, workers, max_attempts=engine.max_attempts, listener=listener)
+    began(fan_out)
+    return fan_out.run(tasks)
 
-    Raises:
-        StorageError: the run cannot be listed. Trouble with a single video is in the outcome instead.
-        ClusterError: no node of this machine's cluster has room for a worker.
+
+def worker_count(each: Resources, scoring: ScoringSection, engine: EngineSection, listener: Listener) -> int:
+    """How many workers to have: what the configuration says, otherwise as many as fit the cluster. Needs Ray.
+
+    Raises ClusterError where not one fits and no node can join; where one can, that is reported and waited for.
     """
-    if items is None:
-        items = pending_scores(run_dir, config, settled=wave is not None)
-    if wave is not None:
-        items = [item for item in items if item.key not in wave.without][: wave.videos]
-    if not items:
-        return ScoringOutcome(0, {})
-    count = worker_count(config.scoring, config.engine, progress)
-    workers = each_worker(config.scoring, min(count, len(items), wave.workers if wave else count))
-    fan_out = FanOut(items, _maker(run_dir, config), workers, keep=config.scoring.suite == "vbench_long")
-    if wave is not None:
-        wave.began(fan_out)
-    return collect(fan_out, len(items), progress)
-
-
-def collect(fan_out: FanOut, total: int, progress: Listener) -> ScoringOutcome:
-    """Iterate to the end."""
-    scored, failures = 0, {}
-    for done, result in enumerate(fan_out, start=1):
-        scored += result.state == "scored"
-        if result.state == "failed":
-            failures[result.key] = result.reason
-        progress(StageAdvanced("scoring", done, total))
-    return ScoringOutcome(scored, failures)
-
-
-def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Listener) -> int:
-    """How many workers to have: what the configuration says, else as many as fit the cluster. Needs Ray.
-
-    Raises ClusterError where not one fits and no node can join; where one can, that is told and waited for.
-    """
-    each = each_worker(scoring)
-    shape, nodes = WorkerShape(each.cpus, each.gpus), usable_nodes(draining_nodes())
+    shape, nodes = WorkerShape(*each), usable_nodes(draining_nodes())
     fit = sum(map(shape.slots, nodes))
     if fit == 0:
         text = (
@@ -146,17 +146,6 @@ def worker_count(scoring: ScoringSection, engine: EngineSection, progress: Liste
             "(scoring.cpus_per_worker, scoring.gpus_per_worker)"
         )
         if cannot_grow(engine.address, nodes):
-            raise ClusterError(f"{text}, and this machine gets no larger. Set them to what it has")
-        progress(Notice(f"{text}. Waiting for one", warning=True))
+            raise ClusterError(f"{text}, and this machine cannot scale up. Set them to what it has")
+        listener(Notice(f"{text}. Waiting for one", warning=True))
     return scoring.workers or max(1, fit)
-
-
-def each_worker(scoring: ScoringSection, count: int = 1) -> Workers:
-    """What one worker reserves: the preview suite knows no GPU."""
-    return Workers(count, scoring.cpus_per_worker, scoring.gpus_per_worker if scoring.suite == "vbench_long" else 0)
-
-
-def _maker(run_dir: RolloutRun, config: RunConfig) -> Callable[[], Work]:
-    if config.scoring.suite == "vbench_long":
-        return partial(VbenchWork, run_dir.storage, run_dir.storage, config.scoring)
-    return partial(preview.PreviewWork, run_dir.storage)

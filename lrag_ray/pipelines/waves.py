@@ -6,8 +6,8 @@ wave cannot do is left to the last one: nothing that happens here ends the run.
 
 Example::
 
-    with scoring_waves(run, config, progress) as relay:
-        run_rollouts(config, run, items, relay)
+    with scoring_waves(run, config.scoring, config.engine, listener) as relay:
+        job.run_stage(rollouts, tasks, listener=relay)
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
 from lrag_ray.config.redaction import redact
-from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.schema import EngineSection, ScoringSection
 from lrag_ray.engine.fan_out import FanOut, room_for
 from lrag_ray.errors import LragError
 from lrag_ray.events import (
@@ -33,10 +34,10 @@ from lrag_ray.events import (
     TaskFinished,
     TaskStarted,
     TaskYielded,
-    VideosScored,
     WorkerLost,
 )
-from lrag_ray.pipelines.scoring import Wave, each_worker, score_pending
+from lrag_ray.pipelines.scoring import RunScoring
+from lrag_ray.scoring.registry import NONE
 from lrag_ray.store.rollouts import RolloutRun
 
 FIRST_AFTER_S = 30.0
@@ -50,22 +51,26 @@ _HALT_WITHIN_S = 10.0
 
 
 @contextmanager
-def scoring_waves(run: RolloutRun, config: RunConfig, progress: Listener) -> Iterator[Listener]:
-    """Score in the background for the time of the block; the yielded receiver must get the events of the rollouts.
+def scoring_waves(
+    run: RolloutRun, scoring: ScoringSection, engine: EngineSection, listener: Listener
+) -> Iterator[Listener]:
+    """Score in the background for the time of the block; the yielded listener must get the events of the rollouts.
 
-    It passes them on, after what waves have to tell: `progress` is called in the caller's thread only.
+    It passes them on, after what waves have to report: `listener` is called in the caller's thread only.
     """
-    if config.scoring.suite == "none" or not config.scoring.during_generation:
-        yield progress
+    if scoring.suite == NONE or not scoring.during_generation:
+        yield listener
         return
-    waves = _Waves(run, config, progress)
-    waves.start()
+    # A client of its own: the driver's is used by the driver's thread meanwhile.
+    own_run = RolloutRun(run.storage.address, run.storage.options)
+    background = _BackgroundScoring(RunScoring(own_run, scoring, engine), engine, listener)
+    background.start()
     try:
-        yield waves.relay
+        yield background.relay
     except BaseException:
-        waves.stop(_HALT_WITHIN_S)
+        background.stop(_HALT_WITHIN_S)
         raise
-    waves.stop(None)
+    background.stop(None)
 
 
 class RolloutWatch:
@@ -107,18 +112,22 @@ class RolloutWatch:
         self._busy = {worker: at for worker, at in self._busy.items() if at != task}
 
 
-class _Waves:
-    def __init__(self, run: RolloutRun, config: RunConfig, progress: Listener) -> None:
-        # A client of its own: the driver's is used by the driver's thread meanwhile.
-        self._run = RolloutRun(run.storage.address, run.storage.options)
-        self._config = config
-        self._progress = progress
+class _BackgroundScoring:
+    """The thread that begins waves."""
+
+    def __init__(self, scoring: RunScoring, engine: EngineSection, listener: Listener) -> None:
+        self._scoring = scoring
+        self._engine = engine
+        self._listener = listener
         self._watch = RolloutWatch()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._stopped = threading.Event()
-        self._fan_out: FanOut | None = None
-        self._given_up: set[str] = set()
-        self._told: set[str] = set()
+        self._fan_out: FanOut[Any] | None = None
+        self._failed: set[str] = set()
+        """Tasks that are left to the last wave."""
+        self._ended = 0
+        """Tasks that the present wave has finished or that were quarantined in it."""
+        self._reported: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="scoring-waves", daemon=True)
 
     def start(self) -> None:
@@ -126,13 +135,13 @@ class _Waves:
         self._thread.start()
 
     def relay(self, event: Event) -> None:
-        """Pass on what waves have to tell, then `event`."""
+        """Pass on what waves have to report, then `event`."""
         self._drain()
         self._watch.take(event)
-        self._progress(event)
+        self._listener(event)
 
     def stop(self, within_s: float | None) -> None:
-        """End the wave that is on; wait for its end, or only so long."""
+        """End the current wave; wait for its end, or only for this long."""
         self._stopped.set()
         if self._fan_out is not None:
             self._fan_out.stop()
@@ -141,7 +150,7 @@ class _Waves:
 
     def _drain(self) -> None:
         while not self._events.empty():
-            self._progress(self._events.get())
+            self._listener(self._events.get())
 
     def _work(self) -> None:
         next_s, seen, workers, videos = 0.0, -1, 0, 0
@@ -153,12 +162,12 @@ class _Waves:
             try:
                 workers = self._free_workers()
                 videos = workers * _VIDEOS_PER_WORKER
-                done = self._wave(Wave(workers, videos, self._began, self._given_up)) if workers else 0
+                done = self._wave(workers, videos) if workers else 0
             except LragError as error:
-                self._tell(f"videos cannot be scored yet: {error}")
+                self._warn(f"videos cannot be scored yet: {error}")
                 done = 0
-            except Exception as error:  # noqa: BLE001 - told; the last wave meets it again, where it ends the run
-                self._tell(redact(f"scoring beside the rollouts has ended: {type(error).__name__}: {error}"))
+            except Exception as error:  # noqa: BLE001 - reported; the last wave meets it again, where it ends the run
+                self._warn(redact(f"scoring beside the rollouts has ended: {type(error).__name__}: {error}"))
                 return
             if workers and done < videos:
                 # Nothing is left until another rollout is finished; a full wave has left some.
@@ -166,34 +175,40 @@ class _Waves:
             spent_s = time.monotonic() - now
             next_s = time.monotonic() + (EVERY_S if done else max(EVERY_S, spent_s / _LISTING_SHARE))
 
-    def _wave(self, wave: Wave) -> int:
-        outcome = score_pending(self._run, self._config, self._pass_on, wave=wave)
+    def _wave(self, workers: int, videos: int) -> int:
+        tasks = [task for task in self._scoring.pending(settled=True) if task.title not in self._failed][:videos]
+        self._ended = 0
+        self._scoring.score(tasks, self._pass_on, most_workers=workers, began=self._began)
         self._fan_out = None
-        for video, reason in outcome.failures.items():
-            self._given_up.add(video)
-            self._tell(f"{video} could not be scored: {reason}")
-        if outcome.scored:
-            self._events.put(VideosScored(outcome.scored))
-        return outcome.scored + len(outcome.failures)
+        return self._ended
 
     def _pass_on(self, event: Event) -> None:
-        # How far a wave is would be taken for how far the rollouts are.
-        if isinstance(event, Notice):
-            self._tell(event.text)
+        # How far a wave is would be taken for how far the rollouts are, and its workers for rollout workers.
+        match event:
+            case Notice():
+                self._warn(event.text)
+            case TaskFinished():
+                self._ended += 1
+                self._events.put(event)
+            case AttemptFailed(failure):
+                if failure.quarantined:
+                    self._ended += 1
+                    self._failed.add(failure.task)
+                self._events.put(event)
 
-    def _began(self, fan_out: FanOut) -> None:
+    def _began(self, fan_out: FanOut[Any]) -> None:
         self._fan_out = fan_out
         if self._stopped.is_set():
             fan_out.stop()
 
     def _free_workers(self) -> int:
-        engine, absent = self._config.engine, self._watch.absent
+        engine, absent = self._engine, self._watch.absent
         free = dict(ray.available_resources())
         for name, each in (("CPU", engine.cpus_per_actor), ("GPU", engine.gpus_per_actor)):
             free[name] = free.get(name, 0) - absent * each
-        return room_for(each_worker(self._config.scoring), free)
+        return room_for(self._scoring.resources(), free)
 
-    def _tell(self, text: str) -> None:
-        if not self._stopped.is_set() and text not in self._told:
-            self._told.add(text)
+    def _warn(self, text: str) -> None:
+        if not self._stopped.is_set() and text not in self._reported:
+            self._reported.add(text)
             self._events.put(Notice(text, warning=True))

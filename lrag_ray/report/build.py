@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from lrag_ray.report.page import render_page
 from lrag_ray.report.strips import make_strips, unused_strips
 from lrag_ray.report.tables import terminal_tables, warnings
 from lrag_ray.scoring.ranks import RankBlock
-from lrag_ray.scoring.vbench_long.rows import Mode
+from lrag_ray.scoring.suite import Suite
 from lrag_ray.store.address import Storage
 from lrag_ray.store.rollouts import RolloutRun
 
@@ -50,21 +51,23 @@ class Report:
         return list(terminal_tables(self.data))
 
 
-def build_report(run_dir: RolloutRun, *, strips: int = STRIPS) -> Report:
+def build_report(run_dir: RolloutRun, *, suites: Sequence[Suite[Any]] = (), strips: int = STRIPS) -> Report:
     """Write the summary of a run from what its storage holds; the same storage gives the same files.
+
+    `suites`: see `collect`.
 
     Raises:
         StorageError: there is no run, or it cannot be written.
     """
-    return write_report(collect([run_dir]), strips=strips)
+    return write_report(collect([run_dir], suites=suites), strips=strips)
 
 
 def report(
     run_dirs: Sequence[RolloutRun],
     *,
     to: str | None = None,
-    suite: str | None = None,
-    mode: Mode | None = None,
+    suite: str | Suite[Any] | None = None,
+    mode: str | None = None,
     strips: int = STRIPS,
     must_have: bool = False,
 ) -> Report:

@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from lrag_ray.errors import UsageError
+from lrag_ray.report.choice import choose_suite
 from lrag_ray.report.differences import BlockStatistics, block_statistics
 from lrag_ray.report.merge import merged_identity
-from lrag_ray.report.scores import Scores, add_preview_scores, choose_suite
-from lrag_ray.report.vbench_scores import add_vbench_scores
 from lrag_ray.scoring.drift import DriftPoint, drift
 from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks
-from lrag_ray.scoring.table import Suite
-from lrag_ray.scoring.vbench_long.rows import Mode
+from lrag_ray.scoring.scores import Scores
+from lrag_ray.scoring.suite import Suite
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
@@ -51,7 +51,7 @@ class ReportData:
     """Their union."""
     methods: Mapping[str, Sequence[str]]
     """Methods that are compared, by backbone."""
-    suite: Suite
+    suite: Suite[Any]
     other_suites: Sequence[str]
     """Suites and modes that have scores too, and are not shown."""
     scores: Scores
@@ -111,9 +111,16 @@ class ReportData:
 
 
 def collect(
-    run_dirs: Sequence[RolloutRun], suite: str | None = None, mode: Mode | None = None, *, must_have: bool = False
+    run_dirs: Sequence[RolloutRun],
+    suite: str | Suite[Any] | None = None,
+    mode: str | None = None,
+    *,
+    suites: Sequence[Suite[Any]] = (),
+    must_have: bool = False,
 ) -> ReportData:
     """Read one run, or several as one; without `suite` and `mode` the scores that compare best are shown.
+
+    `suite` is a suite or its name; `suites` are others to consider besides those that come with the package.
 
     Where two runs hold the same rollout, the first one's counts. With `must_have`, scores that are asked for and are
     not there are refused where there are others.
@@ -127,7 +134,7 @@ def collect(
     if twice or not run_dirs:
         raise UsageError(f"{twice[0]} was given twice: name every run once" if twice else "no run was given")
     merged = merged_identity(run_dirs)
-    choice, others = choose_suite(run_dirs, suite, mode, must_have=must_have)
+    choice, others = choose_suite(run_dirs, suite, mode, suites=suites, must_have=must_have)
     scores = Scores()
     rollouts: dict[RolloutId, ShownRollout] = {}
     for run_dir in run_dirs:
@@ -136,11 +143,8 @@ def collect(
             if video.rollout not in rollouts:
                 videos.setdefault(video.rollout, []).append(video)
         rollouts |= {rollout: ShownRollout(run_dir, group) for rollout, group in videos.items()}
-        if choice.mode is None:
-            add_preview_scores(scores, run_dir, videos)
-        else:
-            add_vbench_scores(scores, run_dir.storage, run_dir.require(), videos, choice.mode)
-    shown = choice.suite(scores)
+        choice.read(scores, run_dir, videos)
+    shown = choice.shown(scores)
     blocks = [
         block
         for backbone, methods in merged.methods.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -13,7 +12,6 @@ from lrag_ray.report.collect import ReportData
 from lrag_ray.report.csv_text import csv_text
 from lrag_ray.report.tables import AVERAGE
 from lrag_ray.scoring.ranks import RankBlock
-from lrag_ray.scoring.table import to_parquet
 
 FROZEN = "control:frozen"
 """Name of the held first frame in the column of methods; no method can be called so."""
@@ -102,29 +100,7 @@ def drift_parquet(data: ReportData) -> bytes:
 
 def scores_parquet(data: ReportData) -> bytes:
     """Everything behind the tables: one row per video, or per clip where the suite has clips."""
-    if not data.suite.percent:
-        return to_parquet(data.scores.preview_rows, data.suite)
-    tables = []
-    for clips in data.scores.clips:
-        count, video = len(clips.first_frames), clips.video
-        constant = {
-            "suite": data.suite.name,
-            "mode": data.suite.mode,
-            "backbone": video.backbone,
-            "method": video.method,
-            "latent_frames": video.latent_frames,
-            "prompt_id": video.prompt_id,
-            "sample": video.sample,
-            "frame_count": clips.frame_count,
-        }
-        columns: dict[str, Any] = {name: [value] * count for name, value in constant.items()}
-        columns |= {"first_frame": clips.first_frames, "start_s": np.asarray(clips.first_frames) / clips.fps}
-        for measure in data.suite.measures:
-            columns[measure.name] = clips.final.get(measure.name)
-            columns[f"in_clip_{measure.name}"] = clips.in_clip.get(measure.name)
-        absent = pa.nulls(count, pa.float64())
-        tables.append(pa.table({name: absent if column is None else column for name, column in columns.items()}))
-    return _parquet(pa.concat_tables(tables) if tables else pa.table({}))
+    return _parquet(data.suite.table(data.scores))
 
 
 _BLOCK_COLUMNS = ["suite", "mode", "backbone", "backbone_label", "duration_s", "latent_frames"]

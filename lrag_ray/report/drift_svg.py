@@ -16,7 +16,6 @@ from lrag_ray.report.collect import ReportData
 from lrag_ray.report.tables import number
 from lrag_ray.scoring.drift import DriftPoint
 from lrag_ray.scoring.measure import Measure
-from lrag_ray.scoring.table import Suite
 
 STYLES = 6
 """Line styles that the style sheet knows; more methods begin again."""
@@ -67,7 +66,7 @@ def drift_figures(data: ReportData) -> list[DriftFigure]:
                 prompts=shown[0].prompts,
                 styles={method: styles[method] for method in data.methods[backbone]},
                 panels=[
-                    DriftPanel(measure.title, _panel(measure, data.suite, curves[measure.name], styles))
+                    DriftPanel(measure.title, _panel(measure, curves[measure.name], styles))
                     for measure in data.suite.measures
                     if measure.name in curves
                 ],
@@ -80,7 +79,7 @@ Curves = Mapping[str, Sequence[DriftPoint]]
 """Points in order of time, by method."""
 
 
-def _panel(measure: Measure, suite: Suite, curves: Curves, styles: Mapping[str, int]) -> Markup:
+def _panel(measure: Measure, curves: Curves, styles: Mapping[str, int]) -> Markup:
     points = [point for curve in curves.values() for point in curve]
     low = min(point.in_clip.mean if point.in_clip.lower is None else point.in_clip.lower for point in points)
     high = max(point.in_clip.mean if point.in_clip.upper is None else point.in_clip.upper for point in points)
@@ -97,7 +96,7 @@ def _panel(measure: Measure, suite: Suite, curves: Curves, styles: Mapping[str, 
 
     parts = [
         Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="y" x="{}" y="{}">{}</text>').format(
-            _LEFT, _WIDTH - _RIGHT, y(tick), y(tick), _LEFT - 6, y(tick), _tick_label(tick, y_ticks, suite)
+            _LEFT, _WIDTH - _RIGHT, y(tick), y(tick), _LEFT - 6, y(tick), _tick_label(tick, y_ticks, measure)
         )
         for tick in y_ticks
     ]
@@ -117,7 +116,7 @@ def _panel(measure: Measure, suite: Suite, curves: Curves, styles: Mapping[str, 
         line = Markup('<path class="line line{}" d="{}"><title>{}</title></path>')
         parts.append(line.format(styles[method], path, method))
     return Markup('<svg class="drift" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        _WIDTH, _HEIGHT, _summary(measure, suite, curves), Markup().join(parts)
+        _WIDTH, _HEIGHT, _summary(measure, curves), Markup().join(parts)
     )
 
 
@@ -130,16 +129,16 @@ def _ticks(low: float, high: float, *, at_least: float) -> list[float]:
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
-def _tick_label(tick: float, ticks: Iterable[float], suite: Suite) -> str:
-    scale = 100 if suite.percent else 1
+def _tick_label(tick: float, ticks: Iterable[float], measure: Measure) -> str:
+    scale = 100 if measure.unit == "percent" else 1
     values = [scale * each for each in ticks]
     digits = next((n for n in range(4) if all(abs(round(v, n) - v) < 1e-6 for v in values)), 4)
     return f"{scale * tick:.{digits}f}"
 
 
-def _summary(measure: Measure, suite: Suite, curves: Curves) -> str:
+def _summary(measure: Measure, curves: Curves) -> str:
     changes = (
-        f"{method} from {number(curve[0].in_clip.mean, suite)} to {number(curve[-1].in_clip.mean, suite)}"
+        f"{method} from {number(curve[0].in_clip.mean, measure)} to {number(curve[-1].in_clip.mean, measure)}"
         for method, curve in curves.items()
     )
     return f"{measure.title} of clips over the time of the video: {', '.join(changes)}."

@@ -120,7 +120,7 @@ def _block_rows(data: ReportData, block: RankBlock, first_cell: str, backbone_na
         backbone = rf"\multirow{{{len(block.rows)}}}{{*}}{{{escaped(backbone_name)}}}" if i == 0 else ""
         cells = [first_cell if i == 0 else "", backbone, _NAMES.get(row.method, escaped(row.method))]
         cells += [
-            _marked(number(row.means.get(measure.name), data.suite), marks.get((row.method, measure.name)))
+            _marked(number(row.means.get(measure.name), measure), marks.get((row.method, measure.name)))
             for measure in data.suite.measures
         ]
         cells.append(_marked(rank_number(row.average_rank), marks.get((row.method, AVERAGE))))

@@ -82,9 +82,9 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
         lstrip_blocks=True,
     )
     suite = data.suite
-    environment.filters["number"] = lambda value: tables.number(value, suite)
-    environment.filters["signed"] = lambda value: tables.signed(value, suite)
-    environment.filters["interval"] = lambda value: tables.interval(value, suite)
+    environment.filters["number"] = tables.number
+    environment.filters["signed"] = tables.signed
+    environment.filters["interval"] = tables.interval
     environment.filters["rank_number"] = tables.rank_number
     environment.filters["arrow"] = tables.arrow
     environment.filters["favours"] = tables.favours
@@ -92,6 +92,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
     return environment.get_template("report.html.j2").render(
         data=data,
         suite=suite,
+        banner=suite.banner(data.scores),
         warnings=tables.warnings(data),
         level=f"{LEVEL:.0%}",
         least_prompts=LEAST_PROMPTS,
@@ -111,7 +112,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
             for block, statistics in zip(data.blocks, data.statistics, strict=True)
         ],
         average=tables.AVERAGE,
-        noise_floor=lambda statistics, measure: tables.noise_floor(statistics, measure, suite),
+        noise_floor=tables.noise_floor,
         drift=drift_figures(data),
         files={name: what for name, what in _FILES.items() if data.drift or not name.startswith("drift")},
         strips=strips,

@@ -15,8 +15,6 @@ from lrag_ray.report.differences import BlockStatistics, Contrast
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL, Interval
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock
-from lrag_ray.scoring.table import Suite
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
 
 AVERAGE = "average_rank"
 """Key of the average rank beside the measures' names."""
@@ -61,24 +59,24 @@ def arrow(measure: Measure) -> str:
     return "↑" if measure.higher_is_better else "↓"
 
 
-def number(value: float | None, suite: Suite) -> str:
-    """A mean as people read it: like the paper where the suite is the paper's, else four significant digits."""
+def number(value: float | None, measure: Measure) -> str:
+    """A mean as people read it: two decimals of percent as the paper prints, otherwise four significant digits."""
     if value is None:
         return "–"
-    return f"{100 * value:.2f}" if suite.percent else f"{value:#.4g}"
+    return f"{100 * value:.2f}" if measure.unit == "percent" else f"{value:#.4g}"
 
 
-def signed(value: float | None, suite: Suite) -> str:
+def signed(value: float | None, measure: Measure) -> str:
     """A difference, with its sign unless it is shown as zero."""
     if value is None:
         return "–"
-    shown = f"{100 * value:+.2f}" if suite.percent else f"{value:+.2g}"
+    shown = f"{100 * value:+.2f}" if measure.unit == "percent" else f"{value:+.2g}"
     return shown.replace("-", "−") if float(shown) else shown[1:]
 
 
-def interval(found: Interval, suite: Suite) -> str:
+def interval(found: Interval, measure: Measure) -> str:
     """Both ends of an interval, or nothing where there is none."""
-    return "" if found.lower is None else f"[{signed(found.lower, suite)}, {signed(found.upper, suite)}]"
+    return "" if found.lower is None else f"[{signed(found.lower, measure)}, {signed(found.upper, measure)}]"
 
 
 def favours(found: Interval, measure: Measure) -> str:
@@ -126,17 +124,10 @@ def warnings(data: ReportData) -> list[str]:
     found = []
     if data.scores.untrained:
         found.append("These scores come from networks with random weights: the numbers mean nothing.")
-    if data.suite.percent and len(data.suite.measures) < len(DIMENSIONS):
-        found.append(
-            f"Scores of {len(data.suite.measures)} of the {len(DIMENSIONS)} dimensions: the average rank is not the "
-            "paper's."
-        )
+    found += data.suite.warnings(data.scores)
     names = Counter(network.partition(":")[0] for network in data.scores.networks)
     if mixed := sorted(name for name, digests in names.items() if digests > 1):
         found.append(f"Scores come from different weights of {', '.join(mixed)}: they do not compare.")
-    precisions = {how.split(", ")[1] for how in data.scores.computed} if data.suite.percent else set()
-    if len(precisions) > 1:
-        found.append(f"Scores were computed in different ways ({', '.join(sorted(precisions))}).")
     return found
 
 
@@ -178,8 +169,8 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
     marks = places(block, data.suite.measures)
     for measure in data.suite.measures:
         name = measure.name
-        cells = [_marked(number(row.means.get(name), data.suite), marks.get((row.method, name))) for row in block.rows]
-        control = [Text(number(frozen[name], data.suite), style="italic")] if frozen else []
+        cells = [_marked(number(row.means.get(name), measure), marks.get((row.method, name))) for row in block.rows]
+        control = [Text(number(frozen[name], measure), style="italic")] if frozen else []
         table.add_row(f"{measure.title} {arrow(measure)}", *cells, *control)
     table.add_section()
     ranks = [_marked(rank_number(row.average_rank), marks.get((row.method, AVERAGE))) for row in block.rows]
@@ -202,25 +193,25 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
     if statistics.noise:
         table.add_column("noise", justify="right", overflow="fold")
     for measure in data.suite.measures:
-        cells = [_difference_cell(contrast, measure, data.suite) for contrast in statistics.contrasts]
-        noise = [noise_floor(statistics, measure, data.suite)] if statistics.noise else []
+        cells = [_difference_cell(contrast, measure) for contrast in statistics.contrasts]
+        noise = [noise_floor(statistics, measure)] if statistics.noise else []
         table.add_row(f"{measure.title} {arrow(measure)}", *cells, *noise)
     return table
 
 
-def noise_floor(statistics: BlockStatistics, measure: Measure, suite: Suite) -> str:
+def noise_floor(statistics: BlockStatistics, measure: Measure) -> str:
     """Standard deviation between the samples of a prompt: the least and the greatest of the methods."""
     values = [value for (_, name), value in statistics.noise.items() if name == measure.name]
     if not values:
         return "–"
-    low, high = (signed(value, suite).lstrip("+") for value in (min(values), max(values)))
+    low, high = (signed(value, measure).lstrip("+") for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
-def _difference_cell(contrast: Contrast, measure: Measure, suite: Suite) -> Text:
+def _difference_cell(contrast: Contrast, measure: Measure) -> Text:
     found = contrast.intervals[measure.name]
     star = "*" if found.excludes_zero else " "
-    return Text(f"{signed(found.mean, suite)}{star}\n{interval(found, suite)}".rstrip("\n"))
+    return Text(f"{signed(found.mean, measure)}{star}\n{interval(found, measure)}".rstrip("\n"))
 
 
 def _name(text: str) -> Text:

@@ -1,13 +1,14 @@
-"""What a score is called, which way it points and where it lies: shared by all suites."""
+"""What a score is called, which way it points and how it is shown: shared by all suites."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One dimension of a suite."""
+    """One column of a suite's tables."""
 
     name: str
     """Column name in tables and files."""
@@ -21,3 +22,5 @@ class Measure:
     """Greatest possible value; math.inf where there is none."""
     higher_is_better: bool
     """Direction for ranks."""
+    unit: Literal["", "percent"] = ""
+    """percent: files hold shares, and tables show them times 100 with two decimals, without the sign."""

@@ -1,4 +1,4 @@
-"""The official networks of VBench-Long: fetched into a folder, archives unpacked, digests recorded, fit checked.
+"""The weight files of scoring suites: fetched into a folder, archives unpacked, digests recorded, fit checked.
 
 A pull that was cut off goes on where it stopped, also in another process. An archive serves all of its networks with
 one download and is not kept.
@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError
@@ -20,7 +20,7 @@ from huggingface_hub.file_download import http_get
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.errors import LragError, WeightsError
-from lrag_ray.scoring.vbench_long import NETWORKS, OFFICIAL, NetworkName, Networks, WeightFiles
+from lrag_ray.scoring.suite import Suite, WeightFile
 from lrag_ray.store.records import now_utc
 from lrag_ray.weights.local import RECORD_SUFFIX, PulledFile, PullRecord, file_digest, locked, record_at
 
@@ -28,16 +28,21 @@ _RANGE_NOT_SATISFIABLE = 416
 
 
 class Source(NamedTuple):
-    """One published address and the networks that come from it."""
+    """One published address and the files that come from it."""
 
     url: str
-    names: tuple[NetworkName, ...]
+    files: tuple[WeightFile, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the files."""
+        return [file.name for file in self.files]
 
 
 class PulledNetwork(NamedTuple):
-    """What a pull did for one network."""
+    """What a pull did for one file."""
 
-    name: NetworkName
+    name: str
     path: Path
     pulled: bool
     """False where it was there already."""
@@ -45,27 +50,21 @@ class PulledNetwork(NamedTuple):
 
 
 class NetworkVerdict(NamedTuple):
-    """Result of checking one network."""
+    """Result of checking one file."""
 
-    name: NetworkName
+    name: str
     path: Path
-    """Where it lies, or should lie."""
+    """Where it is, or should be."""
     ok: bool
     detail: str
 
 
-def sources() -> list[Source]:
-    """Every address, in the order of the networks."""
-    by_url: dict[str, list[NetworkName]] = {}
-    for name in NETWORKS:
-        by_url.setdefault(OFFICIAL[name].url, []).append(name)
-    return [Source(url, tuple(names)) for url, names in by_url.items()]
-
-
-def place_of(files: WeightFiles, name: NetworkName) -> Path:
-    """Where the file of a network lies, else where it is put."""
-    places = files.places(name)
-    return next((place for place in places if place.exists()), places[0])
+def sources(files: Sequence[WeightFile]) -> list[Source]:
+    """Every address, in the order of the files."""
+    by_url: dict[str, list[WeightFile]] = {}
+    for file in files:
+        by_url.setdefault(file.url, []).append(file)
+    return [Source(url, tuple(group)) for url, group in by_url.items()]
 
 
 def size_of(path: Path) -> int:
@@ -74,17 +73,17 @@ def size_of(path: Path) -> int:
 
 
 def pull_source(
-    source: Source, files: WeightFiles, *, again: bool = False, tell: Callable[[str], None] = lambda line: None
+    source: Source, *, again: bool = False, tell: Callable[[str], None] = lambda line: None
 ) -> list[PulledNetwork]:
-    """Make sure that the networks of one address are there; `again` replaces them.
+    """Make sure that the files of one address are there; `again` replaces them.
 
     Digests are recorded beside them. Raises WeightsError where the address cannot be reached or what arrived is
     damaged or not the published file.
     """
-    wanted = {name: place_of(files, name) for name in source.names}
-    first = wanted[source.names[0]]
+    wanted = {file.name: file.path for file in source.files}
+    first = next(iter(wanted.values()))
     with locked(first):
-        missing = {name: path for name, path in wanted.items() if again or not path.exists()}
+        missing = {file: file.path for file in source.files if again or not file.path.exists()}
         if missing:
             tell(f"{source.url} -> {', '.join(str(path) for path in missing.values())}")
             try:
@@ -93,40 +92,39 @@ def pull_source(
                 raise WeightsError(
                     f"{first.parent} cannot be written: {error}. Mend: make room, or give another --folder"
                 ) from error
-    return [PulledNetwork(name, path, name in missing, size_of(path)) for name, path in wanted.items()]
+    pulled = {file.name for file in missing}
+    return [PulledNetwork(name, path, name in pulled, size_of(path)) for name, path in wanted.items()]
 
 
-def _pull(source: Source, missing: dict[NetworkName, Path]) -> None:
+def _pull(source: Source, missing: dict[WeightFile, Path]) -> None:
     first = next(iter(missing.values()))
     first.parent.mkdir(parents=True, exist_ok=True)
     arrived = _download(source.url, first, missing)
-    for name, path in missing.items():
+    for wanted, path in missing.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        member = OFFICIAL[name].member
+        member = wanted.member
         fresh = _unpacked(arrived, member, path, source.url) if member else arrived
         found = {file.relative_to(fresh).as_posix() if fresh.is_dir() else path.name: file for file in _files(fresh)}
         pulled = {
             inside: PulledFile(size_bytes=file.stat().st_size, sha256=file_digest(file))
             for inside, file in found.items()
         }
-        expected = OFFICIAL[name].sha256
+        expected = wanted.sha256
         if expected is not None and (digest := next(iter(pulled.values())).sha256) != expected:
             arrived.unlink()
             _remove(fresh)
             raise WeightsError(
-                f"{source.url} arrived with sha256 {digest} for {name}, expected {expected}; it was thrown away. "
-                "Mend: pull again, without a proxy that changes files"
+                f"{source.url} arrived with sha256 {digest} for {wanted.name}, expected {expected}; it was thrown away"
+                ". Mend: pull again, without a proxy that changes files"
             )
         _remove(path)
         fresh.rename(path)
-        record = PullRecord(
-            repository=source.url, commit="", licence=OFFICIAL[name].licence, pulled_at=now_utc(), files=pulled
-        )
+        record = PullRecord(repository=source.url, commit="", licence=wanted.licence, pulled_at=now_utc(), files=pulled)
         path.with_name(path.name + RECORD_SUFFIX).write_text(record.model_dump_json(indent=1), encoding="utf-8")
     arrived.unlink(missing_ok=True)
 
 
-def _download(url: str, beside: Path, missing: dict[NetworkName, Path]) -> Path:
+def _download(url: str, beside: Path, missing: dict[WeightFile, Path]) -> Path:
     part = beside.with_name(f"{beside.name}.{sha256(url.encode()).hexdigest()[:16]}.part")
     try:
         for attempt in (1, 2):
@@ -143,12 +141,12 @@ def _download(url: str, beside: Path, missing: dict[NetworkName, Path]) -> Path:
         # An address that it was sent on to may be a signed one.
         reason = redact((str(error).splitlines() or [type(error).__name__])[0])
         places = "; ".join(
-            f"{f'its member {OFFICIAL[name].member}' if OFFICIAL[name].member else 'it'} at {path}"
-            for name, path in missing.items()
+            f"{f'its member {file.member}' if file.member else 'it'} at {path}" for file, path in missing.items()
         )
         raise WeightsError(
-            f"{url} (weights of {', '.join(missing)}) cannot be fetched: {reason}. What has arrived is kept and the "
-            f"same command goes on with it. Without network: fetch it elsewhere and put {places}"
+            f"{url} (weights of {', '.join(file.name for file in missing)}) cannot be fetched: {reason}. What has "
+            "arrived is kept and the same command goes on with it. Without network: fetch it elsewhere and put "
+            f"{places}"
         ) from error
     raise AssertionError("the second attempt returns or raises")
 
@@ -191,37 +189,38 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def verify_networks(files: WeightFiles, *, digests: bool = True) -> Iterator[NetworkVerdict]:
-    """Check every network: presence, digest, and that it loads. `digests` reads every byte once more."""
-    built: set[NetworkName] = set()
-    for name in NETWORKS:
-        path = place_of(files, name)
+def verify_networks(suite: Suite[Any], *, digests: bool = True) -> Iterator[NetworkVerdict]:
+    """Check every file of a suite: presence, digest, and that it loads. `digests` reads every byte once more."""
+    loaded: set[str] = set()
+    for file in suite.weight_files():
         try:
-            found = files.find(name)
-            detail = [f"{size_of(found) / 1e6:.1f} MB", _digest(name, found) if digests else ""]
-            if name not in built:
-                networks = Networks(files)
-                networks.build(name)
-                built |= networks.digests.keys()
+            if not file.path.exists():
+                tried = " and ".join(map(str, file.places))
+                raise WeightsError(f"nothing at {tried}. Fix: {suite.pull_command}")
+            detail = [f"{size_of(file.path) / 1e6:.1f} MB", _digest(suite, file) if digests else ""]
+            if file.name not in loaded:
+                loaded.update(suite.check_loads(file.name))
             detail.append("loads")
-            yield NetworkVerdict(name, found, True, ", ".join(part for part in detail if part))
+            yield NetworkVerdict(file.name, file.path, True, ", ".join(part for part in detail if part))
         except LragError as error:
-            yield NetworkVerdict(name, path, False, str(error))
+            yield NetworkVerdict(file.name, file.path, False, str(error))
 
 
-def _digest(name: NetworkName, path: Path) -> str:
-    record, official = record_at(str(path)), OFFICIAL[name]
+def _digest(suite: Suite[Any], weights: WeightFile) -> str:
+    path = weights.path
+    record = record_at(str(path))
     if record is not None:
         expected, origin = {inside: file.sha256 for inside, file in record.files.items()}, "recorded at the pull"
-    elif official.sha256 is not None:
-        expected, origin = {path.name: official.sha256}, "published"
+    elif weights.sha256 is not None:
+        expected, origin = {path.name: weights.sha256}, "published"
     else:
         return "no digest is known"
     for inside, digest in expected.items():
         file = path / inside if path.is_dir() else path
         if not file.is_file() or (actual := file_digest(file)) != digest:
             raise WeightsError(
-                f"{file} (weights of {name}) is {f'another file: sha256 {actual}' if file.is_file() else 'missing'}, "
-                f"{origin}: {digest}. Mend: lrag-ray weights pull --suite vbench_long --again"
+                f"{file} (weights of {weights.name}) is "
+                f"{f'another file: sha256 {actual}' if file.is_file() else 'missing'}, {origin}: {digest}. "
+                f"Fix: {suite.pull_command} --again"
             )
     return f"sha256 as {origin}"

@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 from lrag_ray.bench.scoring import bench_scoring, make_clip
 from lrag_ray.cli import bench as cli
 from lrag_ray.errors import UsageError
-from lrag_ray.scoring.vbench_long import Dimension, Networks, RandomWeights
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DimensionName
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
 from lrag_ray.video.mp4 import Mp4Writer
 
 
@@ -32,7 +34,7 @@ def networks() -> Networks:
 
 
 def test_the_official_flow_beside_ours_gives_the_same_scores(video: Path, networks: Networks) -> None:
-    dimensions: list[Dimension] = ["motion_smoothness"]
+    dimensions: list[DimensionName] = ["motion_smoothness"]
     bench = bench_scoring([video], networks, dimensions=dimensions, official=True)
 
     assert (bench.videos, bench.clips, bench.frames_per_clip, bench.width, bench.height) == (1, 2, 4, 128, 128)

@@ -9,16 +9,18 @@ from typing import get_args
 from rich.console import Console
 
 from lrag_ray.cli.score import print_video_scores
-from lrag_ray.config.schema import Dimension
 from lrag_ray.pipelines.score_videos import GroupResult, VideoResult, VideoScores
+from lrag_ray.scoring.vbench_long.names import DimensionName
+from lrag_ray.scoring.vbench_long.settings import VbenchSettings
+from lrag_ray.scoring.vbench_long.suite import VbenchLong
 
-SCORES = {name: 0.5 + 0.1 * i for i, name in enumerate(get_args(Dimension))}
+SCORES = {name: 0.5 + 0.1 * i for i, name in enumerate(get_args(DimensionName))}
 
 
 def shown(groups: Sequence[GroupResult], videos: Sequence[VideoResult] = ()) -> str:
-    scores = VideoScores(0, "scores", "compat", "v.csv", get_args(Dimension), False, 1, groups, videos, {}, 1.0)
+    scores = VideoScores(0, "scores", "compat", "v.csv", get_args(DimensionName), False, 1, groups, videos, {}, 1.0)
     out = io.StringIO()
-    print_video_scores(Console(file=out, width=80, markup=False), scores)
+    print_video_scores(Console(file=out, width=80, markup=False), scores, VbenchLong(VbenchSettings(mode="compat")))
     return out.getvalue()
 
 

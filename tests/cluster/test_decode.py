@@ -18,7 +18,7 @@ from lrag_ray.events import Notice
 from lrag_ray.pipelines.decode import DecodeFailure, decode
 from lrag_ray.pipelines.evaluate import run
 from lrag_ray.report.build import build_report
-from lrag_ray.scoring.preview.worker import pending_targets
+from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
@@ -65,7 +65,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
     run(config_of(shown, video=LOSSLESS), PROMPTS)
     directory = RolloutRun(str(latents))
     commits = directory.storage.list_files("rollouts")
-    assert frames_of(latents) == {} and pending_targets(directory) == []
+    assert frames_of(latents) == {} and PREVIEW.pending_targets(directory) == []
 
     outcome = decode(config_of(latents, video=LOSSLESS))
 
@@ -75,7 +75,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
     assert {len(frames) for frames in found.values()} == {1 + 4 * 5, 1 + 4 * 11}
     assert directory.storage.list_files("rollouts") == commits
-    assert len(pending_targets(directory)) == 4
+    assert len(PREVIEW.pending_targets(directory)) == 4
     build_report(directory)
     assert f"../{outcome.folders[0]}/tiny/rag/" in (latents / "summary" / "report.html").read_text()
 

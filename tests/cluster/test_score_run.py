@@ -14,15 +14,17 @@ from lrag_ray.cli.app import app
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import ConfigError, WeightsError
 from lrag_ray.events import Event, StageAdvanced
-from lrag_ray.pipelines.evaluate import run as run_all
-from lrag_ray.pipelines.scoring import check_scoring, pending_scores, score_pending, set_aside_damaged
+from lrag_ray.pipelines.evaluate import evaluate
+from lrag_ray.pipelines.scoring import RunScoring
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.report.collect import collect
-from lrag_ray.scoring.vbench_long import aggregate
+from lrag_ray.scoring.suite import ScoringTask
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.parquet import folder, frozen_folder, frozen_identity, is_untrained, rollout_folder
-from lrag_ray.scoring.vbench_long.pending import pending_items
 from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
-from lrag_ray.scoring.vbench_long.worker import VbenchWork, stored_rows
+from lrag_ray.scoring.vbench_long.settings import VbenchSettings
+from lrag_ray.scoring.vbench_long.suite import VbenchLong
+from lrag_ray.scoring.vbench_long.worker import stored_rows
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
@@ -41,6 +43,14 @@ def vbench_config(run: RolloutRun, **scoring: Any) -> RunConfig:
     return RunConfig.model_validate({**config_for(run).model_dump(), "scoring": chosen})
 
 
+def scoring_of(run: RolloutRun, config: RunConfig) -> RunScoring:
+    return RunScoring(run, config.scoring, config.engine)
+
+
+def pending(run: RolloutRun, config: RunConfig, *, settled: bool = False) -> list[ScoringTask]:
+    return VbenchLong(VbenchSettings.of(config.scoring)).pending(run, settled=settled)
+
+
 def keys_of(rows: list[ScoreRow]) -> set[RowKey]:
     keys = Counter(row.key for row in rows)
     assert set(keys.values()) <= {1}, "a clip was scored twice"
@@ -55,11 +65,13 @@ def rollout_of(run: RolloutRun, method: str) -> RolloutId:
 def test_a_rollout_is_scored_from_one_file_for_all_its_durations(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ["a red fox"])
     config = vbench_config(run, controls=["frozen"])
-    assert len(pending_scores(run, config)) == 3
+    assert len(pending(run, config)) == 3
     seen: list[Event] = []
-    outcome = score_pending(run, config, seen.append)
-    assert (outcome.scored, outcome.failures) == (3, {})
-    assert seen == [StageAdvanced("scoring", i, 3) for i in (1, 2, 3)]
+    scoring = scoring_of(run, config)
+    assert scoring.score(scoring.pending(), seen.append) == []
+    assert [event for event in seen if isinstance(event, StageAdvanced)] == [
+        StageAdvanced("scoring", i, 3) for i in (1, 2, 3)
+    ]
     rows = stored_rows(run.storage, rollout_folder("direct", rollout_of(run, "rag").path))
     assert {key[3:] for key in keys_of(rows)} == {(0, SHORT), (0, 32), (13, 32)}
     (video,) = {row.video for row in rows}
@@ -75,20 +87,20 @@ def test_a_rollout_is_scored_from_one_file_for_all_its_durations(tmp_path: Path)
     assert len({row.score for row in control}) == 1
 
     files = run.storage.list_files(ROWS)
-    assert (pending_scores(run, config), score_pending(run, config).scored) == ([], 0)
+    assert pending(run, config) == []
     assert run.storage.list_files(ROWS) == files
 
     more = vbench_config(run, dimensions=["motion_smoothness", "imaging_quality"])
-    assert len(pending_scores(run, more)) == 2, "a dimension that is added is scored in addition"
+    assert len(pending(run, more)) == 2, "a dimension that is added is scored in addition"
     with pytest.raises(ConfigError, match="holds scores of random weights"):
-        check_scoring(run, vbench_config(run, weights=str(tmp_path), dimensions=["motion_smoothness"]))
+        scoring_of(run, vbench_config(run, weights=str(tmp_path), dimensions=["motion_smoothness"])).check()
 
 
 def work_off(run: RolloutRun, config: RunConfig) -> None:
     """What a wave does, in this process."""
-    work = VbenchWork(run.storage, run.storage, config.scoring)
-    for item in pending_items(run, config, settled=False):
-        work(item.payload, lambda: True)
+    worker = VbenchLong(VbenchSettings.of(config.scoring)).worker(run.storage, run.storage, threads=1, device="cpu")
+    for task in pending(run, config):
+        worker.score(task.payload, lambda: True)
 
 
 def test_a_row_file_that_cannot_be_read_opens_its_video_again(tmp_path: Path) -> None:
@@ -100,9 +112,9 @@ def test_a_row_file_that_cannot_be_read_opens_its_video_again(tmp_path: Path) ->
     # Beside the file that says that all is there.
     run.storage.write(f"{folders[0]}/rows-0123456789abcdef.parquet", b"PAR1 and no more")
     damaged = collect([run]).scores.damaged
-    assert damaged == [f"{folders[0]}/rows-0123456789abcdef.parquet"] and not pending_scores(run, config)
-    assert len(set_aside_damaged(run, config, damaged)) == 2
-    assert [item.payload.folder for item in pending_items(run, config, settled=False)] == folders[:1]
+    assert damaged == [f"{folders[0]}/rows-0123456789abcdef.parquet"] and not pending(run, config)
+    assert len(scoring_of(run, config).set_aside_damaged(damaged)) == 2
+    assert [item.payload.folder for item in pending(run, config)] == folders[:1]
     work_off(run, config)
     assert [keys_of(stored_rows(run.storage, folder)) for folder in folders] == before
 
@@ -116,9 +128,9 @@ def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Pa
     (old,) = stored_rows(run.storage, ROWS)
 
     identity = run.ensure(make_identity(["a red fox"], ["base"], horizons=[6, 12]))
-    assert pending_items(run, config, settled=True) == [], "waves wait for every duration"
+    assert pending(run, config, settled=True) == [], "waves wait for every duration"
     store_rollout_again(run, identity, [6, 12])
-    (item,) = pending_items(run, config, settled=True)
+    (item,) = pending(run, config, settled=True)
     assert item.payload.durations == (LONG,)
     work_off(run, config)
     rows = stored_rows(run.storage, ROWS)
@@ -127,7 +139,7 @@ def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Pa
         (False, 0, 32),
         (False, 13, 32),
     }
-    assert pending_scores(run, config) == []
+    assert pending(run, config) == []
 
 
 def store_rollout_again(run: RolloutRun, identity: Any, horizons: list[int]) -> None:
@@ -168,5 +180,5 @@ def test_missing_weights_are_told_before_anything_starts(tmp_path: Path) -> None
     scoring = {"suite": "vbench_long", "weights": str(tmp_path / "empty"), "dimensions": ["motion_smoothness"]}
     config = make.make_config(tmp_path / "run", scoring=scoring)
     with pytest.raises(WeightsError, match=r"needs networks that are not here:\n  amt_s: nothing at .*empty"):
-        run_all(config, make.make_prompts("a fox"))
+        evaluate(config, make.make_prompts("a fox"))
     assert not (tmp_path / "run").exists()

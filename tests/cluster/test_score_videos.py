@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 from lrag_ray.cli.app import app
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.config.videos import videos_config
-from lrag_ray.pipelines import score_videos as module
 from lrag_ray.pipelines.score_videos import VideoScores, score_videos
 from lrag_ray.pipelines.video_list import list_videos
 from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
-from lrag_ray.scoring.vbench_long.worker import VbenchTask, VbenchWork, stored_rows
+from lrag_ray.scoring.vbench_long.settings import VbenchSettings
+from lrag_ray.scoring.vbench_long.suite import VbenchLong
+from lrag_ray.scoring.vbench_long.worker import VbenchTask, VbenchWorker, stored_rows
 from lrag_ray.store.address import Storage
 from tests.cluster.drivers import REPOSITORY
 from tests.cluster.nodes import wait_for_end
@@ -133,12 +134,13 @@ def undisturbed(long_video: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     to = tmp_path_factory.mktemp("scores")
     (video,) = list_videos(str(long_video), None, StorageSection()).videos
     task = VbenchTask(video.path, video.name, None, f"{video.name}@{video.stamp}", "direct/x", "rows-end.parquet")
-    VbenchWork(Storage(str(to)), None, videos_config(OVERRIDES).scoring)(task, lambda: True)
+    settings = VbenchSettings.of(videos_config(OVERRIDES).scoring)
+    VbenchWorker(Storage(str(to)), None, settings).score(task, lambda: True)
     return scores_of(to)
 
 
-def score(folder: Path, to: Path) -> VideoScores:
-    return score_videos(str(folder), videos_config(OVERRIDES), to=str(to))
+def score(folder: Path, to: Path, *overrides: str) -> VideoScores:
+    return score_videos(str(folder), videos_config([*OVERRIDES, *overrides]), to=str(to))
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -151,8 +153,8 @@ def row_files(to: Path) -> set[Path]:
     return set(to.glob("direct/*/rows-*.parquet"))
 
 
-class Held(VbenchWork):
-    """Stops behind its first file of rows until the file ``go-on`` lies beside the scores."""
+class HeldWorker(VbenchWorker):
+    """Stops behind its first file of rows until the file ``go-on`` is beside the scores."""
 
     def _keep(self, task: VbenchTask, rows: Sequence[ScoreRow]) -> None:
         super()._keep(task, rows)
@@ -160,13 +162,16 @@ class Held(VbenchWork):
             time.sleep(0.05)
 
 
-HELD = """
-from lrag_ray.cli.app import main
-from lrag_ray.pipelines import score_videos
-from tests.cluster.test_score_videos import Held
-score_videos.VbenchWork = Held
-main()
-"""
+class HeldVbench(VbenchLong):
+    """A suite from outside the package that scores like VBench-Long."""
+
+    name = "held_vbench"
+
+    def worker(self, rows: Storage, videos: Storage | None, *, threads: int, device: str) -> VbenchWorker:
+        return HeldWorker(rows, videos, self.settings, threads=threads, device=device)
+
+
+HELD = f"{HeldVbench.__module__}:{HeldVbench.__qualname__}"
 
 
 @pytest.mark.usefixtures("cluster")
@@ -175,7 +180,18 @@ def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
 ) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     driver = subprocess.Popen(
-        [sys.executable, "-c", HELD, "score", str(long_video), *OPTIONS, "--to", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "lrag_ray.cli.app",
+            "score",
+            str(long_video),
+            *OPTIONS,
+            "--suite",
+            HELD,
+            "--to",
+            str(tmp_path),
+        ],
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -204,7 +220,7 @@ def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
 
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_is_replaced_and_goes_on_from_its_rows(
-    undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path
 ) -> None:
     def kill() -> None:
         try:
@@ -216,11 +232,10 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_rows(
         finally:
             (tmp_path / "go-on").touch()
 
-    monkeypatch.setattr(module, "VbenchWork", Held)
     killed: list[int] = []
     killer = threading.Thread(target=kill)
     killer.start()
-    outcome = score(long_video, tmp_path)
+    outcome = score(long_video, tmp_path, f"scoring.suite={HELD}")
     killer.join()
     assert outcome.exit_code == 0, outcome.failed
     assert set(killed) == {1}

@@ -1,4 +1,4 @@
-"""Scoring beside the rollouts: on free CPUs only, told in the driver's thread, and never a reason for a run to end."""
+"""Scoring beside the rollouts: on free CPUs only, reported in the driver's thread, never a reason for a run to end."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from lrag_ray.errors import StorageError
 from lrag_ray.events import (
     Event,
     Notice,
-    RolloutFinished,
-    RolloutStarted,
     StageAdvanced,
     StageBegan,
     StageEnded,
-    VideosScored,
+    TaskFinished,
+    TaskStarted,
     WorkerLost,
 )
 from lrag_ray.pipelines import waves
-from lrag_ray.pipelines.evaluate import run
-from lrag_ray.pipelines.scoring import pending_scores
-from lrag_ray.store.records import RolloutId
+from lrag_ray.pipelines.evaluate import evaluate
+from lrag_ray.pipelines.scoring import RunScoring
+from lrag_ray.stages.spec import Result
 from lrag_ray.store.rollouts import RolloutRun
 from tests.stages.make import METHODS, make_config, make_prompts
 
@@ -62,13 +61,14 @@ def scored_config(folder: Path, **methods: Any) -> Any:
 def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path: Path) -> None:
     # Its rollouts last until there are scores, however quick the rollouts are and however slow the first wave.
     config, progress = scored_config(tmp_path, waiting={**WAITING, "marker": str(tmp_path / "scores")}), Recorder()
-    outcome = run(config, PROMPTS[:2], progress=progress)
+    outcome = evaluate(config, PROMPTS[:2], listener=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 12)
-    assert pending_scores(RolloutRun(str(tmp_path)), config) == []
-    early = sum(event.videos for event in progress.of(VideosScored))
+    assert RunScoring(RolloutRun(str(tmp_path)), config.scoring, config.engine).pending() == []
+    scored = [i for i, e in enumerate(progress.events) if isinstance(e, TaskFinished) and e.stage == "scoring"]
+    assert len(scored) == 12
+    ended = next(i for i, e in enumerate(progress.events) if isinstance(e, StageEnded) and e.stage == "rollouts")
+    early = sum(i < ended for i in scored)
     assert 0 < early <= 12
-    kinds = [e.stage if isinstance(e, StageEnded) else type(e) for e in progress.events]
-    assert VideosScored not in kinds[kinds.index("rollouts") :]
     left = [event.total for event in progress.of(StageBegan) if event.stage == "scoring"]
     assert sum(left) == 12 - early
     assert progress.threads == {threading.current_thread()}
@@ -77,41 +77,43 @@ def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster", "often")
-def test_trouble_of_a_wave_is_told_and_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_wave_is_reported_and_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, calls = tmp_path / "gate", []
 
     def unreachable(*_: object, **__: object) -> None:
         calls.append(1)
         if len(calls) == 2:
-            # By now the trouble of the first is told.
+            # By now the error of the first is reported.
             (gate / "open").touch()
         raise StorageError("the bucket is away")
 
     gate.mkdir()
-    monkeypatch.setattr(waves, "score_pending", unreachable)
+    monkeypatch.setattr(waves.RunScoring, "score", unreachable)
     progress = Recorder()
     config = scored_config(tmp_path / "run", waiting={**WAITING, "marker": str(gate)})
-    outcome = run(config, PROMPTS[:1], progress=progress)
+    outcome = evaluate(config, PROMPTS[:1], listener=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 6)
     told = [event.text for event in progress.of(Notice) if "bucket" in event.text]
     assert told == ["videos cannot be scored yet: the bucket is away"]
 
 
-def rollout(method: str) -> RolloutId:
-    return RolloutId(backbone="tiny", method=method, prompt_id="00000-ab")
+def started(task: str, worker: str) -> TaskStarted:
+    return TaskStarted("rollouts", task, "a", worker)
 
 
 def test_room_is_kept_for_actors_that_were_lost_or_are_between_two_rollouts() -> None:
     watch = waves.RolloutWatch()
     assert (watch.absent, watch.began_s) == (0, None)
     for worker, method in (("worker-0", "base"), ("worker-1", "rag")):
-        watch.take(RolloutStarted(rollout(method), "a", worker))
+        watch.take(started(method, worker))
     assert watch.absent == 0 and watch.began_s is not None
     watch.take(WorkerLost("worker-0", "gone"))
     assert watch.absent == 1
-    watch.take(RolloutStarted(rollout("base"), "b", "worker-2"))
+    watch.take(started("base", "worker-2"))
     assert watch.absent == 0
-    watch.take(RolloutFinished(rollout("rag"), (6,), 2, 0, 1.0))
+    watch.take(TaskFinished("rollouts", "rag", Result()))
     watch.take(StageAdvanced("rollouts", 1, 3))
     assert watch.absent == 1
     watch.take(StageAdvanced("rollouts", 2, 3))

@@ -13,7 +13,7 @@ from lrag_ray.conformance import vbench, vbench_compat, vbench_parts
 from lrag_ray.conformance.case import CaseResult, Sheet
 from lrag_ray.conformance.files import Folder
 from lrag_ray.conformance.verify import failed, run_case, verify_path
-from lrag_ray.scoring.vbench_long import aggregate
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from tests.scoring.vbench_long.test_aggregate import row
 
 DIMENSION = "motion_smoothness"

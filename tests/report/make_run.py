@@ -11,6 +11,9 @@ import numpy as np
 import torch
 
 from lrag_ray.context.trace import ALL_LAYERS, RowKind, TraceRow
+from lrag_ray.scoring.preview.suite import PREVIEW
+from lrag_ray.scoring.video_rows import ScoreTarget, VideoRow
+from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, FileRecord, RolloutId, now_utc
@@ -131,3 +134,8 @@ def make_run(
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def preview_row(storage: Storage, target: ScoreTarget) -> VideoRow:
+    """The preview scores of one video."""
+    return PREVIEW.worker(storage, storage, threads=1, device="cpu").row(target)

@@ -21,15 +21,15 @@ from lrag_ray.report import Report, build_report
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import overview
 from lrag_ray.report.tables import Place, comparison_note, interval_note, places
-from lrag_ray.scoring.preview.measures import MEASURES, PREVIEW
-from lrag_ray.scoring.preview.worker import pending_targets, score_video
+from lrag_ray.scoring.preview.measures import MEASURES
+from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
-from lrag_ray.scoring.table import ScoreRow, to_parquet
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
+from lrag_ray.scoring.video_rows import VideoRow, to_parquet
 from lrag_ray.store.failures import write_failure
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.rollouts import RolloutRun
-from tests.report.make_run import HORIZONS, make_identity, make_run, store_rollout
+from tests.report.make_run import HORIZONS, make_identity, make_run, preview_row, store_rollout
 from tests.report.vbench_rows import by_rollout, score_run, store_frozen, store_rows, video_rows
 
 NASTY = 'a fox <script>alert(1)</script> & "quotes" \'--> {{ 7*7 }}'
@@ -72,8 +72,8 @@ class Page(HTMLParser):
 
 
 def score_all(run: RolloutRun) -> None:
-    for target in pending_targets(run):
-        run.storage.create(target.score_path(PREVIEW), to_parquet([score_video(run.storage, target)], PREVIEW))
+    for target in PREVIEW.pending_targets(run):
+        run.storage.create(target.score_path(PREVIEW), to_parquet([preview_row(run.storage, target)], PREVIEW))
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,10 @@ def test_columns_of_the_data_files_stay_what_they_are(tmp_path: Path) -> None:
         return run.storage.read_bytes(f"summary/{name}").decode().splitlines()[0].split(",")
 
     block = ["suite", "mode", "backbone", "backbone_label", "duration_s", "latent_frames"]
-    places_of = [f"rank_{name}" for name in DIMENSIONS]
-    video_means = [f"video_mean_{name}" for name in DIMENSIONS]
+    places_of = [f"rank_{name}" for name in DIMENSION_NAMES]
+    video_means = [f"video_mean_{name}" for name in DIMENSION_NAMES]
     counts = ["prompts", "videos_per_method", "prompts_left_out", "method", "average_rank"]
-    assert columns("ranks.csv") == [*block, *counts, *DIMENSIONS, *places_of, *video_means]
+    assert columns("ranks.csv") == [*block, *counts, *DIMENSION_NAMES, *places_of, *video_means]
     interval = ["method", "reference", "measure", "difference", "lower", "upper", "sample_deviation"]
     assert columns("differences.csv") == [*block, "prompts", *interval]
     in_clip = ["in_clip", "in_clip_lower", "in_clip_upper", "final"]
@@ -202,8 +202,8 @@ def test_the_terminal_shows_the_same_ranks(report: Report) -> None:
 
 def test_failures_are_listed(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ["a red fox"])
-    target = pending_targets(run)[0]
-    broken = ScoreRow(target, {}, "it is <truncated>", "", now_utc())
+    target = PREVIEW.pending_targets(run)[0]
+    broken = VideoRow(target, {}, "it is <truncated>", "", now_utc())
     run.storage.create(target.score_path(PREVIEW), to_parquet([broken], PREVIEW))
     score_all(run)
     identity = run.ensure(make_identity(["a red fox", "a poisoned one"], ["base", "rag"]))

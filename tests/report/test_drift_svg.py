@@ -9,7 +9,7 @@ import pytest
 
 from lrag_ray.report import ReportData, collect
 from lrag_ray.report.drift_svg import drift_figures
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
 from tests.report.make_run import make_run
 from tests.report.vbench_rows import score_run
 
@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
 
 def test_the_longest_duration_is_drawn_with_a_line_and_a_band_per_method(data: ReportData) -> None:
     (figure,) = drift_figures(data)
-    assert (figure.duration_s, figure.prompts, len(figure.panels)) == (6.75, 6, len(DIMENSIONS))
+    assert (figure.duration_s, figure.prompts, len(figure.panels)) == (6.75, 6, len(DIMENSION_NAMES))
     assert figure.styles == {"base": 0, "rag": 1}
     for panel in figure.panels:
         drawing = ElementTree.fromstring(str(panel.svg))

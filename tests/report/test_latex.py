@@ -12,7 +12,7 @@ import pytest
 
 from lrag_ray.report import collect
 from lrag_ray.report.latex import escaped, latex_table
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
 from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import make_run
 from tests.report.vbench_rows import score_run
@@ -33,7 +33,7 @@ def test_rows_are_methods_within_backbones_within_durations(table: str) -> None:
     assert header[:3] == ["Duration", "Backbone", "Method"]
     assert (upper[3], header[3]) == ("Subject", r"consistency $\uparrow$")
     assert (upper[-1], header[-1]) == ("Avg.", r"Rank $\downarrow$")
-    assert all(len(row) == 3 + len(DIMENSIONS) + 1 for row in [upper, header, *rows])
+    assert all(len(row) == 3 + len(DIMENSION_NAMES) + 1 for row in [upper, header, *rows])
     assert [row[0] for row in rows] == [r"\multirow{3}{*}{3 s}", "", "", r"\multirow{3}{*}{4.5 s}", "", ""]
     assert [row[1] for row in rows[:3]] == [r"\multirow{3}{*}{tiny, untrained}", "", ""]
     assert [row[2] for row in rows[:3]] == ["Base", r"$\infty$-RoPE", r"rag\_k-3"]

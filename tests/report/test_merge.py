@@ -8,19 +8,18 @@ import pytest
 
 from lrag_ray.errors import IdentityError, UsageError
 from lrag_ray.report import collect, report
-from lrag_ray.scoring.preview.measures import PREVIEW
-from lrag_ray.scoring.preview.worker import pending_targets, score_video
-from lrag_ray.scoring.table import to_parquet
+from lrag_ray.scoring.preview.suite import PREVIEW
+from lrag_ray.scoring.video_rows import to_parquet
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.rollouts import RolloutRun
-from tests.report.make_run import make_identity, make_run
+from tests.report.make_run import make_identity, make_run, preview_row
 
 PROMPTS = ["a red fox", "a river at dawn"]
 
 
 def scored(run: RolloutRun) -> RolloutRun:
-    for target in pending_targets(run):
-        run.storage.create(target.score_path(PREVIEW), to_parquet([score_video(run.storage, target)], PREVIEW))
+    for target in PREVIEW.pending_targets(run):
+        run.storage.create(target.score_path(PREVIEW), to_parquet([preview_row(run.storage, target)], PREVIEW))
     return run
 
 

@@ -9,11 +9,11 @@ from zlib import crc32
 import pytest
 
 from lrag_ray.report import ReportData, collect
-from lrag_ray.report.scores import Scores
 from lrag_ray.report.tables import warnings
+from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
 from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows_from_parquet
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Mode
 from lrag_ray.scoring.vbench_long.slow_fast import map_score
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
@@ -62,7 +62,7 @@ def test_every_duration_is_the_mean_over_its_own_clips(run: RolloutRun) -> None:
     for frames, starts in clips.items():
         inside = sum(0.9 - start / 1000 for start in starts) / len(starts)
         found = means(data, frames, "rag")
-        assert found.keys() == set(DIMENSIONS)
+        assert found.keys() == set(DIMENSION_NAMES)
         assert found["motion_smoothness"] == found["imaging_quality"] == pytest.approx(inside)
         fused = (inside + map_score("subject_consistency", SLOW)) / 2
         assert found["subject_consistency"] == pytest.approx(fused)
@@ -178,12 +178,12 @@ def test_the_control_of_the_first_run_counts(tmp_path: Path) -> None:
 def test_what_must_be_known_first_is_said(run: RolloutRun) -> None:
     assert collect([run]).suite.title == "preview suite, not VBench"
     for rollout, videos in by_rollout(run).items():
-        rows = video_rows(videos, falling, dimensions=DIMENSIONS[:2])
+        rows = video_rows(videos, falling, dimensions=DIMENSION_NAMES[:2])
         if rollout.method == "rag":
             rows = [replace(row, networks=f"clip_vitb32:{UNTRAINED}00", precision="float32") for row in rows]
         store_rows(run, rollout, rows)
     data = collect([run])
-    assert [measure.name for measure in data.suite.measures] == list(DIMENSIONS[:2])
+    assert [measure.name for measure in data.suite.measures] == list(DIMENSION_NAMES[:2])
     untrained, few, mixed, ways = warnings(data)
     assert "random weights: the numbers mean nothing" in untrained
     assert "Scores of 2 of the 6 dimensions" in few

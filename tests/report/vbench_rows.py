@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lrag_ray.scoring.vbench_long.clips import clip_length, spans
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
 from lrag_ray.scoring.vbench_long.parquet import (
     frozen_folder,
     frozen_identity,
@@ -12,7 +13,7 @@ from lrag_ray.scoring.vbench_long.parquet import (
     rows_to_parquet,
     video_identity,
 )
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Kind, Mode, ScoreRow
+from lrag_ray.scoring.vbench_long.rows import Kind, ScoreRow
 from lrag_ray.scoring.vbench_long.slow_fast import MAPPING
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
@@ -45,7 +46,7 @@ def row(
 
 
 def video_rows(
-    videos: Sequence[CommittedVideo], value: Value, mode: Mode = "compat", dimensions: Sequence[str] = DIMENSIONS
+    videos: Sequence[CommittedVideo], value: Value, mode: Mode = "compat", dimensions: Sequence[str] = DIMENSION_NAMES
 ) -> list[ScoreRow]:
     """Rows of one rollout: the clips of its longest file for all durations, each clip once."""
     longest = videos[-1]
@@ -91,6 +92,6 @@ def store_frozen(
 ) -> None:
     """The frozen control of one prompt: two clips that score alike."""
     video = frozen_identity(backbone, prompt_id, sample)
-    rows = [row(video, "clip", name, first, 32, score, mode=mode) for name in DIMENSIONS for first in (0, 32)]
+    rows = [row(video, "clip", name, first, 32, score, mode=mode) for name in DIMENSION_NAMES for first in (0, 32)]
     rows += [row(video, "clip_to_clip", name, 0, 64, 1.0, mode=mode) for name in MAPPING]
     run.storage.write(f"{frozen_folder(mode, backbone, prompt_id, sample)}/rows-a.parquet", rows_to_parquet(rows))

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from lrag_ray.report.tables import number
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock, VideoScore, average_ranks, rank_means
-from lrag_ray.scoring.vbench_long.measures import vbench_long
+from lrag_ray.scoring.vbench_long.settings import VbenchSettings
+from lrag_ray.scoring.vbench_long.suite import VbenchLong
 
 UP = Measure("up", "Up", "", 0, 1, higher_is_better=True)
 DOWN = Measure("down", "Down", "", 0, 1, higher_is_better=False)
-SUITE = vbench_long("compat")
+SUITE = VbenchLong(VbenchSettings(mode="compat"))
 
 
 def score(method: str, prompt: str, up: float, down: float = 0.0, sample: int = 0, frames: int = 18) -> VideoScore:
@@ -48,7 +49,9 @@ def test_the_papers_table(golden: Path) -> None:
         (block,) = average_ranks(scores, [row["method"] for row in rows], SUITE.measures, SUITE.pooling)
         for row, ours in zip(rows, block.rows, strict=True):
             assert ours.average_rank is not None
-            assert all(number(ours.means[name], SUITE) == row[name] for name in names), "shown as the paper prints them"
+            assert all(number(ours.means[m.name], m) == row[m.name] for m in SUITE.measures), (
+                "shown as the paper prints them"
+            )
             if f"{ours.average_rank:.2f}" == row["published_avg_rank"]:
                 exact += 1
             else:

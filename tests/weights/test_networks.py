@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli import weights as cli
 from lrag_ray.errors import WeightsError
-from lrag_ray.scoring.vbench_long import NETWORKS, OFFICIAL, WeightFiles
+from lrag_ray.scoring.vbench_long.official import NETWORKS, OFFICIAL
+from lrag_ray.scoring.vbench_long.settings import VbenchSettings
+from lrag_ray.scoring.vbench_long.suite import VbenchLong
+from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.weights import networks
 from lrag_ray.weights.local import record_at
 from lrag_ray.weights.networks import Source, pull_source, sources, verify_networks
@@ -58,15 +61,23 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield serving
 
 
-def source_of(name: str) -> Source:
-    return next(source for source in sources() if name in source.names)
+def suite_in(folder: Path) -> VbenchLong:
+    return VbenchLong(VbenchSettings(weights=str(folder)))
+
+
+def sources_in(folder: Path) -> list[Source]:
+    return sources(suite_in(folder).weight_files())
+
+
+def source_of(name: str, folder: Path) -> Source:
+    return next(source for source in sources_in(folder) if name in source.names)
 
 
 def test_the_suite_is_laid_out_as_vbench_does_it_with_one_download_per_address(hub: Hub, tmp_path: Path) -> None:
     files = WeightFiles(tmp_path / "w")
-    pulled = [network for source in sources() for network in pull_source(source, files)]
+    pulled = [network for source in sources_in(tmp_path / "w") for network in pull_source(source)]
     assert {network.name for network in pulled if network.pulled} == set(NETWORKS)
-    assert len(hub.ranges) == len(sources()) == 9
+    assert len(hub.ranges) == len(sources_in(tmp_path / "w")) == 9
     assert not list(files.missing())
     for name in NETWORKS:
         record = record_at(str(files.find(name)))
@@ -82,34 +93,34 @@ def test_the_suite_is_laid_out_as_vbench_does_it_with_one_download_per_address(h
     kept = [path.name for path in tmp_path.rglob("*") if path.is_file() and "node-cache" not in path.parts]
     assert not [name for name in kept if name.endswith((".zip", ".part")) or name in ("other.pth", "escaped")]
 
-    assert not any(network.pulled for source in sources() for network in pull_source(source, files))
+    assert not any(network.pulled for source in sources_in(tmp_path / "w") for network in pull_source(source))
     assert len(hub.ranges) == 9, "what is there is not fetched again"
 
 
 def test_a_pull_goes_on_where_it_was_cut_off_and_follows_redirects(hub: Hub, tmp_path: Path) -> None:
-    source, content = source_of("amt_s"), hub.files["files/amt_s"]
+    source, content = source_of("amt_s", tmp_path), hub.files["files/amt_s"]
     hub.files["elsewhere"] = hub.files.pop("files/amt_s")
     hub.moved["files/amt_s"] = "elsewhere"
     hub.cut_after["elsewhere"] = 1500
-    pull_source(source, WeightFiles(tmp_path))
+    pull_source(source)
     assert (tmp_path / "amt_model/amt-s.pth").read_bytes() == content
     assert hub.ranges == [None, "bytes=1000-"]
 
 
 def test_a_pull_that_died_after_the_last_byte_is_done_again(hub: Hub, tmp_path: Path) -> None:
     """Given a whole download that was never put in its place, the server has nothing more to send."""
-    (name, *_), place = source_of("dinov2_vitb14").names, tmp_path / OFFICIAL["dinov2_vitb14"].path
+    source, place = source_of("dinov2_vitb14", tmp_path), tmp_path / OFFICIAL["dinov2_vitb14"].path
     place.parent.mkdir(parents=True)
-    networks._download(OFFICIAL[name].url, place, {name: place})
-    assert [network.pulled for network in pull_source(source_of(name), WeightFiles(tmp_path))] == [True]
+    networks._download(source.url, place, {source.files[0]: place})
+    assert [network.pulled for network in pull_source(source)] == [True]
     assert hub.ranges == [None, "bytes=6500-", None]
-    assert place.read_bytes() == hub.files[f"files/{name}"]
+    assert place.read_bytes() == hub.files["files/dinov2_vitb14"]
 
 
 def test_an_archive_without_the_member_is_told_and_not_kept(hub: Hub, tmp_path: Path) -> None:
     hub.files["files/models.zip"] = archive({"models/raft-small.pth": b"x"})
     with pytest.raises(WeightsError, match=r"holds no models/raft-things\.pth. Mend: put the published file at"):
-        pull_source(source_of("raft_things"), WeightFiles(tmp_path))
+        pull_source(source_of("raft_things", tmp_path))
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -117,16 +128,16 @@ def test_another_file_than_the_published_one_is_thrown_away(hub: Hub, tmp_path: 
     hub.files["files/clip_vitb32"] = b"not CLIP"
     hub.files["files/models.zip"] = hub.files["files/models.zip"][:-40]
     with pytest.raises(WeightsError, match="clip_vitb32, expected"):
-        pull_source(source_of("clip_vitb32"), WeightFiles(tmp_path))
+        pull_source(source_of("clip_vitb32", tmp_path))
     with pytest.raises(WeightsError, match="arrived damaged"):
-        pull_source(source_of("raft_things"), WeightFiles(tmp_path))
+        pull_source(source_of("raft_things", tmp_path))
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "node-cache" not in path.parts]
 
 
 def test_without_network_the_error_says_which_file_to_put_where(hub: Hub, tmp_path: Path) -> None:
     hub.closed = True
     with pytest.raises(WeightsError) as refused:
-        pull_source(source_of("dreamsim_ensemble_lora"), WeightFiles(tmp_path))
+        pull_source(source_of("dreamsim_ensemble_lora", tmp_path))
     message = str(refused.value)
     for name in ("dreamsim_clip_vitb16", "dreamsim_open_clip_vitb16", "dreamsim_ensemble_lora"):
         official = OFFICIAL[name]
@@ -141,9 +152,9 @@ def test_verify_tells_what_loads_from_what_is_damaged_or_missing(hub: Hub, tmp_p
     hub.files["files/laion_linear"] = buffer.getvalue()
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     OFFICIAL["laion_linear"] = OFFICIAL["laion_linear"]._replace(sha256=digest)  # type: ignore[index]
-    pull_source(source_of("laion_linear"), WeightFiles(tmp_path))
+    pull_source(source_of("laion_linear", tmp_path))
 
-    verdicts = {verdict.name: verdict for verdict in verify_networks(WeightFiles(tmp_path))}
+    verdicts = {verdict.name: verdict for verdict in verify_networks(suite_in(tmp_path))}
     assert set(verdicts) == set(NETWORKS)
     assert {name for name, verdict in verdicts.items() if verdict.ok} == {"laion_linear"}
     assert verdicts["laion_linear"].detail == "0.0 MB, sha256 as recorded at the pull, loads"
@@ -152,7 +163,7 @@ def test_verify_tells_what_loads_from_what_is_damaged_or_missing(hub: Hub, tmp_p
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    verdicts = {verdict.name: verdict for verdict in verify_networks(WeightFiles(tmp_path))}
+    verdicts = {verdict.name: verdict for verdict in verify_networks(suite_in(tmp_path))}
     assert "is another file" in verdicts["laion_linear"].detail
     assert digest in verdicts["laion_linear"].detail
 

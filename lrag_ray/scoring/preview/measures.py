@@ -24,7 +24,6 @@ from torch import Tensor
 
 from lrag_ray.scoring.flow import optical_flow
 from lrag_ray.scoring.measure import Measure
-from lrag_ray.scoring.table import Suite
 
 MEASURES = (
     Measure(
@@ -93,8 +92,6 @@ MEASURES = (
     ),
 )
 """The dimensions of the suite, in table order."""
-
-PREVIEW = Suite("preview", 1, MEASURES)
 
 _LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
 _LONG_SIDE = 128

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long.dimension import Measured
+from lrag_ray.scoring.vbench_long.dimension import Dimension, Measured
 from lrag_ray.scoring.vbench_long.networks import Networks
-from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
-
-NETWORKS: tuple[NetworkName, ...] = ("clip_vitl14", "laion_linear")
 
 
 def features(frames: ClipFrames, networks: Networks) -> Tensor:
@@ -22,3 +19,12 @@ def score(frames: ClipFrames, networks: Networks) -> Measured:
     """Mean rating over ten, about 0..1; per frame the rating."""
     ratings = networks.aesthetic_head(F.normalize(features(frames, networks), dim=1)).squeeze(1)
     return Measured((ratings / 10).mean().item(), tuple(ratings.tolist()))
+
+
+DIMENSION = Dimension(
+    name="aesthetic_quality",
+    title="Aesthetic quality",
+    formula="Mean over frames of the LAION aesthetic predictor on CLIP ViT-L/14, as a share of 10",
+    networks=("clip_vitl14", "laion_linear"),
+    score=score,
+)

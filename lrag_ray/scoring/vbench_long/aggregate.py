@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import NamedTuple
 
 from lrag_ray.scoring.vbench_long.clips import Span, clip_length, spans
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, ScoreRow
-from lrag_ray.scoring.vbench_long.slow_fast import MAPPING, Fused, fuse
+from lrag_ray.scoring.vbench_long.dimensions import DIMENSIONS, as_shares
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
+from lrag_ray.scoring.vbench_long.slow_fast import Fused, fuse
 
 
 class ClipScore(NamedTuple):
@@ -77,7 +78,7 @@ def aggregate(rows: Iterable[ScoreRow], durations: Mapping[str, int] | None = No
     if "subject_consistency" in scores:
         scores["subject_consistency"] = _subject_global(clips)
     video_means = {name: fmean(values[name] for values in per_video.values() if name in values) for name in scores}
-    return Aggregate(clips, per_video, _unit(scores), _unit(video_means), unscored)
+    return Aggregate(clips, per_video, as_shares(scores), as_shares(video_means), unscored)
 
 
 def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[list[ClipScore], list[Unscored]]:
@@ -98,7 +99,7 @@ def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[
         absent = [span for span in expected if span not in by_span]
         if absent:
             reason = f"{len(absent)} of {len(expected)} clips are not scored yet"
-        elif dimension in MAPPING and slow is None and len(expected) > 1:
+        elif DIMENSIONS[dimension].slow and slow is None and len(expected) > 1:
             reason = "clip to clip is not scored yet"
         if reason:
             missing.append(Unscored(video, dimension, reason))
@@ -110,7 +111,7 @@ def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[
 def _clip(row: ScoreRow, slow: ScoreRow | None) -> ClipScore:
     assert row.score is not None
     span = Span(row.first_frame, row.frame_count)
-    if row.dimension not in MAPPING:
+    if DIMENSIONS[row.dimension].slow is None:
         return ClipScore(row.video, span, row.dimension, row.score, None)
     parts = fuse(row.dimension, row.score, slow.score if slow else None)
     return ClipScore(row.video, span, row.dimension, parts.fused, parts)
@@ -130,8 +131,3 @@ def _subject_global(clips: Sequence[ClipScore]) -> float:
         return fmean(clip.score for clip in own)
     pairs = [clip.span.frame_count - 1 for clip in own]
     return sum(clip.score * n for clip, n in zip(own, pairs, strict=True)) / sum(pairs)
-
-
-def _unit(scores: Mapping[str, float]) -> dict[str, float]:
-    """All dimensions on 0..1."""
-    return {name: score / 100 if name == "imaging_quality" else score for name, score in scores.items()}

@@ -5,19 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long.consistency import consistency
-from lrag_ray.scoring.vbench_long.dimension import Measured, mean_of
+from lrag_ray.scoring.vbench_long.consistency import CONSISTENCY_FORMULA, consistency
+from lrag_ray.scoring.vbench_long.dimension import Dimension, Measured, SlowFeatures, mean_of
 from lrag_ray.scoring.vbench_long.networks import Networks
-from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import SIDE, ClipFrames, resize
-
-NETWORKS: tuple[NetworkName, ...] = ("clip_vitb32",)
-SLOW_NETWORKS: tuple[NetworkName, ...] = (
-    "dino_vitb16",
-    "dreamsim_clip_vitb16",
-    "dreamsim_open_clip_vitb16",
-    "dreamsim_ensemble_lora",
-)
 
 
 def features(frames: ClipFrames, networks: Networks) -> Tensor:
@@ -37,3 +28,15 @@ def slow_features(first_frames: Tensor, networks: Networks) -> Tensor:
         for part in first_frames.split(networks.batch.frames)
     ]
     return torch.cat(parts)
+
+
+DIMENSION = Dimension(
+    name="background_consistency",
+    title="Background consistency",
+    formula=CONSISTENCY_FORMULA.format(inside="CLIP ViT-B/32", across="DreamSim"),
+    networks=("clip_vitb32",),
+    score=score,
+    slow=SlowFeatures(
+        ("dino_vitb16", "dreamsim_clip_vitb16", "dreamsim_open_clip_vitb16", "dreamsim_ensemble_lora"), slow_features
+    ),
+)

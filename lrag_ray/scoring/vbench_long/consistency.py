@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+CONSISTENCY_FORMULA = (
+    "Mean over the frames of a clip of the mean cosine similarity to the frame before and to the first frame ({inside}"
+    "); averaged with the same over the first frames of all clips of the video ({across}), mapped to its scale"
+)
+"""For people; `inside` and `across` are the networks."""
+
 
 def consistency(features: Tensor) -> list[float]:
     """Similarity of each frame but the first to its predecessor and to the first, from features [T, C].

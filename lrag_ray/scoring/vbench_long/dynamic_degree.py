@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
 from lrag_ray.scoring.vbench_long.correlation import pairs_at_once
-from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError
+from lrag_ray.scoring.vbench_long.dimension import Dimension, Measured, UnscorableClipError
 from lrag_ray.scoring.vbench_long.networks import Networks
-from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, pad_to_multiple
 from lrag_ray.scoring.vbench_long.raft import MIN_SIDE, STRIDE
 
-NETWORKS: tuple[NetworkName, ...] = ("raft_things",)
 SAMPLED_FPS = 8
 FASTEST = 0.05
 """Share of the pixels that are averaged, the fastest ones."""
@@ -42,7 +41,7 @@ def radii(frames: ClipFrames, networks: Networks) -> Iterator[list[float]]:
         return
     padded, _ = pad_to_multiple(used.float(), STRIDE)
     if min(padded.shape[2:]) < MIN_SIDE:
-        raise UnscorableError(f"frames of {width}x{height} are too small for RAFT, which needs sides of {MIN_SIDE}")
+        raise UnscorableClipError(f"frames of {width}x{height} are too small for RAFT, which needs sides of {MIN_SIDE}")
     for flow in networks.raft.flows(padded, pairs_at_once(networks.batch.pairs, *padded.shape[2:])):
         yield _radius(flow)
 
@@ -71,3 +70,13 @@ def score(frames: ClipFrames, networks: Networks, *, early_stop: bool = True) ->
     # The official check runs after each pair: a clip that needs none is dynamic by its first pair, one without a pair
     # is not.
     return Measured(float(bool(seen) and over >= needed), tuple(seen))
+
+
+DIMENSION = Dimension(
+    name="dynamic_degree",
+    title="Dynamic degree",
+    formula="Share of the clips that move: in enough frame pairs, the strongest 5% of the RAFT flow pass a threshold",
+    networks=("raft_things",),
+    score=score,
+    score_in_full=partial(score, early_stop=False),
+)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lrag_ray.scoring.vbench_long.clips import Span, clip_length
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.reencode import reencode
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Mode, RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.rows import RowKey, ScoreRow
 from lrag_ray.scoring.vbench_long.score import ClipScorer
 from lrag_ray.video.mp4 import VideoError
 
@@ -23,7 +24,7 @@ def score_frozen(
     video: str,
     networks: Networks,
     *,
-    dimensions: Sequence[Dimension] = DIMENSIONS,
+    dimensions: Sequence[DimensionName] = DIMENSION_NAMES,
     mode: Mode = "direct",
     early_stop: bool = True,
     done: Container[RowKey] = (),

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long.dimension import Measured, mean_of
+from lrag_ray.scoring.vbench_long.dimension import Dimension, Measured, mean_of
 from lrag_ray.scoring.vbench_long.networks import Networks
-from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, resize
 
-NETWORKS: tuple[NetworkName, ...] = ("musiq_spaq",)
 LONGER_SIDE = 512
 
 
@@ -32,3 +30,13 @@ def ratings(frames: ClipFrames, networks: Networks) -> Tensor:
 def score(frames: ClipFrames, networks: Networks) -> Measured:
     """Mean rating of the frames, 0..100."""
     return mean_of(ratings(frames, networks).double().tolist(), "a frame")
+
+
+DIMENSION = Dimension(
+    name="imaging_quality",
+    title="Imaging quality",
+    formula="Mean over frames of MUSIQ (SPAQ), as a share of 100",
+    networks=("musiq_spaq",),
+    score=score,
+    full_scale=100,
+)

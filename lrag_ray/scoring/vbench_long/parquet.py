@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lrag_ray.scoring.vbench_long.rows import Mode, ScoreRow
+from lrag_ray.scoring.vbench_long.names import Mode
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
 
 UNTRAINED = "random-"
 """Digests of networks begin so where their weights were drawn at random: the scores mean nothing."""

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
-Dimension = Literal[
-    "subject_consistency",
-    "background_consistency",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-]
-DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
-"""The six dimensions of `long_custom_input` that the paper reports, in its order."""
-
-Mode = Literal["direct", "compat"]
-"""direct: clips are cut from the decoded frames. compat: they are re-encoded as the official splitter does it."""
+from lrag_ray.scoring.vbench_long.names import Mode
 
 Kind = Literal["clip", "clip_to_clip", "failure"]
 

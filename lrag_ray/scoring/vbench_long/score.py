@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,50 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long import (
-    aesthetic_quality,
-    background_consistency,
-    dynamic_degree,
-    imaging_quality,
-    motion_smoothness,
-    subject_consistency,
-)
-from lrag_ray.scoring.vbench_long.ahead import ahead
 from lrag_ray.scoring.vbench_long.clips import Clip, Frame, Span, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.consistency import consistency
-from lrag_ray.scoring.vbench_long.dimension import Measured, UnscorableError, mean_of
+from lrag_ray.scoring.vbench_long.dimension import Measured, SlowFeatures, UnscorableClipError, mean_of
+from lrag_ray.scoring.vbench_long.dimensions import DIMENSIONS
 from lrag_ray.scoring.vbench_long.frames import decode, probe
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.official import NetworkName
+from lrag_ray.scoring.vbench_long.prefetch import prefetch
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
 from lrag_ray.scoring.vbench_long.reencode import reencode
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, Dimension, Kind, Mode, RowKey, ScoreRow
+from lrag_ray.scoring.vbench_long.rows import Kind, RowKey, ScoreRow
 from lrag_ray.video.mp4 import VideoError
-
-_MEASURES: Mapping[Dimension, Callable[[ClipFrames, Networks], Measured]] = {
-    "subject_consistency": subject_consistency.score,
-    "background_consistency": background_consistency.score,
-    "motion_smoothness": motion_smoothness.score,
-    "dynamic_degree": dynamic_degree.score,
-    "aesthetic_quality": aesthetic_quality.score,
-    "imaging_quality": imaging_quality.score,
-}
-_SLOW_FEATURES: Mapping[Dimension, Callable[[Tensor, Networks], Tensor]] = {
-    "subject_consistency": subject_consistency.slow_features,
-    "background_consistency": background_consistency.slow_features,
-}
-IN_CLIP_NETWORKS: Mapping[Dimension, tuple[NetworkName, ...]] = {
-    "subject_consistency": subject_consistency.NETWORKS,
-    "background_consistency": background_consistency.NETWORKS,
-    "motion_smoothness": motion_smoothness.NETWORKS,
-    "dynamic_degree": dynamic_degree.NETWORKS,
-    "aesthetic_quality": aesthetic_quality.NETWORKS,
-    "imaging_quality": imaging_quality.NETWORKS,
-}
-SLOW_NETWORKS: Mapping[Dimension, tuple[NetworkName, ...]] = {
-    "subject_consistency": subject_consistency.SLOW_NETWORKS,
-    "background_consistency": background_consistency.SLOW_NETWORKS,
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +41,7 @@ def score_video(
     source: VideoSource,
     networks: Networks,
     *,
-    dimensions: Sequence[Dimension] = DIMENSIONS,
+    dimensions: Sequence[DimensionName] = DIMENSION_NAMES,
     mode: Mode = "direct",
     early_stop: bool = True,
     done: Container[RowKey] = (),
@@ -92,7 +61,7 @@ def score_video(
         length = clip_length(rate.fps)
         if length == 0:
             raise VideoError(f"{source.path} has {rate.fps:.3g} frames a second; clips need at least one")
-        for span, frames in ahead(_clips(source, length, scorer.fps, mode)):
+        for span, frames in prefetch(_clips(source, length, scorer.fps, mode)):
             first_frames[span] = frames[0]
             frame_count = max(frame_count, sum(span))
             yield from scorer.clip(span, frames, dimensions, done)
@@ -125,7 +94,7 @@ class ClipScorer:
     early_stop: bool = True
 
     def clip(
-        self, span: Span, frames: Sequence[Frame], dimensions: Sequence[Dimension], done: Container[RowKey] = ()
+        self, span: Span, frames: Sequence[Frame], dimensions: Sequence[DimensionName], done: Container[RowKey] = ()
     ) -> Iterator[ScoreRow]:
         """One row per dimension that is not done."""
         pending = [name for name in dimensions if RowKey(self.video, "clip", name, *span) not in done]
@@ -133,46 +102,45 @@ class ClipScorer:
             return
         on_device = ClipFrames(frames, self.fps, self.networks.device)
         for name in pending:
-            measure = _MEASURES[name]
-            if name == "dynamic_degree":
-                measure = partial(dynamic_degree.score, early_stop=self.early_stop)
-            yield self._measured("clip", name, span, partial(measure, on_device, self.networks), IN_CLIP_NETWORKS)
+            dimension = DIMENSIONS[name]
+            score = dimension.score if self.early_stop else dimension.score_in_full or dimension.score
+            yield self._measured("clip", name, span, partial(score, on_device, self.networks), dimension.networks)
 
     def clip_to_clip(
-        self, duration: int, frames: Sequence[Frame], dimensions: Sequence[Dimension], done: Container[RowKey] = ()
+        self, duration: int, frames: Sequence[Frame], dimensions: Sequence[DimensionName], done: Container[RowKey] = ()
     ) -> Iterator[ScoreRow]:
         """One row per consistency dimension that is not done, from the first frames of the clips of `duration`."""
         whole = Span(0, duration)
         pending = [
-            name
+            (name, slow)
             for name in dimensions
-            if name in _SLOW_FEATURES and RowKey(self.video, "clip_to_clip", name, *whole) not in done
+            if (slow := DIMENSIONS[name].slow) and RowKey(self.video, "clip_to_clip", name, *whole) not in done
         ]
         if not pending:
             return
         stacked = ClipFrames(frames, self.fps, self.networks.device).uint8
-        for name in pending:
-            yield self._measured("clip_to_clip", name, whole, partial(self._slow, name, stacked), SLOW_NETWORKS)
+        for name, slow in pending:
+            yield self._measured("clip_to_clip", name, whole, partial(self._slow, slow, stacked), slow.networks)
 
-    def _slow(self, name: Dimension, first_frames: Tensor) -> Measured:
-        return mean_of(consistency(_SLOW_FEATURES[name](first_frames, self.networks)), "two clips")
+    def _slow(self, slow: SlowFeatures, first_frames: Tensor) -> Measured:
+        return mean_of(consistency(slow.features(first_frames, self.networks)), "two clips")
 
     def _measured(
         self,
         kind: Kind,
-        name: Dimension,
+        name: DimensionName,
         span: Span,
         measure: Callable[[], Measured],
-        used: Mapping[Dimension, tuple[NetworkName, ...]],
+        used: tuple[NetworkName, ...],
     ) -> ScoreRow:
         try:
             with self.networks.numerics():
                 measured = measure()
-        except UnscorableError as reason:
-            return self.row(kind, name, span, None, str(reason), used[name])
+        except UnscorableClipError as reason:
+            return self.row(kind, name, span, None, str(reason), used)
         if not math.isfinite(measured.score):
-            return self.row(kind, name, span, None, "the network gave no finite value", used[name])
-        return self.row(kind, name, span, measured, "", used[name])
+            return self.row(kind, name, span, None, "the network gave no finite value", used)
+        return self.row(kind, name, span, measured, "", used)
 
     def row(
         self,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long.consistency import consistency
-from lrag_ray.scoring.vbench_long.dimension import Measured, mean_of
+from lrag_ray.scoring.vbench_long.consistency import CONSISTENCY_FORMULA, consistency
+from lrag_ray.scoring.vbench_long.dimension import Dimension, Measured, SlowFeatures, mean_of
 from lrag_ray.scoring.vbench_long.networks import Networks
-from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import (
     DINOV2_RESIZE,
     IMAGENET,
@@ -18,9 +17,6 @@ from lrag_ray.scoring.vbench_long.preprocess import (
     normalise,
     resize_shorter,
 )
-
-NETWORKS: tuple[NetworkName, ...] = ("dino_vitb16",)
-SLOW_NETWORKS: tuple[NetworkName, ...] = ("dinov2_vitb14",)
 
 
 def features(frames: ClipFrames, networks: Networks) -> Tensor:
@@ -48,3 +44,13 @@ def slow_features(first_frames: Tensor, networks: Networks) -> Tensor:
 
 def _for_dinov2(frames: Tensor) -> Tensor:
     return resize_shorter(frames, DINOV2_RESIZE, "bicubic", antialias=True)
+
+
+DIMENSION = Dimension(
+    name="subject_consistency",
+    title="Subject consistency",
+    formula=CONSISTENCY_FORMULA.format(inside="DINO ViT-B/16", across="DINOv2 ViT-B/14"),
+    networks=("dino_vitb16",),
+    score=score,
+    slow=SlowFeatures(("dinov2_vitb14",), slow_features),
+)

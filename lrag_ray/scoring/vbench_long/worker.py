@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 
-from lrag_ray.config.schema import ScoringSection
-from lrag_ray.engine.fan_out import GoOn, Refused, Stopped
+from lrag_ray.scoring.suite import KeepGoing, StoppedError, UnscorableError
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.frozen import score_frozen
 from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
@@ -21,15 +21,11 @@ from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rows_from_parquet, r
 from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
 from lrag_ray.scoring.vbench_long.rows import ScoreRow
 from lrag_ray.scoring.vbench_long.score import VideoSource, score_video
-from lrag_ray.scoring.vbench_long.weights import WeightFiles
-from lrag_ray.stages.backbone import device_for
+from lrag_ray.scoring.vbench_long.settings import VbenchSettings
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.video.mp4 import VideoError
-
-RANDOM = "random"
-"""Value of `scoring.weights` for untrained networks."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,13 @@ class VbenchTask:
     path: str
     """In the storage of the videos, or on this machine where there is none."""
     name: str
-    """What people call it."""
+    """As people see it."""
     sha256: str | None
     """Of the file as it was committed; None where that is not known."""
     video: str
     """Identity, see `ScoreRow.video`."""
     folder: str
-    """Where the row files of the video lie."""
+    """Where the row files of the video are stored."""
     last_file: str
     """Name of the row file that comes last and says that all that was wanted is there."""
     durations: tuple[int, ...] = ()
@@ -61,43 +57,48 @@ class RowFiles:
     """How often rows are committed."""
 
     clips: int = 4
-    """A file holds so many clips at most,"""
+    """Most clips in a file."""
     seconds: float = 60.0
-    """and a worker keeps rows to itself no longer than this."""
+    """Longest time for which a worker keeps finished rows to itself."""
 
 
-class VbenchWork:
-    """Needs: `scoring.cpus_per_worker` CPUs and `scoring.gpus_per_worker` GPUs. Does: one video at a time."""
+class VbenchWorker:
+    """Scores one video at a time."""
 
     def __init__(
-        self, rows: Storage, videos: Storage | None, scoring: ScoringSection, files: RowFiles = RowFiles()
+        self,
+        rows: Storage,
+        videos: Storage | None,
+        settings: VbenchSettings,
+        *,
+        threads: int = 1,
+        device: str = "cpu",
+        files: RowFiles = RowFiles(),
     ) -> None:
-        import torch
-
-        torch.set_num_threads(max(1, int(scoring.cpus_per_worker)))
-        self._rows, self._videos, self._scoring, self._files = rows, videos, scoring, files
-        self._untrained = scoring.weights == RANDOM
-        device = device_for(scoring.gpus_per_worker)
+        torch.set_num_threads(threads)
+        self._rows, self._videos, self._settings, self._files = rows, videos, settings, files
+        place = torch.device(device)
         self._networks = Networks(
-            RandomWeights() if self._untrained else WeightFiles(Path(scoring.weights) if scoring.weights else None),
-            device,
-            precision=scoring.precision,
-            batch=BatchSizes.for_device(device, scoring.batch_frames, scoring.batch_pairs),
+            RandomWeights() if settings.untrained else settings.files,
+            place,
+            precision=settings.precision,
+            batch=BatchSizes.for_device(place, settings.batch_frames, settings.batch_pairs),
         )
 
-    def __call__(self, task: VbenchTask, go_on: GoOn) -> None:
+    def score(self, payload: VbenchTask, keep_going: KeepGoing) -> None:
         """Score what has no row yet. A video that cannot be read is recorded as such and then refused."""
         with scratch_folder() as scratch:
-            path = Path(task.path)
+            path = Path(payload.path)
             if self._videos is not None:
-                # Damage on the way or in the store is not the video's: it is told, and tried again at the next start.
-                path = local_copy(self._videos, task.path, task.sha256, scratch)
-            rows = self._scored(task, path)
-            self._commit(task, (replace(row, reason=_told(row.reason, path, task.name)) for row in rows), go_on)
+                # Damage on the way or in the store is not the video's fault: it fails the attempt alone.
+                path = local_copy(self._videos, payload.path, payload.sha256, scratch)
+            rows = self._scored(payload, path)
+            portable = (replace(row, reason=_portable(row.reason, path, payload.name)) for row in rows)
+            self._commit(payload, portable, keep_going)
 
     def _scored(self, task: VbenchTask, path: Path) -> Iterator[ScoreRow]:
         done = {row.key for row in stored_rows(self._rows, task.folder)}
-        scoring = self._scoring
+        settings = self._settings
         if task.frozen:
             score = partial(score_frozen, path, task.video)
         else:
@@ -105,16 +106,16 @@ class VbenchWork:
             score = partial(score_video, VideoSource(path, task.video, durations))
         return score(
             self._networks,
-            dimensions=scoring.dimensions,
-            mode=scoring.mode,
-            early_stop=scoring.early_stop,
+            dimensions=settings.dimensions,
+            mode=settings.mode,
+            early_stop=settings.early_stop,
             done=done,
         )
 
-    def _commit(self, task: VbenchTask, rows: Iterable[ScoreRow], go_on: GoOn) -> None:
+    def _commit(self, task: VbenchTask, rows: Iterable[ScoreRow], keep_going: KeepGoing) -> None:
         """Write rows in files of whole clips; the last one, which may be empty, under the name that ends the task.
 
-        Told to stop, it ends between two dimensions.
+        When told to stop, it ends between two dimensions.
         """
         kept: list[ScoreRow] = []
         clips, since, failure = 0, time.monotonic(), ""
@@ -122,22 +123,22 @@ class VbenchWork:
             for row in clip:
                 kept.append(self._marked(row))
                 failure = row.reason if row.kind == "failure" else failure
-                if not go_on():
+                if not keep_going():
                     self._keep(task, kept)
-                    raise Stopped
+                    raise StoppedError
             clips += 1
             if clips == self._files.clips or time.monotonic() - since >= self._files.seconds:
                 self._keep(task, kept)
                 kept, clips, since = [], 0, time.monotonic()
         self._rows.create(f"{task.folder}/{task.last_file}", rows_to_parquet(kept))
         if failure:
-            raise Refused(failure)
+            raise UnscorableError(failure)
 
     def _keep(self, task: VbenchTask, rows: Sequence[ScoreRow]) -> None:
         self._rows.create(f"{task.folder}/rows-{secrets.token_hex(8)}.parquet", rows_to_parquet(rows))
 
     def _marked(self, row: ScoreRow) -> ScoreRow:
-        return replace(row, networks=row.networks.replace(":", f":{UNTRAINED}")) if self._untrained else row
+        return replace(row, networks=row.networks.replace(":", f":{UNTRAINED}")) if self._settings.untrained else row
 
 
 def prefix_frames(duration_s: float, fps: int) -> int:
@@ -157,18 +158,18 @@ def _prefixes(path: Path, durations_s: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted({frames, *(count for s in durations_s if 0 < (count := prefix_frames(s, fps)) < frames)}))
 
 
-def _told(reason: str, path: Path, name: str) -> str:
-    """A reason without the place on the worker's machine, in characters that a file can hold."""
+def _portable(reason: str, path: Path, name: str) -> str:
+    """A reason without the path on the worker's machine, in characters that a file can hold."""
     return reason.replace(str(path), name).encode("utf-8", "backslashreplace").decode()
 
 
 def stored_rows(storage: Storage, folder: str) -> list[ScoreRow]:
-    """All rows below a folder; what is no score file is left out."""
+    """All rows below a folder; files that are not score files are left out."""
     return [row for rows in read_row_files(storage, storage.list_files(folder)).values() for row in rows]
 
 
 def read_row_files(storage: Storage, paths: Iterable[str]) -> dict[str, list[ScoreRow]]:
-    """Rows by file; what is no score file is left out."""
+    """Rows by file; files that are not score files are left out."""
     found = {}
     for path, data in storage.read_many([path for path in paths if path.endswith(".parquet")]).items():
         try:

@@ -11,7 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from lrag_ray.scoring.vbench_long import Networks, RandomWeights
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.scoring.vbench_long import DIMENSIONS, ScoreRow, aggregate
-from lrag_ray.scoring.vbench_long.rows import Kind, Mode
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
+from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
+from lrag_ray.scoring.vbench_long.rows import Kind, ScoreRow
 from lrag_ray.scoring.vbench_long.slow_fast import MAPPING
 
 
@@ -29,7 +30,7 @@ def row(
 def test_official_clip_scores_give_the_official_totals(vbench: Path, record: str) -> None:
     golden: dict[str, Any] = json.loads((vbench / record).read_text(encoding="utf-8"))
     rows, durations = [], {}
-    for name in DIMENSIONS:
+    for name in DIMENSION_NAMES:
         scores = golden["dimensions"][name]["per_clip"]
         for clip, about in golden["clips"].items():
             index, video = int(clip[-3:]), about["video"]
@@ -43,7 +44,7 @@ def test_official_clip_scores_give_the_official_totals(vbench: Path, record: str
     result = aggregate(rows, durations)
 
     assert not result.unscored
-    for name in DIMENSIONS:
+    for name in DIMENSION_NAMES:
         official = golden["dimensions"][name]
         assert result.mean_over_clips[name] == pytest.approx(official["global"], abs=1e-12)
         for video, mean in official["per_video_mean_of_clips_DERIVED"].items():

@@ -18,10 +18,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lrag_ray.scoring.vbench_long import (
-    BatchSizes,
-    NetworkName,
-    Networks,
-    Weights,
     aesthetic_quality,
     background_consistency,
     dynamic_degree,
@@ -30,7 +26,10 @@ from lrag_ray.scoring.vbench_long import (
     subject_consistency,
 )
 from lrag_ray.scoring.vbench_long import networks as networks_module
+from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
+from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames, pad_to_multiple
+from lrag_ray.scoring.vbench_long.weights import Weights
 
 META = torch.device("meta")
 

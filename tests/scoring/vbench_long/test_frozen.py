@@ -8,12 +8,15 @@ from typing import Any
 import av
 import numpy as np
 
-from lrag_ray.scoring.vbench_long import Dimension, Networks, VideoSource, aggregate, score_video
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.frames import decode
 from lrag_ray.scoring.vbench_long.frozen import CLIPS, score_frozen
+from lrag_ray.scoring.vbench_long.names import DimensionName
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.score import VideoSource, score_video
 from tests.scoring.vbench_long.conftest import VideoMaker
 
-MOTION: list[Dimension] = ["motion_smoothness"]
+MOTION: list[DimensionName] = ["motion_smoothness"]
 LENGTH = 8
 
 

@@ -17,12 +17,6 @@ from torch import Tensor
 from lrag_ray.bench import official_loops
 from lrag_ray.errors import RunEnvironmentError
 from lrag_ray.scoring.vbench_long import (
-    NETWORKS,
-    BatchSizes,
-    NetworkName,
-    Networks,
-    RandomWeights,
-    Weights,
     aesthetic_quality,
     background_consistency,
     dynamic_degree,
@@ -33,8 +27,11 @@ from lrag_ray.scoring.vbench_long import (
 from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.frames import decode, probe
-from lrag_ray.scoring.vbench_long.networks import _public
+from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks, _public
+from lrag_ray.scoring.vbench_long.official import NETWORKS, NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+from lrag_ray.scoring.vbench_long.weights import Weights
 
 CLIP = "shapes_000"
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import pyarrow as pa
 import pytest
 
-from lrag_ray.config import schema
-from lrag_ray.scoring import table
-from lrag_ray.scoring.preview.measures import PREVIEW
+from lrag_ray.scoring import video_rows
+from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.vbench_long.parquet import is_untrained, rows_from_parquet, rows_to_parquet
-from lrag_ray.scoring.vbench_long.rows import DIMENSIONS, ScoreRow
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
 
 ROW = ScoreRow(
     video="rollouts/tiny/base/00000-ab-0@" + "f" * 64,
@@ -39,7 +37,7 @@ def test_rows_come_back_as_they_were() -> None:
 
 
 def test_what_is_no_score_file_is_refused() -> None:
-    for data in (b"", b"not parquet", table.to_parquet([], PREVIEW)):
+    for data in (b"", b"not parquet", video_rows.to_parquet([], PREVIEW)):
         with pytest.raises(pa.ArrowException):
             rows_from_parquet(data)
 
@@ -47,7 +45,3 @@ def test_what_is_no_score_file_is_refused() -> None:
 def test_untrained_scores_can_be_told() -> None:
     assert not is_untrained(ROW)
     assert is_untrained(replace(ROW, networks="amt_s:random-0123"))
-
-
-def test_the_configuration_knows_the_same_dimensions() -> None:
-    assert get_args(schema.Dimension) == DIMENSIONS

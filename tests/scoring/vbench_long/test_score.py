@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from lrag_ray.scoring.vbench_long import Dimension, Mode, Networks, ScoreRow, VideoSource, aggregate, score_video
+from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.clips import Span, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.motion_smoothness import MIN_SIDE
+from lrag_ray.scoring.vbench_long.names import DimensionName, Mode
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
+from lrag_ray.scoring.vbench_long.score import VideoSource, score_video
 from tests.scoring.vbench_long.conftest import VideoMaker
 
-MOTION: list[Dimension] = ["motion_smoothness"]
+MOTION: list[DimensionName] = ["motion_smoothness"]
 
 
 def score(path: Path, networks: Networks, *durations: int, mode: Mode = "direct", video: str = "v") -> list[ScoreRow]:
@@ -87,7 +91,7 @@ def test_a_reader_that_stops_early_ends_the_decoding(make_video: VideoMaker, net
     rows = score_video(VideoSource(make_video(), "v"), networks, dimensions=MOTION)
     assert next(rows).first_frame == 0
     rows.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_a_clip_too_short_or_too_small_says_so(make_video: VideoMaker, networks: Networks) -> None:

@@ -13,8 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
-from lrag_ray.scoring.vbench_long import NETWORKS, OFFICIAL, NetworkName, Networks, RandomWeights, WeightFiles, Weights
 from lrag_ray.scoring.vbench_long import networks as networks_module
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import NETWORKS, OFFICIAL, NetworkName
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+from lrag_ray.scoring.vbench_long.weights import WeightFiles, Weights
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,29 +16,16 @@ import pyarrow.parquet as pq
 from lrag_ray.scoring.measure import Measure
 
 
-@dataclass(frozen=True)
-class Suite:
-    """A set of measures under one name; `version` changes with the meaning of any of them."""
-
-    name: str
-    version: int
-    measures: Sequence[Measure]
-    mode: str = ""
-    """How its values were computed, where there are several ways; values of two modes never share a table."""
-    percent: bool = False
-    """Values are shown times 100 with two decimals; files hold them as they are."""
-    pooling: Literal["prompts", "clips"] = "prompts"
-    """What the table's mean is over, see `lrag_ray.scoring.ranks`."""
-
-    @property
-    def title(self) -> str:
-        """What every table of its values says."""
-        return f"VBench-Long, {self.mode} mode" if self.mode else f"{self.name} suite, not VBench"
+class StoredAs(Protocol):
+    """What the files depend on of a suite."""
 
     @property
     def folder(self) -> str:
-        """Where its score files lie, relative to the run."""
-        return f"scores/{self.name}/{self.version}"
+        """Where its files are, relative to the run."""
+
+    @property
+    def measures(self) -> Sequence[Measure]:
+        """Its columns."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +47,14 @@ class ScoreTarget:
     """Frames from the start of the video that belong to the duration."""
     fps: int
 
-    def score_path(self, suite: Suite) -> str:
-        """Where its score file lies, relative to the run."""
+    def score_path(self, suite: StoredAs) -> str:
+        """Where its score file is, relative to the run."""
         folder = self.rollout_path.removeprefix("rollouts/")
         return f"{suite.folder}/{folder}/{self.latent_frames}-{self.video_sha256[:16]}.parquet"
 
 
 @dataclass(frozen=True)
-class ScoreRow:
+class VideoRow:
     """The result for one target: values, or the reason why there are none."""
 
     target: ScoreTarget
@@ -96,21 +83,26 @@ _TARGET_COLUMNS: dict[str, pa.DataType] = {
 _RESULT_COLUMNS = {"reason": pa.string(), "versions": pa.string(), "scored_at": pa.string()}
 
 
-def to_parquet(rows: Sequence[ScoreRow], suite: Suite) -> bytes:
-    """Rows as a parquet file: target, reason and provenance, and a float64 column per measure (null where failed)."""
+def to_table(rows: Sequence[VideoRow], suite: StoredAs) -> pa.Table:
+    """Rows as a table: target, reason and provenance, and a float64 column per measure (null where failed)."""
     columns: dict[str, list[object]] = {name: [getattr(row.target, name) for row in rows] for name in _TARGET_COLUMNS}
     columns |= {name: [getattr(row, name) for row in rows] for name in _RESULT_COLUMNS}
     columns |= {measure.name: [row.values.get(measure.name) for row in rows] for measure in suite.measures}
+    return pa.table(columns, schema=_schema(suite))
+
+
+def to_parquet(rows: Sequence[VideoRow], suite: StoredAs) -> bytes:
+    """`to_table` as a parquet file."""
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_schema(suite)), sink)
+    pq.write_table(to_table(rows, suite), sink)
     return sink.getvalue()
 
 
-def from_parquet(data: bytes, suite: Suite) -> list[ScoreRow]:
-    """Rows of a score file. Raises pyarrow.ArrowInvalid where it is none."""
+def from_parquet(data: bytes, suite: StoredAs) -> list[VideoRow]:
+    """Rows of a score file. Raises pyarrow.ArrowInvalid where it is not one."""
     names = [measure.name for measure in suite.measures]
     return [
-        ScoreRow(
+        VideoRow(
             target=ScoreTarget(**{name: record[name] for name in _TARGET_COLUMNS}),
             values={name: record[name] for name in names if record[name] is not None},
             **{name: record[name] for name in _RESULT_COLUMNS},
@@ -119,6 +111,6 @@ def from_parquet(data: bytes, suite: Suite) -> list[ScoreRow]:
     ]
 
 
-def _schema(suite: Suite) -> pa.Schema:
+def _schema(suite: StoredAs) -> pa.Schema:
     measures = {measure.name: pa.float64() for measure in suite.measures}
     return pa.schema(list((_TARGET_COLUMNS | _RESULT_COLUMNS | measures).items()))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lrag_ray.scoring.vbench_long.ahead import ahead
+from lrag_ray.scoring.vbench_long.prefetch import prefetch
 
 
 def test_the_next_item_is_made_while_the_last_is_used_and_no_more() -> None:
@@ -16,7 +16,7 @@ def test_the_next_item_is_made_while_the_last_is_used_and_no_more() -> None:
             event.set()
             yield index
 
-    working = ahead(items())
+    working = prefetch(items())
     assert next(working) == 0
     assert made[1].wait(120)
     assert not made[2].wait(0.2)
@@ -28,7 +28,7 @@ def test_an_error_comes_in_its_turn() -> None:
         yield 0
         raise ValueError("broken")
 
-    working = ahead(items())
+    working = prefetch(items())
     assert next(working) == 0
     with pytest.raises(ValueError, match="broken"):
         next(working)

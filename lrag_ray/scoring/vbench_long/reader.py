@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import ArrowException
 
-from lrag_ray.report.scores import Scores
 from lrag_ray.scoring.drift import VideoClips
 from lrag_ray.scoring.ranks import Unit, VideoScore
+from lrag_ray.scoring.scores import Scores
+from lrag_ray.scoring.suite import Suite
 from lrag_ray.scoring.vbench_long.aggregate import Aggregate, ClipScore, aggregate
 from lrag_ray.scoring.vbench_long.clips import clip_length
+from lrag_ray.scoring.vbench_long.dimensions import DIMENSIONS, as_shares
+from lrag_ray.scoring.vbench_long.names import Mode
 from lrag_ray.scoring.vbench_long.parquet import (
     folder,
     frozen_folder,
@@ -26,25 +30,20 @@ from lrag_ray.scoring.vbench_long.parquet import (
     rows_from_parquet,
     video_identity,
 )
-from lrag_ray.scoring.vbench_long.rows import Mode, ScoreRow
+from lrag_ray.scoring.vbench_long.rows import ScoreRow
 from lrag_ray.store.address import Storage
-from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.records import RolloutId
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import CommittedVideo
 
-_FULL_SCALE = {"imaging_quality": 100.0}
-"""Largest value of the rows of a dimension, where it is not 1."""
 _FILES_AT_ONCE = 256
 
 
-def add_vbench_scores(
-    scores: Scores,
-    storage: Storage,
-    identity: RunIdentity,
-    videos: Mapping[RolloutId, Sequence[CommittedVideo]],
-    mode: Mode,
+def read_scores(
+    scores: Scores, run: RolloutRun, videos: Mapping[RolloutId, Sequence[CommittedVideo]], mode: Mode
 ) -> None:
-    """Add all scores of a mode to `scores`, from 0 to 1. Files that are no scores are as good as missing."""
+    """Add all scores of a mode to `scores`, from 0 to 1. Files that cannot be read count as missing."""
+    storage, identity = run.storage, run.require()
     files: dict[str, list[str]] = {}
     for path in sorted(path for path in storage.list_files(folder(mode)) if path.endswith(".parquet")):
         files.setdefault(path.rpartition("/")[0], []).append(path)
@@ -77,7 +76,7 @@ def _rows_by_folder(
             for path in files[place]:
                 try:
                     found = rows_from_parquet(contents.pop(path, b""))
-                except ArrowException:
+                except pa.ArrowException:
                     scores.damaged.append(path)
                     continue
                 rows += [row for row in found if _is_sound(row, mode)]
@@ -156,7 +155,7 @@ def _add_frozen(scores: Scores, backbone: str, unit: Unit, rows: Sequence[ScoreR
     # All clips of a held frame score alike: two stand for a video of any length.
     found = aggregate(own, {video: 2 * clip_length(own[0].fps)})
     if found.clips and not found.unscored:
-        values = {name: value / _FULL_SCALE.get(name, 1.0) for name, value in found.per_video[video].items()}
+        values = as_shares(found.per_video[video])
         scores.frozen.setdefault(backbone, {})[unit] = values
         _note_origin(scores, own)
 
@@ -169,4 +168,29 @@ def _note_origin(scores: Scores, rows: Sequence[ScoreRow]) -> None:
 
 
 def _scaled(name: str, values: Sequence[float]) -> NDArray[np.float64]:
-    return np.array(values, dtype=np.float64) / _FULL_SCALE.get(name, 1.0)
+    return np.array(values, dtype=np.float64) / DIMENSIONS[name].full_scale
+
+
+def clips_table(scores: Scores, suite: Suite[Any]) -> pa.Table:
+    """All clips with their final and in-clip scores."""
+    tables = []
+    for clips in scores.clips:
+        count, video = len(clips.first_frames), clips.video
+        constant = {
+            "suite": suite.name,
+            "mode": suite.mode,
+            "backbone": video.backbone,
+            "method": video.method,
+            "latent_frames": video.latent_frames,
+            "prompt_id": video.prompt_id,
+            "sample": video.sample,
+            "frame_count": clips.frame_count,
+        }
+        columns: dict[str, Any] = {name: [value] * count for name, value in constant.items()}
+        columns |= {"first_frame": clips.first_frames, "start_s": np.asarray(clips.first_frames) / clips.fps}
+        for measure in suite.measures:
+            columns[measure.name] = clips.final.get(measure.name)
+            columns[f"in_clip_{measure.name}"] = clips.in_clip.get(measure.name)
+        absent = pa.nulls(count, pa.float64())
+        tables.append(pa.table({name: absent if column is None else column for name, column in columns.items()}))
+    return pa.concat_tables(tables) if tables else pa.table({})
