@@ -24,7 +24,8 @@ def settings_model(settings: Any) -> type[BaseModel]:
 def parse_settings(settings: type[T], values: Mapping[str, Any]) -> T:
     """An instance of the dataclass. ConfigError for values that do not fit (`load_config` names their place)."""
     try:
-        model = settings_model(settings).model_validate({"settings": dict(values)})
+        key: Any = settings  # mypy takes no type[T] for Hashable
+        model = settings_model(key).model_validate({"settings": dict(values)})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))} of {settings.__qualname__}: {first['msg']}") from error
