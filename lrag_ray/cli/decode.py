@@ -21,7 +21,7 @@ def decode(
     run_uri: Run,
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="CONFIG", help="Use this file instead of the run's last configuration."),
+        typer.Option("--config", metavar="CONFIG", help="The configuration that the run was made with: names the VAE."),
     ] = None,
     overrides: Overrides = None,
     other_vae: Annotated[
@@ -32,14 +32,14 @@ def decode(
     """Decode what a run has committed, without generating anything.
 
     Gives a run without videos (video.enabled: false) its videos, or makes others: another quality, another frame rate,
-    another precision of the VAE. They lie under RUN/decoded; scoring and report take them where the run has none of
-    its own. The same command again continues. Where the VAE lies is taken from the configuration that the run was last
-    started with; --set changes it for this command.
+    another precision of the VAE. They are stored in RUN/decoded; scoring and report use them where the run has no
+    videos. The same command again continues. A run directory is data: the path of the VAE comes from the configuration
+    that the run was made with (--config), or from --set.
 
     \b
     Examples:
-      lrag-ray decode runs/table2
-      lrag-ray decode runs/table2 --set video.crf=28 --set engine.actors=4
+      lrag-ray decode runs/table2 --config configs/table2.yaml
+      lrag-ray decode runs/demo --set video.crf=28 --set engine.actors=4
       lrag-ray decode s3://bucket/table2 --set backbones.longlive.vae.path=/models/Wan2.1_VAE.pth
     """
     from lrag_ray.cli.progress import shown_progress
@@ -50,7 +50,7 @@ def decode(
 
     overrides = overrides or []
     if config is None:
-        loaded = stored_config(run_uri, overrides)
+        loaded = stored_config(run_uri, overrides, decodes=True)
     else:
         loaded = load_config(config, [*overrides, f"run.uri={json.dumps(run_uri)}"])
     with shown_progress() as progress:

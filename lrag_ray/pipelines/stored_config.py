@@ -8,14 +8,15 @@ weights, plug-ins. A plug-in that the run names is reported by name and never im
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from lrag_ray.config.load import complete
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.config.source import Document, parse_document
+from lrag_ray.config.source import Document
 from lrag_ray.errors import ConfigError
-from lrag_ray.scoring.registry import registered
+from lrag_ray.scoring.registry import NONE, registered
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.rollouts import RolloutRun
 
@@ -43,7 +44,7 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
     identity = run.require()
     data = {
         "run": {"uri": run.storage.address, "seed": identity.seed},
-        "prompts": {"count": max(1, len(identity.prompts)), "samples": identity.samples},
+        "prompts": {"count": max(1, len(identity.prompts))},
         "durations_s": sorted({h.duration_s for backbone in identity.backbones.values() for h in backbone.horizons}),
         "backbones": {name: _backbone(identity, name, decodes=decodes) for name in identity.backbones},
         "methods": {name: {"method": "base"} for name in identity.methods},
@@ -63,23 +64,25 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
 
 def _backbone(identity: RunIdentity, name: str, *, decodes: bool) -> dict[str, Any]:
     backbone = identity.backbones[name]
-    vae = backbone.pixels.get("vae", {})
+    vae = backbone.pixels.get("vae")
+    pixels = {key: vae[key] for key in ("kind", "dtype") if key in vae} if isinstance(vae, dict) else {}
     return {
         **{key: backbone.latents[key] for key in _DESCRIBES_LATENTS if key in backbone.latents},
         "label": backbone.label,
         "weights": {"random_seed": 0},
         "text_encoder": {"kind": "tiny"},
-        "vae": {key: vae[key] for key in ("kind", "dtype") if key in vae} if decodes else {"kind": "tiny"},
+        "vae": pixels if decodes else {"kind": "tiny"},
     }
 
 
 def _scoring(run: RolloutRun) -> dict[str, Any]:
     """The scores that the run was meant to have; the default where its configuration does not say."""
     try:
-        text = run.storage.read_bytes(CONFIG_FILE).decode()
-        section = parse_document(f"{run.uri}/{CONFIG_FILE}", text).data.get("scoring")
-    except (FileNotFoundError, UnicodeDecodeError, ConfigError):
+        stored = json.loads(run.storage.read_bytes(CONFIG_FILE))
+        section = stored["scoring"]
+        suite = section["suite"]
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
         return {}
-    if not isinstance(section, dict) or section.get("suite") not in ("none", *registered()):
+    if not isinstance(section, dict) or suite not in (NONE, *registered()):
         return {}
     return {key: section[key] for key in _DESCRIBES_SCORES if key in section}

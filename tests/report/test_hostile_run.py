@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lrag_ray.config.schema import EngineSection, ScoringSection, StorageSection
 from lrag_ray.errors import ConfigError, StorageError
 from lrag_ray.pipelines.stored_config import stored_config
 from lrag_ray.report import build_report
@@ -75,7 +77,56 @@ def test_a_commit_without_a_frame_rate_does_not_count(run: Path) -> None:
     build_report(RolloutRun(str(run)))
 
 
-def test_a_stored_configuration_whose_run_is_no_section_is_refused_by_its_key(run: Path) -> None:
-    (run / "config.json").write_text('{"run": 3}')
-    with pytest.raises(ConfigError, match="run: expected a section"):
-        stored_config(str(run))
+def test_a_damaged_configuration_beside_the_run_is_not_needed(run: Path) -> None:
+    for text in ('{"run": 3}', '{"scoring": {"suite": 7}}', "\x00", "[" * 10_000):
+        (run / "config.json").write_text(text)
+        assert stored_config(str(run)).scoring == ScoringSection()
+
+
+def test_what_describes_scores_is_taken_from_a_run_and_what_acts_is_not(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engine address, storage, weights, plug-ins and paths of a stranger: nothing of it reaches the configuration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stranger.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    hostile = {
+        "run": {"uri": "s3://elsewhere/run"},
+        "engine": {"address": "10.9.8.7:6379", "threads_per_actor": 9},
+        "storage": {"endpoint_url": "http://10.9.8.7:9000"},
+        "scoring": {
+            "suite": "vbench_long",
+            "mode": "compat",
+            "dimensions": ["imaging_quality"],
+            "weights": "/etc",
+            "workers": 64,
+            "settings": {"x": 1},
+        },
+        "methods": {"zen": {"method": "stranger:Policy"}},
+    }
+    (run / "config.json").write_text(json.dumps(hostile))
+    change(run / "run.json", lambda content: content["methods"]["rag"].update(method="stranger:Policy"))
+    config = stored_config(str(run))
+    assert config.run.uri == str(run)
+    assert (config.scoring.suite, config.scoring.mode, config.scoring.dimensions) == (
+        "vbench_long",
+        "compat",
+        ["imaging_quality"],
+    )
+    assert (config.scoring.weights, config.scoring.workers, config.scoring.settings) == (None, None, {})
+    assert (config.engine, config.storage) == (EngineSection(), StorageSection())
+    hostile["scoring"]["suite"] = "stranger:Suite"
+    (run / "config.json").write_text(json.dumps(hostile))
+    assert stored_config(str(run)).scoring == ScoringSection()
+    assert not (tmp_path / "ran").exists() and "stranger" not in sys.modules
+
+
+def test_the_place_of_a_vae_comes_from_the_user(run: Path, tmp_path: Path) -> None:
+    vae = {"kind": "wan", "sha256": "0" * 64, "dtype": "float32", "path": "/etc/passwd"}
+    change(run / "run.json", lambda content: content["backbones"]["tiny"]["pixels"].update(vae=vae))
+    with pytest.raises(ConfigError, match=r"never taken from a run directory: name the configuration .*--config"):
+        stored_config(str(run), decodes=True)
+    named = stored_config(str(run), ["backbones.tiny.vae.path=/models/vae.pth"], decodes=True)
+    assert named.backbones["tiny"].vae.path == "/models/vae.pth"
+    # Scoring needs no VAE.
+    assert stored_config(str(run)).backbones["tiny"].vae.path is None
