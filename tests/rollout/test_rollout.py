@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.context.base import Base, BaseSettings
-from lrag_ray.context.frames import FramePolicy
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import Exposure, PolicyInputs
 from lrag_ray.rollout.rollout import Rollout
@@ -208,7 +207,7 @@ def test_absolute_methods_run_to_the_end_of_the_released_table_and_no_further() 
     """Given 511 finished blocks of 2, one more ends with frame 1023; another would need an index of 1024."""
     sampler = SamplerConfig(denoising_steps=(1000,), frames_per_block=2)
 
-    def late(policy: type[FramePolicy]) -> Rollout:
+    def late(policy: type[Base | InfinityRope]) -> Rollout:
         running = rollout(predicting(1.0), sampler, policy=policy, noise=ConstantNoise(n=2))
         running.block = 511
         return running
