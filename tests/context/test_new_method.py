@@ -104,7 +104,7 @@ def test_it_attends_to_every_second_cached_frame(every_other: type[ContextPolicy
     assert rows == [("sink", 0, 0), *local, *[("current", 21 + i, 5 + i) for i in range(3)]]
 
 
-def test_its_settings_are_checked(every_other: type[ContextPolicy[Any]]) -> None:
+def test_its_settings_are_checked(every_other: Any) -> None:
     with pytest.raises(ValueError, match="stride 0 must be at least 1"):
         every_other.Settings(stride=0)
 
@@ -124,7 +124,7 @@ def test_they_keep_their_promises(module: str, name: str, settings: dict[str, An
     assert torch.equal(generate(resumed, 3), whole[:, 15:])
 
 
-def test_it_recalls_the_frames_nearest_under_its_projection(recall: type[ContextPolicy[Any]]) -> None:
+def test_it_recalls_the_frames_nearest_under_its_projection(recall: Any) -> None:
     """Given window 8 and sink 1, the history before block b is 1 .. 3b-5, of which block b-1 could see all but 3."""
     settings = recall.Settings(window=8)
     rollout = start(tiny_transformer(), recall, settings, weights={"projection": projection(0)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ class Plan:
     own: list[int] = field(default_factory=lambda: [0, 1])
 
 
-class Scripted(ContextPolicy):
+class Scripted(ContextPolicy[None]):
     """A method that does what a list of plans says, and keeps what it was given."""
 
     def __init__(self, plans: Sequence[Plan], bound: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Scripted(ContextPolicy):
         self.block = -1
 
     @classmethod
-    def attended_frames(cls, settings: Any, frames_per_block: int, first_frame: int) -> int:
+    def attended_frames(cls, settings: None, frames_per_block: int, first_frame: int) -> int:
         raise NotImplementedError
 
     def max_context_rows(self) -> int | None:

@@ -12,7 +12,7 @@ def task(key: str, order: int, group: str = "a", memory: int = 0) -> Task[None]:
 
 def taken(queue: TaskQueue[None], memory: int = 0, held: str | None = None, **more: bool) -> str | None:
     found = queue.take(memory, held, Counter(), **more)
-    return found and found.key
+    return found.key if found else None
 
 
 def test_items_come_in_order_interrupted_ones_first_and_what_raised_last() -> None:

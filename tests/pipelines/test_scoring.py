@@ -107,7 +107,8 @@ def test_waves_take_only_what_is_not_scored(tmp_path: Path) -> None:
         RolloutId(backbone="tiny", method=method, prompt_id=next(iter(identity.prompts))) for method in identity.methods
     )
     store_rollout(run, identity, base, [6])
-    score(run, seen := [])
+    seen: list[Event] = []
+    score(run, seen)
     assert finished(seen) == 1
     store_rollout(run, identity, rag, [6, 12])
     score(run, seen := [])

@@ -90,7 +90,7 @@ def test_what_describes_scores_is_taken_from_a_run_and_what_acts_is_not(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "stranger.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
-    hostile = {
+    hostile: dict[str, Any] = {
         "run": {"uri": "s3://elsewhere/run"},
         "engine": {"address": "10.9.8.7:6379", "threads_per_actor": 9},
         "storage": {"endpoint_url": "http://10.9.8.7:9000"},

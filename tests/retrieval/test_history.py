@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lrag_ray.context.policy import Layout
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.retrieval.history import HistoryBank, HostBank
 from lrag_ray.retrieval.similarity import DescriptorIndex, average_pool
@@ -121,6 +123,11 @@ class Watched(HistoryBank):
         return self.inner.nbytes()
 
 
+def always(bank: Watched) -> Callable[[Layout], Watched]:
+    """A maker that hands out this bank."""
+    return lambda layout: bank
+
+
 def test_the_bank_is_told_ahead_of_exactly_what_the_next_block_evicts() -> None:
     for settings in (
         RagSettings(descriptor="avg_pool"),
@@ -129,7 +136,7 @@ def test_the_bank_is_told_ahead_of_exactly_what_the_next_block_evicts() -> None:
         RagSettings(descriptor="avg_pool", window=-1),
     ):
         bank = Watched()
-        rollout = start(tiny_transformer(), Rag, settings, make_bank=lambda layout, bank=bank: bank)
+        rollout = start(tiny_transformer(), Rag, settings, make_bank=always(bank))
         for _ in rollout.blocks(9):
             pass
         assert bank.appended[0] == 0

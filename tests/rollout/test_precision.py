@@ -33,7 +33,7 @@ def in_bfloat16(folder: Path, case: str, method: str, **settings: Any) -> Outcom
     config = WanConfig(**{name: recorded["model"][name] for name in SIZES})
     sampler = SamplerConfig()
     n, (_, frames, *shape) = sampler.frames_per_block, tensors["noise"].shape
-    policy = policy_class(method)
+    policy: Any = policy_class(method)
     rollout = Rollout(
         load_transformer(folder / recorded["case"]["model_weights"], config, dtype=torch.bfloat16),
         sampler,

@@ -541,5 +541,5 @@ def test_the_sizes_that_are_named_make_the_file_fit(tmp_path: Path, state: State
         load_transformer(path, wrong)
     named = re.search(r"those of the file \((.*?)\)", str(caught.value))
     assert named is not None
-    sizes = {name: int(size) for name, size in re.findall(r"(\w+): (\d+)", named[1])}
+    sizes: dict[str, Any] = {name: int(size) for name, size in re.findall(r"(\w+): (\d+)", named[1])}
     load_transformer(path, dataclasses.replace(wrong, **sizes))

@@ -215,7 +215,7 @@ def test_code_of_a_torchscript_archive_is_not_run(state: str, tmp_path: Path, ba
         with pytest.raises(WeightsError, match=r"ViT-B-32\.pt .* is refused: .*__setstate__"):
             read()
     # The attack itself is a real one.
-    torch.jit.load(path)  # type: ignore[no-untyped-call]
+    torch.jit.load(path)
     assert Path(MARKER).exists()
     Path(MARKER).unlink()
 
@@ -224,7 +224,7 @@ def test_a_torchscript_archive_gives_its_tensors(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).half())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(module), tmp_path / "net.pt")  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.script(module), tmp_path / "net.pt")
     read = read_checkpoint(tmp_path / "net.pt")
     assert read.keys() == module.state_dict().keys()
     assert all(torch.equal(read[name], value) for name, value in module.state_dict().items())
@@ -408,7 +408,7 @@ def test_flipped_bytes_give_a_message_or_tensors_within_bounds(form: str, tmp_pa
     if form == "script":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)  # type: ignore[no-untyped-call]
+            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
     else:
         content = {"generator": {"a": torch.zeros(9), "b": torch.zeros(3, 3).half()}, "more": [1, {"x": 2.0}]}
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")

@@ -179,7 +179,7 @@ def test_every_spelling_is_the_same_update(
 ) -> None:
     name_of, down, up = SPELLINGS[spelling]
     wanted = {name: pair for name, pair in plain(transformer).items() if part == "all layers" or "attn" in name}
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, (a, b) in wanted.items():
         stored |= {f"{name_of(name)}.{down}": a, f"{name_of(name)}.{up}": b}
     save_file(stored, tmp_path / "lora.safetensors")

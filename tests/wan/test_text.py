@@ -220,7 +220,7 @@ def test_a_repacked_encoder_loads_without_its_tokenizer_and_decoder(weights: dic
 
 
 def test_a_missing_part_of_the_encoder_is_named(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    model = umt5_from_state_dict(weights, UMT5Sizes.of(weights), "golden")
+    model: Any = umt5_from_state_dict(weights, UMT5Sizes.of(weights), "golden")
     model.save_pretrained(tmp_path / "text_encoder", max_shard_size="20KB")
     mapped_text_encoder(tmp_path / "text_encoder")
     part = sorted((tmp_path / "text_encoder").glob("model-*.safetensors"))[1]
