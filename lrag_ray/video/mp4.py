@@ -237,7 +237,7 @@ class _Opened:
             self._container = av.open(str(self._path))
         except av.error.FFmpegError as error:
             raise VideoError(
-                f"{self._path} is no video, or is truncated: {_found_instead(self._path) or error.strerror}"
+                f"{self._path} is not a video, or is truncated: {_found_instead(self._path) or error.strerror}"
             ) from error
         if not self._container.streams.video:
             self._container.close()
@@ -262,7 +262,7 @@ def _found_instead(path: Path) -> str:
     if head[4:8] == b"ftyp":
         return "an mp4 file whose index (moov), often written last, is missing or damaged"
     if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file. Mend: `git lfs pull`"
+        return "a Git LFS pointer, not the file. Fix: `git lfs pull`"
     text = " ".join(head.decode("latin-1").split())
     if text.isascii() and text.isprintable():
         return f"text that begins with '{text[:32]}'"
