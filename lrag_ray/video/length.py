@@ -39,7 +39,7 @@ class DeclaredLength(NamedTuple):
     """The last packet ends about here; known only where the number of bytes is not."""
 
 
-class Overdeclared(ValueError):
+class OverdeclaredError(ValueError):
     """A header promises more than any file of this size can hold."""
 
 
@@ -47,7 +47,7 @@ def declared_length(path: Path) -> tuple[str, DeclaredLength]:
     """FFmpeg's name of the container that the file seems to be, and what it declares. FFmpeg may know it better.
 
     Raises:
-        Overdeclared: its index would take memory out of all proportion to the file.
+        OverdeclaredError: its index would take memory out of all proportion to the file.
     """
     with path.open("rb") as file:
         head = file.read(16)
@@ -106,7 +106,7 @@ class _Mp4Header:
             at = found.end() + _COUNTS[found.group()]
             self._samples += int.from_bytes(content[at : at + 4])
         if self._samples > self._limit:
-            raise Overdeclared(f"it declares {self._samples} samples, more than the file can hold")
+            raise OverdeclaredError(f"it declares {self._samples} samples, more than the file can hold")
         self.fragmented |= b"mvex" in content
         movie, extended = _after(content, b"mvhd"), _after(content, b"mehd")
         if movie and extended:
@@ -115,7 +115,7 @@ class _Mp4Header:
             self.duration_s = _positive(duration / timescale) if timescale else None
         if compressed := _after(content, b"cmvd"):
             if int.from_bytes(compressed[:4]) > self._limit:
-                raise Overdeclared("its compressed header claims to be larger than the file")
+                raise OverdeclaredError("its compressed header claims to be larger than the file")
             start = content.index(b"cmvd") + 8
             self.read(zlib.decompressobj().decompress(content[start:], self._limit))
 
@@ -133,7 +133,7 @@ def _mp4(file: BinaryIO, size: int) -> DeclaredLength:
     for box in _boxes(file, 0, size):
         if box.kind == b"sidx" and not fragments:
             listed_end = max(listed_end, _listed_end(file, box))
-        if box.kind in (b"moov", b"moof") or box.kind != b"mdat" and box.end - box.start <= _MOST_SEARCHED:
+        if box.kind in (b"moov", b"moof") or (box.kind != b"mdat" and box.end - box.start <= _MOST_SEARCHED):
             file.seek(box.start)
             header.read(file.read(box.end - box.start))
         if box.kind in (b"moof", b"mdat"):

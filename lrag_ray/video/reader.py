@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from lrag_ray.errors import LragError
-from lrag_ray.video.length import DeclaredLength, Overdeclared, declared_length
+from lrag_ray.video.length import DeclaredLength, OverdeclaredError, declared_length
 
 CONTAINERS = (
     "mov,matroska,avi,flv,mpegts,mpeg,ogg,asf",
@@ -212,7 +212,7 @@ def _declared(path: Path) -> tuple[str, DeclaredLength]:
         return declared_length(path)
     except OSError as error:
         raise VideoError(f"{path} cannot be read: {error.strerror}") from error
-    except Overdeclared as error:
+    except OverdeclaredError as error:
         raise VideoError(f"{path} is refused: {error}. {_FETCH_IT}") from error
 
 
@@ -229,9 +229,7 @@ def _opened(path: Path | None, source: Any) -> Any:
     except av.error.FFmpegError as error:
         if path is None:
             raise VideoError(f"the re-encoded clip cannot be read: {error.strerror}") from error
-        raise VideoError(
-            f"{path} is no video, or is truncated: {_found_instead(path) or error.strerror}"
-        ) from error
+        raise VideoError(f"{path} is no video, or is truncated: {_found_instead(path) or error.strerror}") from error
 
 
 def _found_instead(path: Path) -> str:

@@ -13,14 +13,13 @@ import io
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lrag_ray.scoring.vbench_long.clips import Frame, clip_length
 from lrag_ray.scoring.vbench_long.old_scaler import OldScaler
 from lrag_ray.video.reader import OpenVideo, VideoError
-
 
 MAX_CLIP_BYTES = 4 << 30
 """Two seconds of 4K at 80 frames a second."""
@@ -87,6 +86,6 @@ def _check_memory(video: OpenVideo, pixels: int, frame_count: int) -> None:
     ):
         if held * pixels * 3 > most:
             raise VideoError(
-                f"{video.name} is too large to be scored: {what} would take more than {most >> 30} GiB ({held} frames). "
+                f"{video.name} is too large to be scored: {what} ({held} frames) would take over {most >> 30} GiB. "
                 "Scale it down or cut it: `ffmpeg -t 600 -i FILE -vf scale=1280:-2 out.mp4`"
             )
