@@ -119,7 +119,7 @@ def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedV
         found = [path for path in matches if wanted or not _is_hidden(path.relative_to(base))]
         chooses = place.name.endswith("*")
     if chooses:
-        _note_skipped((path.relative_to(base) for path in found if not _is_folder(path)), target, notes)
+        _note_skipped((PurePosixPath(path.relative_to(base)) for path in found if not _is_folder(path)), target, notes)
         found = [path for path in found if _is_video(path.relative_to(base))]
     # What is neither file nor folder, a link to nothing say, is a video that cannot be had, which is told.
     files = sorted({path.absolute() for path in found if not _is_folder(path)})

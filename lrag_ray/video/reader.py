@@ -96,6 +96,8 @@ class OpenVideo:
     @property
     def frame_estimate(self) -> int:
         """Frames as far as the file says; 0 where it does not."""
+        if not self.declares_length:
+            return 0
         return int(self.stream.frames) or round(self._duration_s * self.fps)
 
     @property
@@ -145,12 +147,10 @@ class OpenVideo:
         if not videos:
             raise VideoError(f"{self.name} has no video stream")
         covers = {stream.index for stream in videos if stream.disposition & Disposition.attached_pic}
-        last = Disposition.hearing_impaired
         for stream in videos:
+            # Later versions read more flags, and go by them. What comes last in all is the flag for the impaired.
             unwanted = stream.index in covers or stream.codec_context is None
-            # Later versions prefer streams that are flagged as the default; flags of the impaired come last in all.
-            impaired = unwanted or stream.disposition & (last | Disposition.visual_impaired)
-            stream.disposition = last if impaired else Disposition(0)
+            stream.disposition = Disposition.hearing_impaired if unwanted else Disposition(0)
         usable = [stream for stream in videos if stream.index not in covers]
         if not usable:
             raise VideoError(f"{self.name} has no video stream, only cover art")
@@ -177,6 +177,9 @@ class OpenVideo:
                 f"{self.name} has pictures of {width}x{height}; at most {MAX_PIXELS} pixels (8192x4320) are read. "
                 "Scale it down: `ffmpeg -i FILE -vf scale=1920:-2 out.mp4`"
             )
+        if not self.declares_length:
+            # What writers that were cut off, or that cannot go back, leave in a header means nothing.
+            return
         if self._duration_s > MAX_DURATION_S:
             raise VideoError(
                 f"{self.name} declares {self._duration_s:.0f} s; at most {MAX_DURATION_S} s are read. {_CUT_IT}"
@@ -196,7 +199,10 @@ class OpenVideo:
 
         self._container.close()
         if isinstance(error, av.error.FFmpegError):
-            raise VideoError(f"{self.name} is damaged after {self.decoded} frames: {error.strerror}") from error
+            why = error.strerror
+            if not self.decoded and not self.stream.codec_context.width:
+                why += f", or its pictures have more than {MAX_PIXELS} pixels (8192x4320)"
+            raise VideoError(f"{self.name} is damaged after {self.decoded} frames: {why}") from error
 
 
 _FETCH_IT = "Fetch or write the file again"
@@ -229,7 +235,7 @@ def _opened(path: Path | None, source: Any) -> Any:
     except av.error.FFmpegError as error:
         if path is None:
             raise VideoError(f"the re-encoded clip cannot be read: {error.strerror}") from error
-        raise VideoError(f"{path} is no video, or is truncated: {_found_instead(path) or error.strerror}") from error
+        raise VideoError(f"{path} is not a video, or is truncated: {_found_instead(path) or error.strerror}") from error
 
 
 def _found_instead(path: Path) -> str:

@@ -139,7 +139,7 @@ def test_files_that_are_no_video_are_refused(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="is empty"):
         read_video(tmp_path / "empty.mp4")
     (tmp_path / "text.mp4").write_text("not a video " * 100)
-    with pytest.raises(VideoError, match=r"is no video, .*: text that begins with 'not a video not a video"):
+    with pytest.raises(VideoError, match=r"is not a video, .*: text that begins with 'not a video not a video"):
         read_video(tmp_path / "text.mp4")
     (tmp_path / "pointer.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(VideoError, match="Git LFS pointer"):
