@@ -24,6 +24,7 @@ class Stream(NamedTuple):
     pixels: str = "yuv420p"
     default: bool = True
     cover: bool = False
+    bit_rate: int = 1_000_000
 
 
 def texture(stream: Stream, index: int, seed: int) -> Frames:
@@ -47,13 +48,9 @@ def make(
     with av.open(str(path), "w", format=container, options=dict(options or {})) as written:
         made: list[Any] = []
         for stream in streams:
-            added: Any = written.add_stream(stream.codec, rate=stream.fps)
+            added: Any = written.add_stream(stream.codec, rate=stream.fps, options={"threads": "1", "g": "8"})
             added.width, added.height, added.pix_fmt = stream.width, stream.height, stream.pixels
-            added.codec_context.thread_count = 1
-            if "vpx" in stream.codec:
-                added.options = {"deadline": "realtime", "cpu-used": "8"}
-            else:
-                added.codec_context.gop_size = 8
+            added.bit_rate = stream.bit_rate
             added.disposition = (
                 Disposition.attached_pic if stream.cover else Disposition.default if stream.default else Disposition(0)
             )
