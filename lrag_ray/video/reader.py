@@ -199,7 +199,7 @@ class OpenVideo:
 
         self._container.close()
         if isinstance(error, av.error.FFmpegError):
-            why = error.strerror
+            why = error.strerror or "not readable"
             if not self.decoded and not self.stream.codec_context.width:
                 why += f", or its pictures have more than {MAX_PIXELS} pixels (8192x4320)"
             raise VideoError(f"{self.name} is damaged after {self.decoded} frames: {why}") from error

@@ -66,7 +66,7 @@ def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
             size = size or (frame.width, frame.height)
             if (frame.width, frame.height) != size:
                 raise VideoError(f"{video.name} changes its size at frame {video.decoded}")
-            _check_memory(video, frame.width * frame.height, video.decoded)
+            _check_memory(video, frame.width * frame.height, video.decoded + 1)
             rgb = scaler.rgb(frame)
             # Degrees against the clock. A mirrored file counts as turned, as it does for decord and OpenCV.
             if turns := round(frame.rotation / 90) % 4:

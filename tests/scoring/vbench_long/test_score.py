@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_one_failed_row_and_the_rest_goes_on(
     broken = {
         "empty": (b"", "is empty"),
         "truncated": (whole[: len(whole) // 2], "truncated"),
-        "text": (b"not a video at all" * 100, "no video"),
+        "text": (b"not a video at all" * 100, "not a video"),
         "absent": (None, "no video at"),
     }
     rows = []
