@@ -11,7 +11,7 @@ help: ## list these commands
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
-	  echo "CPython 3.11 is needed, '$(PYTHON)' is not it. Mend: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 3; }
+	  echo "CPython 3.11 is needed, '$(PYTHON)' is not it. Fix: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 3; }
 	$(PYTHON) -m venv $(VENV)
 
 # vbench and pyiqa pin numpy<2 and transformers 4.33 and list two dozen packages that none of their networks needs, so

@@ -14,7 +14,7 @@
         ├── LeaseError        another driver works on the run
         └── ClusterError      Ray cannot be reached or has no room
 
-A message names the bad value, the place it came from and the edit or command that mends it. Programming
+A message names the bad value, the place it came from and the edit or command that fixes it. Programming
 errors stay ordinary Python exceptions.
 """
 
@@ -27,7 +27,7 @@ INTERRUPTED = 130
 
 
 class LragError(Exception):
-    """Base of all errors that are told to the user without a traceback."""
+    """Base of all errors that are reported to the user without a traceback."""
 
     exit_code: ClassVar[int] = 1
 

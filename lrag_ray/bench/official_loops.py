@@ -6,7 +6,7 @@ result, CLIP alone in batches; the last transformer block is computed for all to
 the packages' own. First frames of clips are encoded into one more file for each consistency dimension, decoded, and
 compared one by one.
 
-Left out, in favour of the official code: loading the networks anew, the autograd graphs that it builds and throws away
+Left out, in favour of the official code: loading the networks again, the autograd graphs that it builds and throws away
 in background_consistency and imaging_quality, its copies between numpy and torch, and the second file system pass.
 The networks see the frames before re-encoding, so that the scores can be compared with ours.
 """

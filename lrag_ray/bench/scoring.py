@@ -123,7 +123,7 @@ class ScoringBench:
     speedup_per_dimension: dict[str, Ratio]
     """The same by dimension, where the official code decodes every clip once more and ours does not."""
     speedup_of_networks: dict[str, Ratio]
-    """The same by dimension without that: frames that lie in memory, through the networks, to the score."""
+    """The same by dimension without that: frames that are in memory, through the networks, to the score."""
     largest_difference: dict[str, float]
     """Between our scores and those of the official loops, by dimension."""
 
@@ -159,7 +159,7 @@ def bench_scoring(
         VideoError: a video cannot be read.
     """
     if not videos:
-        raise UsageError("there is no video to score. Mend: --video FILE, or none at all for a made one")
+        raise UsageError("there is no video to score. Fix: --video FILE, or none at all for a made one")
     read = [_read(path) for path in videos]
     _warm_up(read[0], networks, dimensions)
     ours, rows = _ours(read, networks, dimensions, early_stop)
@@ -242,7 +242,7 @@ def _ours(
                 rows[row.key] = row
     if unscored := [row for row in rows.values() if row.score is None]:
         raise UsageError(
-            f"{unscored[0].video} has no {unscored[0].dimension}: {unscored[0].reason}. Mend: bench larger or longer "
+            f"{unscored[0].video} has no {unscored[0].dimension}: {unscored[0].reason}. Fix: bench larger or longer "
             "videos, or leave the dimension out"
         )
     return side, rows

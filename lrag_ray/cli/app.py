@@ -40,7 +40,7 @@ def lrag_ray() -> None:
 def run(config: Config, overrides: Overrides = None, progress: Progress = "auto", as_json: AsJson = False) -> None:
     """Run here: rollouts, scores and report, on a running Ray cluster or a local one.
 
-    The same command again continues: what is committed is not done again, what is partial goes on, what failed is
+    The same command again continues: what is committed is not done again, what is partial continues, what failed is
     tried again. Prompts, samples, methods, backbones and durations may be added in between.
 
     \b

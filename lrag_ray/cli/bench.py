@@ -75,7 +75,7 @@ def scoring(
 
     wanted = [name for name in DIMENSION_NAMES if dimensions is None or name in dimensions.split(",")]
     if dimensions is not None and (unknown := set(dimensions.split(",")) - set(DIMENSION_NAMES)):
-        raise UsageError(f"no dimension is called {', '.join(sorted(unknown))}. Mend: of {', '.join(DIMENSION_NAMES)}")
+        raise UsageError(f"no dimension is called {', '.join(sorted(unknown))}. Fix: of {', '.join(DIMENSION_NAMES)}")
     source = RandomWeights() if weights == "random" else WeightFiles(Path(weights) if weights else None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     networks = Networks(source, place, batch=BatchSizes.for_device(place, frames, pairs))

@@ -1,4 +1,4 @@
-"""``lrag-ray doctor``: what is missing on this machine, and how to mend it."""
+"""``lrag-ray doctor``: what is missing on this machine, and how to fix it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def doctor(
         rows.append(row)
         if not as_json:
             say(console(), f"{row.state:<5} {row.check:<18} {row.found}", _FOUND_AT)
-            if row.mend:
-                say(console(), f"{'':<{_FOUND_AT}}mend: {row.mend}", _FOUND_AT)
+            if row.fix:
+                say(console(), f"{'':<{_FOUND_AT}}fix: {row.fix}", _FOUND_AT)
     if as_json:
         print_json({"healthy": healthy(rows), "rows": [row._asdict() for row in rows]})
     if not healthy(rows):

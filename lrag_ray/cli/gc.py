@@ -34,7 +34,7 @@ def gc(
     ] = 1.0,
     unfinished: Annotated[
         bool,
-        typer.Option("--unfinished", help="Also parts of rollouts that are not finished: they would begin anew."),
+        typer.Option("--unfinished", help="Also parts of rollouts that are not finished: they would begin again."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
     """A command whose LragErrors become a message on stderr and their exit code, and Ctrl-C code 130.
 
-    Bugs keep their traceback. Where it waits for storage, that is told on stderr.
+    Bugs keep their traceback. Where it waits for storage, that is reported on stderr.
     """
 
     @functools.wraps(command)

@@ -229,7 +229,7 @@ class PlainProgress:
 @contextmanager
 def _live(shown: Console) -> Iterator[Listener]:
     view = RunView()
-    # The display draws by itself, so that times go on while no event comes.
+    # The display draws by itself, so that times continue while no event comes.
     with Live(get_renderable=lambda: _drawn(view), console=shown, refresh_per_second=4, transient=True):
 
         def receive(event: Event) -> None:

@@ -64,7 +64,7 @@ def score(
 ) -> None:
     """Score videos: those of a run, or any others, with VBench-Long, the preview suite or a suite of your own.
 
-    A run is scored as its configuration says; options change that for this command. The rows lie in the run, and its
+    A run is scored as its configuration says; options change that for this command. The rows are in the run, and its
     report is written again. Other videos are scored with vbench_long: all files of a folder that look like videos,
     whatever they are called. A manifest says what belongs together, so that methods can be ranked: its columns are
     path (relative to the folder), method, backbone, prompt, sample and duration_s, all but the first optional. The

@@ -122,7 +122,7 @@ def print_status(console: Console, status: RunStatus) -> None:
 
 
 def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> None:
-    """Rank tables, what this start did, what failed, and where everything lies."""
+    """Rank tables, what this start did, what failed, and where everything is."""
     from lrag_ray.errors import INTERRUPTED
     from lrag_ray.report.build import SUMMARY
     from lrag_ray.report.collect import collect
@@ -154,7 +154,7 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
 
 
 def print_decoded(console: Console, outcome: DecodeOutcome) -> None:
-    """What a decode made, what it could not make, and where it lies."""
+    """What a decode made, what it could not make, and where it is."""
     there = f" ({count(outcome.videos_there)} were there)" if outcome.videos_there else ""
     console.print(f"Decoded {count(outcome.videos_made)} videos{there} in {duration(outcome.seconds)}.")
     _print_list(

@@ -122,7 +122,7 @@ def pull(
     again: Annotated[bool, typer.Option("--again", help="Replace what is there already.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch what is missing to the configured paths or bucket addresses; goes on where it was cut off.
+    """Fetch what is missing to the configured paths or bucket addresses; continues where it was cut off.
 
     Digests are recorded beside each file. HF_ENDPOINT names a mirror of the Hub, HF_TOKEN a token.
 

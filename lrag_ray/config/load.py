@@ -1,7 +1,7 @@
 """A run configuration from its file and ``--set`` overrides.
 
 Order: the file, then the overrides, then each backbone's preset and the run's own under what was given. What comes out
-is complete and checked as far as it can be without reading any other file; all that is wrong is told at once.
+is complete and checked as far as it can be without reading any other file; all that is wrong is reported at once.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def config_keys() -> list[str]:
 
 
 def _sections(data: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Named subsections of `key`; what is no section is left to the validation."""
+    """Named subsections of `key`; what is not a section is left to the validation."""
     group = data.get(key)
     if isinstance(group, dict):
         yield from ((name, section) for name, section in group.items() if isinstance(section, dict))
@@ -111,7 +111,7 @@ def _merge_presets(document: Document) -> Iterator[Problem]:
 
 
 def _merge_released(data: dict[str, Any]) -> None:
-    """Put the values of as_released under those that are given; what is no section is left to the validation."""
+    """Put the values of as_released under those that are given; what is not a section is left to the validation."""
     if isinstance(data.setdefault("video", {}), dict):
         data["video"] = AS_RELEASED["video"] | data["video"]
     for _, backbone in _sections(data, "backbones"):

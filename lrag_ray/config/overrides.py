@@ -24,7 +24,7 @@ def apply_override(document: Document, override: str) -> None:
     a list, a position replaces that item. A name that itself holds dots is found where it is already given.
 
     Raises:
-        ValueError: not of the form a.b=value, or a step of the path leads through something that is no section.
+        ValueError: not of the form a.b=value, or a step of the path leads through something that is not a section.
     """
     key, equals, text = override.partition("=")
     key = key.strip()

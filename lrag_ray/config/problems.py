@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words that lead to the mend."""
+"""What is wrong with a configuration, in words that lead to the fix."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class RunSection(Section):
 
 
 class StorageSection(Section):
-    """How the store of `run.uri` is reached, and for how long trouble is borne. Free to change between starts.
+    """How the store of `run.uri` is reached, and for how long error is borne. Free to change between starts.
 
     Credentials never stand here: they come from the environment of every node (AWS_* variables, ~/.aws, roles).
     """

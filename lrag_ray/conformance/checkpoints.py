@@ -50,7 +50,7 @@ def _variant(path: Path, record: Record) -> str | None:
 
 def _check(record: Record, expected: Vectors | None, path: Path, sheet: Sheet) -> None:
     if expected is None:
-        sheet.add("weights", "fail", "no safetensors file with the expected weights lies beside the checkpoints")
+        sheet.add("weights", "fail", "no safetensors file with the expected weights is beside the checkpoints")
         return
     name = _variant(path, record)
     outcomes = record.content["variants"][name]["upstream_loader"] if name else {}

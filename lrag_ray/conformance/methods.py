@@ -75,7 +75,7 @@ def find_inputs(folder: Path, latents: tuple[int, ...]) -> Inputs:
             return found
     raise UsageError(
         f"no inputs for latents of shape {list(latents)} in or above {folder}: expected a folder with a JSON of model "
-        "and sampler, the generator's weights, and prompt_embeds, noise and step_noise. Mend: keep it beside the cases"
+        "and sampler, the generator's weights, and prompt_embeds, noise and step_noise. Fix: keep it beside the cases"
     )
 
 

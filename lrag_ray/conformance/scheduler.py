@@ -25,7 +25,7 @@ def cases(folder: Folder) -> list[GoldenCase]:
 
 def _check(record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
     if record is None:
-        sheet.add("settings", "fail", "no JSON with the shift lies beside the tables")
+        sheet.add("settings", "fail", "no JSON with the shift is beside the tables")
         return
     settings = record.content
     for name, ours in IMPLEMENTED.items():
@@ -37,7 +37,7 @@ def _check(record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None
         sheet.close(f"warped {steps}", torch.tensor(schedule.warp(json.loads(steps))), torch.tensor(golden), RELATIVE)
     _check_ends(settings, schedule, sheet)
     if vectors is None:
-        sheet.add("tables", "skip", "no safetensors file with tables lies beside the JSON")
+        sheet.add("tables", "skip", "no safetensors file with tables is beside the JSON")
         return
     for name in ("sigmas", "timesteps", "training_weights"):
         if name in vectors:

@@ -71,7 +71,7 @@ def _check_forward(folder: Folder, label: str, golden: Mapping[str, Tensor], she
     dim = golden["patch_embedding"].shape[-1]
     fitting = [file for file in generator_files(folder) if file.shapes["patch_embedding.weight"][0] == dim]
     if not fitting:
-        sheet.add(f"forward.{label}", "fail", f"no generator weights of width {dim} lie beside the vectors")
+        sheet.add(f"forward.{label}", "fail", f"no generator weights of width {dim} are beside the vectors")
         return
     transformer = golden_transformer(fitting[0].path, _config(fitting[0], golden))
     ours = _forward(transformer, golden, _shift(folder, dim))

@@ -64,7 +64,7 @@ def missing_files(record: Record) -> str:
 
 
 def source_of(record: Record, video: str) -> Path:
-    """The file of a whole video; a scene of a semantic split lies beside its clips."""
+    """The file of a whole video; a scene of a semantic split is beside its clips."""
     root = record.path.parent
     folder = None if is_in_memory(record) else _clips_folder(root, record.content["clips"])
     places = [place / f"{video}.mp4" for place in (root / "videos", folder) if place is not None]

@@ -67,7 +67,7 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise UsageError(
-            f"{root} {what}; expected a folder of golden vectors. Mend: give the folder that holds the files"
+            f"{root} {what}; expected a folder of golden vectors. Fix: give the folder that holds the files"
         )
     recognised = False
     for folder in _folders(root):
@@ -89,7 +89,7 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
     if not recognised:
         raise UsageError(
             f"no golden vectors are recognised in {root} or the folders under it: {_contents(root)}. "
-            "Mend: give a folder with JSON, safetensors or .pt files in the formats that `lrag-ray verify --help` lists"
+            "Fix: give a folder with JSON, safetensors or .pt files in the formats that `lrag-ray verify --help` lists"
         )
 
 

@@ -45,5 +45,5 @@ def policy_class(name: str) -> type[ContextPolicy[Any]]:
     except AttributeError as error:
         raise ValueError(f"method '{name}': module '{module_name}' has no '{attribute}'") from error
     if not (isinstance(found, type) and issubclass(found, ContextPolicy)):
-        raise ValueError(f"method '{name}' is no lrag_ray.context.policy.ContextPolicy")
+        raise ValueError(f"method '{name}' is not a lrag_ray.context.policy.ContextPolicy")
     return found

@@ -52,7 +52,7 @@ class StageActor(Generic[Payload]):
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def steps(self) -> int:
-        """Steps taken so far; answers while `work` goes on."""
+        """Steps taken so far; answers while `work` continues."""
         return self._host.steps
 
 

@@ -37,7 +37,7 @@ class ProgressBoard:
 def start_board() -> Any:
     """Handle of a board: an actor that takes no CPU, lives on the driver's own node and dies with the driver.
 
-    On another node it could be lost while the run goes on.
+    On another node it could be lost while the run continues.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {
@@ -88,6 +88,6 @@ class BoardReader:
         try:
             states: dict[str, WorkerState] = ray.get(asked)
         except ray.exceptions.RayActorError:
-            # The board's node is gone. The run goes on unshown.
+            # The board's node is gone. The run continues unshown.
             return {}
         return states

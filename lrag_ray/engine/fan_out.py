@@ -128,7 +128,7 @@ class FanOut(Generic[Payload]):
         self, stage: Stage[Payload], workers: int, *, max_attempts: int = 3, listener: Listener = silent
     ) -> None:
         self._stage, self._workers, self._report = stage, workers, listener
-        # On the driver's own node, so that it is not lost while the wave goes on.
+        # On the driver's own node, so that it is not lost while the wave continues.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
         self._supervisor = ray.remote(Supervisor).options(**options).remote(stage.name, max_attempts)
@@ -221,7 +221,7 @@ class _DataWorker:
             return False
         try:
             outcome = self._worker.work(task.payload, attempt)
-        except Exception as error:  # noqa: BLE001 - recorded as this task's failed attempt; the others go on
+        except Exception as error:  # noqa: BLE001 - recorded as this task's failed attempt; the others continue
             again = bool(ray.get(supervisor.raised.remote(task.key, task.title, explain_here(error))))
             if again and _gpu_is_lost():
                 # Everything after would fail in this process; Ray starts another one and hands it the task again.

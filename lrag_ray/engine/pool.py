@@ -283,7 +283,7 @@ class ActorPool(Generic[Payload]):
                 self._attempt_failed(failed, attempt, error)
             return
         except WORKER_LOST as error:
-            # An unavailable actor may come back and go on; it is replaced, so it must not.
+            # An unavailable actor may come back and continue; it is replaced, so it must not.
             self._end(worker)
             if self._oom_kills.explains(error, worker.node):
                 text = f"the kernel ended a process of its node for want of memory, and {worker.name} died"

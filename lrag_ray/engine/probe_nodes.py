@@ -23,7 +23,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.shared import LOOK_AGAIN_S, LOOKS, not_shared, sees_run
 
 CLOCK_SKEW_S = 5.0
-"""A node whose clock is off by more than this is told of."""
+"""A node whose clock is off by more than this is reported of."""
 _LONGEST_WAIT_S = 120.0
 
 
@@ -69,7 +69,7 @@ def probe_nodes(run: RolloutRun, config: RunConfig, listener: Listener) -> None:
 def _ask(
     run: RolloutRun, nodes: Mapping[str, str], paths: Mapping[str, str], listener: Listener
 ) -> dict[str, NodeReport]:
-    """Reports by node name; nodes that were lost or are silent are told of and left out."""
+    """Reports by node name; nodes that were lost or are silent are reported of and left out."""
     created_at = run.require().created_at
     task = ray.remote(probe_node)
     asked = {
@@ -79,7 +79,7 @@ def _ask(
         for node_id, name in nodes.items()
     }
     reports: dict[str, NodeReport] = {}
-    troubles: list[str] = []
+    problems: list[str] = []
     pending = list(asked)
     deadline = time.monotonic() + _LONGEST_WAIT_S
     while pending:
@@ -90,15 +90,15 @@ def _ask(
         try:
             report = reports[name] = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
-            troubles.append(f"{name}: {redact(str(error.cause))}")
+            problems.append(f"{name}: {redact(str(error.cause))}")
         except ray.exceptions.RayError as error:
             listener(Notice(f"node {name} was lost while it was asked about the storage: {error}", warning=True))
         else:
             report_skew(name, report.clock_s - time.time(), listener)
-    if troubles:
+    if problems:
         raise ClusterError(
             "these nodes cannot work on the run:\n  "
-            + "\n  ".join(troubles)
+            + "\n  ".join(problems)
             + "\nMend what they say there, or end these nodes; every node needs the same environment as this one"
         )
     for ref in pending:

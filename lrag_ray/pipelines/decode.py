@@ -1,7 +1,7 @@
 """Decode a run's stored latents again: everything that `lrag-ray decode` does is `decode`.
 
 A run without videos gets them without a pass of the transformer, and a run with videos gets others (another quality,
-frame rate or VAE precision). Commits stay as they are: the videos lie beside them (see `lrag_ray.store.decoded`). The
+frame rate or VAE precision). Commits stay as they are: the videos are beside them (see `lrag_ray.store.decoded`). The
 same call again continues.
 """
 
@@ -53,7 +53,7 @@ class DecodeOutcome:
     """0 all done, 1 finished with failures, 130 interrupted."""
     uri: str
     folders: tuple[str, ...]
-    """Where the videos lie, one folder per kind of settings, relative to the run."""
+    """Where the videos are, one folder per kind of settings, relative to the run."""
     videos_there: int
     """Videos that needed no work: made before, or by the run itself with the same settings."""
     videos_made: int
@@ -169,7 +169,7 @@ def _settings(config: RunConfig, identity: RunIdentity, other_vae: bool) -> dict
     if not names:
         raise ConfigError(
             f"backbones: the run has {', '.join(identity.backbones)}, the configuration has "
-            f"{', '.join(config.backbones)}. Mend: decode with the configuration of the run"
+            f"{', '.join(config.backbones)}. Fix: decode with the configuration of the run"
         )
     found = {}
     for name in sorted(names):
@@ -177,7 +177,7 @@ def _settings(config: RunConfig, identity: RunIdentity, other_vae: bool) -> dict
         theirs, ours = (_without_dtype(each) for each in (identity.backbones[name].pixels, pixels))
         if theirs != ours and not other_vae:
             raise IdentityError(
-                f"backbones.{name}.vae is {ours} here and {theirs} in the run. Mend: name the run's VAE, or give "
+                f"backbones.{name}.vae is {ours} here and {theirs} in the run. Fix: name the run's VAE, or give "
                 "--other-vae to decode with this one all the same"
             )
         found[name] = decode_settings(pixels, config.video.model_dump())

@@ -1,7 +1,7 @@
 """What a run will find on this machine: packages, Ray, GPUs, weights, storage, video codec, disk and memory.
 
 Every check really does the small thing that the run would do at length (connect, write, encode, map a checkpoint), and
-says how to mend what fails. Nothing is left behind.
+says how to fix what fails. Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     check: str
     state: Literal["ok", "warn", "fail"]
     found: str
-    mend: str = ""
+    fix: str = ""
     """What to do; empty where nothing is to be done or `found` says it."""
 
 
@@ -63,7 +63,7 @@ def examine(config: RunConfig | None = None) -> Iterator[Row]:
         yield Row("prompts", "ok", f"{len(prompts)} in {config.prompts.path}")
     except LragError as error:
         yield Row("prompts", "fail", str(error))
-    # Without a number of prompts nothing can be planned; the row above says how to mend it.
+    # Without a number of prompts nothing can be planned; the row above says how to fix it.
     with suppress(LragError):
         plan = make_plan(config, plan_prompts(config.prompts))
     yield from _weights(config)
@@ -129,12 +129,12 @@ def _gpus(config: RunConfig | None) -> Iterator[Row]:
         return
     driver = _driver()
     if driver is not None:
-        mend = f"install a driver for CUDA {torch.version.cuda}, or a torch built for this driver"
-        yield Row("gpu", "fail", f"driver {driver} is there, but torch {torch.__version__} cannot use it", mend)
+        fix = f"install a driver for CUDA {torch.version.cuda}, or a torch built for this driver"
+        yield Row("gpu", "fail", f"driver {driver} is there, but torch {torch.__version__} cannot use it", fix)
     elif wanted > 0:
-        mend = "set engine.gpus_per_actor: 0 to run on CPUs, or run where the GPUs are"
+        fix = "set engine.gpus_per_actor: 0 to run on CPUs, or run where the GPUs are"
         remote = bool(config and config.engine.address)
-        yield Row("gpu", "warn" if remote else "fail", f"none here, but engine.gpus_per_actor is {wanted:g}", mend)
+        yield Row("gpu", "warn" if remote else "fail", f"none here, but engine.gpus_per_actor is {wanted:g}", fix)
     else:
         yield Row("gpu", "ok", "none; rollouts run on the CPU")
 
@@ -157,8 +157,8 @@ def _video() -> Row:
                 writer.write(frames)
             read = read_video(Path(folder) / "probe.mp4")
     except (LragError, OSError, ImportError, ValueError, RuntimeError) as error:
-        mend = "install PyAV's own wheel (pip install 'av>=18'), which holds libx264"
-        return Row("video codec", "fail", f"H.264 cannot be written: {type(error).__name__}: {error}", mend)
+        fix = "install PyAV's own wheel (pip install 'av>=18'), which holds libx264"
+        return Row("video codec", "fail", f"H.264 cannot be written: {type(error).__name__}: {error}", fix)
     return Row("video codec", "ok", f"H.264 written and read back through PyAV ({len(read)} frames)")
 
 
@@ -195,8 +195,8 @@ def _storage(config: RunConfig) -> Row:
     except LragError as error:
         return Row("storage", "fail", str(error))
     if not probe.create_only:
-        mend = "let one driver work at a time, or use a store that honours If-None-Match"
-        return Row("storage", "warn", f"{storage.uri} can be written, but creates the same file twice", mend)
+        fix = "let one driver work at a time, or use a store that honours If-None-Match"
+        return Row("storage", "warn", f"{storage.uri} can be written, but creates the same file twice", fix)
     return Row("storage", "ok", f"{storage.uri} can be written and honours create-only writes")
 
 
@@ -252,5 +252,5 @@ def _gpu_memory(config: RunConfig, plan: Plan) -> Iterator[Row]:
     largest = max(plan.methods, key=lambda method: method.gpu_bytes)
     needed = (largest.gpu_bytes + CUDA_CONTEXT_BYTES) / min(share, 1)
     found = f"{largest.backbone}/{largest.method} needs about {needed / 1e9:.1f} GB of {total / 1e9:.0f} GB"
-    mend = "a smaller window, video.enabled: false, or a larger engine.gpus_per_actor"
-    yield Row("gpu memory", "ok", found) if needed < total else Row("gpu memory", "fail", found, mend)
+    fix = "a smaller window, video.enabled: false, or a larger engine.gpus_per_actor"
+    yield Row("gpu memory", "ok", found) if needed < total else Row("gpu memory", "fail", found, fix)

@@ -11,7 +11,7 @@ from lrag_ray.store.failures import clear_failures, failed_tasks, write_failure
 from lrag_ray.store.records import FailureRecord, failure_folder
 
 UNWRITTEN_FOR_S = 600.0
-"""A driver goes on for this long while failures cannot be written to storage."""
+"""A driver continues for this long while failures cannot be written to storage."""
 _WRITE_AGAIN_S = 15.0
 
 

@@ -46,7 +46,7 @@ def collect_garbage(
 ) -> GcOutcome:
     """List the leftovers of a run, or remove them.
 
-    `unfinished` counts the parts of rollouts that are not finished as leftovers: they would then begin anew. Raises
+    `unfinished` counts the parts of rollouts that are not finished as leftovers: they would then begin again. Raises
     StorageError where there is no run, and LeaseError, before anything is removed, while a driver works on it.
     """
     run.require()

@@ -33,7 +33,7 @@ def keep_lease(storage: Storage, command: str, *, ttl_s: float, listener: Listen
 
     Raises LeaseError before the block if another driver is at work, and out of the block if another driver took over
     or if the lease could not be renewed for `ttl_s`. That interrupts the thread that entered the block as Ctrl-C
-    would. Nothing is waited for unless the last holder's end cannot be told; then up to its `ttl_s`.
+    would. Nothing is waited for unless the last holder's end cannot be reported; then up to its `ttl_s`.
     """
     keeper = _Keeper(take_lease(storage, new_record(command, ttl_s), lambda text: listener(Notice(text))), ttl_s)
     keeper.start()
@@ -104,7 +104,7 @@ class _Keeper:
 
     def _watch_renewals(self) -> None:
         # Counts beats in which this process was running: one that was asleep longer than the lease lasts (SIGSTOP)
-        # goes on if nobody has taken over meanwhile, and the renewer finds that out within a beat.
+        # continues if nobody has taken over meanwhile, and the renewer finds that out within a beat.
         missed = seen = 0
         while not self._stopped.wait(self._beat_s):
             missed = missed + 1 if self._renewals == seen else 0

@@ -3,7 +3,7 @@
 ::
 
     TO/<mode>/…              scores, see the suite (lrag_ray.scoring.vbench_long.videos)
-    TO/videos-<mode>.csv     one line per video and duration, written anew
+    TO/videos-<mode>.csv     one line per video and duration, written again
     TO/failures/…            why videos could not be scored
 """
 

@@ -65,7 +65,7 @@ class VideoList:
     """What was found."""
 
     storage: Storage | None
-    """Where the videos lie, or None for this machine's files."""
+    """Where the videos are, or None for this machine's files."""
     videos: Sequence[ListedVideo]
     notes: Sequence[str] = ()
     """What a person should know."""
@@ -121,7 +121,7 @@ def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedV
     if chooses:
         _note_skipped((PurePosixPath(path.relative_to(base)) for path in found if not _is_folder(path)), target, notes)
         found = [path for path in found if _is_video(path.relative_to(base))]
-    # What is neither file nor folder, a link to nothing say, is a video that cannot be had, which is told.
+    # What is neither file nor folder, a link to nothing say, is a video that is not available, which is reported.
     files = sorted({path.absolute() for path in found if not _is_folder(path)})
     base = base.absolute()
     return [ListedVideo(_shown(path.relative_to(base)), str(path), "") for path in files]
@@ -136,7 +136,7 @@ def _stamped(video: ListedVideo) -> ListedVideo:
         if stat.S_ISREG(path.stat().st_mode):
             return replace(video, stamp=sha256_of(path))
         # Not opened: a pipe would wait for who writes into it.
-        return replace(video, problem="it is no file, but a pipe, a socket or a device")
+        return replace(video, problem="it is not a file, but a pipe, a socket or a device")
     except OSError as error:
         gone = error.errno in (errno.ENOENT, errno.ELOOP)
         return replace(video, problem=f"it is {absence(path)}" if gone else f"it cannot be read: {error.strerror}")
@@ -206,7 +206,7 @@ def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except PermissionError:
-        # A folder that may be listed and not entered: that its files cannot be read is told with them.
+        # A folder that may be listed and not entered: that its files cannot be read is reported with them.
         return False
 
 

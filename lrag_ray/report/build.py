@@ -32,7 +32,7 @@ class Report:
 
     data: ReportData
     folder: str | None
-    """Where it lies; None where nothing was written."""
+    """Where it is; None where nothing was written."""
     files: Sequence[str]
     """What was written there, the page first; strips are in a folder of their own beside them."""
 

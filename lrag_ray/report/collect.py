@@ -36,7 +36,7 @@ class ShownRollout:
     """A rollout that has videos."""
 
     run_dir: RolloutRun
-    """Where they lie."""
+    """Where they are."""
     videos: Sequence[CommittedVideo]
     """Shortest duration first."""
 

@@ -1,6 +1,6 @@
 """The report as one static HTML page: no external asset, links relative to the page, every text escaped.
 
-The page lies in the report's folder (RUN/summary for one run) and plays from a folder and from a bucket alike. Its
+The page is in the report's folder (RUN/summary for one run) and plays from a folder and from a bucket alike. Its
 script only adds comfort (duration choice, search, synchronous play and seek); without it every video still has its own
 controls.
 """
@@ -34,7 +34,7 @@ _FILES = {
     "drift.csv": "the drift curves with their bands",
     "drift.parquet": "the same",
 }
-"""What lies beside the page."""
+"""What is beside the page."""
 
 
 class RankCell(NamedTuple):
@@ -72,7 +72,7 @@ def overview(data: ReportData) -> Overview | None:
 
 
 def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet]) -> str:
-    """HTML of the whole report for a page that lies in `folder`."""
+    """HTML of the whole report for a page that is in `folder`."""
     style, script = _asset("report.css"), _asset("report.js")
     environment = Environment(
         loader=PackageLoader("lrag_ray.report", "."),

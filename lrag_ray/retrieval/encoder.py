@@ -170,7 +170,7 @@ class LatentAutoencoder(nn.Module):
 def load_encoder(path: str | Path) -> LatentAutoencoder:
     """Retrieval encoder from a released or trained checkpoint (``config`` + ``model``), float32, in eval mode.
 
-    Raises WeightsError if the file is no such checkpoint or any weight is missing, unexpected, misshapen or not
+    Raises WeightsError if the file is not such a checkpoint or any weight is missing, unexpected, misshapen or not
     finite.
     """
     checkpoint = read_checkpoint(path)
@@ -178,7 +178,7 @@ def load_encoder(path: str | Path) -> LatentAutoencoder:
     if not isinstance(config, Mapping) or not isinstance(weights, Mapping):
         raise WeightsError(
             f"retrieval encoder {path} holds the keys {sorted(map(str, checkpoint))[:8]}, "
-            "expected 'config' and 'model'. Mend: use a checkpoint as the encoder trainer writes it"
+            "expected 'config' and 'model'. Fix: use a checkpoint as the encoder trainer writes it"
         )
     try:
         sizes = EncoderConfig.from_checkpoint(config)

@@ -74,7 +74,7 @@ def _page_lock(slab: Tensor) -> None:
             torch.ones((), device="cuda")
         raise MemoryError(
             f"cannot page-lock {len(slab):,} bytes of host memory for the history bank (CUDA error {status}). "
-            "Mend: fewer actors on a node, shorter durations, or nodes with more memory"
+            "Fix: fewer actors on a node, shorter durations, or nodes with more memory"
         )
 
 

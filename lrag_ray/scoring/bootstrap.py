@@ -42,7 +42,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
+        """Whether the whole interval is on one side of zero."""
         return self.lower is not None and self.upper is not None and (self.lower > 0 or self.upper < 0)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SettingsT = TypeVar("SettingsT")
 
 KeepGoing = Callable[[], bool]
-"""Whether a worker should go on; asked between the clips of a video."""
+"""Whether a worker should continue; asked between the clips of a video."""
 
 
 class UnscorableError(Exception):
@@ -41,7 +41,7 @@ class UnscorableError(Exception):
 
 
 class StoppedError(Exception):
-    """A worker's answer: it was told to stop before the video was done; what it finished is stored."""
+    """A worker's answer: it was reported to stop before the video was done; what it finished is stored."""
 
 
 class ScoringTask(NamedTuple):

@@ -149,7 +149,7 @@ class DecodeWorker:
             device_kind=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
             created_at=now_utc(),
         )
-        # Where another attempt was first its video stands; this one lies unnamed in the attempt's own folder.
+        # Where another attempt was first its video stands; this one is unnamed in the attempt's own folder.
         self._run.storage.create(_record_path(task, commit), record.model_dump_json(indent=1).encode())
 
 

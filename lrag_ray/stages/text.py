@@ -29,7 +29,7 @@ _READ_AT_ONCE = 64
 
 
 def embedding_path(text_digest: str, prompt: str) -> str:
-    """Where the features of `prompt` lie below the run."""
+    """Where the features of `prompt` are below the run."""
     return f"embeddings/{text_digest[:16]}/{hashlib.sha256(prompt.encode('utf-8')).hexdigest()[:32]}.safetensors"
 
 

@@ -55,7 +55,7 @@ class FileDetails(NamedTuple):
 class Storage:
     """Files below one address.
 
-    Every operation is tried again for a while where the trouble may pass (`options`), and all of them are safe to
+    Every operation is tried again for a while where the error may pass (`options`), and all of them are safe to
     repeat. `follow_links` is for the user's own folders (weights), whose links may lead anywhere. Raises StorageError
     for an address whose scheme is unknown or whose client is not installed, and for what no further try can help. Cheap
     to make, and may be sent to another process, which then opens its own client (clients do not survive a fork).
@@ -273,7 +273,7 @@ class Storage:
             self.remove(path)
 
     def _do(self, action: str, path: str, operation: Callable[[], T]) -> T:
-        """Result of an operation that is safe to repeat; its last trouble becomes a StorageError with the mend.
+        """Result of an operation that is safe to repeat; its last error becomes a StorageError with the fix.
 
         Only reading and listing find that nothing is there: FileNotFoundError then passes as it is.
         """
@@ -299,9 +299,9 @@ class Storage:
     def _complaint(self, action: str, path: str, error: Exception, tries: str = "") -> str:
         reason = redact(str(error)) or type(error).__name__
         client = getattr(self.fs, "_s3", None)
-        mend = mend_of(error, local=self.is_local, endpoint=client.meta.endpoint_url if client else "")
+        fix = mend_of(error, local=self.is_local, endpoint=client.meta.endpoint_url if client else "")
         return (
-            f"cannot {action} {self._place(path)}: {error_code(error) or type(error).__name__}: {reason}{tries}. {mend}"
+            f"cannot {action} {self._place(path)}: {error_code(error) or type(error).__name__}: {reason}{tries}. {fix}"
         )
 
 

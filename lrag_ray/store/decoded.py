@@ -6,7 +6,7 @@
         attempt-<id>/video-<latent_frames>.mp4
         video-<latent_frames>.json     `DecodedVideo`, created once; names the video that counts
 
-A decoded video counts if its record can be read, lies where it says it belongs, its file has the recorded size and
+A decoded video counts if its record can be read, is where it says it belongs, its file has the recorded size and
 its latents are those of the commit.
 """
 
@@ -38,12 +38,12 @@ def own_settings(identity: RunIdentity, backbone: str) -> dict[str, JsonValue]:
 
 
 def settings_folder(settings: Mapping[str, JsonValue]) -> str:
-    """Where all videos with these settings lie."""
+    """Where all videos with these settings are."""
     return f"{FOLDER}/{canonical_digest(settings)[:_DIGEST_CHARACTERS]}"
 
 
 def decoded_folder(settings: Mapping[str, JsonValue], rollout: RolloutId) -> str:
-    """Where the videos of a rollout lie for these settings."""
+    """Where the videos of a rollout are for these settings."""
     return f"{settings_folder(settings)}/{rollout.path.removeprefix('rollouts/')}"
 
 
@@ -78,7 +78,7 @@ class DecodedVideos:
 
 
 def record_path(settings: Mapping[str, JsonValue], rollout: RolloutId, latent_frames: int) -> str:
-    """Where the record of a decoded video lies."""
+    """Where the record of a decoded video is."""
     return f"{decoded_folder(settings, rollout)}/video-{latent_frames}.json"
 
 

@@ -1,4 +1,4 @@
-"""What storage clients raise, sorted: whether another try can help, and what mends it where it cannot.
+"""What storage clients raise, sorted: whether another try can help, and what fixes it where it cannot.
 
 S3 errors are told apart by their code, which s3fs keeps in the exception's cause; a HEAD request has no code but its
 HTTP status. Client libraries are recognised by the names of their exceptions, so that none of them is imported here.
@@ -63,7 +63,7 @@ _WRONG_STORE_CODES = frozenset(
     {"NoSuchBucket", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "AccessDenied", "403"}
 )
 _AMAZON = (
-    "It was Amazon's S3 that was asked: if the bucket lies in another store, name that with AWS_ENDPOINT_URL (or "
+    "It was Amazon's S3 that was asked: if the bucket is in another store, name that with AWS_ENDPOINT_URL (or "
     "storage.endpoint_url in a configuration)"
 )
 _EXPIRED = "The credentials have expired: renew them on every node; the same command continues"
@@ -76,7 +76,7 @@ _NO_STORE = (
     "That is no answer of an S3 store: check storage.endpoint_url (or AWS_ENDPOINT_URL), and whatever stands between "
     "here and the store"
 )
-_REGION = "The bucket lies in another region: set storage.region (or AWS_DEFAULT_REGION)"
+_REGION = "The bucket is in another region: set storage.region (or AWS_DEFAULT_REGION)"
 _MENDS_BY_CODE = {
     "NoSuchBucket": "There is no such bucket: create it, or correct run.uri (and storage.endpoint_url)",
     "InvalidBucketName": "Correct the bucket's name in run.uri",
@@ -126,9 +126,7 @@ _MENDS_BY_ERRNO = {
         (errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK),
         "Commits need hard links, which this file system does not have: set run.uri to another",
     ),
-    **dict.fromkeys(
-        (errno.EEXIST, errno.ENOTDIR), "A file lies where a folder is to be: set run.uri to another folder"
-    ),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "A file is where a folder is to be: set run.uri to another folder"),
     errno.EMFILE: "This process may open no more files: raise the limit (`ulimit -n`)",
 }
 

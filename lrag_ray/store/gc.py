@@ -30,7 +30,7 @@ Kind = Literal[
 next start would continue from this part."""
 
 WITHOUT_LEASE_S = 3600.0
-"""What `decode`, `score` and `report` write is left alone for so long at least: they may be at work beside a `gc`."""
+"""What `decode`, `score` and `report` write is left alone for that long at least: they may be at work beside a `gc`."""
 
 _WITHOUT_LEASE = (f"{DECODED}/", "scores/", "summary/")
 _ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
@@ -57,7 +57,7 @@ class Leftovers(NamedTuple):
 
     found: list[Leftover]
     too_young: int
-    """Leftovers that were written so lately that somebody may still be at work on them."""
+    """Leftovers that were written so lately that someone may still be at work on them."""
     notes: list[str]
     """What could not be looked at."""
 

@@ -109,7 +109,7 @@ def new_record(command: str, ttl_s: float) -> LeaseRecord:
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
-        user = "somebody"
+        user = "someone"
     return LeaseRecord(
         id=secrets.token_hex(8),
         user=user,
@@ -152,7 +152,7 @@ class Lease:
             _remove(self._storage, _beat_path(self.epoch))
             raise LeaseError(
                 f"{self._storage.uri} was taken over by {now or 'a person who removed the lease'}, so this driver "
-                f"({self.record}) stops. What it committed stays; the other one goes on with the run"
+                f"({self.record}) stops. What it committed stays; the other one continues with the run"
             )
 
     def release(self) -> None:
@@ -172,7 +172,7 @@ class Lease:
 
 
 def take_lease(storage: Storage, record: LeaseRecord, tell: Callable[[str], None]) -> Lease:
-    """Take the lease, waiting up to its `ttl_s` where the last holder may be dead; `tell` is told of that.
+    """Take the lease, waiting up to its `ttl_s` where the last holder may be dead; `tell` is reported of that.
 
     Raises LeaseError if the holder shows a sign of life meanwhile.
     """
@@ -182,7 +182,7 @@ def take_lease(storage: Storage, record: LeaseRecord, tell: Callable[[str], None
             _wait_for_end(storage, found, record.ttl_s, tell)
         epoch = found.epoch + 1 if found else 1
         created = storage.create(_record_path(epoch), record.model_dump_json(indent=1).encode())
-        # Read back, because a create may be ours although its answer was lost, and ours may lie below a higher
+        # Read back, because a create may be ours although its answer was lost, and ours may be below a higher
         # epoch where older ones have been removed meanwhile.
         now = holder(storage)
         if now is not None and now.record == record:

@@ -176,7 +176,7 @@ def _read_tensors(storage: Storage, part: LatentPart) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_safetensors(_read_checked(storage, part))
     except SafetensorError as error:
-        raise BrokenPartError(f"{part.path} is no safetensors file: {error}") from error
+        raise BrokenPartError(f"{part.path} is not a safetensors file: {error}") from error
     latents = tensors.get("latents")
     if latents is None or latents.dim() != 4 or latents.shape[0] != part.frames:
         raise BrokenPartError(f"{part.path} does not hold {part.frames} latent frames")

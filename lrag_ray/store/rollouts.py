@@ -6,7 +6,7 @@
         attempt-<id>/                 parts and videos that one attempt wrote
         commit-<latent_frames>.json   one per reached horizon, created once
 
-A commit counts if it can be read, lies where it says it belongs, and every file it names has the recorded size. A
+A commit counts if it can be read, is where it says it belongs, and every file it names has the recorded size. A
 commit that does not count keeps its name occupied (commits are created once), so before the horizon is made again it is
 renamed to ``commit-<latent_frames>.json.invalid-<random>``, where it stays for people to look at.
 """
@@ -79,7 +79,7 @@ class Inventory:
         return None
 
     def covered(self, rollout: RolloutId, rollout_keys: Mapping[int, str]) -> set[int]:
-        """Horizons, of those with a key in `rollout_keys`, that have a commit with this key or lie below one."""
+        """Horizons, of those with a key in `rollout_keys`, that have a commit with this key or are below one."""
         commits = self.valid_commits(rollout)
         return {
             horizon
@@ -104,7 +104,7 @@ class RolloutRun(RunDirectory):
     def inventory(self, rollout: RolloutId | None = None) -> Inventory:
         """List the run (or one rollout) and read its commits; what does not count is looked at twice.
 
-        A long listing is no snapshot: it may show a commit that was made while it went on, and not its files.
+        A long listing is not a snapshot: it may show a commit that was made while it continued, and not its files.
         """
         files, commits = self._look(rollout.path) if rollout else self._look("rollouts", _METHOD_DEPTH)
         for folder in [folder for folder, states in commits.items() if any(s.problem for s in states.values())]:
@@ -129,7 +129,7 @@ class RolloutRun(RunDirectory):
                 # No damage of the commit, which is never written again: it would be set aside for nothing.
                 raise StorageError(
                     f"cannot read {self.uri}/{path}: the store gave {len(data)} bytes of {files[path]}, twice. What "
-                    "lies between here and the store cuts its answers; the same command continues once that is mended"
+                    "lies between here and the store cuts its answers; the same command continues once that is fixed"
                 )
             commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
         return files, commits

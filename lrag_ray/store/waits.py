@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from lrag_ray.store.faults import error_code
 
 TELL_AFTER_S = 4.0
-"""An operation that takes longer is told of."""
+"""An operation that takes longer is reported of."""
 _TELL_AGAIN_S = 30.0
 
 
@@ -30,19 +30,19 @@ class Wait:
     """By the monotonic clock."""
     tries_end_s: float
     """No try begins later, by the same clock."""
-    trouble: str = ""
+    error: str = ""
     """Why the last try failed."""
 
     def failed(self, error: Exception) -> None:
         """A try failed, and there will be another."""
-        self.trouble = error_code(error) or type(error).__name__
+        self.error = error_code(error) or type(error).__name__
 
     def told(self, now_s: float) -> str:
         """One line on how long it has taken and how long it may take."""
         left_s = self.tries_end_s - now_s
-        trouble = f", the last try ended with {self.trouble}" if self.trouble else ""
+        error = f", the last try ended with {self.error}" if self.error else ""
         until = f"for up to {left_s:.0f} s more" if left_s > 0 else "until the try that is on ends"
-        return f"still waiting to {self.what} after {now_s - self.began_s:.0f} s{trouble}; it is tried {until}"
+        return f"still waiting to {self.what} after {now_s - self.began_s:.0f} s{error}; it is tried {until}"
 
 
 _under_way: dict[int, Wait] = {}

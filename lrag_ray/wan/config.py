@@ -96,7 +96,7 @@ class SamplerConfig:
         if not self.denoising_steps:
             raise ValueError("denoising_steps is empty")
         if any(not 0 <= step <= 1000 for step in self.denoising_steps):
-            raise ValueError(f"denoising_steps {list(self.denoising_steps)} must lie in 0..1000")
+            raise ValueError(f"denoising_steps {list(self.denoising_steps)} must be in 0..1000")
         if self.frames_per_block < 1:
             raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1")
 

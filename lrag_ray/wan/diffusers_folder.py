@@ -80,6 +80,6 @@ def _check_size(name: str, value: Any) -> None:
 def no_folder_of(folder: Path, kind: str, reason: str) -> str:
     """Message for a folder that does not hold what it should."""
     return (
-        f"{folder} is no Diffusers folder of a {kind}: {reason}. "
-        "Mend: fetch the folder again, or give the single file that is published"
+        f"{folder} is not a Diffusers folder of a {kind}: {reason}. "
+        "Fix: fetch the folder again, or give the single file that is published"
     )

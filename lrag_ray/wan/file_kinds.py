@@ -14,7 +14,7 @@ _SHOWN = 60
 
 
 def absence(path: Path) -> str:
-    """How a path that `Path.exists` denies is not there: links that lead nowhere are told apart."""
+    """How a path that `Path.exists` denies is not there: links that lead nowhere are reported apart."""
     try:
         path.stat()
     except OSError as error:

@@ -46,14 +46,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else absence(path)
-        raise WeightsError(f"checkpoint {path} is {what}; expected a .pt or .safetensors file. Mend: correct the path")
+        raise WeightsError(f"checkpoint {path} is {what}; expected a .pt or .safetensors file. Fix: correct the path")
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
         size = path.stat().st_size
     except OSError as error:
         raise WeightsError(
-            f"checkpoint {path} cannot be read: {error.strerror}. Mend: let this user read it, or correct the path"
+            f"checkpoint {path} cannot be read: {error.strerror}. Fix: let this user read it, or correct the path"
         ) from error
     if is_safetensors(head, size):
         return _read_safetensors(path)
@@ -70,7 +70,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         if unknown := re.search(r"(?:Dtype not understood: |unknown variant `)(\w+)", str(error)):
             raise WeightsError(
                 f"checkpoint {path} holds tensors of {unknown[1]}, expected {_STORED_AS}. "
-                "Mend: use the published file in one of these"
+                "Fix: use the published file in one of these"
             ) from error
         raise WeightsError(_damaged(path, f"a safetensors file that cannot be read ({error})")) from error
 
@@ -82,7 +82,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except PickleRefusedError as error:
         raise WeightsError(
             f"checkpoint {path} ({size} bytes) is refused: {error}. "
-            "Mend: use the published file, or save the state dict alone"
+            "Fix: use the published file, or save the state dict alone"
         ) from error
     except zipfile.BadZipFile as error:
         reason = f"a torch zip archive without its end or with a damaged one, so it is truncated ({error})"
@@ -94,7 +94,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(
             f"checkpoint {path} holds a {type(content).__name__}, expected a dict of tensors. "
-            "Mend: save the state dict itself, or give another file"
+            "Fix: save the state dict itself, or give another file"
         )
     return {str(name): value for name, value in content.items()}
 
@@ -103,7 +103,7 @@ def _damaged(path: Path, looks_like: str) -> str:
     size = path.stat().st_size
     return (
         f"checkpoint {path} ({size:,} bytes) looks like {looks_like}. "
-        "Mend: compare its size with the source and fetch it again"
+        "Fix: compare its size with the source and fetch it again"
     )
 
 
@@ -155,15 +155,15 @@ def _shown(names: list[str]) -> str:
     return ", ".join(name[:_NAME_SHOWN] for name in names[:_NAMES_SHOWN]) + more
 
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str, mend: str) -> None:
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str, fix: str) -> None:
     """Give a module (usually built on the meta device) the tensors of a state dict, without copying them.
 
-    Raises WeightsError naming `source`, everything that does not fit, and `mend`.
+    Raises WeightsError naming `source`, everything that does not fit, and `fix`.
     """
     wrong = misfits(tensors, module.state_dict())
     if wrong:
         listed = "\n  ".join(wrong)
-        raise WeightsError(f"{source} does not fit the model:\n  {listed}\nFix: {mend}")
+        raise WeightsError(f"{source} does not fit the model:\n  {listed}\nFix: {fix}")
     module.load_state_dict(tensors, strict=True, assign=True)
 
 

@@ -320,7 +320,7 @@ def load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
         # The library raises anything over files that are cut off or none of its own.
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise WeightsError(
-            f"no tokenizer in {folder}: {reason}. Mend: give the folder that holds tokenizer.json and "
+            f"no tokenizer in {folder}: {reason}. Fix: give the folder that holds tokenizer.json and "
             "tokenizer_config.json (google/umt5-xxl beside the checkpoint)"
         ) from error
 

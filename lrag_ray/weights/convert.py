@@ -74,7 +74,7 @@ def _stem(need: Need) -> str:
 def _tensors(source: Path) -> dict[str, Tensor]:
     content = read_checkpoint(source)
     if not all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(f"{source} holds more than tensors, so it is no state dict. Mend: give the published file")
+        raise WeightsError(f"{source} holds more than tensors, so it is not a state dict. Fix: give the published file")
     return content
 
 
@@ -86,6 +86,6 @@ def _write(tensors: Mapping[str, Tensor], target: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
         part.replace(target)
     except OSError as error:
-        raise WeightsError(f"{target} cannot be written: {error}. Mend: give another folder or make room") from error
+        raise WeightsError(f"{target} cannot be written: {error}. Fix: give another folder or make room") from error
     finally:
         part.unlink(missing_ok=True)

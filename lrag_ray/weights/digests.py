@@ -15,7 +15,7 @@ from lrag_ray.weights.local import file_digest, is_remote, local_copy, record_at
 def weights_digest(address: str) -> str:
     """SHA-256 of a file, or over names and digests of the files of a folder, wherever it lies.
 
-    What lies in a bucket is not fetched where its pull recorded the digests. Raises WeightsError if there is nothing.
+    What is in a bucket is not fetched where its pull recorded the digests. Raises WeightsError if there is nothing.
     """
     record = record_at(address) if is_remote(address) else None
     if record is not None:
@@ -45,7 +45,7 @@ def _file_digest(path: Path) -> str:
         return known[key]
     except OSError as error:
         raise WeightsError(
-            f"{path} cannot be read: {error.strerror}. Mend: correct the path in the configuration"
+            f"{path} cannot be read: {error.strerror}. Fix: correct the path in the configuration"
         ) from error
 
 

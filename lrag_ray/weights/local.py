@@ -1,4 +1,4 @@
-"""Weights on local disk: what lies in a bucket is copied once per node, and looked at through one small record.
+"""Weights on local disk: what is in a bucket is copied once per node, and looked at through one small record.
 
 A pull writes a record beside what it pulled (``<address>.pulled.json``, never inside a folder, whose files are part of
 its identity): source, commit, sizes and digests.
@@ -60,13 +60,13 @@ def cache_folder() -> Path:
 
 
 def split(address: str) -> tuple[Storage, str]:
-    """Storage of the folder that an address lies in, and its name there."""
+    """Storage of the folder that an address is in, and its name there."""
     folder, _, name = address.rstrip("/").rpartition("/")
     return Storage(folder or ("/" if address.startswith("/") else "."), follow_links=True), name
 
 
 def sizes_at(address: str) -> dict[str, int]:
-    """Sizes in bytes of what lies at an address: a file under its name, a folder's files under their paths inside it.
+    """Sizes in bytes of what is at an address: a file under its name, a folder's files under their paths inside it.
 
     Empty where there is nothing. Raises StorageError where the address cannot be asked.
     """
@@ -112,9 +112,9 @@ def file_digest(path: Path) -> str:
 def local_copy(address: str, cache: Path | None = None) -> Path:
     """Path on this machine of weights at any address; a local path is returned as it is.
 
-    What lies elsewhere is copied below `cache` (`cache_folder()` by default) the first time and found there
+    What is elsewhere is copied below `cache` (`cache_folder()` by default) the first time and found there
     afterwards, also by other processes of the node: one copies, the others wait. The copy appears under its name only
-    when it is whole, and belongs to sizes (and recorded digests) of the original: a changed original is copied anew.
+    when it is whole, and belongs to sizes (and recorded digests) of the original: a changed original is copied again.
 
     Raises WeightsError where there is nothing at the address or the copy differs from its record; StorageError.
     """
@@ -123,7 +123,7 @@ def local_copy(address: str, cache: Path | None = None) -> Path:
     sizes, record = sizes_at(address), record_at(address)
     if not sizes:
         raise WeightsError(
-            f"{redact(address)} holds nothing. Mend: put the weights there with `lrag-ray weights pull CONFIG`, or "
+            f"{redact(address)} holds nothing. Fix: put the weights there with `lrag-ray weights pull CONFIG`, or "
             "correct the address in the configuration"
         )
     storage, name = split(address)
@@ -151,14 +151,14 @@ def _copy(storage: Storage, name: str, sizes: dict[str, int], record: PullRecord
         if part.stat().st_size != size or (expected is not None and file_digest(part) != expected.sha256):
             raise WeightsError(
                 f"{storage.uri}/{name}: {path} arrived differently from what was recorded when it was pulled. "
-                "Mend: pull it again (`lrag-ray weights pull CONFIG --again`)"
+                "Fix: pull it again (`lrag-ray weights pull CONFIG --again`)"
             )
     fresh.rename(target)
 
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """One process of this machine at a time works on `target`; the lock lies in the cache folder, not beside it."""
+    """One process of this machine at a time works on `target`; the lock is in the cache folder, not beside it."""
     name = hashlib.sha256(str(target.absolute()).encode()).hexdigest()[:24]
     folder = cache_folder() / "locks"
     folder.mkdir(parents=True, exist_ok=True)

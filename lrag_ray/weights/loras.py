@@ -15,7 +15,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 
 def local_lora(config: LoraConfig) -> Lora:
-    """The LoRA on this machine, with the adapter_config.json beside it where its file lies in a bucket.
+    """The LoRA on this machine, with the adapter_config.json beside it where its file is in a bucket.
 
     Raises WeightsError where there is nothing; StorageError.
     """

@@ -1,6 +1,6 @@
 """The weight files of scoring suites: fetched into a folder, archives unpacked, digests recorded, fit checked.
 
-A pull that was cut off goes on where it stopped, also in another process. An archive serves all of its networks with
+A pull that was cut off continues where it stopped, also in another process. An archive serves all of its networks with
 one download and is not kept.
 """
 
@@ -90,7 +90,7 @@ def pull_source(
                 _pull(source, missing)
             except OSError as error:
                 raise WeightsError(
-                    f"{first.parent} cannot be written: {error}. Mend: make room, or give another --folder"
+                    f"{first.parent} cannot be written: {error}. Fix: make room, or give another --folder"
                 ) from error
     pulled = {file.name for file in missing}
     return [PulledNetwork(name, path, name in pulled, size_of(path)) for name, path in wanted.items()]
@@ -115,7 +115,7 @@ def _pull(source: Source, missing: dict[WeightFile, Path]) -> None:
             _remove(fresh)
             raise WeightsError(
                 f"{source.url} arrived with sha256 {digest} for {wanted.name}, expected {expected}; it was thrown away"
-                ". Mend: pull again, without a proxy that changes files"
+                ". Fix: pull again, without a proxy that changes files"
             )
         _remove(path)
         fresh.rename(path)
@@ -145,7 +145,7 @@ def _download(url: str, beside: Path, missing: dict[WeightFile, Path]) -> Path:
         )
         raise WeightsError(
             f"{url} (weights of {', '.join(file.name for file in missing)}) cannot be fetched: {reason}. What has "
-            "arrived is kept and the same command goes on with it. Without network: fetch it elsewhere and put "
+            "arrived is kept and the same command continues from there. Without network: fetch it elsewhere and put "
             f"{places}"
         ) from error
     raise AssertionError("the second attempt returns or raises")
@@ -160,7 +160,7 @@ def _unpacked(archive: Path, member: str, path: Path, url: str) -> Path:
             entries = [entry for entry in content.infolist() if not entry.is_dir() and _is_in(entry.filename, member)]
             if not entries:
                 archive.unlink()
-                raise WeightsError(f"{url} holds no {member}. Mend: put the published file at {path} yourself")
+                raise WeightsError(f"{url} holds no {member}. Fix: put the published file at {path} yourself")
             for entry in entries:
                 target = fresh / entry.filename.removeprefix(member) if member.endswith("/") else fresh
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,12 +169,12 @@ def _unpacked(archive: Path, member: str, path: Path, url: str) -> Path:
     except (zipfile.BadZipFile, EOFError) as error:
         archive.unlink()
         _remove(fresh)
-        raise WeightsError(f"{url} arrived damaged ({error}); it was thrown away. Mend: pull again") from error
+        raise WeightsError(f"{url} arrived damaged ({error}); it was thrown away. Fix: pull again") from error
     return fresh
 
 
 def _is_in(name: str, member: str) -> bool:
-    """Whether an archive's entry is the member, or lies in the folder that it names and nowhere else."""
+    """Whether an archive's entry is the member, or is in the folder that it names and nowhere else."""
     return name == member or (member.endswith("/") and name.startswith(member) and ".." not in Path(name).parts)
 
 

@@ -1,6 +1,6 @@
 """Fetching published weights from the Hub into a folder or bucket.
 
-A pull that was cut off goes on where it stopped, also in another process: what has arrived waits under a name that
+A pull that was cut off continues where it stopped, also in another process: what has arrived waits under a name that
 holds the content's tag (``<file>.<etag>.part``). The environment is that of huggingface_hub: HF_ENDPOINT for a mirror,
 HF_TOKEN for repositories that ask for one, HF_HUB_OFFLINE to forbid the network.
 """
@@ -40,13 +40,13 @@ from lrag_ray.weights.published import HubFile, Published
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors")
 _OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-"""Failures of this machine, which no network mends."""
-_GATED = "Mend: set HF_TOKEN to a token that may read it; some repositories want their terms accepted first. "
+"""Failures of this machine, which no network fixes."""
+_GATED = "Fix: set HF_TOKEN to a token that may read it; some repositories want their terms accepted first. "
 _HINTS: dict[int | None, str] = {
     401: _GATED,
     403: _GATED,
     404: "It is not there (any more), or the mirror does not have it. ",
-    429: "Mend: try again later, or set HF_TOKEN: users with a token may ask for more. ",
+    429: "Fix: try again later, or set HF_TOKEN: users with a token may ask for more. ",
 }
 
 
@@ -60,7 +60,7 @@ class PullResult(NamedTuple):
 
 
 def pull(need: Need, *, again: bool = False, tell: Callable[[str], None] = lambda line: None) -> PullResult:
-    """Make sure that what `need` names lies at its address; `again` replaces what is there.
+    """Make sure that what `need` names is at its address; `again` replaces what is there.
 
     Digests are recorded beside it. Raises WeightsError where it is not published under that name, cannot be reached,
     or arrives damaged; StorageError for an address that cannot be written.
@@ -72,7 +72,7 @@ def pull(need: Need, *, again: bool = False, tell: Callable[[str], None] = lambd
     if published is None:
         raise WeightsError(
             f"{need.keys[0]}: nothing is published under the name {need.name!r}, so it cannot be pulled to "
-            f"{need.address}. Mend: put the file there yourself, or keep the published names (`lrag-ray weights list`)"
+            f"{need.address}. Fix: put the file there yourself, or keep the published names (`lrag-ray weights list`)"
         )
     storage, name = split(need.address)
     landing = cache_folder() / "landing" if is_remote(need.address) else Path(storage.root)
@@ -110,7 +110,7 @@ def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tup
     try:
         metadata = get_hf_file_metadata(url, headers=dict(headers), endpoint=endpoint)
         if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
-            # The content lies with a third party, which must not see the token.
+            # The content is with a third party, which must not see the token.
             headers.pop("authorization", None)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.{(metadata.etag or 'untagged')[:16]}.part")
@@ -126,8 +126,8 @@ def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tup
     except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
         if isinstance(error, OSError) and error.errno in _OUR_DISK:
             raise WeightsError(
-                f"{target} cannot be written: {error.strerror}. Mend: make room there, or give another place; what has "
-                "arrived is kept and the same command goes on with it"
+                f"{target} cannot be written: {error.strerror}. Fix: make room there, or give another place; what has "
+                "arrived is kept and the same command continues from there"
             ) from error
         raise WeightsError(_unreachable(published, file, need, endpoint, error)) from error
     arrived = PulledFile(size_bytes=part.stat().st_size, sha256=file_digest(part))
@@ -137,7 +137,7 @@ def _fetch(published: Published, file: HubFile, target: Path, need: Need) -> tup
             part.unlink()
             raise WeightsError(
                 f"{published.repository} {file.path} arrived with sha256 {arrived.sha256}, expected {digest}; it was "
-                "thrown away. Mend: pull again, without a proxy that changes files"
+                "thrown away. Fix: pull again, without a proxy that changes files"
             )
     if mistaken := _mistaken(part, target):
         part.unlink()
@@ -158,7 +158,7 @@ def _unreachable(published: Published, file: HubFile, need: Need, endpoint: str,
     # The address that was asked may be a mirror with a password, or one that was signed for this token.
     return redact(
         f"{published.repository} {file.path}{size} cannot be fetched from {endpoint}: {reason}. {hint}What has arrived "
-        f"is kept and the same command goes on with it. Without network: fetch the file elsewhere "
+        f"is kept and the same command continues from there. Without network: fetch the file elsewhere "
         f"(`hf download {published.repository} {file.path}`) and put it at {where}"
     )
 

@@ -28,14 +28,14 @@ class Verdict(NamedTuple):
     need: Need
     ok: bool
     detail: str
-    """What was found, or what is wrong with its mend."""
+    """What was found, or what is wrong with its fix."""
 
 
 def refuse_misfits(config: RunConfig, *kinds: str) -> None:
     """Raise WeightsError with everything that is wrong with the weights on this machine, before an actor meets it.
 
     With `kinds` only those of these kinds are looked at. Sizes and digests are left to `weights verify` (who gives a
-    file of their own a published name may run it), and what lies in a bucket to the nodes, which copy it.
+    file of their own a published name may run it), and what is in a bucket to the nodes, which copy it.
     """
     wanted = [need for need in needs_of(config) if need.kind != "prompts" and (not kinds or need.kind in kinds)]
     needs = [need for need in wanted if not is_remote(need.address)]
@@ -52,7 +52,7 @@ def verify(need: Need, *, digests: bool = True, sizes: bool = True) -> Verdict:
     except LragError as error:
         return Verdict(need, False, str(error))
     except OSError as error:
-        told = f"{need.address} cannot be read: {error.strerror or error}. Mend: let this user read it"
+        told = f"{need.address} cannot be read: {error.strerror or error}. Fix: let this user read it"
         return Verdict(need, False, told)
 
 
@@ -64,7 +64,7 @@ def _checked(need: Need, digests: bool, sizes: bool) -> str:
         if present.get(name) != size:
             raise WeightsError(
                 f"{need.address}: {name} has {present.get(name, 0):,} bytes, expected {size:,}. "
-                "Mend: `lrag-ray weights pull CONFIG --again`"
+                "Fix: `lrag-ray weights pull CONFIG --again`"
             )
     path = local_copy(need.address)
     digest = _digests(need, path) if digests else ""
@@ -76,12 +76,12 @@ def missing(need: Need) -> str:
     """What to say of a need that is not there: what to put where."""
     published = need.published
     origin = f"it is published as {published.source}" if published else "it is not published under that name"
-    mend = (
+    fix = (
         "`lrag-ray weights pull CONFIG`, or put it there yourself" if published else "put it there, or correct the key"
     )
     what = "not there" if is_remote(need.address) else absence(local_copy(need.address))
     there = f"nothing at {need.address}" if what == "not there" else f"{need.address} is {what}"
-    return f"{need.keys[0]}: {there}; {origin}. Mend: {mend}"
+    return f"{need.keys[0]}: {there}; {origin}. Fix: {fix}"
 
 
 def _digests(need: Need, path: Path) -> str:
@@ -100,7 +100,7 @@ def _digests(need: Need, path: Path) -> str:
         if (actual := file_digest(file)) != digest:
             raise WeightsError(
                 f"{need.address}: {name} has sha256 {actual}, {origin}: {digest}. It is damaged or another file. "
-                "Mend: `lrag-ray weights pull CONFIG --again`"
+                "Fix: `lrag-ray weights pull CONFIG --again`"
             )
     return f"sha256 as {origin}"
 
@@ -131,7 +131,7 @@ def fits(need: Need, path: Path, *, values: bool = False) -> str:
         if width != backbone.transformer.text_dim:
             raise WeightsError(
                 f"text encoder {path} makes features of width {width}, the transformer takes "
-                f"{backbone.transformer.text_dim}. Mend: set transformer.text_dim or give another encoder"
+                f"{backbone.transformer.text_dim}. Fix: set transformer.text_dim or give another encoder"
             )
         return _tensors(need, model, values)
     if need.kind == "tokenizer":

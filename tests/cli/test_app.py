@@ -127,7 +127,7 @@ def test_options_may_stand_anywhere_and_repeat(config: str) -> None:
     assert totals["totals"]["rollouts"] == 2 and len(totals["cells"]) == 2
 
 
-def test_a_wrong_configuration_exits_with_2_and_names_the_mend(config: str) -> None:
+def test_a_wrong_configuration_exits_with_2_and_names_the_fix(config: str) -> None:
     shown = invoke("plan", config, "--set", "engine.actor=2")
     assert shown.exit_code == 2
     assert shown.stdout == ""

@@ -64,18 +64,18 @@ def test_json_goes_through_dataclasses_and_records(capsys: pytest.CaptureFixture
         (
             True,
             "fail  vae  a message that is\n      longer than the line:\n"
-            "      /a/very/long/path/that/must/stay/whole.pth\n      Mend: one\n",
+            "      /a/very/long/path/that/must/stay/whole.pth\n      Fix: one\n",
         ),
         (
             False,
             "fail  vae  a message that is longer than the line: /a/very/long/path/that/must/stay/whole.pth\n"
-            "  Mend: one\n",
+            "  Fix: one\n",
         ),
     ],
 )
 def test_a_line_is_broken_between_words_on_a_terminal_alone(terminal: bool, shown: str) -> None:
     out = io.StringIO()
     to = Console(file=out, width=30, force_terminal=terminal, color_system=None)
-    text = "a message that is longer than the line: /a/very/long/path/that/must/stay/whole.pth\n  Mend: one"
+    text = "a message that is longer than the line: /a/very/long/path/that/must/stay/whole.pth\n  Fix: one"
     say(to, f"fail  vae  {text}")
     assert out.getvalue() == shown

@@ -15,7 +15,7 @@ from tests.cluster.nodes import patiently
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's sockets lie below its folder and their paths may have 107 characters.
+    # Ray's sockets are below its folder and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as folder:
         patiently(
             lambda: ray.init(

@@ -27,7 +27,7 @@ class DisturbedSettings(BaseSettings):
 
 
 def wait_for_a_file(folder: str) -> None:
-    """Return when there is any file below `folder`; a file ``<folder>.waiting`` tells that somebody waits."""
+    """Return when there is any file below `folder`; a file ``<folder>.waiting`` tells that someone waits."""
     Path(f"{folder}.waiting").touch()
     while not any(path.is_file() for path in Path(folder).rglob("[!.]*")):
         time.sleep(0.05)

@@ -124,7 +124,7 @@ def actors_on(node: Any) -> list[psutil.Process]:
 
 
 def wait_for_end(processes: Iterable[psutil.Process], timeout_s: float = 120) -> None:
-    """Wait until all have ended, whether or not somebody has reaped them."""
+    """Wait until all have ended, whether or not someone has reaped them."""
     deadline = time.monotonic() + timeout_s
     while left := [process for process in processes if is_alive(process)]:
         assert time.monotonic() < deadline, f"they live on: {left}"
@@ -164,7 +164,7 @@ def private_folder() -> Iterator[str]:
     mark = secrets.token_hex(8)
     os.environ[_MARK] = mark
     try:
-        # Ray's sockets lie below its folder and their paths may have 107 characters.
+        # Ray's sockets are below its folder and their paths may have 107 characters.
         with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as folder:
             yield folder
     finally:

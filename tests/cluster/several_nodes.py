@@ -140,7 +140,7 @@ def busy_node() -> str:
 
 
 def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None:
-    """The node of the only actor is drained while it works; the rollout goes on elsewhere from the flushed part."""
+    """The node of the only actor is drained while it works; the rollout continues elsewhere from the flushed part."""
     nodes = [cluster.add_node(num_cpus=1, memory=500 * MB) for _ in range(2)]
     prompts = make_prompts("a red fox in the snow")
     rag = {"method": "tests.cluster.disturbed:Remembering", "window": 9, "top_k": 2, "recent_exclude": 0}
@@ -226,7 +226,7 @@ SCENES = [
 
 def main(names: list[str]) -> None:
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    # Ray's sockets lie below its folder and their paths may have 107 characters.
+    # Ray's sockets are below its folder and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as temporary:
         head = {"num_cpus": 0, "memory": 0, "include_dashboard": False, "temp_dir": temporary}
         cluster = PatientCluster(initialize_head=True, head_node_args=head)

@@ -1,4 +1,4 @@
-"""Nodes join and die while a run goes on: the speed changes, the results do not, and little is done twice.
+"""Nodes join and die while a run continues: the speed changes, the results do not, and little is done twice.
 
 The first rollout waits at a gate until a test has done what it does to it, so that nothing depends on speed.
 """
@@ -57,7 +57,7 @@ def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_
 def test_a_dead_head_takes_the_cluster_along_and_a_new_one_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ray ends what cannot reach its head for so long; a minute by default.
+    # Ray ends what cannot reach its head for that long; a minute by default.
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2, gates=[Gate(tmp_path / "open", opened=True)]))
     with nodes() as cluster:

@@ -1,4 +1,4 @@
-"""Two real drivers on one run: one works; the other is told who does, or takes over what is dead."""
+"""Two real drivers on one run: one works; the other is reported who does, or takes over what is dead."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_a_cut_off_node_that_writes_on_does_no_harm(tmp_path: Path) -> None:
                     net.cut_off(2)
                     done = len(run.commits())
                     started.wait_until(lambda: len(run.commits()) > done)
-                    # The other node goes on with its rollout; only now the one that was cut off wakes up, and writes.
+                    # The other node continues with its rollout; only now the one that was cut off wakes up, and writes.
                     actor.resume()
                     wait_until(lambda: run.storage.list_files(attempt).keys() > before)
                     assert started.wait() == 0, started.text

@@ -62,7 +62,7 @@ class Pair(Sleeper):
 
 
 class Diary:
-    """A listener that writes down what it is told."""
+    """A listener that writes down what it is reported."""
 
     def __init__(self) -> None:
         self.order: list[tuple[str, str]] = []

@@ -117,8 +117,8 @@ def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) 
     status = run_status(directory)
     assert {(cell.method, cell.done, cell.failed) for cell in status.cells} == {("base", 1, 1), ("rag", 1, 1)}
 
-    mended = run(make_config(tmp_path, durations_s=[1.5]), PROMPTS[:2])
-    assert (mended.exit_code, mended.commits_made) == (0, 2)
+    fixed = run(make_config(tmp_path, durations_s=[1.5]), PROMPTS[:2])
+    assert (fixed.exit_code, fixed.commits_made) == (0, 2)
     assert run_status(directory).failures == []
 
 
@@ -127,7 +127,7 @@ def test_a_history_that_this_machine_can_never_hold_ends_the_run_before_any_roll
 ) -> None:
     monkeypatch.setattr("lrag_ray.pipelines.rollouts.history_bytes", lambda *_: 2**60)
     config = make_config(tmp_path, methods={"rag": METHODS["rag"]}, durations_s=[1.5])
-    with pytest.raises(ClusterError, match=r"grows to 1152921504\.6 GB of host memory.* Mend: nodes with more memory"):
+    with pytest.raises(ClusterError, match=r"grows to 1152921504\.6 GB of host memory.* Fix: nodes with more memory"):
         run(config, PROMPTS[:1])
     assert RolloutRun(str(tmp_path)).commits() == []
 

@@ -1,4 +1,4 @@
-"""A run that began on a disk, was copied to a bucket, and goes on there through a store that fails now and then."""
+"""A run that began on a disk, was copied to a bucket, and continues there through a store that fails now and then."""
 
 from __future__ import annotations
 

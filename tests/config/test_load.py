@@ -288,7 +288,7 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_is_named_with_its_line_key_path_and_mend(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_mistake_is_named_with_its_line_key_path_and_fix(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert problems(tmp_path, changed(old, new)) == [message]
 
 

@@ -367,5 +367,5 @@ def test_registry_names_the_nearest_method() -> None:
         policy_class("no_such_module:Policy")
     with pytest.raises(ValueError, match="has no 'Nope'"):
         policy_class("lrag_ray.context.rag:Nope")
-    with pytest.raises(ValueError, match=r"is no lrag_ray\.context"):
+    with pytest.raises(ValueError, match=r"is not a lrag_ray\.context"):
         policy_class("lrag_ray.context.rag:RagSettings")

@@ -85,7 +85,7 @@ def test_a_cluster_that_does_not_answer_fails(tmp_path: Path, prompts: dict[str,
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         assert rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"address": address}))["ray"].state == "ok"
     row = rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"address": address}))["ray"]
-    assert row.state == "fail" and "ray start --head" in row.mend
+    assert row.state == "fail" and "ray start --head" in row.fix
 
 
 def test_what_a_run_would_refuse_of_ray_the_doctor_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_what_a_run_would_refuse_of_ray_the_doctor_refuses(tmp_path: Path, monke
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpus_that_are_asked_for_but_absent_fail(tmp_path: Path, prompts: dict[str, Any]) -> None:
     rows = rows_of(make_config(tmp_path / "run", prompts=prompts, engine={"gpus_per_actor": 1}))
-    assert rows["gpu"].state == "fail" and "gpus_per_actor: 0" in rows["gpu"].mend
+    assert rows["gpu"].state == "fail" and "gpus_per_actor: 0" in rows["gpu"].fix
     assert rows_of(make_config(tmp_path / "run", prompts=prompts))["gpu"].state == "ok"
 
 

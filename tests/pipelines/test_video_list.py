@@ -86,7 +86,7 @@ def test_what_is_no_file_is_a_video_that_cannot_be_had_and_is_not_waited_for(tmp
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
     for target in (tmp_path, tmp_path / "*.mp4", tmp_path / "pipe.mp4"):
         for video in list_videos(str(target), None, HERE).videos:
-            assert (video.stamp, video.problem) == ("", "it is no file, but a pipe, a socket or a device")
+            assert (video.stamp, video.problem) == ("", "it is not a file, but a pipe, a socket or a device")
     assert not is_run(str(tmp_path / "pipe.mp4"))
 
 

@@ -1,4 +1,4 @@
-"""Run directories from strangers: what is wrong in them is told or left out, never a traceback."""
+"""Run directories from strangers: what is wrong in them is reported or left out, never a traceback."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_made_ahead_is_told_by_who_needs_it() -> None:
 
 
 class Watched(HistoryBank):
-    """A bank that keeps what it was told."""
+    """A bank that keeps what it was reported."""
 
     def __init__(self) -> None:
         self.inner = HostBank(CPU)

@@ -21,7 +21,7 @@ def texture() -> Tensor:
 @pytest.mark.parametrize(("dx", "dy"), [(0, 0), (1, 0), (0, -1), (3, 2), (-6, 4)])
 def test_shift_is_found(texture: Tensor, dx: int, dy: int) -> None:
     one = texture[50:130, 60:180][None]
-    # What is at p in the first frame lies at p + (dx, dy) in the second.
+    # What is at p in the first frame is at p + (dx, dy) in the second.
     two = texture[50 - dy : 130 - dy, 60 - dx : 180 - dx][None]
     inner = optical_flow(one, two)[0, :, 12:-12, 12:-12]
     assert inner.mean((1, 2)).tolist() == pytest.approx([dx, dy], abs=0.1)

@@ -96,7 +96,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     in_the_way = tmp_path / "run"
     in_the_way.touch()
     for uri in (in_the_way, in_the_way / "below"):
-        with pytest.raises(StorageError, match="A file lies where a folder is to be"):
+        with pytest.raises(StorageError, match="A file is where a folder is to be"):
             Storage(str(uri)).probe()
 
 

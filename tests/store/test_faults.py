@@ -155,7 +155,7 @@ def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
 
 
 @pytest.mark.parametrize(
-    ("fault", "mend"),
+    ("fault", "fix"),
     [
         ("AccessDenied", "s3:PutObject|allow them to list, get, put"),
         ("NoSuchBucket", "no such bucket: create it"),
@@ -165,15 +165,15 @@ def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
         ("QuotaExceeded", "quota is used up: free some space"),
     ],
 )
-def test_lasting_trouble_is_told_at_once_with_its_mend(
-    proxy: FaultProxy, storage: Storage, fault: Fault, mend: str
+def test_lasting_trouble_is_told_at_once_with_its_fix(
+    proxy: FaultProxy, storage: Storage, fault: Fault, fix: str
 ) -> None:
     proxy.choose = scripted([fault] * 100)
-    with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
+    with pytest.raises(StorageError, match=f"{fault}.*{fix}"):
         storage.write("a.txt", b"x")
-    with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
+    with pytest.raises(StorageError, match=f"{fault}.*{fix}"):
         storage.read_bytes("run.json")
-    with pytest.raises(StorageError, match=f"{fault}.*{mend}"):
+    with pytest.raises(StorageError, match=f"{fault}.*{fix}"):
         storage.list_files()
     assert proxy.requests["PUT"] == 1
 

@@ -1,4 +1,4 @@
-"""What is opened, which stream of it, and how half a file is told from a whole one."""
+"""What is opened, which stream of it, and how half a file is reported from a whole one."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def saved(state: State, form: str) -> bytes:
 
 
 @pytest.mark.parametrize("form", ["zip", "pickle", "safetensors"])
-def test_wherever_a_file_is_cut_off_it_is_refused_with_a_mend(tmp_path: Path, state: State, form: str) -> None:
+def test_wherever_a_file_is_cut_off_it_is_refused_with_a_fix(tmp_path: Path, state: State, form: str) -> None:
     path = tmp_path / ("generator.safetensors" if form == "safetensors" else "generator.pt")
     whole = saved(state, form)
     for end in [*range(0, 70, 3), *range(100, len(whole), len(whole) // 11), *range(len(whole) - 30, len(whole), 7)]:

@@ -41,8 +41,8 @@ def test_a_block_takes_one_pass_more_than_denoising_steps() -> None:
         (lambda: WanConfig().token_grid(61, 104), "61x104 is not a multiple of the patch 2x2"),
         (lambda: WanConfig().token_grid(60, 103), "60x103 is not a multiple of the patch 2x2"),
         (lambda: SamplerConfig(denoising_steps=()), "denoising_steps is empty"),
-        (lambda: SamplerConfig(denoising_steps=(1001,)), r"\[1001\] must lie in 0\.\.1000"),
-        (lambda: SamplerConfig(denoising_steps=(500, -1)), r"must lie in 0\.\.1000"),
+        (lambda: SamplerConfig(denoising_steps=(1001,)), r"\[1001\] must be in 0\.\.1000"),
+        (lambda: SamplerConfig(denoising_steps=(500, -1)), r"must be in 0\.\.1000"),
         (lambda: SamplerConfig(frames_per_block=0), "frames_per_block 0 must be at least 1"),
     ],
 )

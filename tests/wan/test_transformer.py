@@ -148,7 +148,7 @@ def test_the_flow_is_that_of_the_plain_model(model: CausalWanTransformer, latent
 
 
 def test_the_context_answers_for_self_attention(model: CausalWanTransformer, latents: Tensor, prompts: Tensor) -> None:
-    """Each layer asks once, in order, and what the context returns is what the layer goes on with."""
+    """Each layer asks once, in order, and what the context returns is what the layer continues with."""
 
     class Silent(OwnRows):
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def test_a_pull_that_died_after_the_last_byte_is_done_again(hub: Hub, tmp_path: 
 
 def test_an_archive_without_the_member_is_told_and_not_kept(hub: Hub, tmp_path: Path) -> None:
     hub.files["files/models.zip"] = archive({"models/raft-small.pth": b"x"})
-    with pytest.raises(WeightsError, match=r"holds no models/raft-things\.pth. Mend: put the published file at"):
+    with pytest.raises(WeightsError, match=r"holds no models/raft-things\.pth. Fix: put the published file at"):
         pull_source(source_of("raft_things", tmp_path))
     assert not list(tmp_path.rglob("*.part"))
 
@@ -142,7 +142,7 @@ def test_without_network_the_error_says_which_file_to_put_where(hub: Hub, tmp_pa
     for name in ("dreamsim_clip_vitb16", "dreamsim_open_clip_vitb16", "dreamsim_ensemble_lora"):
         official = OFFICIAL[name]
         assert f"its member {official.member} at {tmp_path / official.path}" in message
-    assert official.url in message and "the same command goes on with it" in message
+    assert official.url in message and "the same command continues from there" in message
 
 
 def test_verify_tells_what_loads_from_what_is_damaged_or_missing(hub: Hub, tmp_path: Path) -> None:

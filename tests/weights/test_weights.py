@@ -77,7 +77,7 @@ def checkpoint(path: Path, lora: Path | None = None) -> None:
 
 
 def config_of(tmp_path: Path, folder: str, **weights: Any) -> RunConfig:
-    """A run whose generator and retrieval encoder lie in `folder`, with the published names."""
+    """A run whose generator and retrieval encoder are in `folder`, with the published names."""
     sizes = {name: getattr(CONFIG, name) for name in ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len")}
     text = {
         "run": {"uri": str(tmp_path / "run")},
@@ -177,7 +177,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 def test_a_failing_hub_is_told(hub: Hub, tmp_path: Path) -> None:
     hub.files[f"{RAG}/self_forcing.pt"] = b"x"
     hub.closed = True
-    with pytest.raises(WeightsError, match="the same command goes on with it"):
+    with pytest.raises(WeightsError, match="the same command continues from there"):
         pull(need_of(config_of(tmp_path, str(tmp_path / "w")), "transformer"))
 
 
@@ -364,7 +364,7 @@ def test_a_run_with_weights_that_do_not_fit_is_refused_before_anything_starts(tm
 
 def test_what_is_not_there_cannot_be_converted_and_is_told_with_its_source(tmp_path: Path) -> None:
     need = need_of(config_of(tmp_path, str(tmp_path / "w")), "transformer")
-    with pytest.raises(WeightsError, match=r"nothing at .*; it is published as .*Mend: `lrag-ray weights pull CONFIG`"):
+    with pytest.raises(WeightsError, match=r"nothing at .*; it is published as .*Fix: `lrag-ray weights pull CONFIG`"):
         convert(need, tmp_path / "converted")
 
 

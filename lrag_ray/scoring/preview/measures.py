@@ -178,7 +178,7 @@ def _sharpness(luma: Tensor) -> float:
 
 
 def _chroma_histogram(rgb: Tensor, luma: Tensor) -> Tensor:
-    """Shares of the pixels per (Cb, Cr) bin; both lie in [-0.5, 0.5]."""
+    """Shares of the pixels per (Cb, Cr) bin; both are in [-0.5, 0.5]."""
     cb = (rgb[..., 2] - luma) / (2 * (1 - _LUMA[2]))
     cr = (rgb[..., 0] - luma) / (2 * (1 - _LUMA[0]))
     b, r = (((c + 0.5) * _CHROMA_BINS).long().clamp(0, _CHROMA_BINS - 1) for c in (cb, cr))

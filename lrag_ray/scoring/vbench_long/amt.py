@@ -77,7 +77,7 @@ def _mixed(combine: nn.Module, images: tuple[Tensor, ...], made: Tensor, flows: 
 
 
 def _warped(maps: tuple[Tensor, ...], flows: Tensor) -> tuple[Tensor, ...]:
-    """Two maps [B, C, h, w], each drawn along its flow (x, y) of `flows` [B, 4, h, w]; the border goes on."""
+    """Two maps [B, C, h, w], each drawn along its flow (x, y) of `flows` [B, 4, h, w]; the border continues."""
     height, width = flows.shape[2:]
     x = torch.linspace(-1, 1, width, device=flows.device)
     y = torch.linspace(-1, 1, height, device=flows.device)

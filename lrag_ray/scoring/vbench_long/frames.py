@@ -52,7 +52,7 @@ def probe(path: str | Path) -> Rate:
 def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
     """All frames in order, one pass; variable frame rates are taken frame by frame.
 
-    The last frame is repeated for every packet that shows none: a video that was cut without being encoded anew begins
+    The last frame is repeated for every packet that shows none: a video that was cut without being encoded again begins
     with packets that its edit list hides.
 
     Raises:

@@ -1,7 +1,7 @@
 """Ratings of images with MUSIQ.
 
-The network and its weights are pyiqa's; this is its forward pass with less work. Patches of images of one size lie at
-the same places, so their embeddings of position and scale are made once; pyiqa makes them anew on the host for every
+The network and its weights are pyiqa's; this is its forward pass with less work. Patches of images of one size are at
+the same places, so their embeddings of position and scale are made once; pyiqa makes them again on the host for every
 image, pads the two smaller scales to square token sequences that the attention masks out again, standardises the
 kernels of its convolutions at every call, and computes the last block for all tokens, though only the first is read.
 (Ke et al. 2021.)

@@ -292,7 +292,7 @@ def _public(module: str, name: str) -> Callable[..., nn.Module]:
             found: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise RunEnvironmentError(
-            f"{module} cannot be imported ({error}). Mend: make install, or "
+            f"{module} cannot be imported ({error}). Fix: make install, or "
             "pip install '.[score]' and then pip install --no-deps vbench==0.1.5 pyiqa==0.1.16"
         ) from error
     finally:

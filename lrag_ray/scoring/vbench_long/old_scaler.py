@@ -3,9 +3,9 @@
 - A picture row's chroma comes from one or two chroma rows, which the old version does not weigh: where bilinear
   interpolation gives the second row less than half, it takes the first alone, else the plain mean of both. This holds
   for 4:2:0 of more than 8 bits a colour or of odd height; other 8-bit pictures take another way, equal in all versions.
-  Later versions do the same with chroma that lies on every second picture row, so rows are arranged to lie so.
+  Later versions do the same with chroma that is on every second picture row, so rows are arranged to lie so.
 - Interlaced frames are converted as whole pictures, not each field by itself.
-- Where the file says that its chroma lies has no influence.
+- Where the file says that its chroma is has no influence.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class OldScaler:
         if unusual and _HALF_HEIGHT.fullmatch(frame.format.name):
             return self._by_arranged_rows(frame, bits)
         if (unusual and not frame.format.is_rgb) or frame.interlaced_frame:
-            # Unlike PyAV's own conversion, a filter does not ask where the file says that its chroma lies.
+            # Unlike PyAV's own conversion, a filter does not ask where the file says that its chroma is.
             return self._filtered(frame, "flags=bilinear")
         picture: Frame = frame.to_ndarray(format="rgb24")
         return picture

@@ -1,11 +1,11 @@
-"""Score rows as parquet files, and where they lie below a run.
+"""Score rows as parquet files, and where they are below a run.
 
 ::
 
     scores/vbench_long-<mode>/<backbone>/<method>/<prompt_id>-<sample>/rows-<token>.parquet
     scores/vbench_long-<mode>/controls/frozen/<backbone>/<prompt_id>-<sample>/rows-<token>.parquet
 
-Files are created once and hold the rows of several clips each. Rows with one `RowKey` may lie in two files (a killed
+Files are created once and hold the rows of several clips each. Rows with one `RowKey` may be in two files (a killed
 worker and its successor): they say the same, and the first counts.
 """
 
@@ -54,7 +54,7 @@ def rows_from_parquet(data: bytes) -> list[ScoreRow]:
     """Rows of a score file.
 
     Raises:
-        pyarrow.ArrowException: it is no parquet file, or its columns are others.
+        pyarrow.ArrowException: it is not a parquet file, or its columns are others.
     """
     table = pq.ParquetFile(io.BytesIO(data)).read()
     if table.schema != _SCHEMA:
@@ -63,17 +63,17 @@ def rows_from_parquet(data: bytes) -> list[ScoreRow]:
 
 
 def folder(mode: Mode) -> str:
-    """Where the scores of a mode lie, relative to the run: modes never share a table."""
+    """Where the scores of a mode are, relative to the run: modes never share a table."""
     return f"scores/vbench_long-{mode}"
 
 
 def rollout_folder(mode: Mode, rollout_path: str) -> str:
-    """Where the row files of a rollout lie; `rollout_path` is ``rollouts/<backbone>/<method>/<prompt_id>-<sample>``."""
+    """Where the row files of a rollout are; `rollout_path` is ``rollouts/<backbone>/<method>/<prompt_id>-<sample>``."""
     return f"{folder(mode)}/{rollout_path.removeprefix('rollouts/')}"
 
 
 def frozen_folder(mode: Mode, backbone: str, prompt_id: str, sample: int) -> str:
-    """Where the row files of a frozen control lie."""
+    """Where the row files of a frozen control are."""
     return f"{folder(mode)}/controls/frozen/{backbone}/{prompt_id}-{sample}"
 
 

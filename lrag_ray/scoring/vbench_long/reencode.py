@@ -46,7 +46,7 @@ def encode(frames: Sequence[Frame], fps: int) -> io.BytesIO:
 
     height, width = frames[0].shape[:2]
     if height % 2 or width % 2:
-        raise VideoError(f"{width}x{height} cannot be re-encoded: yuv420p needs even sizes. Mend: mode direct")
+        raise VideoError(f"{width}x{height} cannot be re-encoded: yuv420p needs even sizes. Fix: mode direct")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=fps)

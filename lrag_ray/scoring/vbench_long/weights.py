@@ -74,7 +74,7 @@ class WeightFiles:
         tried = " and ".join(str(place) for place in places)
         inside = f" (in the archive: {official.member})" if official.member else ""
         raise WeightsError(
-            f"no weights for {name}: nothing at {tried}. Mend: {self.pull_command}, or without network put "
+            f"no weights for {name}: nothing at {tried}. Fix: {self.pull_command}, or without network put "
             f"{official.url}{inside} there"
         )
 
@@ -109,7 +109,7 @@ def _as_float32(content: Mapping[str, Any], expected: Mapping[str, Tensor], sour
     if other := [key for key, value in content.items() if not _is_dense(value)]:
         raise WeightsError(
             f"{source} holds {', '.join(other[:4])} where dense tensors are expected, so it is another file. "
-            "Mend: give the published file"
+            "Fix: give the published file"
         )
     fitting = {key for key, value in content.items() if key in expected and value.shape == expected[key].shape}
     return {
@@ -140,7 +140,7 @@ def _read_lora(folder: Path, expected: Mapping[str, Tensor], source: str) -> Wei
             raise ValueError(f"lora_alpha / r is {scale}")
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise WeightsError(
-            f"{config_path} does not say r and lora_alpha ({error}). Mend: unpack DreamSim's ensemble_lora again"
+            f"{config_path} does not say r and lora_alpha ({error}). Fix: unpack DreamSim's ensemble_lora again"
         ) from error
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     path = next((file for file in files if file.is_file()), files[0])

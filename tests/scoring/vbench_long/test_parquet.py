@@ -1,4 +1,4 @@
-"""Rows survive a file exactly; what is no score file is refused, also another suite's."""
+"""Rows survive a file exactly; what is not a score file is refused, also another suite's."""
 
 from __future__ import annotations
 

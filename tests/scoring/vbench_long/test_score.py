@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_one_failed_row_and_the_rest_goes_on(
 def test_odd_sizes_cannot_be_reencoded(make_video: VideoMaker, networks: Networks) -> None:
     rows = score(make_video(size=(67, 71)), networks, mode="compat")
     assert [(row.kind, row.mode) for row in rows] == [("failure", "compat")]
-    assert "Mend: mode direct" in rows[0].reason
+    assert "Fix: mode direct" in rows[0].reason
 
 
 def test_nested_durations_share_clips_and_equal_videos_of_their_own(make_video: VideoMaker, networks: Networks) -> None:

@@ -135,7 +135,7 @@ def test_every_official_format_is_read(network: str, shallow: None, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["clip_vitb32", "amt_s", "laion_linear", "dreamsim_ensemble_lora"])
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "other"])
-def test_a_damaged_file_is_told_with_its_place_and_mend(name: NetworkName, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_told_with_its_place_and_fix(name: NetworkName, damage: str, tmp_path: Path) -> None:
     path = tmp_path / OFFICIAL[name].path
     path.parent.mkdir(parents=True)
     FORMATS[name]({"visual.proj" if name == "clip_vitb32" else "weight": torch.rand(64, 64)}, path)

@@ -130,7 +130,7 @@ def die_after(patch: pytest.MonkeyPatch, parts: int) -> None:
 def test_a_worker_that_must_leave_stores_its_open_part_and_another_goes_on_from_there(
     tmp_path: Path, quiet: Bench
 ) -> None:
-    """Asked between blocks; with two blocks per part the third block lies in an open part."""
+    """Asked between blocks; with two blocks per part the third block is in an open part."""
     run = bench(tmp_path)
     (task,) = run.tasks()
     made: list[int] = []
