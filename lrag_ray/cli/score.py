@@ -189,6 +189,12 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         shown.print()
     shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
     _print_failed(shown, outcome.failed)
+    notes: dict[str, set[str]] = {}
+    for video in outcome.videos:
+        notes.setdefault(video.note, set()).add(video.path)
+    for note, paths in notes.items():
+        if note:
+            shown.print(f"Note on {', '.join(map(printable, sorted(paths)))}: {printable(note)}", soft_wrap=True)
     shown.print(f"{outcome.to}/{outcome.csv}", soft_wrap=True)
 
 

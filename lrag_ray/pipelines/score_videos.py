@@ -46,6 +46,8 @@ class VideoResult:
     """Mean over its clips by dimension, 0..1."""
     reason: str
     """What is missing and why; empty where nothing is."""
+    note: str = ""
+    """What a person should know of it."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def _results(
                 clips=found.clips.get(own[video.name].identity, 0),
                 scores=found.per_video.get(own[video.name].identity, {}),
                 reason=_reason(found.missing.get(own[video.name].identity, {}), failures.get(video.name)),
+                note=found.notes.get(own[video.name].identity, ""),
             )
             for video in members
         ]
@@ -257,8 +260,8 @@ def _csv(videos: Sequence[VideoResult], measures: Sequence[Measure]) -> str:
     labels = ("path", "method", "backbone", "prompt", "sample", "duration_s", "clips")
     names = [measure.name for measure in measures]
     rows = (
-        {label: getattr(video, label) for label in (*labels, "reason")}
+        {label: getattr(video, label) for label in (*labels, "reason", "note")}
         | {name: video.scores[name] for name in names if name in video.scores}
         for video in videos
     )
-    return csv_text([*labels, *names, "reason"], rows)
+    return csv_text([*labels, *names, "reason", "note"], rows)

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
     """
     notes: list[str] = []
     if "://" in target:
-        storage, found = _in_bucket(target, options)
+        storage, found = _in_bucket(target, notes, options, every_file=manifest is not None)
     else:
         storage, found = None, _on_disk(target, notes, every_file=manifest is not None)
     if manifest is not None:
@@ -100,12 +101,12 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
 
 def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedVideo]:
     place = Path(target).expanduser()
-    paths: Iterable[Path]
     if place.is_dir():
         base = place
-        paths = (path for path in _below(place, notes) if every_file or _is_video(path.relative_to(place)))
+        found = list(_below(place, notes))
+        chooses = not every_file
     elif place.exists():
-        base, paths = place.parent, [place]
+        base, found, chooses = place.parent, [place], False
     else:
         base = Path(*_before_magic(place.parts))
         rest = list(place.parts[len(base.parts) :])
@@ -115,10 +116,13 @@ def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedV
         # Unlike glob.glob, this does not follow links to folders, which may lead round in circles, below a **.
         matches = base.glob(str(Path(*rest))) if rest else ()
         wanted = any(part.startswith(".") for part in rest)
-        visible = (path for path in matches if wanted or not _is_hidden(path.relative_to(base)))
-        paths = (path for path in visible if not place.name.endswith("*") or _is_video(path.relative_to(base)))
+        found = [path for path in matches if wanted or not _is_hidden(path.relative_to(base))]
+        chooses = place.name.endswith("*")
+    if chooses:
+        _note_skipped((PurePosixPath(path.relative_to(base)) for path in found if not _is_folder(path)), target, notes)
+        found = [path for path in found if _is_video(path.relative_to(base))]
     # What is neither file nor folder, a link to nothing say, is a video that is not available, which is reported.
-    files = sorted({path.absolute() for path in paths if not _is_folder(path)})
+    files = sorted({path.absolute() for path in found if not _is_folder(path)})
     base = base.absolute()
     return [ListedVideo(_shown(path.relative_to(base)), str(path), "") for path in files]
 
@@ -158,7 +162,9 @@ def _below(folder: Path, notes: list[str], above: frozenset[Path] = frozenset())
             yield entry
 
 
-def _in_bucket(target: str, options: StorageSection) -> tuple[Storage, list[ListedVideo]]:
+def _in_bucket(
+    target: str, notes: list[str], options: StorageSection, *, every_file: bool
+) -> tuple[Storage, list[ListedVideo]]:
     scheme, _, rest = target.partition("://")
     parts = rest.rstrip("/").split("/")
     base = _before_magic(parts)
@@ -166,11 +172,25 @@ def _in_bucket(target: str, options: StorageSection) -> tuple[Storage, list[List
         base = parts[:-1]
     pattern = "/".join(parts[len(base) :])
     storage = Storage(f"{scheme}://{'/'.join(base)}", options)
+    listed = storage.list_details()
+    if not pattern and not every_file:
+        _note_skipped(map(PurePosixPath, listed), target, notes)
     found = []
-    for path, details in sorted(storage.list_details().items()):
-        if fnmatch.fnmatchcase(path, pattern) if pattern else _is_video(PurePosixPath(path)):
+    for path, details in sorted(listed.items()):
+        if fnmatch.fnmatchcase(path, pattern) if pattern else every_file or _is_video(PurePosixPath(path)):
             found.append(ListedVideo(path, path, f"{details.size_bytes}-{details.modified_s or 0:.0f}"))
     return storage, found
+
+
+def _note_skipped(paths: Iterable[PurePosixPath], target: str, notes: list[str]) -> None:
+    """Say which of the paths are not named like videos; hidden files go without saying."""
+    others = Counter(path.suffix.lower() or "no suffix" for path in paths if not _is_hidden(path) | _is_video(path))
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        notes.append(
+            f"{redact(target)}: skipped {others.total()} files that are not named like videos: {kinds}. A glob or a "
+            "manifest may name them"
+        )
 
 
 def _before_magic(parts: Sequence[str]) -> list[str]:

@@ -256,6 +256,8 @@ class VideoSetScores:
     mean_of_video_means: Mapping[str, float]
     missing: Mapping[str, Mapping[str, str]]
     """By video and measure: why there is no value; the measure is empty where the whole video is missing."""
+    notes: Mapping[str, str]
+    """By video: what a person should know of it."""
 
 
 class VideoReader(Protocol):

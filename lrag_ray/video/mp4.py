@@ -11,25 +11,19 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lrag_ray.errors import LragError
 from lrag_ray.video.decode import Frames
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
+from lrag_ray.video.reader import OpenVideo
+from lrag_ray.video.reader import VideoError as VideoError
 
 _BT709 = 1
 """Code point of BT.709 for primaries, transfer and matrix (ITU-T H.273)."""
 _LIMITED = 1
 _ENCODER_THREADS = 1
 """x264 output depends on its thread count; one thread also leaves the cores to the rollout."""
-
-
-class VideoError(LragError):
-    """A video cannot be read, or not be re-encoded."""
 
 
 class VideoInfo(NamedTuple):
@@ -150,20 +144,19 @@ def video_info(path: str | Path) -> VideoInfo:
     Raises:
         VideoError: no readable video.
     """
-    with _Opened(path) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate or 0
-        return VideoInfo(stream.width, stream.height, float(rate))
+    with OpenVideo(path) as video:
+        return VideoInfo(video.stream.width, video.stream.height, video.fps)
 
 
 def iterate_frames(path: str | Path) -> Iterator[Frames]:
-    """Frames [H, W, 3] of the first video stream of any container, in one pass.
+    """Frames [H, W, 3] of a video in any container (see `lrag_ray.video.reader`), in one pass.
 
     Raises:
         VideoError: no readable video, or one that is damaged or cut short.
     """
-    for frame in _decoded(path):
-        yield _rgb(frame)
+    with OpenVideo(path) as video:
+        for frame in video.frames():
+            yield _rgb(frame)
 
 
 def frames_at(path: str | Path, indices: Iterable[int]) -> Iterator[Frames]:
@@ -176,31 +169,14 @@ def frames_at(path: str | Path, indices: Iterable[int]) -> Iterator[Frames]:
     """
     wanted = sorted(set(indices))
     found = 0
-    for index, frame in enumerate(_decoded(path)):
-        if found < len(wanted) and index == wanted[found]:
-            yield _rgb(frame)
-            found += 1
-        if found == len(wanted):
-            return
+    with OpenVideo(path) as video:
+        for index, frame in enumerate(video.frames()):
+            if found < len(wanted) and index == wanted[found]:
+                yield _rgb(frame)
+                found += 1
+            if found == len(wanted):
+                return
     raise VideoError(f"{path} has no frame {wanted[found]}")
-
-
-def _decoded(path: str | Path) -> Iterator[Any]:
-    """Frames of the first video stream as the decoder gives them."""
-    import av
-
-    count = 0
-    with _Opened(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        try:
-            for frame in container.decode(stream):
-                yield frame
-                count += 1
-        except av.error.FFmpegError as error:
-            raise VideoError(f"{path} is damaged after {count} frames: {error.strerror}") from error
-    if count == 0:
-        raise VideoError(f"{path} holds no video frame")
 
 
 def _rgb(frame: Any) -> Frames:
@@ -216,54 +192,5 @@ def _rgb(frame: Any) -> Frames:
 
 
 def read_video(path: str | Path) -> Frames:
-    """All frames [T, H, W, 3] of the first video stream (see `iterate_frames`)."""
+    """All frames [T, H, W, 3] of a video (see `iterate_frames`)."""
     return np.stack(list(iterate_frames(path)))
-
-
-class _Opened:
-    """A container with a video stream, closed at the end; every failure to open one is a `VideoError`."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-
-    def __enter__(self) -> InputContainer:
-        import av
-
-        if not self._path.is_file():
-            raise VideoError(f"no video at {self._path}")
-        if self._path.stat().st_size == 0:
-            raise VideoError(f"{self._path} is empty")
-        try:
-            self._container = av.open(str(self._path))
-        except av.error.FFmpegError as error:
-            raise VideoError(
-                f"{self._path} is not a video, or is truncated: {_found_instead(self._path) or error.strerror}"
-            ) from error
-        if not self._container.streams.video:
-            self._container.close()
-            raise VideoError(f"{self._path} has no video stream")
-        # A file cut short after its index still decodes, to fewer frames; the index knows where it should end.
-        # (The declared frame count does not tell: an edit list hides frames of a whole file too.)
-        size = self._path.stat().st_size
-        whole = max((entry.pos + entry.size for entry in self._container.streams.video[0].index_entries), default=0)
-        if whole > size:
-            self._container.close()
-            raise VideoError(f"{self._path} is truncated: {size} bytes, its index speaks of at least {whole}")
-        return self._container
-
-    def __exit__(self, *_: object) -> None:
-        self._container.close()
-
-
-def _found_instead(path: Path) -> str:
-    """What a person sees in a file that FFmpeg does not open; empty where that is nothing."""
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head[4:8] == b"ftyp":
-        return "an mp4 file whose index (moov), often written last, is missing or damaged"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file. Fix: `git lfs pull`"
-    text = " ".join(head.decode("latin-1").split())
-    if text.isascii() and text.isprintable():
-        return f"text that begins with '{text[:32]}'"
-    return ""

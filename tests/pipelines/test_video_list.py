@@ -204,3 +204,10 @@ def test_a_bucket_is_listed_like_a_folder(s3_bucket: str, folder: Path) -> None:
     assert all(video.stamp.startswith("10-") for video in found.videos)
     assert names(list_videos(f"{s3_bucket}/listed/b/*.mp4", None, HERE)) == ["clip.mp4"]
     assert names(list_videos(f"{s3_bucket}/listed/a/clip.mp4", None, HERE)) == ["clip.mp4"]
+
+
+def test_a_folder_says_what_it_skips(folder: Path) -> None:
+    (note,) = list_videos(str(folder), None, HERE).notes
+    assert note.startswith(f"{folder}: skipped 2 files that are not named like videos: 1 .gif, 1 .txt.")
+    assert not list_videos(str(folder / "a" / "clip.mp4"), None, HERE).notes
+    assert not list_videos(f"{folder}/a/*.mp4", None, HERE).notes

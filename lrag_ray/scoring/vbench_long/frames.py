@@ -3,7 +3,8 @@
 PyAV with its default conversion equals both bit for bit on 8-bit video, colour tags (BT.709 and others) included; the
 conversion of `lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels. What PyAV does
 otherwise is done as decord does it: frames are turned as the file says, deep and interlaced ones converted
-(`deep_colour`), and there are as many frames as packets. Not followed: decord refuses AV1.
+(`old_scaler`), there are as many frames as packets, and the stream is the one that it picks (`OpenVideo`).
+Not followed: decord refuses AV1.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import io
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from lrag_ray.scoring.vbench_long.clips import Frame
-from lrag_ray.scoring.vbench_long.deep_colour import DeepColour, is_deep
-from lrag_ray.video.mp4 import VideoError, video_info
+from lrag_ray.scoring.vbench_long.clips import Frame, clip_length
+from lrag_ray.scoring.vbench_long.old_scaler import OldScaler
+from lrag_ray.video.reader import OpenVideo, VideoError
+
+MAX_CLIP_BYTES = 4 << 30
+"""Two seconds of 4K at 80 frames a second."""
+MAX_FIRST_FRAMES_BYTES = 16 << 30
+"""An hour and a half of 1080p."""
 
 
 class Rate(NamedTuple):
@@ -27,16 +33,20 @@ class Rate(NamedTuple):
     width: int
     height: int
     fps: float
+    declares_length: bool
+    """Whether half a download of the file would have been noticed."""
 
 
 def probe(path: str | Path) -> Rate:
     """Size and rate without decoding.
 
     Raises:
-        VideoError: missing, empty, truncated, or without a video stream.
+        VideoError: as `OpenVideo`, or what is held of it while it is scored would not fit into memory.
     """
-    info = video_info(path)
-    return Rate(info.width, info.height, info.fps)
+    with OpenVideo(path) as video:
+        rate = Rate(video.stream.width, video.stream.height, video.fps, video.declares_length)
+        _check_memory(video, rate.width * rate.height, video.frame_estimate)
+    return rate
 
 
 def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
@@ -46,46 +56,36 @@ def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
     with packets that its edit list hides.
 
     Raises:
-        VideoError: damaged, changing its size, or without a frame.
+        VideoError: as `OpenVideo` and `probe`, or damaged, changing its size, or without a frame.
     """
-    import av
-
-    name = "the re-encoded clip" if isinstance(source, io.BytesIO) else str(source)
-    opened: Any = source if isinstance(source, io.BytesIO) else str(source)
     size: tuple[int, int] | None = None
-    deep: DeepColour | None = None
-    count = 0
-    try:
-        with av.open(opened) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for frame in _shown(container, stream):
-                size = size or (frame.width, frame.height)
-                if (frame.width, frame.height) != size:
-                    raise VideoError(f"{name} changes its size at frame {count}")
-                count += 1
-                if is_deep(frame) or frame.interlaced_frame:
-                    deep = deep or DeepColour(stream)
-                    rgb: Any = deep.rgb(frame)
-                else:
-                    rgb = frame.to_ndarray(format="rgb24")
-                # Degrees against the clock. A mirrored file counts as turned, as it does for decord and OpenCV.
-                turns = round(frame.rotation / 90) % 4
-                yield np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
-    except av.error.FFmpegError as error:
-        raise VideoError(f"{name} is damaged after {count} frames: {error.strerror}") from error
-    if count == 0:
-        raise VideoError(f"{name} holds no video frame")
+    rgb: Frame | None = None
+    scaler = OldScaler()
+    with OpenVideo(source) as video:
+        for frame in video.frames():
+            size = size or (frame.width, frame.height)
+            if (frame.width, frame.height) != size:
+                raise VideoError(f"{video.name} changes its size at frame {video.decoded}")
+            _check_memory(video, frame.width * frame.height, video.decoded + 1)
+            rgb = scaler.rgb(frame)
+            # Degrees against the clock. A mirrored file counts as turned, as it does for decord and OpenCV.
+            if turns := round(frame.rotation / 90) % 4:
+                rgb = np.ascontiguousarray(np.rot90(rgb, turns))
+            yield rgb
+        yield from repeat(rgb, video.packets - video.decoded)
 
 
-def _shown(container: Any, stream: Any) -> Iterator[Any]:
-    packets = frames = 0
-    last = None
-    for packet in container.demux(stream):
-        # The packet that ends the stream is empty: it asks the decoder for what it holds back.
-        packets += packet.size > 0
-        for last in packet.decode():
-            frames += 1
-            yield last
-    if frames:
-        yield from repeat(last, packets - frames)
+def _check_memory(video: OpenVideo, pixels: int, frame_count: int) -> None:
+    """Scoring holds a clip, and the first frame of every clip."""
+    length = clip_length(video.fps)
+    if not length:
+        return
+    for held, most, what in (
+        (min(frame_count, length), MAX_CLIP_BYTES, "a clip"),
+        (frame_count // length, MAX_FIRST_FRAMES_BYTES, "the first frames of its clips"),
+    ):
+        if held * pixels * 3 > most:
+            raise VideoError(
+                f"{video.name} is too large to be scored: {what} ({held} frames) would take over {most >> 30} GiB. "
+                "Scale it down or cut it: `ffmpeg -t 600 -i FILE -vf scale=1280:-2 out.mp4`"
+            )

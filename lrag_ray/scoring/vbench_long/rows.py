@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from lrag_ray.scoring.vbench_long.names import Mode
 
-Kind = Literal["clip", "clip_to_clip", "failure"]
+Kind = Literal["clip", "clip_to_clip", "failure", "note"]
 
 
 class RowKey(NamedTuple):
@@ -27,7 +27,8 @@ class ScoreRow:
     video: str
     """Identity of the video, chosen by the caller; never taken apart."""
     kind: Kind
-    """clip: in-clip score. clip_to_clip: slow score of the first `frame_count` frames. failure: the video is out."""
+    """clip: in-clip score. clip_to_clip: slow score of the first `frame_count` frames. failure: the video is out.
+    note: what a person should know of it, in `reason`."""
     dimension: str
     """Name of the dimension; empty in a failure of the whole video."""
     first_frame: int
@@ -41,7 +42,7 @@ class ScoreRow:
     per_frame: tuple[float, ...]
     """What the score is the summary of: one value per frame or pair, in the unit of the dimension's module."""
     reason: str
-    """Why there is no score; empty where there is one."""
+    """Why there is no score, or what a note says; empty where there is a score."""
     mode: Mode
     device: str
     """Kind of device that computed it."""

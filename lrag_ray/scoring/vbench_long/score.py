@@ -25,6 +25,12 @@ from lrag_ray.scoring.vbench_long.reencode import reencode
 from lrag_ray.scoring.vbench_long.rows import Kind, RowKey, ScoreRow
 from lrag_ray.video.mp4 import VideoError
 
+UNDECLARED = (
+    "the file declares no length, so if it is only the first part of a video, nobody can tell. To be sure, compare it "
+    "with its source"
+)
+"""Note of a file of which half a download would be scored without a word."""
+
 
 @dataclass(frozen=True)
 class VideoSource:
@@ -49,8 +55,8 @@ def score_video(
     """Rows of all clips, then of clip to clip per duration; clips that durations share are scored once.
 
     A video that cannot be read ends in one row of kind ``failure``; a dimension that a clip is too short or too small
-    for gives a row with its reason. Rows whose key is in `done` are left out. Nothing but wrong use, missing weights
-    and errors of the device is raised.
+    for gives a row with its reason. A file that declares no length has a row of kind ``note``. Rows whose key is in
+    `done` are left out. Nothing but wrong use, missing weights and errors of the device is raised.
     """
     scorer = ClipScorer(source.video, networks, mode=mode, early_stop=early_stop)
     first_frames: dict[Span, Frame] = {}
@@ -61,6 +67,9 @@ def score_video(
         length = clip_length(rate.fps)
         if length == 0:
             raise VideoError(f"{source.path} has {rate.fps:.3g} frames a second; clips need at least one")
+        note = scorer.row("note", "", Span(0, 0), None, UNDECLARED, ())
+        if not rate.declares_length and note.key not in done:
+            yield note
         for span, frames in prefetch(_clips(source, length, scorer.fps, mode)):
             first_frames[span] = frames[0]
             frame_count = max(frame_count, sum(span))

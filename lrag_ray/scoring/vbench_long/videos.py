@@ -76,4 +76,10 @@ class StoredVideos:
             mean_over_clips=made.mean_over_clips,
             mean_of_video_means=made.mean_of_video_means,
             missing=missing,
+            notes={
+                video.identity: row.reason
+                for video in videos
+                for row in self._rows.get(video.identity, ())
+                if row.kind == "note"
+            },
         )

@@ -13,6 +13,7 @@ from decord import VideoReader
 
 from lrag_ray.scoring.vbench_long.frames import decode
 from tests.scoring.vbench_long.conftest import VideoMaker
+from tests.video.files import Stream, make
 
 _BT709, _FULL = 1, 2
 _WHOLE, _LAST = 1 << 16, 1 << 30
@@ -62,6 +63,19 @@ def test_every_pixel_format_is_converted_as_decord_does_it(pixels: str, make_vid
     path = make_video(frames=3, size=(98, 66), pixels=pixels)
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.pix_fmt == pixels
+    assert np.array_equal(ours(path), by_decord(path))
+
+
+@pytest.mark.parametrize("size", [(160, 131), (161, 131), (98, 67), (97, 67), (64, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("codec", "pixels"),
+    [("libvpx-vp9", "yuv420p"), ("mpeg2video", "yuv420p"), ("ffv1", "yuv420p"), ("ffv1", "yuv420p10le")],
+)
+def test_chroma_of_odd_heights_is_spread_as_decord_does_it(
+    codec: str, pixels: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    stream = Stream(codec, *size, fps=25, frames=3, pixels=pixels)
+    path = make(tmp_path / "video.mkv", stream)
     assert np.array_equal(ours(path), by_decord(path))
 
 

@@ -22,6 +22,7 @@ from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.rows import ScoreRow
 from lrag_ray.scoring.vbench_long.score import VideoSource, score_video
 from tests.scoring.vbench_long.conftest import VideoMaker
+from tests.video.files import Stream, make
 
 MOTION: list[DimensionName] = ["motion_smoothness"]
 
@@ -115,7 +116,7 @@ def test_what_cannot_be_read_is_one_failed_row_and_the_rest_goes_on(
     broken = {
         "empty": (b"", "is empty"),
         "truncated": (whole[: len(whole) // 2], "truncated"),
-        "text": (b"not a video at all" * 100, "no video"),
+        "text": (b"not a video at all" * 100, "not a video"),
         "absent": (None, "no video at"),
     }
     rows = []
@@ -169,3 +170,14 @@ def test_a_row_says_where_it_comes_from(make_video: VideoMaker, networks: Networ
     assert row.networks.startswith("amt_s:")
     assert len(row.per_frame) == 3
     assert ScoreRow(**{**row.as_dict(), "per_frame": tuple(row.as_dict()["per_frame"])}) == row
+
+
+def test_a_file_that_declares_no_length_is_scored_and_marked(networks: Networks, tmp_path: Path) -> None:
+    path = make(tmp_path / "video.ts", Stream(width=128, height=128, fps=4, frames=9))
+    rows = list(score_video(VideoSource(path, "video"), networks, dimensions=["imaging_quality"]))
+    assert [(row.kind, row.dimension) for row in rows[:2]] == [("note", ""), ("clip", "imaging_quality")]
+    assert "declares no length" in rows[0].reason and rows[0].score is None and rows[1].score is not None
+    again = score_video(
+        VideoSource(path, "video"), networks, dimensions=["imaging_quality"], done={r.key for r in rows}
+    )
+    assert list(again) == []
