@@ -151,7 +151,7 @@ def test_nothing_found_is_told(folder: Path) -> None:
 
 
 def test_a_job_is_the_same_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.score", str(tmp_path), "--weights", "random"]
+    command = [sys.executable, "-m", "jobs.score", str(tmp_path), "--set", "scoring.weights=random"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
     )
