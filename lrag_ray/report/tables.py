@@ -124,10 +124,10 @@ def warnings(data: ReportData) -> list[str]:
     found = []
     if data.scores.untrained:
         found.append("These scores come from networks with random weights: the numbers mean nothing.")
-    found += data.suite.warnings(data.scores)
     names = Counter(network.partition(":")[0] for network in data.scores.networks)
     if mixed := sorted(name for name, digests in names.items() if digests > 1):
         found.append(f"Scores come from different weights of {', '.join(mixed)}: they do not compare.")
+    found += data.suite.warnings(data.scores)
     return found
 
 

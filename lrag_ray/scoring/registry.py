@@ -27,7 +27,7 @@ def registered() -> list[str]:
 
 def check_name(name: str) -> str:
     """`name` if it is registered, none, or looks like ``package.module:Suite``; otherwise ValueError."""
-    known = [*sorted(_REGISTERED), NONE]
+    known = sorted([*_REGISTERED, NONE])
     if name in known or ":" in name:
         return name
     nearest = difflib.get_close_matches(name, known, n=1)

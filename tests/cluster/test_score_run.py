@@ -179,6 +179,6 @@ def command(*arguments: str) -> Result:
 def test_missing_weights_are_told_before_anything_starts(tmp_path: Path) -> None:
     scoring = {"suite": "vbench_long", "weights": str(tmp_path / "empty"), "dimensions": ["motion_smoothness"]}
     config = make.make_config(tmp_path / "run", scoring=scoring)
-    with pytest.raises(WeightsError, match=r"needs networks that are not here:\n  amt_s: nothing at .*empty"):
+    with pytest.raises(WeightsError, match=r"needs files that are not here:\n  amt_s: nothing at .*empty"):
         evaluate(config, make.make_prompts("a fox"))
     assert not (tmp_path / "run").exists()

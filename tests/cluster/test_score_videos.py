@@ -171,6 +171,7 @@ class HeldVbench(VbenchLong):
         return HeldWorker(rows, videos, self.settings, threads=threads, device=device)
 
 
+PROGRAM = [sys.executable, "-m", "lrag_ray.cli.app"]
 HELD = f"{HeldVbench.__module__}:{HeldVbench.__qualname__}"
 
 

@@ -77,9 +77,7 @@ def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster", "often")
-def test_an_error_of_a_wave_is_reported_and_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_a_wave_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, calls = tmp_path / "gate", []
 
     def unreachable(*_: object, **__: object) -> None:
@@ -90,7 +88,8 @@ def test_an_error_of_a_wave_is_reported_and_does_not_end_the_run(
         raise StorageError("the bucket is away")
 
     gate.mkdir()
-    monkeypatch.setattr(waves.RunScoring, "score", unreachable)
+    # Of the waves alone: the last one is the job's own.
+    monkeypatch.setattr(waves, "RunScoring", type("Unreachable", (RunScoring,), {"score": unreachable}))
     progress = Recorder()
     config = scored_config(tmp_path / "run", waiting={**WAITING, "marker": str(gate)})
     outcome = evaluate(config, PROMPTS[:1], listener=progress)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,8 @@ engine.max_attempts engine.checkpoint_every_blocks engine.stall_timeout_s engine
 storage storage.endpoint_url storage.region storage.profile storage.attempts storage.retry_for_s
 storage.connect_timeout_s storage.read_timeout_s
 video video.enabled video.crf video.fps video.cold_chunk
-scoring scoring.suite scoring.mode scoring.dimensions scoring.weights scoring.precision scoring.early_stop
+scoring scoring.suite scoring.settings scoring.settings.*
+scoring.mode scoring.dimensions scoring.weights scoring.precision scoring.early_stop
 scoring.batch_frames scoring.batch_pairs scoring.controls scoring.workers scoring.cpus_per_worker
 scoring.gpus_per_worker scoring.during_generation
 """
@@ -201,8 +204,8 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "engine: {actors: 2}",
             "scoring: {suite: previw}",
-            "run.yaml:10: scoring.suite: expected 'preview', 'vbench_long' or 'none', got text 'previw'; did you mean "
-            "'preview'?",
+            "run.yaml:10: scoring.suite: expected 'none', 'preview', 'vbench_long' or package.module:Suite, got text "
+            "'previw'; did you mean 'preview'?",
         ),
         (
             "{descriptor: avg_pool}",
@@ -393,3 +396,8 @@ def test_a_method_from_outside_is_checked_by_its_own_settings(tmp_path: Path, mo
     assert problems(tmp_path, text.replace("stride: 3", "strid: 3")) == [
         "run.yaml:8: methods.o.strid: unknown key; did you mean 'stride'?"
     ]
+
+
+def test_a_schema_is_read_without_torch() -> None:
+    program = "import sys; import lrag_ray.config.schema; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -184,7 +184,7 @@ def test_what_must_be_known_first_is_said(run: RolloutRun) -> None:
         store_rows(run, rollout, rows)
     data = collect([run])
     assert [measure.name for measure in data.suite.measures] == list(DIMENSION_NAMES[:2])
-    untrained, few, mixed, ways = warnings(data)
+    untrained, mixed, few, ways = warnings(data)
     assert "random weights: the numbers mean nothing" in untrained
     assert "Scores of 2 of the 6 dimensions" in few
     assert "different weights of clip_vitb32" in mixed
