@@ -380,12 +380,13 @@ class ActorPool(Generic[Payload]):
 
 
 def _no_room(shape: WorkerShape, nodes: Sequence[NodeRoom], seconds: float) -> str:
-    """Why no worker has started for this long: there is no room, or starting is slow."""
-    if any(shape.slots(node) for node in nodes):
-        return f"no actor has started for {seconds:g} s although there is room: starting is slow on a busy machine"
+    """Why no worker has started for this long: no node is large enough, or what is there is taken or slow."""
     has = ray.cluster_resources()
     room = {name: round(has[name], 2) for name in ("CPU", "GPU") if name in has}
-    return (
-        f"no actor could start for {seconds:g} s: each takes {shape.cpus:g} CPUs and {shape.gpus:g} GPUs of one node, "
-        f"and the whole cluster has {room}. Waiting for room"
+    text = (
+        f"no worker has started for {seconds:g} s: each takes {shape.cpus:g} CPUs and {shape.gpus:g} GPUs of one node, "
+        f"and the whole cluster has {room}"
     )
+    if any(shape.slots(node) for node in nodes):
+        return f"{text}. Either other jobs use them (`ray status` shows it) or starting is slow on a busy machine"
+    return f"{text}. Waiting for room"
