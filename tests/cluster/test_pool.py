@@ -316,7 +316,8 @@ def test_workers_without_room_are_waited_for_and_reported(tmp_path: Path, monkey
     sleeper_pool(diary, 1).run(tasks_of(Job("job", tmp_path)))
     assert set(diary.results) == {"job"}
     (notice,) = diary.notices
-    assert "no actor could start for 1 s: each takes 1 CPUs and 0 GPUs of one node" in notice and diary.lost == []
+    assert "no worker has started for 1 s: each takes 1 CPUs and 0 GPUs of one node" in notice
+    assert "other jobs use them" in notice and diary.lost == []
 
 
 def test_a_refused_task_fails_at_once_with_one_record_and_the_rest_finishes(tmp_path: Path) -> None:
