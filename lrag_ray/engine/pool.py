@@ -167,8 +167,12 @@ class ActorPool(Generic[Payload]):
             return
         self._tick_after = now + _POLL_S
         self._on_tick()
-        for worker, state in self._board_reader.new_states().items():
-            self._report(TaskAdvanced(self._stage.name, state.task, worker, state.done, state.total, state.step))
+        for name, state in self._board_reader.new_states().items():
+            worker = self._workers.get(name)
+            # A state may arrive when the worker is done or gone.
+            if worker is not None and worker.task is not None:
+                title = worker.task.title
+                self._report(TaskAdvanced(self._stage.name, title, name, state.done, state.total, state.step))
 
     def _look_around(self) -> None:
         """Follow nodes, sizes and stalls."""

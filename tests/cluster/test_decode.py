@@ -127,6 +127,22 @@ def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents:
     )
 
 
+def test_of_independent_durations_a_broken_one_fails_alone(cluster: None, tmp_path: Path) -> None:
+    """Each horizon has parts of its own, so each is decoded by itself."""
+    config = config_of(tmp_path, independent_durations=True, video=NO_VIDEO)
+    assert evaluate(config, PROMPTS[:1]).commits_made == 2
+    short, long = RolloutRun(str(tmp_path)).commits()
+    for commit in (short, long):
+        part = commit.latent_parts[0]
+        original = (tmp_path / part.path).read_bytes()
+        (tmp_path / part.path).write_bytes(b"\0" * part.size_bytes)
+        outcome = decode(config_of(tmp_path, video={"crf": commit.latent_frames}))
+        reason = f"{part.path} does not have the recorded checksum"
+        assert outcome.failed == (DecodeFailure(commit.rollout.path, (commit.latent_frames,), reason),)
+        assert (outcome.exit_code, outcome.videos_made) == (1, 1)
+        (tmp_path / part.path).write_bytes(original)
+
+
 def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Path) -> None:
     identity = json.loads((latents / "run.json").read_text())
     identity["backbones"]["tiny"]["pixels"]["vae"] = {"kind": "wan", "sha256": "ab" * 32, "dtype": "float32"}
