@@ -167,8 +167,12 @@ class ActorPool(Generic[Payload]):
             return
         self._tick_after = now + _POLL_S
         self._on_tick()
-        for worker, state in self._board_reader.new_states().items():
-            self._report(TaskAdvanced(self._stage.name, state.task, worker, state.done, state.total, state.step))
+        for name, state in self._board_reader.new_states().items():
+            worker = self._workers.get(name)
+            # A state may arrive when the worker is done or gone.
+            if worker is not None and worker.task is not None:
+                title = worker.task.title
+                self._report(TaskAdvanced(self._stage.name, title, name, state.done, state.total, state.step))
 
     def _look_around(self) -> None:
         """Follow nodes, sizes and stalls."""
@@ -380,12 +384,13 @@ class ActorPool(Generic[Payload]):
 
 
 def _no_room(shape: WorkerShape, nodes: Sequence[NodeRoom], seconds: float) -> str:
-    """Why no worker has started for this long: there is no room, or starting is slow."""
-    if any(shape.slots(node) for node in nodes):
-        return f"no actor has started for {seconds:g} s although there is room: starting is slow on a busy machine"
+    """Why no worker has started for this long: no node is large enough, or what is there is taken or slow."""
     has = ray.cluster_resources()
     room = {name: round(has[name], 2) for name in ("CPU", "GPU") if name in has}
-    return (
-        f"no actor could start for {seconds:g} s: each takes {shape.cpus:g} CPUs and {shape.gpus:g} GPUs of one node, "
-        f"and the whole cluster has {room}. Waiting for room"
+    text = (
+        f"no worker has started for {seconds:g} s: each takes {shape.cpus:g} CPUs and {shape.gpus:g} GPUs of one node, "
+        f"and the whole cluster has {room}"
     )
+    if any(shape.slots(node) for node in nodes):
+        return f"{text}. Either other jobs use them (`ray status` shows it) or starting is slow on a busy machine"
+    return f"{text}. Waiting for room"

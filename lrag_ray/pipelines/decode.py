@@ -107,7 +107,11 @@ class DecodeJob(Job[DecodeOutcome]):
             ]
             self.made["decode"] += len(task.payload.commits) - len(commits)
             self._failed.append(
-                DecodeFailure(task.title, tuple(c.latent_frames for c in commits), self.missing[task.title])
+                DecodeFailure(
+                    task.payload.commits[0].rollout.path,
+                    tuple(c.latent_frames for c in commits),
+                    self.missing[task.title],
+                )
             )
 
     def outcome(self, exit_code: int) -> DecodeOutcome:
@@ -158,7 +162,6 @@ class DecodeJob(Job[DecodeOutcome]):
                         payload=DecodeTask(group, self._settings[rollout.backbone]),
                         order=len(self._tasks),
                         group=rollout.backbone,
-                        name=rollout.path,
                     )
                 )
 

@@ -44,6 +44,8 @@ class Job(ABC, Generic[Outcome]):
         self._listener = listener
         self._began = time.monotonic()
         self._failures = FailureLog(storage, self.warn)
+        self._quarantined: set[tuple[str, str]] = set()
+        """Stage and title, since the last stage began."""
 
     @abstractmethod
     def do(self) -> None:
@@ -72,10 +74,13 @@ class Job(ABC, Generic[Outcome]):
         """Take in an event and pass it on."""
         if isinstance(event, TaskFinished):
             self.made[event.stage] += event.result.made
-            self.missing.pop(event.task, None)
-            self._failures.clear(event.stage, event.task)
+            # Where each duration is a rollout of its own, several tasks have one title: the others stay missing.
+            if (event.stage, event.task) not in self._quarantined:
+                self.missing.pop(event.task, None)
+                self._failures.clear(event.stage, event.task)
         elif isinstance(event, AttemptFailed):
             if event.failure.quarantined:
+                self._quarantined.add((event.failure.stage, event.failure.task))
                 self.missing[event.failure.task] = event.failure.reason
             self._failures.add(event.failure)
         self._listener(event)
@@ -92,6 +97,7 @@ class Job(ABC, Generic[Outcome]):
     def stage(self, name: StageName, total: int = 1) -> Iterator[None]:
         """Bracket a stage with its events; failures are on storage when it ends."""
         began = time.monotonic()
+        self._quarantined.clear()
         self.report(StageBegan(name, total))
         yield
         self._failures.write(force=True)

@@ -81,11 +81,11 @@ def driver(config: Path) -> Iterator[Driver]:
 
 
 def actors_below(pid: int) -> list[psutil.Process]:
-    """Rollout actors among the processes that `pid` started, and those that they started."""
+    """Actors of the pool among the processes that `pid` started, and those that they started."""
     found = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if "RolloutActor" in " ".join(process.cmdline()):
+                if "StageActor" in " ".join(process.cmdline()):
                     found.append(process)
     return found

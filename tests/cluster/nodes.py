@@ -65,7 +65,7 @@ class Nodes:
         return str(self._cluster.address)
 
     def actors(self) -> list[psutil.Process]:
-        """Rollout actors on all nodes."""
+        """Actors of the pool on all nodes."""
         return [actor for node in self.alive for actor in actors_on(node)]
 
     @property
@@ -119,7 +119,7 @@ def raylet(node: Any) -> int:
 
 
 def actors_on(node: Any) -> list[psutil.Process]:
-    """Rollout actors on a node, at work or not."""
+    """Actors of the pool on a node, at work or not."""
     return actors_below(raylet(node))
 
 
@@ -139,9 +139,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def is_at_work(actor: psutil.Process) -> bool:
-    """Whether an actor is doing a rollout at this moment (Ray writes it into the process's title)."""
+    """Whether an actor is doing a task at this moment (Ray writes it into the process's title)."""
     with suppress(psutil.NoSuchProcess):
-        return "RolloutActor.work" in " ".join(actor.cmdline())
+        return "StageActor.work" in " ".join(actor.cmdline())
     return False
 
 

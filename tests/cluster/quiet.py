@@ -11,12 +11,8 @@ import torch
 
 from lrag_ray.config.prompts import load_prompts
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.pipelines.identity import build_identity
-from lrag_ray.stages.rollout.pending import open_work
-from lrag_ray.stages.rollout.worker import RolloutWorker
-from lrag_ray.stages.text import encode_and_store
 from lrag_ray.store.parts import read_latents, read_trace
-from lrag_ray.store.records import Commit, new_attempt_id
+from lrag_ray.store.records import Commit
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.mp4 import read_video
 from tests.stages import make
@@ -69,13 +65,7 @@ def make_config(
 def quiet_run(config: RunConfig) -> RolloutRun:
     """Do every rollout of `config` in one go."""
     run = RolloutRun(config.run.uri)
-    identity = run.ensure(build_identity(config, load_prompts(config.prompts)))
-    worker = RolloutWorker(run, config, torch.device("cpu"), lambda _: None)
-    for item in open_work(identity, run.inventory()).items:
-        task = item.payload
-        backbone = config.backbones[task.rollout.backbone]
-        encode_and_store(run.storage, backbone, task.text_digest, [task.prompt], config.engine)
-        worker.work(task, new_attempt_id())
+    make.do_all(run, config, load_prompts(config.prompts))
     return run
 
 

@@ -16,13 +16,14 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from lrag_ray.engine.pool import ActorPool
-from lrag_ray.engine.queue import WorkItem
-from lrag_ray.engine.sizing import PoolSize, WorkerShape, draining_nodes
-from lrag_ray.events import AttemptFailed, Notice, RolloutFinished, RolloutStarted, RolloutYielded, WorkerLost
-from lrag_ray.pipelines.evaluate import run
+from lrag_ray.engine.sizing import PoolSize, draining_nodes
+from lrag_ray.events import AttemptFailed, Event, Notice, TaskStarted, TaskYielded, WorkerLost
+from lrag_ray.pipelines.evaluate import evaluate
+from lrag_ray.stages.spec import Outcome, Resources, Task
+from lrag_ray.store.failures import read_failures
 from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.nodes import PatientCluster
-from tests.cluster.test_pool import Diary, Job, Sleeper
+from tests.cluster.test_pool import Diary, Job, Jobs, Sleeper, tasks_of
 from tests.cluster.test_run import NO_VIDEO, Recorder
 from tests.stages.make import digests, make_config, make_prompts
 
@@ -42,23 +43,26 @@ class Watched(Diary):
 
 
 class Waiter(Sleeper):
-    """Is at its item until the file ``release`` appears."""
+    """Is at its job until the file ``release`` appears."""
 
-    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
-        while not (job.folder / "release").exists():
+    def work(self, payload: Job, attempt: str) -> Outcome:
+        while not (payload.folder / "release").exists():
             time.sleep(0.05)
-        return super().work(job, attempt)
+        return super().work(payload, attempt)
 
 
-def pool(
-    diary: Diary, size: PoolSize, shape: WorkerShape, spawned: Counter[int], actor: type[Sleeper] = Sleeper
-) -> ActorPool[Job, Any]:
-    def spawn(name: str, memory: int) -> Any:
-        spawned[memory] += 1
-        options = {"num_cpus": shape.cpus, "num_gpus": shape.gpus, "memory": memory or None}
-        return ray.remote(actor).options(**options, max_restarts=0, max_task_retries=0).remote()
+class Reserving(Sleeper):
+    """Notes the memory that each of its actors has reserved."""
 
-    return ActorPool(spawn, lambda actor, job, attempt: actor.work.remote(job, attempt), diary, size, shape, 3)
+    def work(self, payload: Job, attempt: str) -> Outcome:
+        memory = int(ray.get_runtime_context().get_assigned_resources().get("memory", 0))
+        (payload.folder / f"{self.host.name}.memory").write_text(str(memory))
+        return super().work(payload, attempt)
+
+
+def pool(diary: Watched, size: PoolSize, stage: Jobs) -> ActorPool[Job]:
+    address = ray.get_runtime_context().gcs_address
+    return ActorPool(stage, size, max_attempts=3, address=address, listener=diary, tick=diary.tick)
 
 
 def per_gpu_follows_nodes(cluster: Cluster, folder: Path) -> None:
@@ -75,9 +79,7 @@ def per_gpu_follows_nodes(cluster: Cluster, folder: Path) -> None:
         (lambda diary: len(diary.failures) == 4, (folder / "release").touch),
     )
     jobs = [Job(f"job{i:02d}", folder) for i in range(20)]
-    spawned: Counter[int] = Counter()
-    items = [WorkItem(job.name, i, "g", job) for i, job in enumerate(jobs)]
-    assert pool(diary, PoolSize(1, None), WorkerShape(0.5, 0.25), spawned, Waiter).run(items) == []
+    assert pool(diary, PoolSize(1, None), Jobs(Waiter, Resources(0.5, 0.25))).run(tasks_of(*jobs)) == []
     assert len(diary.results) == 20 and diary.doings == []
     assert [(failure.kind, failure.counted) for _, failure in diary.failures] == [("death", False)] * 4
     # What was lost goes first, on the node that is left.
@@ -98,15 +100,14 @@ def memory_is_shared(cluster: Cluster, folder: Path) -> None:
         )
     )
     jobs = [Job(f"job{i}", folder, seconds=0.5) for i in range(len(needs))]
-    items = [
-        WorkItem(job.name, i, "g", job, memory=need) for i, (job, need) in enumerate(zip(jobs, needs, strict=True))
-    ]
-    spawned: Counter[int] = Counter()
-    assert pool(diary, PoolSize(3, 3), WorkerShape(1, 0), spawned).run(items) == []
+    tasks = [Task(job.name, job, i, "g", memory=need) for i, (job, need) in enumerate(zip(jobs, needs, strict=True))]
+    assert pool(diary, PoolSize(3, 3), Jobs(Reserving)).run(tasks) == []
     assert len(diary.results) == len(needs) and diary.failures == []
-    assert spawned[200 * MB] == 1 and spawned[0] == 2, spawned
-    assert diary.results["job0"][0] == diary.results["job3"][0]
-    assert diary.lost.count("job8 is too large") == 1
+    reserved = Counter(int(path.read_text()) for path in folder.glob("*.memory"))
+    assert reserved[200 * MB] == 1 and reserved[0] == 2, reserved
+    assert diary.results["job0"].pid == diary.results["job3"].pid
+    too_large = [text for text in diary.notices if "job8: this task grows to 1.0 GB of host memory" in text]
+    assert len(too_large) == 1 and "It waits for a larger node" in too_large[0], diary.notices
     for node in (small, *large):
         cluster.remove_node(node)
 
@@ -162,29 +163,29 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     drained: list[str] = []
     recorder = Recorder()
 
-    def progress(event: Any) -> None:
+    def listener(event: Event) -> None:
         recorder(event)
-        if isinstance(event, RolloutStarted) and not drained:
+        if isinstance(event, TaskStarted) and event.stage == "rollouts" and not drained:
             wait_for((folder / "gate.waiting").exists)
             drained.append(busy_node())
             drain(cluster, drained[0])
             (gate / "open").touch()
 
-    assert run(config("drained", held), prompts, progress=progress).exit_code == 0
+    assert evaluate(config("drained", held), prompts, listener=listener).exit_code == 0
     # An idle draining node goes.
     staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
     assert len(drained) == 1 and drained[0] not in staying
-    (yielded,), (finished,) = recorder.of(RolloutYielded), recorder.of(RolloutFinished)
+    (yielded,), ((_, finished),) = recorder.of(TaskYielded), recorder.rollouts()
     assert recorder.of(AttemptFailed) == [] and recorder.of(WorkerLost) == []
     directory = RolloutRun(str(folder / "drained"))
-    assert directory.failures() == ([], [])
+    assert read_failures(directory.storage) == ([], [])
     (commit,) = directory.commits()
     # Parts end at the end alone, but for the one that was flushed.
     flushed, rest = commit.latent_parts
     assert (finished.blocks_resumed, finished.blocks_generated) == (flushed.frames // 3, rest.frames // 3)
     assert f"{finished.blocks_resumed} blocks are stored" in yielded.reason
 
-    assert run(config("quiet", held), prompts).exit_code == 0
+    assert evaluate(config("quiet", held), prompts).exit_code == 0
     assert digests([commit]) == digests(RolloutRun(str(folder / "quiet")).commits())
     for node in nodes:
         cluster.remove_node(node)
@@ -204,13 +205,13 @@ def a_hanging_rollout_is_taken_from_its_actor(cluster: Cluster, folder: Path) ->
     engine = {"actors": 1, "checkpoint_every_blocks": 2, "stall_timeout_s": 15}
     recorder = Recorder()
     made = make_config(folder / "run", methods={"m": method}, video=NO_VIDEO, durations_s=[3], engine=engine)
-    assert run(made, make_prompts("a river"), progress=recorder).exit_code == 0
+    assert evaluate(made, make_prompts("a river"), listener=recorder).exit_code == 0
     # On a machine that stands still now and then itself, more than the one that hangs.
     assert recorder.of(AttemptFailed)
     for failed in recorder.of(AttemptFailed):
         assert (failed.failure.kind, failed.failure.counted) == ("death", False)
         assert "no new block for 15 s (engine.stall_timeout_s)" in failed.failure.reason, failed
-    (finished,) = recorder.of(RolloutFinished)
+    ((_, finished),) = recorder.rollouts()
     assert finished.blocks_resumed >= 2 and finished.blocks_resumed + finished.blocks_generated == 4
     assert not [notice for notice in recorder.of(Notice) if notice.warning]
     cluster.remove_node(node)

@@ -16,7 +16,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import ConfigError, IdentityError, StorageError, WeightsError
 from lrag_ray.events import Notice
 from lrag_ray.pipelines.decode import DecodeFailure, decode
-from lrag_ray.pipelines.evaluate import run
+from lrag_ray.pipelines.evaluate import evaluate
 from lrag_ray.report.build import build_report
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.store.rollouts import RolloutRun
@@ -41,7 +41,7 @@ def config_of(uri: Path, **changes: Any) -> RunConfig:
 def stored(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run without videos; tests work on copies."""
     folder = tmp_path_factory.mktemp("stored")
-    assert run(config_of(folder, video=NO_VIDEO), PROMPTS).commits_made == 4
+    assert evaluate(config_of(folder, video=NO_VIDEO), PROMPTS).commits_made == 4
     return folder
 
 
@@ -62,7 +62,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
     latents: Path, tmp_path: Path
 ) -> None:
     shown = tmp_path / "shown"
-    run(config_of(shown, video=LOSSLESS), PROMPTS)
+    evaluate(config_of(shown, video=LOSSLESS), PROMPTS)
     directory = RolloutRun(str(latents))
     commits = directory.storage.list_files("rollouts")
     assert frames_of(latents) == {} and PREVIEW.pending_targets(directory) == []
@@ -90,13 +90,13 @@ def test_the_same_command_makes_what_is_missing_and_nothing_else(latents: Path) 
     assert decode(config).videos_made == 4
     victim = next(committed_videos(RolloutRun(str(latents))))
     (latents / victim.video.path).unlink()
-    progress = Recorder()
-    outcome = decode(config, progress=progress)
+    recorder = Recorder()
+    outcome = decode(config, listener=recorder)
     assert (outcome.exit_code, outcome.videos_made, outcome.videos_there) == (0, 1, 3)
-    assert any("is missing" in notice.text and notice.warning for notice in progress.of(Notice))
+    assert any("is missing" in notice.text and notice.warning for notice in recorder.of(Notice))
     assert len(frames_of(latents)) == 4
     idle = Recorder()
-    assert decode(config, progress=idle).videos_there == 4
+    assert decode(config, listener=idle).videos_there == 4
     assert idle.events == []
 
 
@@ -125,6 +125,22 @@ def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents:
     assert (
         "5 bytes instead of" in outcome.failed[0].reason and "`lrag-ray run` makes it again" in outcome.failed[0].reason
     )
+
+
+def test_of_independent_durations_a_broken_one_fails_alone(cluster: None, tmp_path: Path) -> None:
+    """Each horizon has parts of its own, so each is decoded by itself."""
+    config = config_of(tmp_path, independent_durations=True, video=NO_VIDEO)
+    assert evaluate(config, PROMPTS[:1]).commits_made == 2
+    short, long = RolloutRun(str(tmp_path)).commits()
+    for commit in (short, long):
+        part = commit.latent_parts[0]
+        original = (tmp_path / part.path).read_bytes()
+        (tmp_path / part.path).write_bytes(b"\0" * part.size_bytes)
+        outcome = decode(config_of(tmp_path, video={"crf": commit.latent_frames}))
+        reason = f"{part.path} does not have the recorded checksum"
+        assert outcome.failed == (DecodeFailure(commit.rollout.path, (commit.latent_frames,), reason),)
+        assert (outcome.exit_code, outcome.videos_made) == (1, 1)
+        (tmp_path / part.path).write_bytes(original)
 
 
 def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from lrag_ray.errors import LeaseError
 from lrag_ray.events import Notice, RunPlanned
-from lrag_ray.pipelines.evaluate import run
+from lrag_ray.pipelines.evaluate import evaluate
 from lrag_ray.store.lease import holder
 from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.drivers import actors_below, driver, write_config
@@ -41,12 +41,12 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
     with driver(write_config(tmp_path / "config.yaml", config)) as first:
         first.wait_until(lambda: bool(directory.commits()))
         actors = actors_below(first.process.pid)
-        progress = Recorder()
+        recorder = Recorder()
         with pytest.raises(LeaseError) as refused:
-            run(config, progress=progress)
+            evaluate(config, listener=recorder)
         assert f"on {platform.node()} (lrag-ray run, process {first.process.pid}) since " in str(refused.value)
         assert LeaseError.exit_code == 3
-        assert progress.of(RunPlanned) == [], "it went past the lease"
+        assert recorder.of(RunPlanned) == [], "it went past the lease"
 
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
@@ -55,10 +55,10 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
                 actor.kill()
         assert len(directory.commits()) < len(quiet.commits()), "nothing was left to take over"
         gate.open()
-        progress = Recorder()
-        outcome = run(config, progress=progress)
+        recorder = Recorder()
+        outcome = evaluate(config, listener=recorder)
     assert outcome.exit_code == 0
-    assert not [notice for notice in progress.of(Notice) if "Waiting for a sign of life" in notice.text]
+    assert not [notice for notice in recorder.of(Notice) if "Waiting for a sign of life" in notice.text]
     assert digests(directory.commits()) == digests(quiet.commits())
     found = holder(directory.storage)
     assert found is not None and found.is_free
@@ -76,10 +76,10 @@ def test_a_driver_that_was_asleep_past_its_lease_stops_when_it_wakes_up(quiet: R
         actor.suspend()
         gate.open()
 
-        progress = Recorder()
-        outcome = run(config, progress=progress)
+        recorder = Recorder()
+        outcome = evaluate(config, listener=recorder)
         assert outcome.exit_code == 0
-        told = [notice.text for notice in progress.of(Notice)]
+        told = [notice.text for notice in recorder.of(Notice)]
         assert any(f"process {first.process.pid}" in text and "Waiting for a sign of life" in text for text in told)
         assert any(text.endswith("this driver takes over") for text in told)
 

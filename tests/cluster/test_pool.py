@@ -4,25 +4,35 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import ray
 
 from lrag_ray.engine import pool as pool_module
-from lrag_ray.engine.oom import Place, this_place
-from lrag_ray.engine.pool import ActorPool, AttemptFailure
-from lrag_ray.engine.queue import WorkItem
-from lrag_ray.engine.sizing import PoolSize, WorkerShape
+from lrag_ray.engine.pool import ActorPool
+from lrag_ray.engine.sizing import PoolSize
 from lrag_ray.errors import ClusterError
+from lrag_ray.events import (
+    AttemptFailed,
+    Event,
+    Notice,
+    StageAdvanced,
+    TaskFinished,
+    TaskStarted,
+    WorkerLost,
+)
+from lrag_ray.stages.spec import Host, Outcome, Refused, Resources, Result, Stage, Task
+from lrag_ray.store.records import FailureRecord
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
 
 class Job(NamedTuple):
-    """What a `Sleeper` does: sleep, write a line, then fail in one of several ways as often as told."""
+    """What a `Sleeper` does: sleep, write a line, then fail in one of several ways, `raises` or `dies` times."""
 
     name: str
     folder: Path
@@ -31,99 +41,134 @@ class Job(NamedTuple):
     dies: int = 0
     parts_before_death: bool = False
     memory: bool = False
+    refuses: bool = False
+
+
+@dataclass(frozen=True)
+class Slept(Result):
+    """When and where a job was done."""
+
+    pid: int = 0
+    began: float = 0.0
+    ended: float = 0.0
 
 
 class Sleeper:
-    def ready(self) -> Place:
-        return this_place()
+    """Does a job as it says."""
 
-    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
-        began = time.monotonic()
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def work(self, payload: Job, attempt: str) -> Outcome:
+        job, began = payload, time.monotonic()
         attempts = len(list(job.folder.glob(f"{job.name}.attempt-*")))
         (job.folder / f"{job.name}.attempt-{attempt}").touch()
         time.sleep(job.seconds)
+        if job.refuses:
+            return Refused(f"{job.name} is damaged", made=2)
         if attempts < job.raises:
             raise MemoryError("host memory") if job.memory else ValueError(f"{job.name} is poison")
         if attempts < job.dies:
             if job.parts_before_death:
                 (job.folder / f"{job.name}.part-{attempt}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return os.getpid(), began, time.monotonic()
+        return Slept(pid=os.getpid(), began=began, ended=time.monotonic())
 
 
 class Pair(Sleeper):
     """Does nothing before two of these are at work: one may start much later than the other."""
 
-    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
-        (job.folder / f"{job.name}.attempt-here").touch()
-        while len(list(job.folder.glob("*.attempt-here"))) < 2:
+    def work(self, payload: Job, attempt: str) -> Outcome:
+        (payload.folder / f"{payload.name}.attempt-here").touch()
+        while len(list(payload.folder.glob("*.attempt-here"))) < 2:
             time.sleep(0.01)
-        return super().work(job, attempt)
+        return super().work(payload, attempt)
+
+
+class Stillborn(Sleeper):
+    """Never starts."""
+
+    def __init__(self, host: Host) -> None:
+        raise RuntimeError("no CUDA on this node")
+
+
+ONE_CPU = Resources(1)
+
+
+@dataclass(frozen=True)
+class Jobs(Stage[Job]):
+    """Jobs, done by a worker of one's choice."""
+
+    name = "rollouts"
+    worker: type[Sleeper] = Sleeper
+    needs: Resources = ONE_CPU
+
+    @property
+    def resources(self) -> Resources:
+        return self.needs
+
+    def open(self, host: Host) -> Sleeper:
+        return self.worker(host)
+
+    def progress(self, task: Task[Job]) -> int:
+        return len(list(task.payload.folder.glob(f"{task.key}.part-*")))
+
+
+class Holder:
+    """An actor of another user."""
+
+    def ready(self) -> None:
+        """Answer once it has its place."""
 
 
 class Diary:
-    """A listener that writes down what it is reported."""
+    """A listener that writes down what it hears."""
 
     def __init__(self) -> None:
         self.order: list[tuple[str, str]] = []
-        self.results: dict[str, tuple[int, float, float]] = {}
-        self.failures: list[tuple[str, AttemptFailure]] = []
+        self.results: dict[str, Slept] = {}
+        self.failures: list[tuple[str, FailureRecord]] = []
         self.lost: list[str] = []
-        self.unplaced_s: list[float] = []
+        self.notices: list[str] = []
+        self.done: list[tuple[int, int]] = []
 
-    def started(self, item: WorkItem[Job], attempt: str, worker: str) -> None:
-        self.order.append((worker, item.key))
-
-    def finished(self, item: WorkItem[Job], result: tuple[int, float, float]) -> None:
-        assert item.key not in self.results
-        self.results[item.key] = result
-
-    def failed(self, item: WorkItem[Job], attempt: str, failure: AttemptFailure) -> None:
-        self.failures.append((item.key, failure))
-
-    def yielded(self, item: WorkItem[Job], worker: str, reason: str) -> None:
-        self.lost.append(f"{item.key} yielded: {reason}")
-
-    def too_large(self, item: WorkItem[Job], largest_node: float) -> None:
-        self.lost.append(f"{item.key} is too large")
-
-    def worker_lost(self, worker: str, reason: str) -> None:
-        self.lost.append(reason)
-
-    def progress_of(self, item: WorkItem[Job]) -> int:
-        return len(list(item.payload.folder.glob(f"{item.key}.part-*")))
-
-    def unplaced(self, seconds: float) -> None:
-        self.unplaced_s.append(seconds)
-
-    def tick(self) -> None:
-        return
+    def __call__(self, event: Event) -> None:
+        match event:
+            case TaskStarted():
+                self.order.append((event.worker, event.task))
+            case TaskFinished(result=Slept() as result):
+                assert event.task not in self.results
+                self.results[event.task] = result
+            case AttemptFailed():
+                self.failures.append((event.failure.task, event.failure))
+            case WorkerLost():
+                self.lost.append(event.reason)
+            case Notice():
+                self.notices.append(event.text)
+            case StageAdvanced():
+                self.done.append((event.done, event.total))
+            case _:
+                # How far a task is; nobody reports it here.
+                raise AssertionError(event)
 
 
-def sleeper_pool(diary: Diary, size: int, actor: type[Any] = Sleeper) -> ActorPool[Job, tuple[int, float, float]]:
-    return ActorPool(
-        spawn=lambda _, memory: ray.remote(actor).options(num_cpus=1, max_restarts=0, max_task_retries=0).remote(),
-        submit=lambda handle, job, attempt: handle.work.remote(job, attempt),
-        listener=diary,
-        size=PoolSize(size, size),
-        shape=WorkerShape(1, 0),
-        max_attempts=3,
-    )
+def sleeper_pool(diary: Diary, size: int, worker: type[Sleeper] = Sleeper) -> ActorPool[Job]:
+    return ActorPool(Jobs(worker), PoolSize(size, size), max_attempts=3, listener=diary)
 
 
-def items(*jobs: Job) -> list[WorkItem[Job]]:
-    return [WorkItem(job.name, order, "g", job) for order, job in enumerate(jobs)]
+def tasks_of(*jobs: Job) -> list[Task[Job]]:
+    return [Task(job.name, job, order, "g") for order, job in enumerate(jobs)]
 
 
-def test_items_are_spread_with_one_in_flight_per_actor(tmp_path: Path) -> None:
+def test_tasks_are_spread_with_one_in_flight_per_actor(tmp_path: Path) -> None:
     diary = Diary()
     jobs = [Job(f"job{i:02d}", tmp_path, seconds=0.1) for i in range(20)]
-    assert sleeper_pool(diary, 2, Pair).run(items(*jobs)) == []
+    assert sleeper_pool(diary, 2, Pair).run(tasks_of(*jobs)) == []
     assert [key for _, key in diary.order] == [job.name for job in jobs]
-    assert len(diary.results) == 20
+    assert len(diary.results) == 20 and diary.done == [(done, 20) for done in range(1, 21)]
     by_actor: dict[int, list[tuple[float, float]]] = {}
-    for pid, began, ended in diary.results.values():
-        by_actor.setdefault(pid, []).append((began, ended))
+    for slept in diary.results.values():
+        by_actor.setdefault(slept.pid, []).append((slept.began, slept.ended))
     assert len(by_actor) == 2
     for spans in by_actor.values():
         spans.sort()
@@ -138,8 +183,8 @@ def test_poison_is_quarantined_with_its_traceback_and_the_rest_finishes(tmp_path
         Job("good2", tmp_path),
         Job("big", tmp_path, raises=1, memory=True),
     ]
-    quarantined = sleeper_pool(diary, 2).run(items(*jobs))
-    assert [item.key for item in quarantined] == ["bad"]
+    quarantined = sleeper_pool(diary, 2).run(tasks_of(*jobs))
+    assert [task.key for task in quarantined] == ["bad"]
     assert set(diary.results) == {"good1", "good2", "big"}
     bad = [failure for key, failure in diary.failures if key == "bad"]
     assert [(f.kind, f.counted, f.counted_attempts, f.quarantined) for f in bad] == [
@@ -156,7 +201,7 @@ def test_poison_is_quarantined_with_its_traceback_and_the_rest_finishes(tmp_path
 def test_deaths_are_survived_and_do_not_count_while_they_bring_parts(tmp_path: Path) -> None:
     diary = Diary()
     jobs = [Job("taken", tmp_path, dies=4, parts_before_death=True), Job("other", tmp_path, seconds=0.2)]
-    assert sleeper_pool(diary, 2).run(items(*jobs)) == []
+    assert sleeper_pool(diary, 2).run(tasks_of(*jobs)) == []
     assert set(diary.results) == {"taken", "other"}
     assert [(f.kind, f.counted) for _, f in diary.failures] == [("death", False)] * 4
     assert len(diary.lost) == 4
@@ -164,8 +209,8 @@ def test_deaths_are_survived_and_do_not_count_while_they_bring_parts(tmp_path: P
 
 def test_deaths_that_bring_nothing_count_from_the_third_in_a_row(tmp_path: Path) -> None:
     diary = Diary()
-    quarantined = sleeper_pool(diary, 1).run(items(Job("killer", tmp_path, dies=99), Job("good", tmp_path)))
-    assert [item.key for item in quarantined] == ["killer"]
+    quarantined = sleeper_pool(diary, 1).run(tasks_of(Job("killer", tmp_path, dies=99), Job("good", tmp_path)))
+    assert [task.key for task in quarantined] == ["killer"]
     assert [(f.counted, f.counted_attempts) for _, f in diary.failures] == [
         (False, 0),
         (False, 0),
@@ -179,7 +224,7 @@ def test_deaths_that_bring_nothing_count_from_the_third_in_a_row(tmp_path: Path)
 def test_a_worker_keeps_to_the_group_it_holds_within_a_few_prompts(tmp_path: Path) -> None:
     diary = Diary()
     work = [
-        WorkItem(f"{prompt:02d}{group}", prompt, group, Job(f"{prompt}{group}", tmp_path))
+        Task(f"{prompt:02d}{group}", Job(f"{prompt}{group}", tmp_path), prompt, group)
         for prompt in range(12)
         for group in ("a", "b")
     ]
@@ -194,7 +239,7 @@ def test_a_worker_keeps_to_the_group_it_holds_within_a_few_prompts(tmp_path: Pat
 def test_workers_take_different_groups(tmp_path: Path) -> None:
     diary = Diary()
     work = [
-        WorkItem(f"{prompt}{group}", prompt, group, Job(f"{prompt}{group}", tmp_path))
+        Task(f"{prompt}{group}", Job(f"{prompt}{group}", tmp_path), prompt, group)
         for prompt in range(2)
         for group in ("a", "b")
     ]
@@ -228,52 +273,65 @@ def small_memory() -> Iterator[Path]:
 class Hog(Sleeper):
     """Takes more memory than its control group may have, the first time."""
 
-    def work(self, job: Job, attempt: str) -> tuple[int, float, float]:
-        if not list(job.folder.glob("attempt-*")):
-            (job.folder / f"attempt-{attempt}").touch()
-            (Path(job.name) / "cgroup.procs").write_text(str(os.getpid()))
+    def work(self, payload: Job, attempt: str) -> Outcome:
+        if not list(payload.folder.glob("attempt-*")):
+            (payload.folder / f"attempt-{attempt}").touch()
+            (Path(payload.name) / "cgroup.procs").write_text(str(os.getpid()))
             hoard = [b"full" * (64 << 20) for _ in range(2)]
             raise AssertionError(f"the kernel let {len(hoard)} x 256 MB live")
-        return os.getpid(), 0.0, 0.0
+        return Slept()
 
 
 def test_a_worker_that_the_kernel_killed_for_memory_is_named_and_one_that_was_killed_otherwise_is_not(
     tmp_path: Path, small_memory: Path
 ) -> None:
     diary = Diary()
-    assert sleeper_pool(diary, 1, Hog).run([WorkItem("hog", 0, "g", Job(str(small_memory), tmp_path))]) == []
+    assert sleeper_pool(diary, 1, Hog).run([Task("hog", Job(str(small_memory), tmp_path))]) == []
     ((_, failure),) = diary.failures
     assert (failure.kind, failure.counted) == ("out_of_memory", False)
     assert "the kernel ended a process" in failure.reason and "fewer actors per node" in failure.reason
     killed = Diary()
-    sleeper_pool(killed, 1).run(items(Job("killed", tmp_path, dies=1)))
+    sleeper_pool(killed, 1).run(tasks_of(Job("killed", tmp_path, dies=1)))
     assert [failure.kind for _, failure in killed.failures] == ["death"]
-
-
-class Stillborn:
-    def __init__(self) -> None:
-        raise RuntimeError("no CUDA on this node")
-
-    def ready(self) -> None:
-        return
 
 
 def test_workers_that_never_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"died before they were ready.*RuntimeError: no CUDA on this node"):
-        sleeper_pool(Diary(), 1, Stillborn).run(items(Job("job", tmp_path)))
+        sleeper_pool(Diary(), 1, Stillborn).run(tasks_of(Job("job", tmp_path)))
 
 
-def test_workers_without_room_are_waited_for_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_without_room_are_waited_for_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "_UNPLACED_S", 1.0)
-    holder = ray.remote(Sleeper).options(num_cpus=4).remote()
+
+    holder = ray.remote(num_cpus=4)(Holder).remote()
     ray.get(holder.ready.remote())
 
     class Patient(Diary):
-        def unplaced(self, seconds: float) -> None:
-            super().unplaced(seconds)
-            ray.kill(holder)
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if isinstance(event, Notice):
+                ray.kill(holder)
 
     diary = Patient()
-    sleeper_pool(diary, 1).run(items(Job("job", tmp_path)))
+    sleeper_pool(diary, 1).run(tasks_of(Job("job", tmp_path)))
     assert set(diary.results) == {"job"}
-    assert diary.unplaced_s == [1.0] and diary.lost == []
+    (notice,) = diary.notices
+    assert "no worker has started for 1 s: each takes 1 CPUs and 0 GPUs of one node" in notice
+    assert "other jobs use them" in notice and diary.lost == []
+
+
+def test_a_refused_task_fails_at_once_with_one_record_and_the_rest_finishes(tmp_path: Path) -> None:
+    diary = Diary()
+    quarantined = sleeper_pool(diary, 1).run(tasks_of(Job("damaged", tmp_path, refuses=True), Job("good", tmp_path)))
+    assert [task.key for task in quarantined] == ["damaged"] and set(diary.results) == {"good"}
+    ((key, failure),) = diary.failures
+    assert (key, failure.stage, failure.kind, failure.reason) == (
+        "damaged",
+        "rollouts",
+        "refused",
+        "damaged is damaged",
+    )
+    assert (failure.counted, failure.counted_attempts, failure.quarantined) == (True, 1, True)
+    assert [task for _, task in diary.order] == ["damaged", "good"]
+    assert len({worker for worker, _ in diary.order}) == 1 and diary.lost == [], "the worker went with the task"
+    assert diary.done == [(1, 2), (2, 2)]

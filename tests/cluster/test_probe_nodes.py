@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lrag_ray.engine.probe_nodes import CLOCK_SKEW_S, probe_node, require_run, tell_of_skew
+from lrag_ray.engine.probe_nodes import CLOCK_SKEW_S, probe_node, report_skew
 from lrag_ray.errors import StorageError
 from lrag_ray.events import Event, Notice
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.shared import require_run
 from tests.store.make import make_identity
 from tests.store.namespaces import unshare_command
 
@@ -93,9 +94,9 @@ def test_a_node_with_an_empty_folder_or_another_run_writes_nothing_there(
 
 
 @pytest.mark.parametrize(("skew_s", "told"), [(7200.0, "7200 s ahead of"), (-40.0, "40 s behind"), (0.5, None)])
-def test_a_clock_that_is_off_is_told(skew_s: float, told: str | None) -> None:
+def test_a_clock_that_is_off_is_reported(skew_s: float, told: str | None) -> None:
     events: list[Event] = []
-    tell_of_skew("gpu-3 (10.0.0.3)", skew_s, events.append)
+    report_skew("gpu-3 (10.0.0.3)", skew_s, events.append)
     texts = [event.text for event in events if isinstance(event, Notice) and event.warning]
     if told is None:
         assert abs(skew_s) < CLOCK_SKEW_S and texts == []

@@ -16,8 +16,12 @@ import pytest
 
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import ClusterError, IdentityError, StorageError
-from lrag_ray.events import AttemptFailed, Event, Notice, RolloutFinished, RunPlanned, StageBegan, WorkerLost
-from lrag_ray.pipelines.evaluate import run
+from lrag_ray.events import AttemptFailed, Event, Notice, RunPlanned, StageBegan, TaskFinished, WorkerLost
+from lrag_ray.pipelines.evaluate import evaluate
+from lrag_ray.stages.rollout.worker import RolloutResult
+from lrag_ray.stages.spec import Host, Result, Yielded
+from lrag_ray.stages.text import TextStage, TextTask, TextWorker
+from lrag_ray.store.failures import read_failures
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.cluster.drivers import Driver, actors_below, driver, write_config
@@ -42,7 +46,7 @@ def make_config(uri: Path | str, actors: int = 1, **changes: Any) -> RunConfig:
 
 
 class Recorder:
-    """A progress that keeps the events."""
+    """A listener that keeps the events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -53,12 +57,20 @@ class Recorder:
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
 
+    def rollouts(self) -> list[tuple[str, RolloutResult]]:
+        """Folders and results of the rollouts that finished."""
+        return [
+            (event.task, event.result)
+            for event in self.events
+            if isinstance(event, TaskFinished) and isinstance(event.result, RolloutResult)
+        ]
+
 
 @pytest.fixture(scope="module")
 def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     """The run with one actor that nothing disturbed."""
     folder = tmp_path_factory.mktemp("quiet")
-    outcome = run(make_config(folder), PROMPTS)
+    outcome = evaluate(make_config(folder), PROMPTS)
     assert (outcome.exit_code, outcome.commits_total, outcome.commits_made) == (0, 12, 12)
     return RolloutRun(str(folder))
 
@@ -71,21 +83,21 @@ def assert_equal(found: RolloutRun, expected: RolloutRun) -> None:
 
 def test_two_actors_and_reversed_prompts_give_the_same_bytes(quiet: RolloutRun, tmp_path: Path) -> None:
     reversed_lines = make_prompts(*[prompt.text for prompt in reversed(PROMPTS)])
-    progress = Recorder()
-    outcome = run(make_config(tmp_path, actors=2), reversed_lines, progress=progress)
+    recorder = Recorder()
+    outcome = evaluate(make_config(tmp_path, actors=2), reversed_lines, listener=recorder)
     assert (outcome.exit_code, outcome.commits_made) == (0, 12)
     assert_equal(RolloutRun(str(tmp_path)), quiet)
-    assert len(progress.of(RolloutFinished)) == 6
-    assert progress.of(RunPlanned)[0].blocks_to_do == 6 * 4
+    assert len(recorder.rollouts()) == 6
+    assert recorder.of(RunPlanned)[0].blocks_to_do == 6 * 4
 
 
 def test_a_second_start_does_nothing_and_a_deleted_commit_is_made_again(quiet: RolloutRun, tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    assert run(config, PROMPTS[:1]).commits_made == 4
+    assert evaluate(config, PROMPTS[:1]).commits_made == 4
     directory = RolloutRun(str(tmp_path))
     before = directory.storage.list_files("rollouts")
     again = Recorder()
-    outcome = run(config, PROMPTS[:1], progress=again)
+    outcome = evaluate(config, PROMPTS[:1], listener=again)
     assert (outcome.exit_code, outcome.commits_made) == (0, 0)
     assert not {"connect", "text", "rollouts", "scoring"} & {event.stage for event in again.of(StageBegan)}
     assert directory.storage.list_files("rollouts") == before
@@ -93,10 +105,10 @@ def test_a_second_start_does_nothing_and_a_deleted_commit_is_made_again(quiet: R
     victim = directory.commits()[-1]
     directory.storage.remove(f"{victim.rollout.path}/commit-{victim.latent_frames}.json")
     redone = Recorder()
-    outcome = run(config, PROMPTS[:1], progress=redone)
+    outcome = evaluate(config, PROMPTS[:1], listener=redone)
     assert outcome.commits_made == 1
-    assert [(event.rollout, event.horizons) for event in redone.of(RolloutFinished)] == [
-        (victim.rollout, (victim.latent_frames,))
+    assert [(folder, result.committed) for folder, result in redone.rollouts()] == [
+        (victim.rollout.path, (victim.latent_frames,))
     ]
     after = directory.storage.list_files("rollouts")
     del before[f"{victim.rollout.path}/commit-{victim.latent_frames}.json"]
@@ -106,68 +118,129 @@ def test_a_second_start_does_nothing_and_a_deleted_commit_is_made_again(quiet: R
 
 def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) -> None:
     config = make_config(tmp_path, backbones={"tiny": {**BACKBONE, "fail_on_prompt": "river"}}, durations_s=[1.5])
-    outcome = run(config, PROMPTS[:2])
+    outcome = evaluate(config, PROMPTS[:2])
     assert (outcome.exit_code, outcome.commits_made) == (1, 2)
     assert {rollout.prompt_id for rollout in outcome.failed} == {PROMPTS[1].prompt_id}
+    assert outcome.missing.keys() == {rollout.path for rollout in outcome.failed}
     directory = RolloutRun(str(tmp_path))
-    failures, _ = directory.failures()
-    assert [failure.counted_attempts for failure in failures if failure.rollout.method == "rag"] == [1, 2, 3]
+    failures, _ = read_failures(directory.storage)
+    assert [failure.counted_attempts for failure in failures if "/rag/" in failure.task] == [1, 2, 3]
     assert all("fail_on_prompt: the prompt contains 'river'" in failure.reason for failure in failures)
-    assert all("rollout_work.py" in failure.traceback and "line" in failure.traceback for failure in failures)
+    assert all("rollout/worker.py" in failure.traceback and "line" in failure.traceback for failure in failures)
     status = run_status(directory)
     assert {(cell.method, cell.done, cell.failed) for cell in status.cells} == {("base", 1, 1), ("rag", 1, 1)}
 
-    fixed = run(make_config(tmp_path, durations_s=[1.5]), PROMPTS[:2])
-    assert (fixed.exit_code, fixed.commits_made) == (0, 2)
+    fixed = evaluate(make_config(tmp_path, durations_s=[1.5]), PROMPTS[:2])
+    assert (fixed.exit_code, fixed.commits_made, fixed.missing) == (0, 2, {})
     assert run_status(directory).failures == []
+    assert read_failures(directory.storage) == ([], [])
 
 
 def test_a_history_that_this_machine_can_never_hold_ends_the_run_before_any_rollout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrag_ray.pipelines.rollouts.history_bytes", lambda *_: 2**60)
+    monkeypatch.setattr("lrag_ray.pipelines.evaluate.history_bytes", lambda *_: 2**60)
     config = make_config(tmp_path, methods={"rag": METHODS["rag"]}, durations_s=[1.5])
-    with pytest.raises(ClusterError, match=r"grows to 1152921504\.6 GB of host memory.* Fix: nodes with more memory"):
-        run(config, PROMPTS[:1])
+    with pytest.raises(ClusterError, match=r"grows to 1152921504\.6 GB of host memory.* Use nodes with more memory"):
+        evaluate(config, PROMPTS[:1])
     assert RolloutRun(str(tmp_path)).commits() == []
 
 
-def dies(*_: object) -> None:
-    os._exit(1)
+class Deadly(TextStage):
+    """Every worker dies at its first prompt."""
+
+    def open(self, host: Host) -> TextWorker:
+        return _Deadly(self, host)
 
 
-def runs_out_of_memory(*_: object) -> None:
-    raise MemoryError
+class _Deadly(TextWorker):
+    def work(self, payload: TextTask, attempt: str) -> Result | Yielded:
+        os._exit(1)
+
+
+class Full(TextStage):
+    """The encoder does not fit into the memory of the node."""
+
+    def open(self, host: Host) -> TextWorker:
+        return _Full(self, host)
+
+
+class _Full(TextWorker):
+    def work(self, payload: TextTask, attempt: str) -> Result | Yielded:
+        raise MemoryError
+
+
+class Picky(TextStage):
+    """Cannot encode rivers."""
+
+    def open(self, host: Host) -> TextWorker:
+        return _Picky(self, host)
+
+
+class _Picky(TextWorker):
+    def work(self, payload: TextTask, attempt: str) -> Result | Yielded:
+        if "river" in payload.prompt:
+            raise ValueError("no tokens for rivers")
+        return super().work(payload, attempt)
 
 
 @pytest.mark.parametrize(
-    ("encode", "told"),
-    [
-        (dies, r"4 workers in a row died at it; the last: .*"),
-        (runs_out_of_memory, "the host memory of the node is full"),
-    ],
+    ("stage", "reason"), [(Deadly, "ActorDiedError: .*"), (Full, "MemoryError.*the host memory of the node is full")]
 )
 def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encode: Callable[..., None], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: type[TextStage], reason: str
 ) -> None:
-    monkeypatch.setattr("lrag_ray.stages.text.encode_and_store", encode)
-    with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: .*{told}"):
-        run(make_config(tmp_path), PROMPTS[:1])
+    monkeypatch.setattr("lrag_ray.pipelines.evaluate.TextStage", stage)
+    with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: {reason}.*The same command continues"):
+        evaluate(make_config(tmp_path), PROMPTS[:1])
+    assert RolloutRun(str(tmp_path)).commits() == []
+    monkeypatch.undo()
+    assert evaluate(make_config(tmp_path), PROMPTS[:1]).exit_code == 0
+    assert read_failures(RolloutRun(str(tmp_path)).storage) == ([], [])
+
+
+def test_a_prompt_that_cannot_be_encoded_costs_its_own_rollouts_alone(
+    quiet: RolloutRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, directory = make_config(tmp_path), RolloutRun(str(tmp_path))
+    poisoned = PROMPTS[1].prompt_id
+    monkeypatch.setattr("lrag_ray.pipelines.evaluate.TextStage", Picky)
+    outcome = evaluate(config, PROMPTS)
+    assert (outcome.exit_code, outcome.commits_made) == (1, 8)
+    assert {commit.rollout.prompt_id for commit in directory.commits()} == {PROMPTS[0].prompt_id, PROMPTS[2].prompt_id}
+    assert {(rollout.method, rollout.prompt_id) for rollout in outcome.failed} == {
+        ("base", poisoned),
+        ("rag", poisoned),
+    }
+    title = f"prompt {poisoned} of tiny"
+    assert outcome.missing == {
+        title: "ValueError: no tokens for rivers",
+        **{rollout.path: "its prompt could not be encoded" for rollout in outcome.failed},
+    }
+    (failure,) = run_status(directory).failures
+    assert (failure.stage, failure.task, failure.kind, failure.counted_attempts) == ("text", title, "exception", 3)
+
+    monkeypatch.undo()
+    outcome = evaluate(config, PROMPTS)
+    assert (outcome.exit_code, outcome.commits_made, outcome.missing) == (0, 4, {})
+    assert run_status(directory).failures == []
+    assert read_failures(directory.storage) == ([], [])
+    assert_equal(directory, quiet)
 
 
 def test_a_run_grows_by_methods_prompts_and_durations(quiet: RolloutRun, tmp_path: Path) -> None:
     directory = RolloutRun(str(tmp_path))
     only_base = {"base": METHODS["base"]}
-    assert run(make_config(tmp_path, methods=only_base, durations_s=[1.5]), PROMPTS[:1]).commits_made == 1
+    assert evaluate(make_config(tmp_path, methods=only_base, durations_s=[1.5]), PROMPTS[:1]).commits_made == 1
     grown = Recorder()
-    assert run(make_config(tmp_path), PROMPTS, progress=grown).commits_made == 11
+    assert evaluate(make_config(tmp_path), PROMPTS, listener=grown).commits_made == 11
     assert_equal(directory, quiet)
-    continued = [event for event in grown.of(RolloutFinished) if event.blocks_resumed]
-    assert [(event.rollout.method, event.blocks_resumed, event.blocks_generated) for event in continued] == [
+    continued = [(folder, result) for folder, result in grown.rollouts() if result.blocks_resumed]
+    assert [(folder.split("/")[2], result.blocks_resumed, result.blocks_generated) for folder, result in continued] == [
         ("base", 2, 2)
     ]
     with pytest.raises(IdentityError, match=r"run\.seed"):
-        run(make_config(tmp_path, run={"uri": str(tmp_path), "seed": 1}), PROMPTS)
+        evaluate(make_config(tmp_path, run={"uri": str(tmp_path), "seed": 1}), PROMPTS)
 
 
 def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -> None:
@@ -175,7 +248,7 @@ def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -
     undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, [Gate(tmp_path / "open", opened=True)]))
     gate = Gate(tmp_path / "gate")
     config = long_config(tmp_path / "disturbed", None, 1, [gate], engine={"actors": 1})
-    directory, progress = RolloutRun(config.run.uri), Recorder()
+    directory, recorder = RolloutRun(config.run.uri), Recorder()
     killed: list[int] = []
 
     def kill() -> None:
@@ -189,24 +262,24 @@ def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -
 
     thread = threading.Thread(target=kill)
     thread.start()
-    outcome = run(config, progress=progress)
+    outcome = evaluate(config, listener=recorder)
     thread.join()
-    assert len(killed) == 1 and len(progress.of(WorkerLost)) == 1
+    assert len(killed) == 1 and len(recorder.of(WorkerLost)) == 1
     assert outcome.exit_code == 0
-    assert [(event.failure.kind, event.failure.counted) for event in progress.of(AttemptFailed)] == [("death", False)]
-    assert sum(event.blocks_resumed > 0 for event in progress.of(RolloutFinished)) == 1
+    assert [(event.failure.kind, event.failure.counted) for event in recorder.of(AttemptFailed)] == [("death", False)]
+    assert sum(result.blocks_resumed > 0 for _, result in recorder.rollouts()) == 1
     same_results(directory, undisturbed)
 
 
 def test_a_commit_whose_file_is_gone_is_set_aside_and_made_again(tmp_path: Path) -> None:
     config = make_config(tmp_path, durations_s=[1.5], methods={"base": METHODS["base"]})
-    assert run(config, PROMPTS[:1]).exit_code == 0
+    assert evaluate(config, PROMPTS[:1]).exit_code == 0
     directory = RolloutRun(str(tmp_path))
     (victim,) = directory.commits()
     directory.storage.remove(victim.trace_parts[0].path)
-    progress = Recorder()
-    assert run(config, PROMPTS[:1], progress=progress).commits_made == 1
-    assert any("is missing" in notice.text and notice.warning for notice in progress.of(Notice))
+    recorder = Recorder()
+    assert evaluate(config, PROMPTS[:1], listener=recorder).commits_made == 1
+    assert any("is missing" in notice.text and notice.warning for notice in recorder.of(Notice))
     assert any(".json.invalid-" in path for path in directory.storage.list_files("rollouts"))
     (again,) = directory.commits()
     assert again.latents_digest == victim.latents_digest
@@ -215,10 +288,10 @@ def test_a_commit_whose_file_is_gone_is_set_aside_and_made_again(tmp_path: Path)
 
 def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    progress = Recorder()
+    recorder = Recorder()
     with pytest.raises(StorageError, match=r"cannot read .*Not a directory"):
-        run(make_config(tmp_path / "file" / "run"), PROMPTS, progress=progress)
-    assert progress.of(StageBegan) == []
+        evaluate(make_config(tmp_path / "file" / "run"), PROMPTS, listener=recorder)
+    assert recorder.of(StageBegan) == []
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 300) -> None:
@@ -260,6 +333,6 @@ def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(clust
     assert 1 <= done < len(directory.commits()) < len(undisturbed.commits())
 
     gates[1].open()
-    outcome = run(config)
+    outcome = evaluate(config)
     assert (outcome.exit_code, outcome.commits_total) == (0, len(undisturbed.commits()))
     same_results(directory, undisturbed)

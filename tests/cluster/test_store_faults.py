@@ -11,17 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lrag_ray.config.schema import RunConfig
-from lrag_ray.pipelines.identity import build_identity
-from lrag_ray.stages.rollout.pending import open_work
-from lrag_ray.stages.rollout.worker import RolloutWorker
-from lrag_ray.stages.text import encode_and_store
-from lrag_ray.store.records import new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
-from tests.stages.make import digests, make_config, make_prompts, part_bytes
+from tests.stages.make import digests, do_all, make_config, make_prompts, part_bytes
 from tests.store.fault_proxy import Fault, FaultProxy, seeded
 
 pytestmark = pytest.mark.cluster
@@ -32,9 +26,10 @@ SEED = 11
 
 DRIVER = """
 import json, sys
-from lrag_ray.events import AttemptFailed, RolloutFinished
-from lrag_ray.pipelines.evaluate import run
+from lrag_ray.events import AttemptFailed
+from lrag_ray.pipelines.evaluate import evaluate
 from lrag_ray.engine.session import ray_session
+from tests.cluster.test_run import Recorder
 from tests.cluster.test_store_faults import PROMPTS, config
 
 moved, broken = sys.argv[2:]
@@ -43,13 +38,13 @@ moved_config = config(moved, endpoint_url=sys.argv[1], read_timeout_s=1)
 configs = [moved_config, config(broken, endpoint_url=sys.argv[1], attempts=1)]
 with ray_session(configs[0].engine):
     for one in configs:
-        told = []
-        outcome = run(one, PROMPTS, progress=told.append)
+        recorder = Recorder()
+        outcome = evaluate(one, PROMPTS, listener=recorder)
         print(json.dumps({
             "exit_code": outcome.exit_code,
             "commits_made": outcome.commits_made,
-            "resumed": sorted(event.blocks_resumed for event in told if isinstance(event, RolloutFinished)),
-            "failures": [event.failure.reason for event in told if isinstance(event, AttemptFailed)],
+            "resumed": sorted(result.blocks_resumed for _, result in recorder.rollouts()),
+            "failures": [event.failure.reason for event in recorder.of(AttemptFailed)],
         }))
 """
 
@@ -68,12 +63,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     """The run on a local disk that nothing disturbed."""
     made = config(tmp_path_factory.mktemp("quiet"))
     run = RolloutRun(made.run.uri)
-    identity = run.ensure(build_identity(made, PROMPTS))
-    worker = RolloutWorker(run, made, torch.device("cpu"), lambda _: None)
-    for item in open_work(identity, run.inventory()).items:
-        task = item.payload
-        encode_and_store(run.storage, made.backbones["tiny"], task.text_digest, [task.prompt], made.engine)
-        worker.work(task, new_attempt_id())
+    do_all(run, made, PROMPTS)
     return run
 
 

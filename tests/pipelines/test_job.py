@@ -80,6 +80,14 @@ def test_a_task_that_succeeds_is_not_missing_and_its_records_go(tmp_path: Path) 
     assert read_failures(later.storage) == ([], [])
 
 
+def test_a_quarantined_task_stays_missing_when_another_one_of_the_same_title_succeeds(tmp_path: Path) -> None:
+    """With independent durations each horizon of a rollout is a task, and the rollout's folder is the title of all."""
+    job = Told(tmp_path, AttemptFailed(failure()), TaskFinished("rollouts", ROLLOUT, Result()))
+    assert job.start() == 1
+    assert job.missing == {ROLLOUT: "ValueError: poison"}
+    assert [record.task for record in read_failures(job.storage)[0]] == [ROLLOUT]
+
+
 def test_an_interrupted_job_says_so_and_how_to_continue(tmp_path: Path) -> None:
     job = Told(tmp_path, AttemptFailed(failure()), interrupt=True)
     assert job.start() == INTERRUPTED
