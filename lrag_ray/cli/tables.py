@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lrag_ray.cli.output import count, duration, printable, quantity, say
+from lrag_ray.cli.output import count, duration, quantity, say
 
 if TYPE_CHECKING:
     from lrag_ray.conformance.case import CaseResult
@@ -42,7 +42,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     for backbone in plan.backbones:
         backbones.add_row(
             backbone.name,
-            printable(backbone.label),
+            backbone.label,
             quantity(backbone.parameters, ""),
             count(backbone.tokens_per_frame),
             quantity(backbone.kv_bytes_per_frame, "B"),
@@ -80,7 +80,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
     console.print(_totals(plan))
     for note in plan.notes:
-        console.print(f"Note: {printable(note)}")
+        console.print(f"Note: {note}")
 
 
 def _totals(plan: Plan) -> Table:
@@ -112,7 +112,7 @@ def print_status(console: Console, status: RunStatus) -> None:
     console.print()
     console.print(_pace(status))
     if status.held_by is not None:
-        console.print(printable(f"At work: {status.held_by}"))
+        console.print(f"At work: {status.held_by}")
     _print_list(
         console,
         "Quarantined; the next start retries them",
@@ -178,7 +178,8 @@ def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:
     if shown:
         console.print(f"{title} ({len(shown)}):")
         for line in shown:
-            console.print(f"  {printable(line)}")
+            # What follows a line break cannot pass for a line of ours.
+            say(console, "  " + line.replace("\n", "\n      "))
 
 
 def print_results(console: Console, results: Iterable[CaseResult]) -> list[CaseResult]:

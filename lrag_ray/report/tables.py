@@ -10,6 +10,7 @@ from enum import IntEnum
 from rich.table import Table
 from rich.text import Text
 
+from lrag_ray.printable import printable
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.differences import BlockStatistics, Contrast
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL, Interval
@@ -216,7 +217,7 @@ def _difference_cell(contrast: Contrast, measure: Measure) -> Text:
 
 def _name(text: str) -> Text:
     """Text that holds names of a stranger's run: nothing in it steers a terminal."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+    return Text(printable(text))
 
 
 def _marked(text: str, place: Place | None) -> Text:
