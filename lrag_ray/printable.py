@@ -1,4 +1,4 @@
-"""Text from files in a form that cannot act on a terminal: no cursor movement, no links, no hidden or reordered text."""
+"""Text from files in a form that cannot act on a terminal: no cursor movement, links, hidden or reordered text."""
 
 from __future__ import annotations
 

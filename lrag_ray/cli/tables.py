@@ -110,9 +110,8 @@ def print_status(console: Console, status: RunStatus) -> None:
         cells.add_row(cell.backbone, cell.method, f"{cell.duration_s:g} s", *map(count, numbers))
     console.print(cells)
     console.print()
-    console.print(_pace(status))
-    if status.held_by is not None:
-        console.print(f"At work: {status.held_by}")
+    for line in (_state(status), _who(status)):
+        say(console, line)
     _print_list(
         console,
         "Quarantined; the next start retries them",
@@ -166,11 +165,35 @@ def print_decoded(console: Console, outcome: DecodeOutcome) -> None:
         console.print(f"videos: {outcome.uri}/{folder}/<backbone>/<method>/<prompt>-<sample>/", soft_wrap=True)
 
 
-def _pace(status: RunStatus) -> str:
+def _state(status: RunStatus) -> str:
+    """How far, and how fast while somebody works."""
+    scores, parts = status.scores, []
+    open_cells = sum(cell.total - cell.done - cell.failed for cell in status.cells)
     if status.done:
-        return "All done."
-    rate = f"{status.commits_per_hour:.3g} commits per hour" if status.commits_per_hour else "no rate yet"
-    return f"{rate}, about {duration(status.eta_s)} left" if status.eta_s is not None else rate
+        parts.append("All done" if not status.quarantined else "All videos and scores are there")
+    elif status.commits_per_hour:
+        parts.append(f"{status.commits_per_hour:.3g} commits per hour, about {duration(status.eta_s or 0)} left")
+    elif not open_cells:
+        parts.append("No rollout is pending")
+    else:
+        parts.append(f"{count(open_cells)} results are not there yet")
+    if scores is not None and scores.pending is None:
+        parts.append(f"scores of the plug-in {scores.suite} are not counted")
+    elif scores is not None and scores.pending:
+        parts.append(f"{count(scores.pending)} scores of {scores.suite} are not there yet")
+    if failed := len(status.failures):
+        parts.append(f"{count(failed)} quarantined")
+    return f"{'; '.join(parts)}."
+
+
+def _who(status: RunStatus) -> str:
+    """Who works on the run, or that nobody does."""
+    if status.held_by is not None:
+        return f"At work: {status.held_by}."
+    again = "" if status.done and not status.quarantined else " The same `lrag-ray run` continues."
+    if status.lost is not None:
+        return f"Nobody is at work. The last driver did not end properly: {status.lost}.{again}"
+    return f"Nobody is at work.{again}"
 
 
 def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:

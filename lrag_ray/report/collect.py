@@ -154,7 +154,7 @@ def collect(
     ]
     methods_by_name = merged.identity.methods
     return ReportData(
-        sources=[Source(run_dir, run_status(run_dir)) for run_dir in run_dirs],
+        sources=[Source(run_dir, run_status(run_dir, scores=False)) for run_dir in run_dirs],
         identity=merged.identity,
         methods=merged.methods,
         suite=shown,

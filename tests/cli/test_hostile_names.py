@@ -30,7 +30,7 @@ ATTACKS = {
     "bidi": "\u202eevil\u2066\u061c",
     "hidden": "ze\u200bro\u200d\u2060\ufeff\U000e0041",
     "separators": "one\u2028two\u2029",
-    "markup": "[red]x[/red]",
+    "markup": "[red]x[bold]",
 }
 NAME = "".join(ATTACKS.values())
 LONG = "x" * 100_000
@@ -104,7 +104,7 @@ def test_inspect_shows_the_prompt_without_its_controls(hostile: RolloutRun, form
     result = CliRunner().invoke(cli.app, ["inspect", f"{hostile.uri}/rollouts/tiny/{NAME}/{prompt_id}-0", *form])
     assert result.exit_code == 0, result.output[:2000]
     assert shown_unsafe(result.output) == set()
-    assert "[red]x[/red]" in result.output
+    assert "[red]x[bold]" in result.output
 
 
 def test_a_reason_with_line_breaks_cannot_pass_for_a_line_of_ours(hostile: RolloutRun) -> None:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lrag_ray.cli.progress import PlainProgress, RunView, _drawn
+from lrag_ray.cli.progress import PlainProgress, RunView, _drawn, shown_progress
 from lrag_ray.events import (
     AttemptFailed,
     Event,
