@@ -194,7 +194,7 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         notes.setdefault(video.note, set()).add(video.path)
     for note, paths in notes.items():
         if note:
-            shown.print(f"Note on {', '.join(map(printable, sorted(paths)))}: {printable(note)}", soft_wrap=True)
+            shown.print(f"Note on {', '.join(sorted(paths))}: {note}", soft_wrap=True)
     shown.print(f"{outcome.to}/{outcome.csv}", soft_wrap=True)
 
 

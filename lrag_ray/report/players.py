@@ -65,25 +65,20 @@ def relative_address(page_folder: Storage, storage: Storage, path: str) -> str |
 def rows(data: ReportData, page_folder: Storage) -> Iterator[Row]:
     """Rows in prompt-major order; traces are read row by row, so that only one row's are in memory."""
     with_maps = _with_maps(data)
-    for prompt_id, prompt in data.identity.prompts.items():
-        for sample in range(data.identity.samples):
-            for backbone, methods in data.methods.items():
-                shown = {
-                    method: data.rollouts.get(
-                        RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-                    )
-                    for method in methods
-                }
-                if any(shown.values()):
-                    maps = (backbone, prompt_id) in with_maps
-                    yield Row(
-                        anchor=f"{backbone}-{prompt_id}-{sample}",
-                        prompt=prompt.text,
-                        prompt_index=prompt.index,
-                        sample=sample,
-                        backbone=backbone,
-                        players=[_player(method, rollout, page_folder, maps) for method, rollout in shown.items()],
-                    )
+    for prompt_id, sample, backbone in dict.fromkeys((r.prompt_id, r.sample, r.backbone) for r in data.rollouts):
+        shown = {
+            method: data.rollouts.get(RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample))
+            for method in data.methods[backbone]
+        }
+        prompt, maps = data.identity.prompts[prompt_id], (backbone, prompt_id) in with_maps
+        yield Row(
+            anchor=f"{backbone}-{prompt_id}-{sample}",
+            prompt=prompt.text,
+            prompt_index=prompt.index,
+            sample=sample,
+            backbone=backbone,
+            players=[_player(method, rollout, page_folder, maps) for method, rollout in shown.items()],
+        )
 
 
 def _with_maps(data: ReportData) -> set[tuple[str, str]]:

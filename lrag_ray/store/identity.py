@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -104,12 +104,26 @@ class RunIdentity(Record):
         return {latent_frames: self.rollout_key(rollout, latent_frames) for latent_frames in horizons}
 
     def rollouts(self) -> Iterator[RolloutId]:
-        """All rollouts of the run, prompt-major."""
+        """All rollouts of the run, prompt-major, one by one: a run directory may claim any number of them."""
         for prompt_id in self.prompts:
             for sample in range(self.samples):
                 for backbone in self.backbones:
                     for method in self.methods:
                         yield RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+
+    def rollouts_at(self, folders: Iterable[str]) -> list[RolloutId]:
+        """The rollouts of the run among `folders` (``rollouts/…``), prompt-major."""
+        found = {rollout for folder in folders if (rollout := RolloutId.at(folder)) and self.knows(rollout)}
+        return self.ordered(found)
+
+    def ordered(self, rollouts: Iterable[RolloutId]) -> list[RolloutId]:
+        """Rollouts of the run, prompt-major."""
+        prompts, backbones, methods = (
+            {name: i for i, name in enumerate(names)} for names in (self.prompts, self.backbones, self.methods)
+        )
+        return sorted(
+            rollouts, key=lambda r: (prompts[r.prompt_id], r.sample, backbones[r.backbone], methods[r.method])
+        )
 
     def knows(self, rollout: RolloutId) -> bool:
         """Whether the rollout belongs to the run as it is written down."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -30,6 +31,8 @@ UtcTime = Annotated[str, AfterValidator(_a_time)]
 """What `now_utc` gives; a damaged one is refused with its record, before anybody sorts by it."""
 
 
+_ROLLOUT_FOLDER = re.compile(r"^rollouts/([^/]+)/([^/]+)/([^/]+)-(0|[1-9]\d{0,17})$", re.ASCII | re.DOTALL)
+
 ROLLOUTS = "rollouts"
 """Stage whose tasks are rollouts, and their folder below the run."""
 
@@ -53,6 +56,12 @@ class RolloutId(Record):
     def path(self) -> str:
         """Folder below the run: ``rollouts/<backbone>/<method>/<prompt_id>-<sample>``."""
         return f"rollouts/{self.backbone}/{self.method}/{self.prompt_id}-{self.sample}"
+
+    @classmethod
+    def at(cls, folder: str) -> RolloutId | None:
+        """The rollout whose `path` is `folder`; None where that is not the folder of a rollout."""
+        match = _ROLLOUT_FOLDER.match(folder)
+        return match and cls(backbone=match[1], method=match[2], prompt_id=match[3], sample=int(match[4]))
 
 
 class FileRecord(Record):

@@ -87,9 +87,8 @@ class RunStatus(Record):
         if self.held_by is not None:
             return False
         scores_left = self.scores is not None and bool(self.scores.pending) and not self.scores.quarantined
-        return (
-            self.quarantined and not scores_left and all(cell.done + cell.failed == cell.total for cell in self.cells)
-        )
+        rollouts_left = any(cell.done + cell.failed < cell.total for cell in self.cells)
+        return self.quarantined and not scores_left and not rollouts_left
 
     @property
     def exit_code(self) -> int:
@@ -181,7 +180,7 @@ def _count(
     """Rollouts by (backbone, method, latent frames, state), and the paths of those that miss a horizon."""
     counts: Counter[tuple[str, str, int, State]] = Counter()
     unfinished = set()
-    for rollout in identity.rollouts():
+    for rollout in identity.rollouts_at({*inventory.commits, *inventory.part_records, *given_up}):
         path = rollout.path
         horizons = {horizon.latent_frames for horizon in identity.backbones[rollout.backbone].horizons}
         # The key costs a hash: only rollouts that have something on storage need it.
@@ -191,6 +190,13 @@ def _count(
             unfinished.add(path)
         for latent_frames in horizons:
             counts[rollout.backbone, rollout.method, latent_frames, "done" if latent_frames in done else state] += 1
+    total = len(identity.prompts) * identity.samples
+    for name, backbone in identity.backbones.items():
+        for method in identity.methods:
+            # What nothing is stored of was not looked at.
+            for latent_frames in {horizon.latent_frames for horizon in backbone.horizons}:
+                seen = sum(counts[name, method, latent_frames, state] for state in _STATES)
+                counts[name, method, latent_frames, "pending"] += total - seen
     return counts, unfinished
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MOST = 1_000_000
+"""No size of a generator is larger; it would be a slip."""
+
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -33,6 +36,21 @@ class WanConfig:
     """Epsilon of every norm."""
 
     def __post_init__(self) -> None:
+        for name in (
+            "dim",
+            "ffn_dim",
+            "freq_dim",
+            "text_dim",
+            "text_len",
+            "in_dim",
+            "out_dim",
+            "num_heads",
+            "num_layers",
+        ):
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1 and at most {_MOST}")
+        if not all(1 <= size <= _MOST for size in self.patch_size):
+            raise ValueError(f"patch_size {self.patch_size} must be at least 1 and at most {_MOST} each way")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
@@ -97,8 +115,8 @@ class SamplerConfig:
             raise ValueError("denoising_steps is empty")
         if any(not 0 <= step <= 1000 for step in self.denoising_steps):
             raise ValueError(f"denoising_steps {list(self.denoising_steps)} must be in 0..1000")
-        if self.frames_per_block < 1:
-            raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1")
+        if not 1 <= self.frames_per_block <= _MOST:
+            raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1 and at most {_MOST}")
 
     @property
     def passes_per_block(self) -> int:
