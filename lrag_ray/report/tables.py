@@ -109,11 +109,14 @@ def comparison_note(block: RankBlock) -> str:
 def left_out_note(block: RankBlock) -> str:
     """Which methods are left out of the ranks, and why; empty where none is."""
     apart = [row for row in block.rows if not row.compared]
-    reasons = {
-        "no scores yet for": [row for row in apart if not row.videos_scored],
-        "no completely scored prompt in common with the others for": [row for row in apart if row.videos_scored],
-    }
-    return "; ".join(f"{why} {', '.join(row.method for row in rows)}" for why, rows in reasons.items() if rows)
+    missing = [row.method for row in apart if not row.videos_scored]
+    others = [row.method for row in apart if row.videos_scored]
+    reasons = [f"no scores yet for {', '.join(missing)}"] if missing else []
+    if others and block.compared:
+        reasons.append(f"no completely scored prompt in common with the others for {', '.join(others)}")
+    elif others and not missing:
+        reasons.append("no prompt has complete scores for several methods")
+    return "; ".join(reasons)
 
 
 def frozen_note(data: ReportData, block: RankBlock) -> str:

@@ -141,8 +141,7 @@ def _ranked(
     common = sorted(set.intersection(*(complete[method] for method in compared))) if compared else []
     weights = _weights(common, block[compared[0]], pooling) if compared else {}
     ranked = {method: _means(block[method], weights, measures) for method in compared}
-    # One alone has no rank beside methods that it cannot be compared with.
-    ranks = rank_means(ranked, measures) if len(compared) > 1 or len(block) == 1 else {}
+    ranks = rank_means(ranked, measures)
     rows = []
     for method, videos in block.items():
         own = weights if method in ranked else _weights(sorted(videos), videos, pooling)
@@ -166,12 +165,16 @@ def _ranked(
 
 
 def _comparable(complete: Mapping[str, set[Unit]]) -> list[str]:
-    """Methods that have units in common, in their order: those with the fewest units are left out until there are."""
+    """Methods that have units in common, in their order; none where only one of several is left.
+
+    Those with the fewest units are left out until the others have some in common.
+    """
     kept = [method for method, units in complete.items() if units]
     while kept and not set.intersection(*(complete[method] for method in kept)):
         fewest = min(len(complete[method]) for method in kept)
         kept.remove([method for method in kept if len(complete[method]) == fewest][-1])
-    return kept
+    # One alone has no rank beside methods that it cannot be compared with.
+    return kept if len(kept) > 1 or len(complete) == 1 else []
 
 
 def _weights(units: Sequence[Unit], videos: Mapping[Unit, VideoScore], pooling: Pooling) -> dict[Unit, float]:

@@ -36,21 +36,10 @@ class WanConfig:
     """Epsilon of every norm."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "dim",
-            "ffn_dim",
-            "freq_dim",
-            "text_dim",
-            "text_len",
-            "in_dim",
-            "out_dim",
-            "num_heads",
-            "num_layers",
-        ):
-            if not 1 <= getattr(self, name) <= _MOST:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1 and at most {_MOST}")
-        if not all(1 <= size <= _MOST for size in self.patch_size):
-            raise ValueError(f"patch_size {self.patch_size} must be at least 1 and at most {_MOST} each way")
+        sizes = [(name, size) for name, size in vars(self).items() if name not in ("patch_size", "eps")]
+        for name, size in [*sizes, *(("patch_size", size) for size in self.patch_size)]:
+            if not 1 <= size <= _MOST:
+                raise ValueError(f"{name} {size} must be at least 1 and at most {_MOST}")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
