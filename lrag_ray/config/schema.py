@@ -36,6 +36,7 @@ MOST_WORKERS = 100_000
 _MOST_CPUS = 4096
 _MOST_GPUS = 64
 _MOST_LATENT_SIDE = 4096
+_HTTP_ADDRESS = r"https?://(\[[0-9A-Fa-f:.]+\]|[^/@?#\s\[\]:]+)(:\d{1,5})?(/[^?#\s]*)?"
 _DAY_S = 24 * 3600.0
 _WEEK_S = 7 * _DAY_S
 
@@ -112,7 +113,7 @@ class StorageSection(Section):
     @field_validator("endpoint_url")
     @classmethod
     def _http_address(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", value):
+        if value is not None and not re.fullmatch(_HTTP_ADDRESS, value):
             raise ValueError("must be http://host:port or https://host:port, without credentials")
         return value
 

@@ -104,6 +104,8 @@ class SamplerConfig:
             raise ValueError("denoising_steps is empty")
         if any(not 0 <= step <= 1000 for step in self.denoising_steps):
             raise ValueError(f"denoising_steps {list(self.denoising_steps)} must be in 0..1000")
+        if not 0 < self.shift <= _MOST:
+            raise ValueError(f"shift {self.shift} must be above 0 and at most {_MOST}")
         if not 1 <= self.frames_per_block <= _MOST:
             raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1 and at most {_MOST}")
 
