@@ -36,7 +36,7 @@ class PrintableConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]  # Rich's options, passed on
+    def render_str(self, text: str, **options: Any) -> Text:
         """Plain text, replaced before it is measured, so that columns fit."""
         return super().render_str(printable(text), **options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.report.trace_svg import TraceFigure, trace_figure
 from lrag_ray.store.address import Storage
+from lrag_ray.store.parquet import read_parquet
 from lrag_ray.store.parts import TRACE_SCHEMA
 from lrag_ray.store.records import RolloutId
 
@@ -117,7 +116,7 @@ def _trace(shown: ShownRollout) -> list[TraceRow]:
     if not paths or not all(path in contents for path in paths):
         return []
     try:
-        rows = pa.concat_tables([pq.read_table(io.BytesIO(contents[path]), schema=TRACE_SCHEMA) for path in paths])
+        rows = pa.concat_tables([read_parquet(contents[path], TRACE_SCHEMA) for path in paths])
     except pa.ArrowException:
         return []
     in_all_layers = pc.equal(rows["layer"], ALL_LAYERS)
