@@ -166,7 +166,7 @@ def print_decoded(console: Console, outcome: DecodeOutcome) -> None:
 
 
 def _state(status: RunStatus) -> str:
-    """How far, and how fast while somebody works."""
+    """How far, and how fast while someone works."""
     scores, parts = status.scores, []
     open_cells = sum(cell.total - cell.done - cell.failed for cell in status.cells)
     if status.done:

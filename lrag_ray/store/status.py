@@ -83,7 +83,7 @@ class RunStatus(Record):
 
     @property
     def settled(self) -> bool:
-        """Whether nothing will change until somebody starts the run again: the rest is quarantined."""
+        """Whether nothing will change until someone starts the run again: the rest is quarantined."""
         if self.held_by is not None:
             return False
         scores_left = self.scores is not None and bool(self.scores.pending) and not self.scores.quarantined
