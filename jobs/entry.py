@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lrag_ray.errors import LragError
 from lrag_ray.events import Event, Listener, Notice, StageAdvanced, StageBegan, StageEnded, as_json
+from lrag_ray.printable import json_text, printable
 
 
 def listener(progress: str) -> Listener:
@@ -22,18 +22,18 @@ def reporting_errors() -> Iterator[None]:
     try:
         yield
     except LragError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
 def _write_json(event: Event) -> None:
-    print(json.dumps(as_json(event), ensure_ascii=False), flush=True)
+    print(json_text(as_json(event)), flush=True)
 
 
 def _write_line(event: Event) -> None:
     match event:
         case Notice():
-            print(f"{'warning: ' if event.warning else ''}{event.text}", flush=True)
+            print(printable(f"{'warning: ' if event.warning else ''}{event.text}"), flush=True)
         case StageBegan():
             print(f"{event.stage}: {event.total} tasks", flush=True)
         case StageAdvanced():

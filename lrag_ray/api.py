@@ -149,7 +149,7 @@ class Run:
                 "duration_s": data.duration_s(block.backbone, block.latent_frames),
                 "method": row.method,
                 "average_rank": row.average_rank,
-                "prompts": block.prompts,
+                "prompts": row.prompts,
                 **row.means,
             }
             for block in data.blocks

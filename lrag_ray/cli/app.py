@@ -93,11 +93,14 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 def status(
     run_uri: Run,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Look again every few seconds until all is done (or Ctrl-C).")
+        bool, typer.Option("--watch", help="Look again every few seconds until nothing is left to do.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how far a run is, from its storage alone: done, partial, failed and pending per cell, rate, failures.
+    """Show how far a run is, from its storage alone: results per cell, scores, failures, and who works on it.
+
+    With --watch it ends when all is done, or when the rest is quarantined and nobody works on the run any more. Exit
+    code 1 if anything was quarantined.
 
     \b
     Examples:
@@ -119,8 +122,8 @@ def status(
                 # Not before the new look is there: a large run on a bucket takes a while to read.
                 console().clear()
             print_status(console(), found)
-        if found.done or not watch:
-            break
+        if not watch or found.settled or (found.done and found.held_by is None):
+            raise typer.Exit(found.exit_code)
         # At most half of the time is spent on reading: every commit is read at every look.
         time.sleep(max(_LOOK_EVERY_S, time.monotonic() - began_s))
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lrag_ray.cli.options import AsJson, Run
-from lrag_ray.cli.output import console, count, print_json, printable, quantity, tells_errors
+from lrag_ray.cli.output import console, count, print_json, quantity, tells_errors, write
 from lrag_ray.cli.tables import table
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def gc(
 
 def _tell(event: Event) -> None:
     if text := getattr(event, "text", ""):
-        print(printable(text), file=sys.stderr)
+        write(text, stderr=True)
 
 
 def _print(out: Console, outcome: GcOutcome) -> None:
@@ -77,7 +76,7 @@ def _print(out: Console, outcome: GcOutcome) -> None:
             shown.add_row(kind, count(files), quantity(size, "B"))
         out.print(shown)
         for leftover in outcome.leftovers[:_PATHS_SHOWN]:
-            out.print(f"  {printable(leftover.path)}")
+            out.print(f"  {leftover.path}")
         if len(outcome.leftovers) > _PATHS_SHOWN:
             out.print(f"  … and {count(len(outcome.leftovers) - _PATHS_SHOWN)} more (--json lists all)")
     total = f"{count(len(outcome.leftovers))} files, {quantity(outcome.size_bytes, 'B')}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli.output import tells_errors
+from lrag_ray.cli.output import tells_errors, write
 from lrag_ray.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def import_config(
     # What is written can be run.
     complete(parse_document(f"{file} as imported", text))
     if to is None:
-        typer.echo(text, nl=False)
+        write(text, end="")
         return
     try:
         with Path(to).open("x", encoding="utf-8") as target:
@@ -51,4 +51,4 @@ def import_config(
         raise UsageError(f"{to} cannot be written: {error.strerror}. Fix: give another --to") from error
     for line in text.splitlines():
         if line.startswith("# "):
-            typer.echo(line[2:])
+            write(line[2:])

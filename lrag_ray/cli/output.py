@@ -1,21 +1,26 @@
-"""What commands print: tables for people on stdout, one JSON object with ``--json``, errors on stderr."""
+"""What commands print: tables for people on stdout, one JSON object with ``--json``, errors on stderr.
+
+This is the only place of the program that prints. All text passes `printable` here, because most of it comes from
+files: run directories, prompts, videos and their names.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import re
 import sys
 import textwrap
-import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
 from typing import Any, ParamSpec
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
 
 from lrag_ray.errors import INTERRUPTED, LragError
+from lrag_ray.printable import json_text, printable
 from lrag_ray.store.waits import told_of_waits
 
 P = ParamSpec("P")
@@ -23,16 +28,34 @@ P = ParamSpec("P")
 _WIDTH_WITHOUT_TERMINAL = 140
 
 
+class PrintableConsole(Console):
+    """A console whose every character passes `printable`, whatever it is part of: text, tables, live displays."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Segments of anything that is shown; only Rich's own cursor movements are left as they are."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Plain text, replaced before it is measured, so that columns fit."""
+        return super().render_str(printable(text), **options)
+
+
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: nothing in it is markup."""
+    """A console that prints text as it is: nothing in it is markup, nothing steers the terminal."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
-    return Console(file=stream, markup=False, highlight=False, emoji=False, width=width)
+    return PrintableConsole(file=stream, markup=False, highlight=False, emoji=False, width=width)
 
 
 def print_json(value: Any) -> None:
     """Print plain data, a dataclass or a pydantic record as one JSON object."""
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    print(json_text(plain(value), indent=2))
+
+
+def write(text: str, *, stderr: bool = False, end: str = "\n") -> None:
+    """Print text in one piece, without tables and colours."""
+    print(printable(text), file=sys.stderr if stderr else sys.stdout, end=end, flush=stderr)
 
 
 def plain(value: Any) -> Any:
@@ -54,33 +77,23 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
     Bugs keep their traceback. Where it waits for storage, that is reported on stderr.
     """
 
-    @functools.wraps(command)
+    @wraps(command)
     def told(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with told_of_waits(_say):
+            with told_of_waits(partial(write, stderr=True)):
                 command(*args, **kwargs)
         except LragError as error:
             if kwargs.get("as_json"):
                 told = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-                print(json.dumps(told, ensure_ascii=False), file=sys.stderr)
+                write(json_text(told), stderr=True)
             else:
-                print(f"error: {printable(str(error))}", file=sys.stderr)
+                write(f"error: {error}", stderr=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            write("interrupted", stderr=True)
             raise typer.Exit(INTERRUPTED) from None
 
     return told
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """`text` without control characters but line breaks: prompts and records of strangers must not steer a terminal."""
-    kept = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return "".join(kept)
 
 
 def say(to: Console, line: str, indent: int = 6) -> None:
@@ -88,7 +101,7 @@ def say(to: Console, line: str, indent: int = 6) -> None:
 
     What cannot be broken (paths, addresses) stays whole, so that it can be copied.
     """
-    shown = printable(line)
+    shown = line
     if to.is_terminal:
         hang = " " * indent
         parts = shown.split("\n")

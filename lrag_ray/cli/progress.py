@@ -8,13 +8,13 @@ Example::
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from rich.console import Console, Group, RenderableType
@@ -23,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lrag_ray.cli.output import console, count, duration, natural, printable
+from lrag_ray.cli.output import console, count, duration, natural, write
 from lrag_ray.events import (
     AttemptFailed,
     Event,
@@ -40,6 +40,7 @@ from lrag_ray.events import (
     WorkerLost,
     as_json,
 )
+from lrag_ray.printable import json_text
 from lrag_ray.stages.spec import StageName
 from lrag_ray.store.records import ROLLOUTS
 
@@ -192,17 +193,17 @@ class RunView:
 def shown_progress(form: ProgressForm = "auto") -> Iterator[Listener]:
     """A listener for the time of the block; `auto` is live on a terminal and lines elsewhere."""
     if form == "json":
-        yield json_lines(lambda line: print(line, file=sys.stderr, flush=True))
+        yield json_lines(partial(write, stderr=True))
     elif form == "auto" and sys.stderr.isatty():
         with _live(console(stderr=True)) as receive:
             yield receive
     else:
-        yield PlainProgress(lambda line: print(line, file=sys.stderr, flush=True))
+        yield PlainProgress(partial(write, stderr=True))
 
 
 def json_lines(write: Callable[[str], None]) -> Listener:
     """A listener for other programs: one JSON object per line and event."""
-    return lambda event: write(json.dumps(as_json(event), ensure_ascii=False))
+    return lambda event: write(json_text(as_json(event)))
 
 
 class PlainProgress:
@@ -218,7 +219,7 @@ class PlainProgress:
         """Take an event in."""
         line = self._view.take(event)
         if line is not None:
-            self._write(printable(line))
+            self._write(line)
         if isinstance(event, StageBegan):
             self._last_s = self._clock()
         elif self._clock() - self._last_s >= _PLAIN_EVERY_S and self._view.stage is not None:
@@ -234,7 +235,7 @@ def _live(shown: Console) -> Iterator[Listener]:
 
         def receive(event: Event) -> None:
             if line := view.take(event):
-                shown.print(printable(line))
+                shown.print(line)
 
         yield receive
 

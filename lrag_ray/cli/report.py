@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrag_ray.cli.options import AsJson
-from lrag_ray.cli.output import console, print_json, printable, tells_errors
+from lrag_ray.cli.output import console, print_json, tells_errors, write
 
 if TYPE_CHECKING:
     from lrag_ray.report import Report
@@ -73,7 +73,7 @@ def report(
     run_dirs = [RolloutRun(uri) for uri in runs]
     if as_csv or as_latex:
         data = collect(run_dirs, suite, mode, must_have=True)
-        print(ranks_csv(data) if as_csv else latex_table(data), end="")
+        write(ranks_csv(data) if as_csv else latex_table(data), end="")
         return
     count = STRIPS if strips is None else strips
     made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=count, must_have=True)
@@ -86,7 +86,7 @@ def report(
 def _print(made: Report) -> None:
     out = console()
     for warning in made.warnings:
-        out.print(f"Note: {printable(warning)}")
+        out.print(f"Note: {warning}")
     for table in made.terminal_tables():
         out.print(table)
         out.print()

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from lrag_ray.cli.options import AsJson, Overrides
-from lrag_ray.cli.output import console, count, duration, print_json, printable, tells_errors
+from lrag_ray.cli.output import console, count, duration, print_json, tells_errors
 
 if TYPE_CHECKING:
     from lrag_ray.pipelines.score import RunScores
@@ -164,7 +164,7 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         made.columns[0].min_width = _LEAST_NAME
         for video in outcome.videos:
             values = [value(video.scores, measure) for measure in measures]
-            made.add_row(printable(video.path), count(video.clips), *values)
+            made.add_row(video.path, count(video.clips), *values)
         shown.print(made)
         shown.print()
     blocks: dict[tuple[str, float | None], list[GroupResult]] = {}
@@ -172,8 +172,8 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         blocks.setdefault((group.backbone, group.duration_s), []).append(group)
     for (backbone, duration_s), groups in blocks.items():
         names = [backbone, "" if duration_s is None else f"{duration_s:g} s"]
-        label = printable(", ".join(filter(None, names))) or "all videos"
-        means = table(f"{title}: {label}", "", *(printable(group.method) or "score" for group in groups))
+        label = ", ".join(filter(None, names)) or "all videos"
+        means = table(f"{title}: {label}", "", *(group.method or "score" for group in groups))
         for kind, which in _MEANS.items():
             means.add_row(kind)
             for measure in measures:
@@ -194,7 +194,7 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         notes.setdefault(video.note, set()).add(video.path)
     for note, paths in notes.items():
         if note:
-            shown.print(f"Note on {', '.join(map(printable, sorted(paths)))}: {printable(note)}", soft_wrap=True)
+            shown.print(f"Note on {', '.join(sorted(paths))}: {note}", soft_wrap=True)
     shown.print(f"{outcome.to}/{outcome.csv}", soft_wrap=True)
 
 
@@ -202,4 +202,4 @@ def _print_failed(shown: Console, failed: Mapping[str, str]) -> None:
     if failed:
         shown.print(f"Without a score, or without all of them ({len(failed)}):")
         for video, reason in failed.items():
-            shown.print(f"  {printable(video)}: {printable(reason)}", soft_wrap=True)
+            shown.print(f"  {video}: {reason}", soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lrag_ray.cli.output import count, duration, printable, quantity, say
+from lrag_ray.cli.output import count, duration, quantity, say
 
 if TYPE_CHECKING:
     from lrag_ray.conformance.case import CaseResult
@@ -42,7 +42,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     for backbone in plan.backbones:
         backbones.add_row(
             backbone.name,
-            printable(backbone.label),
+            backbone.label,
             quantity(backbone.parameters, ""),
             count(backbone.tokens_per_frame),
             quantity(backbone.kv_bytes_per_frame, "B"),
@@ -80,7 +80,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
     console.print(_totals(plan))
     for note in plan.notes:
-        console.print(f"Note: {printable(note)}")
+        console.print(f"Note: {note}")
 
 
 def _totals(plan: Plan) -> Table:
@@ -110,9 +110,8 @@ def print_status(console: Console, status: RunStatus) -> None:
         cells.add_row(cell.backbone, cell.method, f"{cell.duration_s:g} s", *map(count, numbers))
     console.print(cells)
     console.print()
-    console.print(_pace(status))
-    if status.held_by is not None:
-        console.print(printable(f"At work: {status.held_by}"))
+    for line in (_state(status), _who(status)):
+        say(console, line)
     _print_list(
         console,
         "Quarantined; the next start retries them",
@@ -166,11 +165,35 @@ def print_decoded(console: Console, outcome: DecodeOutcome) -> None:
         console.print(f"videos: {outcome.uri}/{folder}/<backbone>/<method>/<prompt>-<sample>/", soft_wrap=True)
 
 
-def _pace(status: RunStatus) -> str:
+def _state(status: RunStatus) -> str:
+    """How far, and how fast while someone works."""
+    scores, parts = status.scores, []
+    open_cells = sum(cell.total - cell.done - cell.failed for cell in status.cells)
     if status.done:
-        return "All done."
-    rate = f"{status.commits_per_hour:.3g} commits per hour" if status.commits_per_hour else "no rate yet"
-    return f"{rate}, about {duration(status.eta_s)} left" if status.eta_s is not None else rate
+        parts.append("All done" if not status.quarantined else "All videos and scores are there")
+    elif status.commits_per_hour:
+        parts.append(f"{status.commits_per_hour:.3g} commits per hour, about {duration(status.eta_s or 0)} left")
+    elif not open_cells:
+        parts.append("No rollout is pending")
+    else:
+        parts.append(f"{count(open_cells)} results are not there yet")
+    if scores is not None and scores.pending is None:
+        parts.append(f"scores of the plug-in {scores.suite} are not counted")
+    elif scores is not None and scores.pending:
+        parts.append(f"{count(scores.pending)} scores of {scores.suite} are not there yet")
+    if failed := len(status.failures):
+        parts.append(f"{count(failed)} quarantined")
+    return f"{'; '.join(parts)}."
+
+
+def _who(status: RunStatus) -> str:
+    """Who works on the run, or that nobody does."""
+    if status.held_by is not None:
+        return f"At work: {status.held_by}."
+    again = "" if status.done and not status.quarantined else " The same `lrag-ray run` continues."
+    if status.lost is not None:
+        return f"Nobody is at work. The last driver did not end properly: {status.lost}.{again}"
+    return f"Nobody is at work.{again}"
 
 
 def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:
@@ -178,7 +201,8 @@ def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:
     if shown:
         console.print(f"{title} ({len(shown)}):")
         for line in shown:
-            console.print(f"  {printable(line)}")
+            # What follows a line break cannot pass for a line of ours.
+            say(console, "  " + line.replace("\n", "\n      "))
 
 
 def print_results(console: Console, results: Iterable[CaseResult]) -> list[CaseResult]:

@@ -24,7 +24,7 @@ from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.plugin_settings import settings_model
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
-from lrag_ray.config.schema import RunConfig, ScoringSection
+from lrag_ray.config.schema import MOST_ROLLOUTS, RunConfig, ScoringSection
 from lrag_ray.config.source import Document, KeyPath, read_document
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
@@ -175,7 +175,11 @@ def check_suite(data: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _check_fit(config: RunConfig) -> Iterator[Problem]:
-    """Methods against backbones and durations."""
+    """Methods against backbones and durations, and the size of the whole."""
+    prompts = config.prompts.limit or config.prompts.count or 1
+    rollouts = prompts * config.prompts.samples * len(config.backbones) * len(config.methods)
+    if rollouts > MOST_ROLLOUTS:
+        yield Problem(("prompts", "samples"), f"comes to {rollouts:,} rollouts; a run has at most {MOST_ROLLOUTS:,}")
     for name, section in config.methods.items():
         method = resolve_method(section)
         path: KeyPath = ("methods", name)

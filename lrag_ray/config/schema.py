@@ -24,6 +24,22 @@ from lrag_ray.scoring.registry import check_name
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 
+# Far above anything that is meant: values beyond them are slips, and would fail late or never.
+MOST_PROMPTS = 1_000_000
+"""Prompts of a run."""
+MOST_SAMPLES = 10_000
+"""Samples per prompt."""
+MOST_ROLLOUTS = 10_000_000
+"""Rollouts of a run."""
+MOST_WORKERS = 100_000
+"""Actors or scoring workers at a time."""
+_MOST_CPUS = 4096
+_MOST_GPUS = 64
+_MOST_LATENT_SIDE = 4096
+_HTTP_ADDRESS = r"https?://(\[[0-9A-Fa-f:.]+\]|[^/@?#\s\[\]:]+)(:\d{1,5})?(/[^?#\s]*)?"
+_DAY_S = 24 * 3600.0
+_WEEK_S = 7 * _DAY_S
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 """Names become path components: letters, digits, ``_ . -``, not starting with a dot."""
 
@@ -69,7 +85,7 @@ class RunSection(Section):
 
     uri: Address
     """Address of the run directory: a folder or any fsspec address (s3://bucket/run), without credentials."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Run seed of the keyed noise."""
 
 
@@ -85,19 +101,19 @@ class StorageSection(Section):
     """s3: region of the bucket; None takes AWS_DEFAULT_REGION."""
     profile: str | None = None
     """s3: profile in ~/.aws of every node; None takes AWS_PROFILE."""
-    attempts: int = Field(default=8, ge=1)
+    attempts: int = Field(default=8, ge=1, le=1000)
     """Tries of one operation before its rollout fails, or the run where the driver needs it."""
-    retry_for_s: float = Field(default=120, ge=0)
+    retry_for_s: float = Field(default=120, ge=0, le=_WEEK_S)
     """No new try begins so many seconds after the first one."""
-    connect_timeout_s: float = Field(default=10, gt=0)
+    connect_timeout_s: float = Field(default=10, gt=0, le=_DAY_S)
     """s3: longest wait for a connection."""
-    read_timeout_s: float = Field(default=60, gt=0)
+    read_timeout_s: float = Field(default=60, gt=0, le=_DAY_S)
     """s3: longest silence within an answer."""
 
     @field_validator("endpoint_url")
     @classmethod
     def _http_address(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", value):
+        if value is not None and not re.fullmatch(_HTTP_ADDRESS, value):
             raise ValueError("must be http://host:port or https://host:port, without credentials")
         return value
 
@@ -107,11 +123,11 @@ class PromptsSection(Section):
 
     path: Address | None = None
     """UTF-8 text file, one prompt a line; blank lines are skipped but keep their line number."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST_PROMPTS)
     """Use only the first so many prompts."""
-    count: int | None = Field(default=None, ge=1)
+    count: int | None = Field(default=None, ge=1, le=MOST_PROMPTS)
     """Number of prompts to plan for while the file is not there yet; ignored by `run`."""
-    samples: int = Field(default=1, ge=1)
+    samples: int = Field(default=1, ge=1, le=MOST_SAMPLES)
     """Independent samples per prompt."""
 
     @model_validator(mode="after")
@@ -124,11 +140,11 @@ class PromptsSection(Section):
 class LatentShape(Section):
     """Shape of one latent frame."""
 
-    channels: int = Field(default=16, ge=1)
+    channels: int = Field(default=16, ge=1, le=1024)
     """Latent channels."""
-    height: int = Field(default=60, ge=2)
+    height: int = Field(default=60, ge=2, le=_MOST_LATENT_SIDE)
     """Latent rows; pixels / 8."""
-    width: int = Field(default=104, ge=2)
+    width: int = Field(default=104, ge=2, le=_MOST_LATENT_SIDE)
     """Latent columns; pixels / 8."""
 
 
@@ -137,7 +153,7 @@ class LoraConfig(Section):
 
     path: Address
     """LoRA file (LongLive, PEFT, Diffusers, ComfyUI or kohya), or the folder of one."""
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=65_536)
     """Rank of the update; None takes the file's. A file of another rank is refused."""
     alpha: float | None = None
     """Scaling numerator: the update is alpha / rank * B A. None takes that of the file or the
@@ -153,7 +169,7 @@ class WeightsConfig(Section):
     """Take ``generator_ema`` instead of ``generator``."""
     lora: LoraConfig | None = None
     """LoRA merged at load."""
-    random_seed: int | None = None
+    random_seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     """Build random weights from this seed instead of reading a checkpoint."""
 
     @model_validator(mode="after")
@@ -276,8 +292,12 @@ def _actors(value: Any) -> Any:
             raise ValueError("expected {min: a, max: b} with two whole numbers")
         if not 1 <= value["min"] <= value["max"]:
             raise ValueError(f"min {value['min']} must be at least 1 and at most max {value['max']}")
+        if value["max"] > MOST_WORKERS:
+            raise ValueError(f"max must be at most {MOST_WORKERS}, got {value['max']}")
     elif isinstance(value, int) and value < 1:
         raise ValueError(f"must be at least 1, got {value}")
+    elif isinstance(value, int) and value > MOST_WORKERS:
+        raise ValueError(f"must be at most {MOST_WORKERS}, got {value}")
     return value
 
 
@@ -295,17 +315,17 @@ class EngineSection(Section):
     actors: Annotated[ActorRange | int | Literal["per_gpu"], BeforeValidator(_actors)] = 1
     """Rollout actors: a number that is asked for always; per_gpu, as many as the GPUs of the cluster have room for; or
     {min: a, max: b}, at least a and up to b as nodes have room. The last two follow nodes that join and leave."""
-    cpus_per_actor: float = Field(default=1, gt=0)
+    cpus_per_actor: float = Field(default=1, gt=0, le=_MOST_CPUS)
     """CPUs that Ray reserves per actor."""
-    gpus_per_actor: float = Field(default=0, ge=0)
+    gpus_per_actor: float = Field(default=0, ge=0, le=_MOST_GPUS)
     """GPUs that Ray reserves per actor; 0 runs on the CPU."""
-    threads_per_actor: int = Field(default=1, ge=1)
+    threads_per_actor: int = Field(default=1, ge=1, le=_MOST_CPUS)
     """Torch threads per actor; fixed, because sums change with the thread count."""
-    max_attempts: int = Field(default=3, ge=1)
+    max_attempts: int = Field(default=3, ge=1, le=1000)
     """Counted attempts before a rollout is quarantined."""
-    checkpoint_every_blocks: int = Field(default=8, ge=1)
+    checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
-    stall_timeout_s: float | None = Field(default=1800, gt=0)
+    stall_timeout_s: float | None = Field(default=1800, gt=0, le=_WEEK_S)
     """An actor that finishes no block (and takes no other step, such as loading) for so long is replaced; null: never.
     """
     lease_ttl_s: float = Field(default=120, ge=1, le=3600)
@@ -358,9 +378,9 @@ class VideoSection(Section):
     """Decode and store an H.264 file per horizon."""
     crf: int = Field(default=18, ge=0, le=51)
     """x264 quality; lower is better."""
-    fps: int = Field(default=16, ge=1)
+    fps: int = Field(default=16, ge=1, le=1000)
     """Frames per second."""
-    cold_chunk: int | None = Field(default=None, ge=1)
+    cold_chunk: int | None = Field(default=None, ge=1, le=100_000)
     """Forget what was decoded before after so many latent frames, as the released code does (60): each chunk begins
     with one video frame instead of four, with a visible seam. None decodes without seams."""
 
@@ -385,20 +405,20 @@ class ScoringSection(Section):
     """vbench_long: official computes as the official code does on that device, float32 everywhere in float32."""
     early_stop: bool = True
     """vbench_long: end dynamic_degree of a clip once its decision is certain; the score is the same."""
-    batch_frames: int | None = Field(default=None, ge=1)
+    batch_frames: int | None = Field(default=None, ge=1, le=100_000)
     """vbench_long: frames per batch of the vision transformers and MUSIQ; None takes 32 on a GPU and 8 on a CPU, whose
     caches hold no more. Results do not depend on it."""
-    batch_pairs: int | None = Field(default=None, ge=1)
+    batch_pairs: int | None = Field(default=None, ge=1, le=100_000)
     """vbench_long: frame pairs per batch of RAFT and AMT-S; None takes 4 on a GPU and 1 on a CPU. Results do not depend
     on it."""
     controls: list[Literal["frozen"]] = []
     """vbench_long: frozen also scores the first frame of each prompt's first method, held for the whole video. It shows
     how far a dimension rewards stillness; it stands beside the ranks and is never ranked."""
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=MOST_WORKERS)
     """Scoring workers; None takes as many as fit the cluster when a wave begins."""
-    cpus_per_worker: float = Field(default=1, gt=0)
+    cpus_per_worker: float = Field(default=1, gt=0, le=_MOST_CPUS)
     """CPUs that each scoring worker reserves; of vbench_long also its torch threads, rounded down."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: float = Field(default=0, ge=0, le=_MOST_GPUS)
     """GPUs, or the share of one, that each worker of a suite with networks (vbench_long) reserves; 0 scores on the
     CPU."""
     during_generation: bool = True
@@ -442,7 +462,7 @@ class RunConfig(Section):
     """How the address is reached."""
     prompts: PromptsSection
     """Prompts."""
-    durations_s: list[float] = Field(min_length=1)
+    durations_s: list[float] = Field(min_length=1, max_length=100)
     """Video lengths in seconds; latent frames = round(duration * 16 / 4), rounded up to whole blocks."""
     independent_durations: bool = False
     """Make each duration a rollout of its own instead of prefixes of the longest."""

@@ -18,6 +18,10 @@ from lrag_ray.errors import ConfigError
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top of the file."""
 
+_TAGS = "tag:yaml.org,2002:"
+_TOO_DEEP = "nested too deeply, or an alias that contains itself"
+_MOST_DIGITS = 40
+_MOST_DEPTH = 100
 _MOST_NODES = 100_000
 """Values that a file may hold, aliases expanded; far above any real configuration."""
 
@@ -60,10 +64,12 @@ def read_document(path: str | Path) -> Document:
 def parse_document(name: str, text: str) -> Document:
     """Parse the YAML `text` that messages call `name`; ConfigError if it is not YAML, or not a mapping."""
     document = Document(name, {})
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        data = None if node is None else _Builder(loader, document).build(node, ())
+        node = _node(text)
+        data = None if node is None else _Builder(document).build(node, ())
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{name}:{line}: not YAML: {_not_allowed(error)}; remove it") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}" if mark else name
@@ -72,9 +78,7 @@ def parse_document(name: str, text: str) -> Document:
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {error}") from None
     except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply, or an alias that contains itself") from None
-    finally:
-        loader.dispose()
+        raise ConfigError(f"{name}: {_TOO_DEEP}") from None
     if not isinstance(data, dict):
         found = "is empty" if data is None else "holds no keys at its top"
         raise ConfigError(f"{name}: the configuration {found}; it is a YAML mapping, see configs/demo.yaml")
@@ -84,23 +88,51 @@ def parse_document(name: str, text: str) -> Document:
 
 def parse_value(text: str) -> Any:
     """One YAML value, as an override gives it; ValueError if it is none."""
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        return None if node is None else _Builder(loader, Document("", {})).build(node, ())
+        node = _node(text)
+        return None if node is None else _Builder(Document("line", {})).build(node, ())
+    except yaml.reader.ReaderError as error:
+        raise ValueError(_not_allowed(error)) from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
     except yaml.MarkedYAMLError as error:
         raise ValueError(str(error.problem)) from None
     except (yaml.YAMLError, ConfigError) as error:
         raise ValueError(str(error)) from None
+
+
+def _node(text: str) -> yaml.Node | None:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_node()
     finally:
         loader.dispose()
 
 
+def _not_allowed(error: yaml.reader.ReaderError) -> str:
+    return f"the character U+{int(error.character):04X} is not allowed"
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
-    """The safe loader with the scalar rules of YAML 1.2."""
+    """The safe loader with the scalar rules of YAML 1.2; RecursionError for what is nested too deeply."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node and what is in it."""
+        if self.depth >= _MOST_DEPTH:
+            raise RecursionError
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's attribute
 
+
+_SCALARS: dict[str, re.Pattern[str]] = {}
+"""What a scalar of each tag looks like, whether the tag was found or written out (``!!int 3``)."""
 
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -112,14 +144,14 @@ for _tag, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    _SCALARS[f"{_TAGS}{_tag}"] = re.compile(f"^(?:{_pattern})$")
+    _Loader.add_implicit_resolver(f"{_TAGS}{_tag}", _SCALARS[f"{_TAGS}{_tag}"], _first)
 
 
 class _Builder:
     """Turns the node tree into dicts and lists and notes the line of every value."""
 
-    def __init__(self, loader: _Loader, document: Document) -> None:
-        self._loader = loader
+    def __init__(self, document: Document) -> None:
         self._document = document
         self._nodes = 0
 
@@ -129,14 +161,39 @@ class _Builder:
             raise ConfigError(f"{self._document.name}: more than {_MOST_NODES} values, aliases expanded")
         if path:
             self._document.origins.setdefault(path, self._place(node))
-        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAGS}map":
             return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAGS}seq":
             return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-        value = self._loader.construct_object(node, deep=True)
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        if not isinstance(node, yaml.ScalarNode):
+            raise ConfigError(f"{self._place(node)}: the YAML tag {node.tag} is not supported; remove it")
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        text, kind = node.value, node.tag.removeprefix(_TAGS)
+        if node.tag == f"{_TAGS}str":
+            return self._text(node)
+        pattern = _SCALARS.get(node.tag)
+        if pattern is None:
+            raise ConfigError(f"{self._place(node)}: the YAML tag {node.tag} is not supported; remove it")
+        if not pattern.match(text):
+            raise ConfigError(f"{self._place(node)}: {text[:40]!r} is not of the type {kind} that its tag says")
+        if kind == "int":
+            if len(text) > _MOST_DIGITS:
+                raise ConfigError(f"{self._place(node)}: a whole number of {len(text)} digits; give a smaller one")
+            return int(text)
+        if kind == "float":
+            # Python writes infinity and not-a-number without the point.
+            return float(re.sub(r"\.(?=[a-zA-Z])", "", text))
+        return text.lower() == "true" if kind == "bool" else None
+
+    def _text(self, node: yaml.ScalarNode) -> str:
+        text: str = node.value
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise ConfigError(f"{self._place(node)}: text with half a character (a lone surrogate)")
-        return value
+        if "\0" in text:
+            raise ConfigError(f"{self._place(node)}: text with a NUL character; remove it")
+        return text
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -144,7 +201,7 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ConfigError(f"{self._place(key_node)}: a key must be plain text")
             # The text as written: a backbone may be called 13 or true.
-            key: str = key_node.value
+            key = self._text(key_node)
             if key in result:
                 first = self._document.origins[(*path, key)]
                 raise ConfigError(f"{self._place(key_node)}: key '{dotted((*path, key))}' is already given at {first}")

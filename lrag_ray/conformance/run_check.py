@@ -38,7 +38,8 @@ def check_run(uri: str) -> list[CaseResult]:
     inventory = run_dir.inventory()
     rows = []
     for (base, relative), backbone in product(pairs, identity.backbones):
-        for prompt_id, sample in product(identity.prompts, range(identity.samples)):
+        stored = dict.fromkeys((r.prompt_id, r.sample) for r in identity.rollouts_at(inventory.commits))
+        for prompt_id, sample in stored:
             twins = [
                 _longest(inventory, RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample))
                 for method in (base, relative)

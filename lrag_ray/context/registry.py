@@ -38,6 +38,8 @@ def policy_class(name: str) -> type[ContextPolicy[Any]]:
         hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
         raise ValueError(f"unknown method '{name}'{hint} Known: {', '.join(_REGISTERED)}, or package.module:Policy")
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise ValueError(f"method '{name}' is not of the form package.module:Policy")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:

@@ -22,6 +22,7 @@ from lrag_ray.engine.cluster_address import ClusterAddress, cluster_address
 from lrag_ray.engine.head_watch import head_watch
 from lrag_ray.engine.local_cluster import LOOPBACK, loopback_alone, private_folder
 from lrag_ray.errors import ClusterError
+from lrag_ray.printable import printable
 
 _CONNECT_TIMEOUT_S = 20.0
 _START_TRIES = 3
@@ -86,7 +87,7 @@ def _session(engine: EngineSection, address: ClusterAddress | None, folder: Path
 
 def _warn(text: str) -> None:
     # Not through the receiver of events, which belongs to the main thread: that may be the one that waits for Ray.
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 def _see_somebody(address: ClusterAddress) -> None:

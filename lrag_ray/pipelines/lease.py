@@ -20,6 +20,7 @@ from typing import Any
 
 from lrag_ray.errors import LeaseError, StorageError
 from lrag_ray.events import Listener, Notice
+from lrag_ray.printable import printable
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import BEATS_PER_TTL, Lease, new_record, take_lease
 
@@ -129,7 +130,7 @@ class _Keeper:
                 ctypes.c_ulong(self._worker), ctypes.py_object(KeyboardInterrupt)
             )
         if not self._stopped.wait(STOP_WITHIN_S):
-            print(f"error: {reason}", file=sys.stderr, flush=True)
+            print(f"error: {printable(reason)}", file=sys.stderr, flush=True)
             os._exit(LeaseError.exit_code)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,6 @@ weights, plug-ins. A plug-in that the run names is reported by name and never im
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,10 @@ from lrag_ray.config.load import complete
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.source import Document
 from lrag_ray.errors import ConfigError
-from lrag_ray.scoring.registry import NONE, registered
+from lrag_ray.scoring.intended import CONFIG_FILE, intended_scores
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.rollouts import RolloutRun
 
-CONFIG_FILE = "config.json"
-_DESCRIBES_SCORES = ("suite", "mode", "dimensions", "controls")
 _DESCRIBES_LATENTS = ("transformer", "sampler", "latent", "dtype")
 
 
@@ -49,7 +46,7 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
         "backbones": {name: _backbone(identity, name, decodes=decodes) for name in identity.backbones},
         "methods": {name: {"method": "base"} for name in identity.methods},
         "video": identity.video,
-        "scoring": _scoring(run),
+        "scoring": intended_scores(run.storage).section,
     }
     try:
         return complete(Document(f"{run.uri}/run.json", data), overrides)
@@ -73,16 +70,3 @@ def _backbone(identity: RunIdentity, name: str, *, decodes: bool) -> dict[str, A
         "text_encoder": {"kind": "tiny"},
         "vae": pixels if decodes else {"kind": "tiny"},
     }
-
-
-def _scoring(run: RolloutRun) -> dict[str, Any]:
-    """The scores that the run was meant to have; the default where its configuration does not say."""
-    try:
-        stored = json.loads(run.storage.read_bytes(CONFIG_FILE))
-        section = stored["scoring"]
-        suite = section["suite"]
-    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
-        return {}
-    if not isinstance(section, dict) or suite not in (NONE, *registered()):
-        return {}
-    return {key: section[key] for key in _DESCRIBES_SCORES if key in section}

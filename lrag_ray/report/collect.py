@@ -154,7 +154,7 @@ def collect(
     ]
     methods_by_name = merged.identity.methods
     return ReportData(
-        sources=[Source(run_dir, run_status(run_dir)) for run_dir in run_dirs],
+        sources=[Source(run_dir, run_status(run_dir, scores=False)) for run_dir in run_dirs],
         identity=merged.identity,
         methods=merged.methods,
         suite=shown,
@@ -167,11 +167,4 @@ def collect(
 
 
 def _prompt_major(rollouts: Mapping[RolloutId, ShownRollout], identity: RunIdentity) -> dict[RolloutId, ShownRollout]:
-    ordered = (
-        RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-        for prompt_id in identity.prompts
-        for sample in range(identity.samples)
-        for backbone in identity.backbones
-        for method in identity.methods
-    )
-    return {rollout: rollouts[rollout] for rollout in ordered if rollout in rollouts}
+    return {rollout: rollouts[rollout] for rollout in identity.ordered(rollouts)}

@@ -20,21 +20,25 @@ FROZEN = "control:frozen"
 def ranks_csv(data: ReportData) -> str:
     """All blocks: unrounded means, places and the average rank, one line per method, and the control without places.
 
-    The control's counts are its own: it may be scored for some of the prompts alone.
+    The counts of the control and of a method left out of the ranks are their own.
     """
     names = [measure.name for measure in data.suite.measures]
     lines = []
     for block in data.blocks:
         shared = _block_columns(data, block) | {
-            "prompts": block.prompts,
-            "videos_per_method": block.videos,
             "prompts_left_out": block.prompts_left_out,
         }
         for row in block.rows:
             ranks = {f"rank_{name}": rank for name, rank in row.ranks.items()}
             video_means = {f"video_mean_{name}": mean for name, mean in row.video_means.items()}
+            counts = {"prompts": row.prompts, "videos_per_method": row.videos}
             lines.append(
-                shared | {"method": row.method, AVERAGE: row.average_rank} | dict(row.means) | ranks | video_means
+                shared
+                | counts
+                | {"method": row.method, AVERAGE: row.average_rank}
+                | dict(row.means)
+                | ranks
+                | video_means
             )
         if frozen := data.frozen_means(block):
             units = data.frozen_units(block)

@@ -58,7 +58,7 @@ def block_statistics(
     measures: Sequence[Measure],
 ) -> BlockStatistics:
     """Contrasts and noise over the common units of `block`; `scores` hold at least its own."""
-    values: dict[str, dict[Unit, VideoScore]] = {row.method: {} for row in block.rows}
+    values: dict[str, dict[Unit, VideoScore]] = {row.method: {} for row in block.compared}
     for score in scores:
         if (score.backbone, score.latent_frames) == (block.backbone, block.latent_frames) and score.method in values:
             values[score.method][score.unit] = score

@@ -7,7 +7,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from lrag_ray.report.collect import ReportData
-from lrag_ray.report.tables import AVERAGE, Place, comparison_note, number, places, rank_number, warnings
+from lrag_ray.report.tables import (
+    AVERAGE,
+    Place,
+    comparison_note,
+    heading,
+    left_out_note,
+    number,
+    places,
+    rank_number,
+    warnings,
+)
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock
 
@@ -134,7 +144,8 @@ def _caption(data: ReportData, backbones: Mapping[str, str]) -> str:
     parts = [*warnings(data), f"{data.suite.title}.", *unsaid, *(notes if len(notes) == 1 else ())]
     if len(notes) > 1:
         counts = sorted({block.prompts for block in data.blocks})
-        parts.append(f"Over the prompts that all methods have: {counts[0]} to {counts[-1]} per block.")
+        parts.append(f"Over the prompts that all ranked methods have: {counts[0]} to {counts[-1]} per block.")
+        parts += [f"{heading(data, block)}: {note}." for block in data.blocks if (note := left_out_note(block))]
     if data.nested:
         parts.append("Durations are prefixes of one rollout, not independent samples.")
     if any(places(block, data.suite.measures) for block in data.blocks):

@@ -57,7 +57,7 @@ class Overview(NamedTuple):
 
 def overview(data: ReportData) -> Overview | None:
     """Average ranks by method, backbone and duration; None where one block shows them as well."""
-    if sum(block.prompts > 0 for block in data.blocks) < 2:
+    if sum(any(row.average_rank is not None for row in block.rows) for block in data.blocks) < 2:
         return None
     groups: dict[str, list[str]] = {}
     rows: dict[str, list[RankCell]] = {name: [] for name in data.identity.methods}

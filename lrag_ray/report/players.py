@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.report.trace_svg import TraceFigure, trace_figure
 from lrag_ray.store.address import Storage
+from lrag_ray.store.parquet import read_parquet
 from lrag_ray.store.parts import TRACE_SCHEMA
 from lrag_ray.store.records import RolloutId
 
@@ -65,25 +64,20 @@ def relative_address(page_folder: Storage, storage: Storage, path: str) -> str |
 def rows(data: ReportData, page_folder: Storage) -> Iterator[Row]:
     """Rows in prompt-major order; traces are read row by row, so that only one row's are in memory."""
     with_maps = _with_maps(data)
-    for prompt_id, prompt in data.identity.prompts.items():
-        for sample in range(data.identity.samples):
-            for backbone, methods in data.methods.items():
-                shown = {
-                    method: data.rollouts.get(
-                        RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
-                    )
-                    for method in methods
-                }
-                if any(shown.values()):
-                    maps = (backbone, prompt_id) in with_maps
-                    yield Row(
-                        anchor=f"{backbone}-{prompt_id}-{sample}",
-                        prompt=prompt.text,
-                        prompt_index=prompt.index,
-                        sample=sample,
-                        backbone=backbone,
-                        players=[_player(method, rollout, page_folder, maps) for method, rollout in shown.items()],
-                    )
+    for prompt_id, sample, backbone in dict.fromkeys((r.prompt_id, r.sample, r.backbone) for r in data.rollouts):
+        shown = {
+            method: data.rollouts.get(RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample))
+            for method in data.methods[backbone]
+        }
+        prompt, maps = data.identity.prompts[prompt_id], (backbone, prompt_id) in with_maps
+        yield Row(
+            anchor=f"{backbone}-{prompt_id}-{sample}",
+            prompt=prompt.text,
+            prompt_index=prompt.index,
+            sample=sample,
+            backbone=backbone,
+            players=[_player(method, rollout, page_folder, maps) for method, rollout in shown.items()],
+        )
 
 
 def _with_maps(data: ReportData) -> set[tuple[str, str]]:
@@ -122,7 +116,7 @@ def _trace(shown: ShownRollout) -> list[TraceRow]:
     if not paths or not all(path in contents for path in paths):
         return []
     try:
-        rows = pa.concat_tables([pq.read_table(io.BytesIO(contents[path]), schema=TRACE_SCHEMA) for path in paths])
+        rows = pa.concat_tables([read_parquet(contents[path], TRACE_SCHEMA) for path in paths])
     except pa.ArrowException:
         return []
     in_all_layers = pc.equal(rows["layer"], ALL_LAYERS)

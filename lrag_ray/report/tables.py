@@ -10,6 +10,7 @@ from enum import IntEnum
 from rich.table import Table
 from rich.text import Text
 
+from lrag_ray.printable import printable
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.differences import BlockStatistics, Contrast
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL, Interval
@@ -92,17 +93,30 @@ def rank_number(value: float | None) -> str:
 
 
 def comparison_note(block: RankBlock) -> str:
-    """What a table is over, in words."""
-    if not block.prompts:
-        missing = ", ".join(row.method for row in block.rows if not row.videos_scored)
-        why = f"no scores yet for {missing}" if missing else "no prompt has complete scores for all methods"
-        return f"Not ranked: {why}."
-    note = f"Over the {_count(block.prompts, 'prompt')} that all methods have"
+    """What a table is over and what is left out of its ranks, in words."""
+    left_out = left_out_note(block)
+    if not any(row.ranks for row in block.rows):
+        own = " Means are over each method's own videos." if any(row.means for row in block.rows) else ""
+        return f"Not ranked: {left_out}.{own}"
+    note = f"Over the {_count(block.prompts, 'prompt')} that all {'ranked ' if left_out else ''}methods have"
     if block.videos != block.prompts:
         note += f" ({_count(block.videos, 'video')} per method)"
     if block.prompts_left_out:
         note += f"; {_count(block.prompts_left_out, 'prompt')} left out because some methods lack them"
-    return f"{note}."
+    return f"{note}. Left out of the ranks: {left_out}." if left_out else f"{note}."
+
+
+def left_out_note(block: RankBlock) -> str:
+    """Which methods are left out of the ranks, and why; empty where none is."""
+    apart = [row for row in block.rows if not row.compared]
+    missing = [row.method for row in apart if not row.videos_scored]
+    others = [row.method for row in apart if row.videos_scored]
+    reasons = [f"no scores yet for {', '.join(missing)}"] if missing else []
+    if others and block.compared:
+        reasons.append(f"no completely scored prompt in common with the others for {', '.join(others)}")
+    elif others and not missing:
+        reasons.append("no prompt has complete scores for several methods")
+    return "; ".join(reasons)
 
 
 def frozen_note(data: ReportData, block: RankBlock) -> str:
@@ -216,7 +230,7 @@ def _difference_cell(contrast: Contrast, measure: Measure) -> Text:
 
 def _name(text: str) -> Text:
     """Text that holds names of a stranger's run: nothing in it steers a terminal."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+    return Text(printable(text))
 
 
 def _marked(text: str, place: Place | None) -> Text:

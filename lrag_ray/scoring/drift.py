@@ -58,7 +58,7 @@ class DriftPoint(NamedTuple):
 
 
 def drift(clips: Iterable[VideoClips], blocks: Sequence[RankBlock]) -> list[DriftPoint]:
-    """Curves of every method in every block, over the units that the block's table is over.
+    """Curves of every compared method in every block, over the units that the block's table is over.
 
     `clips` hold all videos of the blocks; without any there is no curve.
     """
@@ -70,7 +70,7 @@ def drift(clips: Iterable[VideoClips], blocks: Sequence[RankBlock]) -> list[Drif
         point
         for block in blocks
         if cells
-        for row in block.rows
+        for row in block.compared
         for point in _curves(block, row.method, cells.get((block.backbone, row.method, block.latent_frames), {}))
     ]
 

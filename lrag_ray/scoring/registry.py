@@ -46,6 +46,8 @@ def suite_class(name: str) -> type[Suite[Any]]:
 
     check_name(name)
     module_name, _, attribute = _REGISTERED.get(name, name).partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise ValueError(f"suite '{name}' is not of the form package.module:Suite")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:

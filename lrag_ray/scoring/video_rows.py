@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrag_ray.scoring.measure import Measure
+from lrag_ray.store.parquet import read_parquet
 
 
 class StoredAs(Protocol):
@@ -107,7 +108,7 @@ def from_parquet(data: bytes, suite: StoredAs) -> list[VideoRow]:
             values={name: record[name] for name in names if record[name] is not None},
             **{name: record[name] for name in _RESULT_COLUMNS},
         )
-        for record in pq.read_table(io.BytesIO(data), schema=_schema(suite)).to_pylist()
+        for record in read_parquet(data, _schema(suite)).to_pylist()
     ]
 
 

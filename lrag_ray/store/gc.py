@@ -153,8 +153,10 @@ def _of_attempts(
     files: Mapping[str, FileDetails], inventory: Inventory, identity: RunIdentity, *, unfinished: bool
 ) -> Iterator[Leftover]:
     named = set(_named_by_commits(inventory))
-    known = {rollout.path for rollout in identity.rollouts()}
-    finished = {rollout.path for rollout in identity.rollouts() if _finished(inventory, rollout, identity)}
+    folders = {match["rollout"] for path in files if (match := _ATTEMPT_FILE.match(path))}
+    stored = identity.rollouts_at(folders)
+    known = {rollout.path for rollout in stored}
+    finished = {rollout.path for rollout in stored if _finished(inventory, rollout, identity)}
     unreadable = {
         folder for folder, states in inventory.commits.items() if any(s.commit is None for s in states.values())
     }

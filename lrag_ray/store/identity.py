@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import Field
 
-from lrag_ray.store.records import Record, RolloutId
+from lrag_ray.store.records import Count, JsonValue, Record, RolloutId
 
 FORMAT_VERSION = 1
 """Layout of the run directory; raised when an older program could misread a newer run."""
@@ -17,15 +16,12 @@ FORMAT_VERSION = 1
 _FORMER_ALPHA = 256.0
 """Default of lora.alpha until it came from the file."""
 
-JsonValue = Any
-"""None, bool, int, float, str, and lists and dicts of them."""
-
 
 class Horizon(Record):
     """A duration of the configuration in latent frames of one backbone."""
 
-    duration_s: float
-    latent_frames: int = Field(ge=1)
+    duration_s: float = Field(gt=0, le=1e9)
+    latent_frames: int = Field(ge=1, lt=2**31)
 
 
 class BackboneIdentity(Record):
@@ -37,7 +33,7 @@ class BackboneIdentity(Record):
     """What determines the pixels besides: the VAE."""
     label: str
     """Shown beside the name; free to change."""
-    frames_per_block: int = Field(ge=1)
+    frames_per_block: int = Field(ge=1, lt=2**31)
     horizons: list[Horizon] = Field(min_length=1)
     """By duration; grows."""
 
@@ -54,7 +50,7 @@ class MethodIdentity(Record):
 class PromptIdentity(Record):
     """One prompt of the run."""
 
-    index: int
+    index: Count
     """Line number in the prompt file, from 0."""
     text: str
 
@@ -64,8 +60,8 @@ class RunIdentity(Record):
 
     format_version: int = FORMAT_VERSION
     numerics_version: int
-    seed: int
-    samples: int
+    seed: int = Field(ge=-(2**63), lt=2**63)
+    samples: int = Field(ge=1, lt=2**31)
     video: dict[str, JsonValue]
     backbones: dict[str, BackboneIdentity]
     methods: dict[str, MethodIdentity]
@@ -104,12 +100,26 @@ class RunIdentity(Record):
         return {latent_frames: self.rollout_key(rollout, latent_frames) for latent_frames in horizons}
 
     def rollouts(self) -> Iterator[RolloutId]:
-        """All rollouts of the run, prompt-major."""
+        """All rollouts of the run, prompt-major, one by one: a run directory may claim any number of them."""
         for prompt_id in self.prompts:
             for sample in range(self.samples):
                 for backbone in self.backbones:
                     for method in self.methods:
                         yield RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
+
+    def rollouts_at(self, folders: Iterable[str]) -> list[RolloutId]:
+        """The rollouts of the run among `folders` (``rollouts/…``), prompt-major."""
+        found = {rollout for folder in folders if (rollout := RolloutId.at(folder)) and self.knows(rollout)}
+        return self.ordered(found)
+
+    def ordered(self, rollouts: Iterable[RolloutId]) -> list[RolloutId]:
+        """Rollouts of the run, prompt-major."""
+        prompts, backbones, methods = (
+            {name: i for i, name in enumerate(names)} for names in (self.prompts, self.backbones, self.methods)
+        )
+        return sorted(
+            rollouts, key=lambda r: (prompts[r.prompt_id], r.sample, backbones[r.backbone], methods[r.method])
+        )
 
     def knows(self, rollout: RolloutId) -> bool:
         """Whether the rollout belongs to the run as it is written down."""

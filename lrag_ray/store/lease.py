@@ -97,8 +97,13 @@ class LeaseHolder:
     @property
     def is_free(self) -> bool:
         """The holder gave the lease back, or has certainly ended. If not, it may be dead all the same."""
+        return self.is_released or (self.record is not None and self.record.process.is_gone)
+
+    @property
+    def is_released(self) -> bool:
+        """The holder gave the lease back."""
         sign = self.sign
-        return (sign is not None and sign.released) or (self.record is not None and self.record.process.is_gone)
+        return sign is not None and sign.released
 
     def __str__(self) -> str:
         return str(self.record) if self.record is not None else "a driver whose record cannot be read"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.store.address import Storage
+from lrag_ray.store.parquet import read_parquet
 from lrag_ray.store.records import FileRecord, LatentPart, PartRecord
 
 TRACE_SCHEMA = pa.schema(
@@ -159,7 +160,7 @@ def read_chain(
 def read_trace(data: bytes) -> list[TraceRow]:
     """Rows of a trace part; BrokenPartError where it is none."""
     try:
-        table = pq.read_table(io.BytesIO(data), schema=TRACE_SCHEMA)
+        table = read_parquet(data, TRACE_SCHEMA)
     except pa.ArrowException as error:
         raise BrokenPartError(f"no trace part: {error}") from error
     return [TraceRow(**row) for row in table.to_pylist()]

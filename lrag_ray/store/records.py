@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -21,14 +23,44 @@ def new_attempt_id() -> str:
 
 
 def _a_time(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("a time without its zone")
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None or not 1970 <= time.year < 3000:
+        raise ValueError("a time without its zone, or far from ours")
     return text
+
+
+def _json_value(value: Any) -> Any:
+    """What JSON of ours can hold and digests are made of: finite numbers of 64 bits, whole characters."""
+    match value:
+        case dict():
+            for key, item in value.items():
+                _json_value(key)
+                _json_value(item)
+        case list():
+            for item in value:
+                _json_value(item)
+        case bool() | None | str():
+            pass
+        case int() if -(2**63) <= value < 2**64:
+            pass
+        case float() if math.isfinite(value):
+            pass
+        case _:
+            raise ValueError("a number beyond 64 bits, or not finite")
+    return value
+
+
+JsonValue = Annotated[Any, AfterValidator(_json_value)]
+"""None, bool, int, float, str, and lists and dicts of them."""
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""Of bytes, frames, samples."""
 
 
 UtcTime = Annotated[str, AfterValidator(_a_time)]
 """What `now_utc` gives; a damaged one is refused with its record, before anybody sorts by it."""
 
+
+_ROLLOUT_FOLDER = re.compile(r"^rollouts/([^/]+)/([^/]+)/([^/]+)-(0|[1-9]\d{0,17})$", re.ASCII | re.DOTALL)
 
 ROLLOUTS = "rollouts"
 """Stage whose tasks are rollouts, and their folder below the run."""
@@ -37,7 +69,7 @@ ROLLOUTS = "rollouts"
 class Record(BaseModel):
     """Base of everything written to run storage: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RolloutId(Record):
@@ -47,12 +79,18 @@ class RolloutId(Record):
     method: str
     prompt_id: str
     """Line index and short hash of the text, e.g. ``00003-1f2e3d4c``."""
-    sample: int = 0
+    sample: Count = 0
 
     @property
     def path(self) -> str:
         """Folder below the run: ``rollouts/<backbone>/<method>/<prompt_id>-<sample>``."""
         return f"rollouts/{self.backbone}/{self.method}/{self.prompt_id}-{self.sample}"
+
+    @classmethod
+    def at(cls, folder: str) -> RolloutId | None:
+        """The rollout whose `path` is `folder`; None where that is not the folder of a rollout."""
+        match = _ROLLOUT_FOLDER.match(folder)
+        return match and cls(backbone=match[1], method=match[2], prompt_id=match[3], sample=int(match[4]))
 
 
 class FileRecord(Record):
@@ -60,15 +98,15 @@ class FileRecord(Record):
 
     path: str
     """Relative to the run's address, e.g. ``rollouts/tiny/base/00000-ab12cd34-0/attempt-x/video-36.mp4``."""
-    size_bytes: int
+    size_bytes: Count
     sha256: str
 
 
 class LatentPart(FileRecord):
     """A safetensors file of consecutive latent frames: tensor ``latents`` [frames, C, H, W]."""
 
-    first_frame: int
-    frames: int
+    first_frame: Count
+    frames: Count
 
 
 class Commit(Record):
@@ -76,7 +114,7 @@ class Commit(Record):
 
     rollout: RolloutId
     rollout_key: str
-    latent_frames: int
+    latent_frames: Count
     """The horizon."""
     attempt: str
     latent_parts: list[LatentPart]
@@ -85,8 +123,8 @@ class Commit(Record):
     """Parquet parts of the trace, in order (columns: the fields of `context.trace.TraceRow`)."""
     video: FileRecord | None
     """The horizon's H.264 file, or None where videos are off."""
-    video_frames: int
-    fps: int = Field(ge=1)
+    video_frames: Count
+    fps: int = Field(ge=1, le=1000)
     latents_digest: str
     """SHA-256 over the latent values in frame order."""
     device_kind: str
@@ -101,14 +139,14 @@ class DecodedVideo(Record):
     """``decoded/…/video-<latent_frames>.json``: a video made again from a commit's latents, created once."""
 
     rollout: RolloutId
-    latent_frames: int
+    latent_frames: Count
     """The horizon."""
     latents_digest: str
     """Of the commit whose latents were decoded."""
     video: FileRecord
-    frames: int
-    fps: int = Field(ge=1)
-    settings: dict[str, Any]
+    frames: Count
+    fps: int = Field(ge=1, le=1000)
+    settings: dict[str, JsonValue]
     """What determines the pixels besides the latents: VAE by digest, fps, crf, cold_chunk."""
     device_kind: str
     """``cpu`` or the name of the GPU."""
@@ -154,7 +192,7 @@ class FailureRecord(Record):
     done, for instance because its input is damaged."""
     counted: bool
     """Whether the attempt counts against `engine.max_attempts`."""
-    counted_attempts: int
+    counted_attempts: Count
     """Counted attempts so far, this one included."""
     quarantined: bool
     """The task was quarantined after this attempt; the next start of the run retries it."""

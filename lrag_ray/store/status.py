@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Literal, get_args
 
+from pydantic import ValidationError
+
+from lrag_ray.config.schema import ScoringSection
+from lrag_ray.errors import ConfigError
 from lrag_ray.store.failures import read_failures
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.lease import holder
+from lrag_ray.store.lease import LeaseHolder, holder
 from lrag_ray.store.records import ROLLOUTS, FailureRecord, Record
 from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
 
@@ -31,8 +35,19 @@ class CellStatus(Record):
     partial: int
     """Not done, but parts are stored that the next start continues from."""
     failed: int
-    """Given up after `engine.max_attempts`; the next start tries again."""
+    """Quarantined after `engine.max_attempts`; the next start tries again."""
     pending: int
+
+
+class ScoreStatus(Record):
+    """The scores that the run was meant to have (``scoring`` in its config.json)."""
+
+    suite: str
+    pending: int | None
+    """Committed videos without their scores, quarantined ones included; None for a plug-in, which is never imported
+    because a run names it."""
+    quarantined: int
+    """Those of them that were quarantined."""
 
 
 class RunStatus(Record):
@@ -41,26 +56,49 @@ class RunStatus(Record):
     uri: str
     cells: list[CellStatus]
     commits_per_hour: float | None
-    """Over the last hour of work, or None with fewer than two commits."""
+    """Over the last hour of work; None with fewer than two commits, and while nobody works on the run."""
     eta_s: float | None
     """Seconds until all cells are done at that rate, or None without a rate."""
+    scores: ScoreStatus | None
+    """None where no scores are asked for, or where the run does not say which."""
     failures: list[FailureRecord]
     """The last failure of each quarantined task, of any stage; success clears it."""
     problems: list[str]
     """Records that do not count, with the reason; the next start makes again what commits among them named."""
     held_by: str | None
-    """The driver that works on the run, and its last sign of life by its own clock; None where there is none. One that
-    died on another machine is named until the next start takes over."""
+    """The driver that works on the run, since when, and its last sign of life by its own clock; None where nobody
+    does."""
+    lost: str | None
+    """The last driver, where it neither ended properly nor showed a sign of life lately: it probably died."""
 
     @property
     def done(self) -> bool:
-        """Whether every cell is done for every prompt."""
-        return all(cell.done == cell.total for cell in self.cells)
+        """Whether every cell is done for every prompt, with its scores."""
+        return all(cell.done == cell.total for cell in self.cells) and (self.scores is None or not self.scores.pending)
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether anything was quarantined."""
+        return bool(self.failures)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing will change until someone starts the run again: the rest is quarantined."""
+        if self.held_by is not None:
+            return False
+        scores_left = self.scores is not None and bool(self.scores.pending) and not self.scores.quarantined
+        rollouts_left = any(cell.done + cell.failed < cell.total for cell in self.cells)
+        return self.quarantined and not scores_left and not rollouts_left
+
+    @property
+    def exit_code(self) -> int:
+        """1 where something was quarantined, else 0."""
+        return int(self.quarantined)
 
 
 @without_cycle_search()
-def run_status(run_dir: RolloutRun) -> RunStatus:
-    """Status of the run at an address; StorageError where there is none."""
+def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
+    """Status of the run at an address; StorageError where there is none. Without `scores` these are not looked at."""
     identity = run_dir.require()
     inventory = run_dir.inventory()
     failures, broken = read_failures(run_dir.storage)
@@ -81,7 +119,9 @@ def run_status(run_dir: RolloutRun) -> RunStatus:
         for method in identity.methods
         for horizon in identity.backbones[backbone].horizons
     ]
-    rate = _commits_per_hour(inventory)
+    last = holder(run_dir.storage)
+    working = last is not None and not last.is_free and _is_alive(last)
+    rate = _commits_per_hour(inventory) if working else None
     left = sum(cell.total - cell.done - cell.failed for cell in cells)
     return RunStatus(
         uri=run_dir.uri,
@@ -93,15 +133,45 @@ def run_status(run_dir: RolloutRun) -> RunStatus:
             *(others[key] for key in sorted(others)),
         ],
         problems=[*(f"{state.path}: {state.problem}" for state in inventory.problems()), *broken],
-        held_by=_held_by(run_dir),
+        scores=_scores(run_dir, {task for stage, task in others if stage == "scoring"}) if scores else None,
+        held_by=_described(last) if working else None,
+        lost=_described(last) if not working and last is not None and not last.is_released else None,
     )
 
 
-def _held_by(run_dir: RolloutRun) -> str | None:
-    found = holder(run_dir.storage)
-    if found is None or found.is_free:
+def _described(found: LeaseHolder | None) -> str:
+    return f"{found}, last sign of life {found.sign.at if found is not None and found.sign else 'not yet'}"
+
+
+def _is_alive(found: LeaseHolder) -> bool:
+    """Whether a holder of whom no end is known showed a sign of life within its time, by this machine's clock."""
+    last = found.sign.at if found.sign is not None else found.record.started_at if found.record is not None else None
+    if last is None or found.record is None:
+        return True
+    try:
+        return datetime.now(UTC) - datetime.fromisoformat(last) <= timedelta(seconds=2 * found.record.ttl_s)
+    except (ValueError, TypeError):
+        return False
+
+
+def _scores(run_dir: RolloutRun, quarantined: set[str]) -> ScoreStatus | None:
+    # Suites bring torch along, and there may be no scores to look for.
+    from lrag_ray.scoring.intended import intended_scores
+    from lrag_ray.scoring.registry import suite_of
+
+    section, plug_in = intended_scores(run_dir.storage)
+    if plug_in is not None:
+        return ScoreStatus(suite=plug_in, pending=None, quarantined=len(quarantined))
+    if not section:
         return None
-    return f"{found}, last sign of life {found.sign.at if found.sign else 'not yet'}"
+    try:
+        suite = suite_of(ScoringSection.model_validate(section))
+    except (ValidationError, ConfigError, ValueError):
+        return None
+    if suite is None:
+        return None
+    pending = {task.name for task in suite.pending(run_dir)}
+    return ScoreStatus(suite=suite.label, pending=len(pending), quarantined=len(pending & quarantined))
 
 
 def _count(
@@ -110,7 +180,7 @@ def _count(
     """Rollouts by (backbone, method, latent frames, state), and the paths of those that miss a horizon."""
     counts: Counter[tuple[str, str, int, State]] = Counter()
     unfinished = set()
-    for rollout in identity.rollouts():
+    for rollout in identity.rollouts_at({*inventory.commits, *inventory.part_records, *given_up}):
         path = rollout.path
         horizons = {horizon.latent_frames for horizon in identity.backbones[rollout.backbone].horizons}
         # The key costs a hash: only rollouts that have something on storage need it.
@@ -120,6 +190,13 @@ def _count(
             unfinished.add(path)
         for latent_frames in horizons:
             counts[rollout.backbone, rollout.method, latent_frames, "done" if latent_frames in done else state] += 1
+    total = len(identity.prompts) * identity.samples
+    for name, backbone in identity.backbones.items():
+        for method in identity.methods:
+            # What nothing is stored of was not looked at.
+            for latent_frames in {horizon.latent_frames for horizon in backbone.horizons}:
+                seen = sum(counts[name, method, latent_frames, state] for state in _STATES)
+                counts[name, method, latent_frames, "pending"] += total - seen
     return counts, unfinished
 
 

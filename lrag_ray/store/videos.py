@@ -41,9 +41,7 @@ def committed_videos(run_dir: RolloutRun) -> Iterator[CommittedVideo]:
     inventory = run_dir.inventory()
     decoded = DecodedVideos({}, {}) if identity.video.get("enabled", True) else read_decoded(run_dir)
     settings = {name: decoded.preferred_settings(identity, name) for name in identity.backbones}
-    for rollout in identity.rollouts():
-        if rollout.path not in inventory.commits:
-            continue
+    for rollout in identity.rollouts_at(inventory.commits):
         seconds = {
             horizon.latent_frames: horizon.duration_s for horizon in identity.backbones[rollout.backbone].horizons
         }

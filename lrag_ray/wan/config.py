@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MOST = 1_000_000
+"""No size of a generator is larger; it would be a slip."""
+
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -33,6 +36,10 @@ class WanConfig:
     """Epsilon of every norm."""
 
     def __post_init__(self) -> None:
+        sizes = [(name, size) for name, size in vars(self).items() if name not in ("patch_size", "eps")]
+        for name, size in [*sizes, *(("patch_size", size) for size in self.patch_size)]:
+            if not 1 <= size <= _MOST:
+                raise ValueError(f"{name} {size} must be at least 1 and at most {_MOST}")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
@@ -97,8 +104,10 @@ class SamplerConfig:
             raise ValueError("denoising_steps is empty")
         if any(not 0 <= step <= 1000 for step in self.denoising_steps):
             raise ValueError(f"denoising_steps {list(self.denoising_steps)} must be in 0..1000")
-        if self.frames_per_block < 1:
-            raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1")
+        if not 0 < self.shift <= _MOST:
+            raise ValueError(f"shift {self.shift} must be above 0 and at most {_MOST}")
+        if not 1 <= self.frames_per_block <= _MOST:
+            raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1 and at most {_MOST}")
 
     @property
     def passes_per_block(self) -> int:

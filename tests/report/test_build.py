@@ -319,6 +319,22 @@ def test_the_note_counts_what_was_left_out() -> None:
     )
 
 
+def test_the_note_names_what_is_left_out_of_the_ranks() -> None:
+    def score(method: str, prompt: str) -> VideoScore:
+        return VideoScore("tiny", method, 6, prompt, 0, dict.fromkeys((m.name for m in MEASURES), 0.5))
+
+    scores = [score("a", "p"), score("b", "p"), score("c", "q")]
+    (block,) = average_ranks(scores, ["a", "b", "c", "d"], MEASURES)
+    assert comparison_note(block) == (
+        "Over the 1 prompt that all ranked methods have. Left out of the ranks: no scores yet for d; "
+        "no completely scored prompt in common with the others for c."
+    )
+    (block,) = average_ranks([score("a", "p"), score("b", "q")], ["a", "b"], MEASURES)
+    assert comparison_note(block) == (
+        "Not ranked: no prompt has complete scores for several methods. Means are over each method's own videos."
+    )
+
+
 def test_a_vbench_page_says_what_its_numbers_are(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), [f"<b>fox</b> {i}" for i in range(6)], horizons=(12, 27))
     score_run(run, lambda rollout, *_: 0.9 if rollout.method == "rag" else 0.8)

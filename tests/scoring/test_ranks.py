@@ -114,11 +114,41 @@ def test_pooled_over_clips_a_video_weighs_as_many_as_it_has() -> None:
     assert by_prompts.rows[0].means["up"] == pytest.approx((0.3 + 1.0) / 2)
 
 
-def test_a_method_without_scores_stops_the_ranking() -> None:
+def test_a_method_without_scores_leaves_means_and_takes_no_part() -> None:
     block = ranked([score("a", "p", 0.3)], ["a", "b"])
     assert block.prompts == 0
     assert [row.average_rank for row in block.rows] == [None, None]
     assert [row.videos_scored for row in block.rows] == [1, 0]
+    assert [dict(row.means) for row in block.rows] == [{"up": 0.3, "down": 0.0}, {}]
+
+
+def test_the_others_are_ranked_as_if_the_method_without_scores_were_not_there() -> None:
+    scores = [score("a", "p", 0.1), score("a", "q", 0.3), score("b", "p", 0.2), score("b", "q", 0.8)]
+    alone, block = ranked(scores), ranked(scores, ["a", "c", "b"])
+    assert [block.rows[0], block.rows[2]] == list(alone.rows) and block.weights == alone.weights
+    assert not block.rows[1].compared and block.rows[1].average_rank is None and block.rows[1].means == {}
+
+
+def test_a_method_of_other_prompts_shows_its_own_means_without_a_rank() -> None:
+    """Given two runs over p and q and one over r alone: the two are ranked, the third stands beside them."""
+    scores = [score(method, prompt, up) for method, up in (("a", 0.1), ("b", 0.2)) for prompt in "pq"]
+    block = ranked([*scores, score("c", "r", 0.9)], ["a", "b", "c"])
+    assert [row.average_rank for row in block.rows] == [1.75, 1.25, None]
+    assert (block.prompts, block.prompts_left_out) == (2, 0)
+    assert block.rows[2].means["up"] == 0.9 and (block.rows[2].prompts, block.rows[2].videos) == (1, 1)
+
+
+def test_a_method_that_lacks_a_measure_keeps_its_other_means() -> None:
+    scores = [score("a", "p", 0.1), score("b", "p", 0.2), score("c", "p", 0.9, down=math.nan)]
+    block = ranked(scores, ["a", "b", "c"])
+    assert block.rows[2].means == {"up": 0.9} and block.rows[2].average_rank is None
+    assert [row.ranks["up"] for row in block.compared] == [2, 1]
+
+
+def test_methods_without_a_common_prompt_are_not_ranked_in_any_order() -> None:
+    block = ranked([score("a", "p", 0.1), score("b", "q", 0.2)])
+    assert [row.average_rank for row in block.rows] == [None, None]
+    assert [row.means["up"] for row in block.rows] == [0.1, 0.2] and block.weights == {}
 
 
 def test_values_that_are_not_numbers_are_left_out() -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from lrag_ray.scoring.vbench_long.names import Mode
 from lrag_ray.scoring.vbench_long.rows import ScoreRow
+from lrag_ray.store.parquet import read_parquet
 
 UNTRAINED = "random-"
 """Digests of networks begin so where their weights were drawn at random: the scores mean nothing."""
@@ -56,7 +57,7 @@ def rows_from_parquet(data: bytes) -> list[ScoreRow]:
     Raises:
         pyarrow.ArrowException: it is not a parquet file, or its columns are others.
     """
-    table = pq.ParquetFile(io.BytesIO(data)).read()
+    table = read_parquet(data)
     if table.schema != _SCHEMA:
         raise pa.ArrowInvalid(f"columns {table.schema.names} are not those of VBench-Long scores")
     return [ScoreRow(**{**row, "per_frame": tuple(row["per_frame"])}) for row in table.to_pylist()]

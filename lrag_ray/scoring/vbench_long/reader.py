@@ -5,6 +5,7 @@ Rollouts are read one after the other and only clip scores are kept, so that a l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -37,6 +38,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import CommittedVideo
 
 _FILES_AT_ONCE = 256
+_FROZEN = re.compile(r"^.+/controls/frozen/([^/]+)/([^/]+)-(\d{1,18})$", re.ASCII | re.DOTALL)
 
 
 def read_scores(
@@ -53,12 +55,15 @@ def read_scores(
         _add_rollout(scores, videos[wanted[place]], rows)
         seen.add(place)
     scores.pending += sum(len(videos[rollout]) for place, rollout in wanted.items() if place not in seen)
-    controls = {
-        frozen_folder(mode, backbone, prompt_id, sample): (backbone, (prompt_id, sample))
-        for backbone in identity.backbones
-        for prompt_id in identity.prompts
-        for sample in range(identity.samples)
-    }
+    controls = {}
+    for place in files:
+        # From what is stored: the run may claim any number of samples.
+        match = _FROZEN.match(place)
+        if match is None or match[1] not in identity.backbones or match[2] not in identity.prompts:
+            continue
+        sample = int(match[3])
+        if sample < identity.samples and place == frozen_folder(mode, match[1], match[2], sample):
+            controls[place] = (match[1], (match[2], sample))
     for place, rows in _rows_by_folder(scores, storage, files, list(controls), mode):
         _add_frozen(scores, *controls[place], rows)
 

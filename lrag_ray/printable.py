@@ -1,0 +1,32 @@
+"""Text from files in a form that cannot act on a terminal: no cursor movement, links, hidden or reordered text."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Any
+
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories: controls (C0, C1), invisible and bidirectional format characters, lone surrogates, separators."""
+
+
+def printable(text: str) -> str:
+    """`text` with every control, format and separator character but line feed and tab replaced by U+FFFD.
+
+    Each is replaced by one character, so that positions in the text stay what they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join("\N{REPLACEMENT CHARACTER}" if _is_unsafe(character) else character for character in text)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Plain data as JSON; what a terminal might act on is written as an escape, so the value stays what it is."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(json.dumps(character)[1:-1] if _is_unsafe(character) else character for character in text)
+
+
+def _is_unsafe(character: str) -> bool:
+    return character not in "\n\t" and unicodedata.category(character) in _UNSAFE
