@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from lrag_ray.store.identity import JsonValue, RunIdentity, canonical_digest
-from lrag_ray.store.records import Commit, DecodedVideo, RolloutId
+from lrag_ray.store.identity import RunIdentity, canonical_digest
+from lrag_ray.store.records import Commit, DecodedVideo, JsonValue, RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 
 FOLDER = "decoded"
