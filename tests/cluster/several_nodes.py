@@ -52,11 +52,13 @@ class Waiter(Sleeper):
 
 
 class Reserving(Sleeper):
-    """Notes the memory that each of its actors has reserved."""
+    """Notes the memory that its actor has reserved, and works once three actors have noted theirs."""
 
     def work(self, payload: Job, attempt: str) -> Outcome:
         memory = int(ray.get_runtime_context().get_assigned_resources().get("memory", 0))
         (payload.folder / f"{self.host.name}.memory").write_text(str(memory))
+        while len(list(payload.folder.glob("*.memory"))) < 3:
+            time.sleep(0.05)
         return super().work(payload, attempt)
 
 
