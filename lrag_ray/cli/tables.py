@@ -176,11 +176,11 @@ def _state(status: RunStatus) -> str:
     elif not open_cells:
         parts.append("No rollout is pending")
     else:
-        parts.append(f"{count(open_cells)} results are not there yet")
+        parts.append(f"results not there yet: {count(open_cells)}")
     if scores is not None and scores.pending is None:
         parts.append(f"scores of the plug-in {scores.suite} are not counted")
     elif scores is not None and scores.pending:
-        parts.append(f"{count(scores.pending)} scores of {scores.suite} are not there yet")
+        parts.append(f"scores of {scores.suite} not there yet: {count(scores.pending)}")
     if failed := len(status.failures):
         parts.append(f"{count(failed)} quarantined")
     return f"{'; '.join(parts)}."

@@ -63,7 +63,7 @@ def test_nobody_at_work_gives_no_rate_and_says_so(run: RolloutRun) -> None:
     assert (status.held_by, status.lost, status.commits_per_hour, status.eta_s) == (None, None, None, None)
     shown = CliRunner().invoke(cli.app, ["status", run.uri])
     assert shown.exit_code == 0
-    assert "2 results are not there yet.\nNobody is at work. The same `lrag-ray run` continues.\n" in shown.stdout
+    assert "results not there yet: 2.\nNobody is at work. The same `lrag-ray run` continues.\n" in shown.stdout
 
 
 def test_who_works_is_named_with_its_host_and_since_when(run: RolloutRun) -> None:
@@ -105,7 +105,7 @@ def test_scores_that_the_run_was_meant_to_have_are_work(tmp_path: Path) -> None:
     status = run_status(run)
     assert status.scores is not None and (status.scores.pending, status.done) == (1, False)
     shown = CliRunner().invoke(cli.app, ["status", run.uri]).stdout
-    assert "All done" not in shown and "1 scores of preview are not there yet" in shown
+    assert "All done" not in shown and "not there yet: 1" in shown
     (task,) = PREVIEW.pending(run)
     quarantined(run, task.name, "scoring")
     status = run_status(run)
