@@ -14,7 +14,7 @@ from tests.config.make import SMALL, write
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 KEYS = """
-job preset run run.uri run.seed prompts prompts.path prompts.limit prompts.count prompts.samples durations_s
+job preset run run.uri run.seed prompts prompts.path prompts.column prompts.limit prompts.count prompts.samples durations_s
 independent_durations
 backbones backbones.* backbones.*.preset backbones.*.label backbones.*.transformer backbones.*.transformer.dim
 backbones.*.transformer.ffn_dim backbones.*.transformer.freq_dim backbones.*.transformer.text_dim
