@@ -28,8 +28,9 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Iterator[st
 def apply_override(document: Document, override: str) -> None:
     """Set one value in `document`, later ones winning.
 
-    The value is YAML (``3``, ``[30, 60]``, ``null``, ``{method: rag, top_k: 4}``) or text, which is taken literally with
-    any ``#`` in it. Missing sections are made. In a list, a position replaces that item. A name that itself holds dots is found where it is already given.
+    The value is YAML (``3``, ``[30, 60]``, ``null``, ``{method: rag, top_k: 4}``) or text, which is taken literally
+    with any ``#`` in it. Missing sections are made. In a list, a position replaces that item. A name that itself holds
+    dots is found where it is already given.
 
     Raises:
         ValueError: not of the form a.b=value, or a step of the path leads through something that is not a section.
