@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -45,6 +44,7 @@ def decode(
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_decoded
     from lrag_ray.config.load import load_config
+    from lrag_ray.config.overrides import quoted
     from lrag_ray.pipelines.decode import decode as decode_run
     from lrag_ray.pipelines.stored_config import stored_config
 
@@ -52,7 +52,7 @@ def decode(
     if config is None:
         loaded = stored_config(run_uri, overrides, decodes=True)
     else:
-        loaded = load_config(config, [*overrides, f"run.uri={json.dumps(run_uri)}"])
+        loaded = load_config(config, [*overrides, f"run.uri={quoted(run_uri)}"])
     with shown_progress() as progress:
         outcome = decode_run(loaded, other_vae=other_vae, listener=progress)
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +77,7 @@ def score(
     """
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.config.load import load_config
+    from lrag_ray.config.overrides import quoted
     from lrag_ray.config.videos import videos_config
     from lrag_ray.pipelines.score import is_run, score_run
     from lrag_ray.pipelines.score_videos import score_videos
@@ -96,7 +96,7 @@ def score(
         "weights": weights,
         "dimensions": [name.strip() for name in dimensions.split(",")] if dimensions is not None else None,
     }
-    chosen = [f"scoring.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    chosen = [f"scoring.{key}={quoted(value)}" for key, value in given.items() if value is not None]
     chosen += overrides or []
     if not is_run(target):
         if config is not None:
@@ -114,7 +114,7 @@ def score(
     if config is None:
         loaded = stored_config(target, chosen)
     else:
-        loaded = load_config(config, [*chosen, f"run.uri={json.dumps(target)}"])
+        loaded = load_config(config, [*chosen, f"run.uri={quoted(target)}"])
     with shown_progress() as listener:
         outcome = score_run(loaded, listener=listener)
     if as_json:

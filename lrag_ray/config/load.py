@@ -21,11 +21,12 @@ from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.jobs import schema_of
 from lrag_ray.config.methods import Method, resolve_method, settings_keys
 from lrag_ray.config.overrides import apply_overrides
+from lrag_ray.config.paths import beside_configuration
 from lrag_ray.config.plugin_settings import settings_model
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
 from lrag_ray.config.schema import MOST_ROLLOUTS, RunConfig, ScoringSection
-from lrag_ray.config.source import Document, KeyPath, read_document
+from lrag_ray.config.source import Document, KeyPath, dotted, read_document
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.registry import NONE, suite_class
@@ -39,7 +40,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: names for each problem the file and line (or the override), the key path, and the nearest valid
             name or what was expected.
     """
-    return complete(read_document(path), overrides)
+    document = read_document(path)
+    config = complete(document, overrides)
+    raise_problems(document, _misplaced(config, Path(path).parent))
+    return config
 
 
 def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
@@ -194,6 +198,19 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
             except ValueError as error:
                 yield Problem(path, str(error))
             yield from _check_length(path, method, config.durations_s, frames_per_block)
+
+
+def _misplaced(config: RunConfig, folder: Path) -> Iterator[Problem]:
+    """Relative paths that mean the folder of the configuration, where the program runs in another one."""
+    found = list(beside_configuration(config, folder))
+    run = f"run lrag-ray in {shlex.quote(str(folder))}"
+    for path, address in found:
+        override = shlex.quote(f"{dotted(path)}={folder / address}")
+        yield Problem(
+            path,
+            f"'{address}' is not in the working directory but beside the configuration, and relative paths mean the "
+            f"working directory. Fix: {run}, or --set {override}",
+        )
 
 
 def _check_length(

@@ -8,6 +8,14 @@ from typing import Any
 from lrag_ray.config.source import Document, KeyPath, dotted, parse_value
 
 
+def quoted(value: Any) -> str:
+    """Text, or a list of texts, as YAML that every reader takes for just that: for overrides that a program makes."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(quoted, value))}]"
+    plain = (c if c.isascii() and c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+    return f'"{"".join(plain)}"'
+
+
 def apply_overrides(document: Document, overrides: Sequence[str]) -> Iterator[str]:
     """Set all of `overrides` while this is iterated over, to its end; yields a line for each that is wrong."""
     for override in overrides:
@@ -20,8 +28,9 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Iterator[st
 def apply_override(document: Document, override: str) -> None:
     """Set one value in `document`, later ones winning.
 
-    The value is YAML (``3``, ``[30, 60]``, ``null``, ``{method: rag, top_k: 4}``, text). Missing sections are made. In
-    a list, a position replaces that item. A name that itself holds dots is found where it is already given.
+    The value is YAML (``3``, ``[30, 60]``, ``null``, ``{method: rag, top_k: 4}``) or text, which is taken literally
+    with any ``#`` in it. Missing sections are made. In a list, a position replaces that item. A name that itself holds
+    dots is found where it is already given.
 
     Raises:
         ValueError: not of the form a.b=value, or a step of the path leads through something that is not a section.

@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import RunConfig, ScoringSection
+from lrag_ray.config.source import KeyPath
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """`config` with relative paths of weights resolved here: workers have working directories of their own."""
     data = config.model_dump()
-    for backbone in data["backbones"].values():
-        text_encoder, weights = backbone["text_encoder"], backbone["weights"]
-        for section, key in (
-            (weights, "path"),
-            (weights["lora"], "path"),
-            (text_encoder, "path"),
-            (text_encoder, "tokenizer"),
-            (backbone["vae"], "path"),
-        ):
-            _resolve(section, key)
-    for name, section in data["methods"].items():
-        for file, address in resolve_method(config.methods[name]).weights:
-            # An address may be the settings' default, which no section holds.
-            section[file.key] = address
-            _resolve(section, file.key)
-    _resolve_scoring(data["scoring"])
+    for path in _weights(config, data):
+        _resolve(_section_of(data, path), str(path[-1]))
     return RunConfig.model_validate(data)
+
+
+def beside_configuration(config: RunConfig, folder: Path) -> Iterator[tuple[KeyPath, str]]:
+    """Relative paths, with their keys, of files that are missing here and are there relative to `folder`."""
+    data = config.model_dump()
+    for path in [("prompts", "path"), *_weights(config, data)]:
+        address = (_section_of(data, path) or {}).get(str(path[-1]))
+        if not isinstance(address, str) or "://" in address or Path(address).is_absolute():
+            continue
+        if not os.path.lexists(address) and os.path.lexists(folder / address):
+            yield path, address
+
+
+def _weights(config: RunConfig, data: dict[str, Any]) -> Iterator[KeyPath]:
+    """Keys of all places of weights; puts those in `data` that are the defaults of a method's settings."""
+    for name in config.backbones:
+        for keys in (
+            ("weights", "path"),
+            ("weights", "lora", "path"),
+            ("text_encoder", "path"),
+            ("text_encoder", "tokenizer"),
+            ("vae", "path"),
+        ):
+            yield ("backbones", name, *keys)
+    for name, method in config.methods.items():
+        for file, address in resolve_method(method).weights:
+            data["methods"][name][file.key] = address
+            yield ("methods", name, file.key)
+    # ``random`` is a recipe, not a path.
+    if config.scoring.weights != "random":
+        yield ("scoring", "weights")
+
+
+def _section_of(data: dict[str, Any], path: KeyPath) -> dict[str, Any] | None:
+    section: Any = data
+    for key in path[:-1]:
+        section = section and section[key]
+    return section  # type: ignore[no-any-return]  # sections of a validated configuration
 
 
 def with_absolute_weights(scoring: ScoringSection) -> ScoringSection:
     """The same for a scoring section alone."""
     data = scoring.model_dump()
-    _resolve_scoring(data)
+    if data["weights"] != "random":
+        _resolve(data, "weights")
     return ScoringSection.model_validate(data)
-
-
-def _resolve_scoring(section: dict[str, Any]) -> None:
-    # ``random`` is a recipe, not a path.
-    if section["weights"] != "random":
-        _resolve(section, "weights")
 
 
 def _resolve(section: dict[str, Any] | None, key: str) -> None:

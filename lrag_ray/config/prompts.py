@@ -1,19 +1,24 @@
-"""Prompt files: UTF-8 text, one prompt a line.
+"""Prompt files: UTF-8 text with one prompt a line, or a CSV, JSON or JSON Lines table with a column of prompts.
 
-Blank lines are skipped but counted, so that a prompt's index is its line number from 0 and adding a blank line at the
-end changes nothing. A byte order mark and Windows line ends are accepted. White space around a prompt is cut off.
+In text, blank lines are skipped but counted, so that a prompt's index is its line number from 0 and adding a blank line
+at the end changes nothing. A byte order mark and Windows line ends are accepted. White space around a prompt is cut
+off. The other columns of a table are kept with the prompt.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lrag_ray.config.schema import PromptsSection
+from lrag_ray.config.table_file import SUFFIXES, TableFaultError, parse_json, read_table
 from lrag_ray.errors import PromptError
+from lrag_ray.text_file import read_text
 
 WHERE_TO_GET = (
     "the prompts of the paper are moviegenbench_128_refined.txt (the MovieGen benchmark prompts, refined), in "
@@ -21,36 +26,58 @@ WHERE_TO_GET = (
 )
 
 _MOST_SHOWN = 5
+_FOREIGN = frozenset({".yaml", ".yml", ".toml", ".xml", ".html", ".xlsx", ".xls", ".ods", ".parquet", ".arrow"})
+"""Suffixes of files whose lines are not prompts."""
+_TIMED = re.compile(r"\[[^\[\]|]*\d\s*(?:s|sec|seconds)?\s*#[^\[\]|]*\]", re.IGNORECASE)
+"""``[10s#]``: which of several texts a video follows from when on."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt file."""
+    """One prompt of a file."""
 
     index: int
-    """Line number, from 0."""
+    """From 0: line number in text and JSON Lines, position among the records of other tables."""
     text: str
     prompt_id: str
     """``<index>-<hash of the text>``, e.g. ``00003-1f2e3d4c``."""
+    line: int
+    """Line of the file on which it begins, from 1; in JSON its position."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of a table."""
 
 
-def make_prompt(index: int, text: str) -> Prompt:
-    """The prompt with its id."""
+def make_prompt(index: int, text: str, line: int = 0, columns: Mapping[str, Any] | None = None) -> Prompt:
+    """The prompt with its id; on the line after `index` unless another one is given."""
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    return Prompt(index, text, f"{index:05d}-{digest[:8]}")
+    return Prompt(index, text, f"{index:05d}-{digest[:8]}", line or index + 1, columns or {})
 
 
 def load_prompts(section: PromptsSection) -> list[Prompt]:
     """Prompts of the section's file in file order, at most `limit`.
 
     Raises:
-        PromptError: no file named, file missing or without prompts, bytes that are not UTF-8, control characters.
+        PromptError: no file named, file missing or without prompts, bytes that are not UTF-8, control characters, a
+            table that does not parse or lacks the column, several prompts for one video.
     """
-    if section.path is None:
+    path = section.path
+    if path is None:
         raise PromptError(f"prompts.path is not given: {WHERE_TO_GET}")
-    prompts = [make_prompt(index, line) for index, line in enumerate(_lines(section.path)) if line]
+    suffix = Path(path).suffix.lower()
+    if suffix in _FOREIGN:
+        raise PromptError(
+            f"{path}: {suffix} is not read as a prompt file. Fix: write one prompt a line into a .txt file, or a "
+            f"column '{section.column}' into {', '.join(sorted(SUFFIXES))}"
+        )
+    prompts = list(_of_table(path, section.column) if suffix in SUFFIXES else _of_text(path, section.column))
     if not prompts:
-        raise PromptError(f"{section.path}: no prompt in it; write one prompt a line")
+        raise PromptError(f"{path}: no prompt in it; write one prompt a line")
+    for prompt in prompts:
+        if found := _TIMED.search(prompt.text):
+            raise PromptError(
+                f"{path}:{prompt.line}: '{_shortened(found[0])}' begins one of several prompts for one video, and a "
+                "video follows one prompt (prompt switching does not exist yet). Fix: give one prompt without times"
+            )
     return prompts[: section.limit]
 
 
@@ -66,50 +93,89 @@ def duplicate_warnings(prompts: Sequence[Prompt]) -> list[str]:
     by_text: dict[str, list[int]] = {}
     for prompt in prompts:
         if prompt.text:
-            by_text.setdefault(prompt.text, []).append(prompt.index + 1)
+            by_text.setdefault(prompt.text, []).append(prompt.line)
     return [
-        f"lines {_listed(lines)} hold the same prompt, which makes the same video: {_shortened(text)!r}"
+        f"lines {listed(lines)} hold the same prompt, which makes the same video: {_shortened(text)!r}"
         for text, lines in by_text.items()
         if len(lines) > 1
     ]
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise PromptError(f"{path}: no such prompt file (prompts.path); {WHERE_TO_GET}") from None
-    except OSError as error:
-        raise PromptError(f"{path}: cannot read the prompt file: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # The codec has already taken a byte order mark off the bytes that it counts.
-        offset = len(data) - len(error.object) + error.start
-        line = data.count(b"\n", 0, offset) + 1
-        raise PromptError(
-            f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8; save the file as UTF-8"
-        ) from None
+def listed(lines: Sequence[int]) -> str:
+    """``1 and 2``, ``1, 2 and 3``, ``1, 2, 3, 4, 5 and 7 more``."""
+    shown = [str(line) for line in lines[:_MOST_SHOWN]]
+    if len(lines) > _MOST_SHOWN:
+        shown.append(f"{len(lines) - _MOST_SHOWN} more")
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
+
+
+def _of_table(path: str, column: str) -> Iterable[Prompt]:
+    table = read_table(path, column, "the prompt file", PromptError, missing=_MISSING, column_key="prompts.column")
+    for row in table.rows:
+        value = row.cells[column]
+        if not isinstance(value, str) or not value.strip():
+            found = "is empty" if value in ("", None) or isinstance(value, str) else f"is {_described(value)}"
+            raise PromptError(f"{path}:{row.line}: '{column}' {found}; expected the text of one prompt")
+        text = value.strip(" \t\r\n")
+        if fault := _control_character(row.line, text, allowed="\t\r\n\u2028\u2029\x85"):
+            raise PromptError(f"{path}:{fault}")
+        columns = {name: cell for name, cell in row.cells.items() if name != column}
+        yield make_prompt(row.number, text, row.line, columns)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)} (several prompts for one video, which follows one prompt)"
+    return "not text"
+
+
+def _of_text(path: str, column: str) -> Iterable[Prompt]:
+    if column != PromptsSection.model_fields["column"].default:
+        raise PromptError(f"{path}: prompts.column is '{column}', but the file is text with one prompt a line")
+    text = read_text(path, "the prompt file", PromptError, missing=_MISSING)
     lines = [line.removesuffix("\r").strip(" \t") for line in text.split("\n")]
     faults = [fault for number, line in enumerate(lines, start=1) if (fault := _control_character(number, line))]
     if faults:
         shown = [f"{path}:{fault}" for fault in faults[:_MOST_SHOWN]]
         more = [f"and {len(faults) - _MOST_SHOWN} more lines"] if len(faults) > _MOST_SHOWN else []
         raise PromptError("\n".join([*shown, *more]))
-    return lines
+    first = next((line for line in lines if line), "")
+    if kind := _kind_of_table(first, text, column):
+        raise PromptError(
+            f"{path}: {kind}, not one prompt a line. Fix: write the prompts alone, one a line; or give the file the "
+            f"suffix {'.csv' if kind == _CSV else '.json or .jsonl'} and each prompt the "
+            f"{'column' if kind == _CSV else 'field'} '{column}'"
+        )
+    return (make_prompt(index, line) for index, line in enumerate(lines) if line)
 
 
-def _control_character(number: int, line: str) -> str | None:
+_MISSING = f"no such prompt file (prompts.path); {WHERE_TO_GET}"
+_CSV = "the first line is a CSV head line"
+_JSON = "the file is JSON"
+
+
+def _kind_of_table(first: str, text: str, column: str) -> str:
+    """What a file is whose lines are not prompts, judging by its first line and, for JSON, all of it."""
+    if any(column in [cell.strip(' "').casefold() for cell in first.split(by)] for by in ",;\t" if by in first):
+        return _CSV
+    if first in ("[", "{"):
+        return _JSON
+    if first.startswith(("[", "{")):
+        for candidate in (first, text):
+            try:
+                if isinstance(parse_json(candidate, 0), dict | list):
+                    return _JSON
+            except TableFaultError:
+                continue
+    return ""
+
+
+def _control_character(number: int, line: str, allowed: str = "\t") -> str | None:
     for column, character in enumerate(line, start=1):
-        if character != "\t" and unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+        if character not in allowed and unicodedata.category(character) in ("Cc", "Zl", "Zp"):
             kind = "line separator" if unicodedata.category(character) != "Cc" else "control character"
             return f"{number}: {kind} U+{ord(character):04X} at column {column}; a prompt is one line of plain text"
     return None
-
-
-def _listed(lines: Sequence[int]) -> str:
-    shown = ", ".join(map(str, lines[:_MOST_SHOWN]))
-    return shown if len(lines) <= _MOST_SHOWN else f"{shown} and {len(lines) - _MOST_SHOWN} more"
 
 
 def _shortened(text: str) -> str:

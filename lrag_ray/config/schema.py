@@ -122,7 +122,10 @@ class PromptsSection(Section):
     """Which prompts."""
 
     path: Address | None = None
-    """UTF-8 text file, one prompt a line; blank lines are skipped but keep their line number."""
+    """UTF-8 text file, one prompt a line (blank lines are skipped but keep their line number); or a table (.csv, .tsv,
+    .json, .jsonl) with a column of prompts, whose other columns are kept in run.json."""
+    column: str = Field(default="prompt", min_length=1)
+    """Column or field of a table that holds the prompt."""
     limit: int | None = Field(default=None, ge=1, le=MOST_PROMPTS)
     """Use only the first so many prompts."""
     count: int | None = Field(default=None, ge=1, le=MOST_PROMPTS)

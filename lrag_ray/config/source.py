@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lrag_ray.errors import ConfigError
+from lrag_ray.text_file import read_text
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top of the file."""
@@ -22,6 +23,7 @@ _TAGS = "tag:yaml.org,2002:"
 _TOO_DEEP = "nested too deeply, or an alias that contains itself"
 _MOST_DIGITS = 40
 _MOST_DEPTH = 100
+_MOST_BYTES = 4 << 20
 _MOST_NODES = 100_000
 """Values that a file may hold, aliases expanded; far above any real configuration."""
 
@@ -51,14 +53,7 @@ def dotted(path: KeyPath) -> str:
 
 def read_document(path: str | Path) -> Document:
     """Read a YAML file; ConfigError if it cannot be read, is not UTF-8, not YAML, or not a mapping."""
-    name = str(path)
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot read the configuration: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    return parse_document(name, text)
+    return parse_document(str(path), read_text(path, "the configuration", ConfigError, most_bytes=_MOST_BYTES))
 
 
 def parse_document(name: str, text: str) -> Document:
@@ -87,8 +82,13 @@ def parse_document(name: str, text: str) -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """One YAML value, as an override gives it; ValueError if it is none."""
+    """One YAML value, as an override gives it; ValueError if it is none.
+
+    Nothing is dropped or folded: a value that is plain text is that text, with any ``#`` and line breaks in it.
+    """
     try:
+        if _is_plain_text(text):
+            return text.strip()
         node = _node(text)
         return None if node is None else _Builder(Document("line", {})).build(node, ())
     except yaml.reader.ReaderError as error:
@@ -99,6 +99,37 @@ def parse_value(text: str) -> Any:
         raise ValueError(str(error.problem)) from None
     except (yaml.YAMLError, ConfigError) as error:
         raise ValueError(str(error)) from None
+
+
+_UNREAD = (
+    yaml.AnchorToken,
+    yaml.AliasToken,
+    yaml.TagToken,
+    yaml.DirectiveToken,
+    yaml.DocumentStartToken,
+    yaml.DocumentEndToken,
+)
+"""Parts of YAML that no value needs, and that would vanish from a text."""
+_STREAM = (yaml.StreamStartToken, yaml.StreamEndToken)
+
+
+def _is_plain_text(text: str) -> bool:
+    """Whether an override's value is unquoted text; ValueError if YAML would drop a part of another value."""
+    tokens = list(yaml.scan(text, Loader=_Loader))
+    if unread := next((token for token in tokens if isinstance(token, _UNREAD)), None):
+        written = text[unread.start_mark.index : unread.end_mark.index]
+        raise ValueError(f"YAML does not take '{written}' for text")
+    content = [token for token in tokens if not isinstance(token, _STREAM)]
+    if all(isinstance(token, yaml.ScalarToken) and token.plain for token in content):
+        # A comment is all of a value that begins with #.
+        whole = bool(content) and content[0].value == text.strip()
+        return not whole or not any(pattern.match(content[0].value) for pattern in _SCALARS.values())
+    end = 0
+    for token in tokens:
+        if comment := text[end : token.start_mark.index].strip():
+            raise ValueError(f"YAML takes '{comment}' for a comment")
+        end = max(end, token.end_mark.index)
+    return False
 
 
 def _node(text: str) -> yaml.Node | None:

@@ -42,7 +42,10 @@ def build_identity(config: RunConfig, prompts: Sequence[Prompt]) -> RunIdentity:
             for name, backbone in config.backbones.items()
         },
         methods={name: _method(method, config.independent_durations) for name, method in config.methods.items()},
-        prompts={prompt.prompt_id: PromptIdentity(index=prompt.index, text=prompt.text) for prompt in prompts},
+        prompts={
+            prompt.prompt_id: PromptIdentity(index=prompt.index, text=prompt.text, columns=dict(prompt.columns))
+            for prompt in prompts
+        },
         created_at=now_utc(),
         versions=versions(),
     )

@@ -1,4 +1,7 @@
-"""What a configuration comes to, before anything runs: cells, rollouts, arithmetic, bytes. Pure arithmetic, no I/O."""
+"""What a configuration comes to, before anything runs: cells, rollouts, arithmetic, bytes.
+
+Arithmetic, except that the tokenizer is read to find prompts that are cut off.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.presets import CHECKPOINT_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings
 from lrag_ray.config.schema import BackboneConfig, RunConfig
+from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.scoring.flops import vbench_flops
 from lrag_ray.wan.devices import DEVICES, gpu_hours
 from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, text_flops
@@ -281,6 +285,7 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         named = f"{config.prompts.path} is not there yet" if config.prompts.path else "no prompts.path is given"
         yield f"{named}: planned for prompts.count {len(prompts)}. `run` needs the file: {WHERE_TO_GET}"
     yield from duplicate_warnings(prompts)
+    yield from cut_notes(list(config.backbones.values()), prompts)
     for name, backbone in config.backbones.items():
         if note := CHECKPOINT_NOTES.get((backbone.weights.path or "").rpartition("/")[2]):
             yield f"backbones.{name}: {note}"

@@ -5,7 +5,6 @@ Names are only ever shown and hashed, never taken apart: what belongs together c
 
 from __future__ import annotations
 
-import csv
 import errno
 import fnmatch
 import glob
@@ -22,6 +21,7 @@ from typing import Any
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import StorageSection
+from lrag_ray.config.table_file import read_table
 from lrag_ray.errors import UsageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import sha256_of
@@ -235,7 +235,14 @@ def _labelled(rows: Iterable[tuple[str, Mapping[str, Any]]], found: Sequence[Lis
 
 
 def _read_row(place: str, row: Mapping[str, Any]) -> tuple[str, Labels, float | None]:
-    texts = {key: str(row[key]).strip() for key in COLUMNS if row.get(key) not in (None, "")}
+    texts: dict[str, str] = {}
+    for key in COLUMNS:
+        value = row.get(key)
+        if isinstance(value, bool | list | dict):
+            raise UsageError(f"{place}: {key} must be text or a number, not {json.dumps(value)[:60]}")
+        if value not in (None, ""):
+            # Line breaks around a prompt may tell it from another one.
+            texts[key] = str(value).strip(" \t" if key == "prompt" else None)
     name = PurePosixPath(texts.get("path", "")).as_posix()
     if name == "." or name.startswith("/") or ".." in name.split("/"):
         raise UsageError(f"{place}: path {texts.get('path', '')!r} must be a path inside the folder that is scored")
@@ -252,35 +259,6 @@ def _read_row(place: str, row: Mapping[str, Any]) -> tuple[str, Labels, float | 
 
 def _read_manifest(path: Path) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
     """Rows with their places, and the columns that mean nothing here."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{path}: the manifest cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: byte {error.start} is not UTF-8") from None
-    rows = list(_json_rows(path, text) if path.suffix in (".jsonl", ".ndjson") else _csv_rows(path, text))
-    columns = {str(key): None for _, row in rows for key in row}
-    if "path" not in columns:
-        raise UsageError(f"{path}: no column 'path'; a manifest is CSV with a head line, or JSONL (.jsonl)")
-    return rows, [column for column in columns if column not in COLUMNS]
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(text.splitlines())
-    for row in reader:
-        if None in row:
-            raise UsageError(f"{path}:{reader.line_num}: more values than the head line has columns")
-        yield f"{path}:{reader.line_num}", row
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}:{number}: not a JSON object")
-        yield f"{path}:{number}", row
+    table = read_table(path, "path", "the manifest", UsageError)
+    unused = [column for column in table.columns if column not in COLUMNS]
+    return [(f"{path}:{row.line}", row.cells) for row in table.rows], unused

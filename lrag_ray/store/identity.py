@@ -51,8 +51,11 @@ class PromptIdentity(Record):
     """One prompt of the run."""
 
     index: Count
-    """Line number in the prompt file, from 0."""
+    """Line number in the prompt file, or position in a table, from 0."""
     text: str
+    columns: dict[str, JsonValue] = Field(default_factory=dict, exclude_if=lambda columns: not columns)
+    """The other columns of the prompt file, such as an id or references; free to change. Absent where there are none,
+    so that earlier versions can read the run."""
 
 
 class RunIdentity(Record):

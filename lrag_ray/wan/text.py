@@ -126,20 +126,26 @@ class TextEncoder:
         return features[0]
 
 
-def tiny_text_encoder(text_dim: int, text_len: int, seed: int = 0) -> TextEncoder:
-    """The text encoder of the tiny backbone: two random umT5 layers over UTF-8 bytes."""
-    from transformers import UMT5EncoderModel
+def byte_tokenizer(text_len: int) -> Tokenize:
+    """Tokens of the tiny text encoder: UTF-8 bytes."""
 
     def tokenize(text: str) -> list[int]:
         kept = text.encode("utf-8")[: text_len - 1]
         return [*(byte + _BYTE_OFFSET for byte in kept), _END]
+
+    return tokenize
+
+
+def tiny_text_encoder(text_dim: int, text_len: int, seed: int = 0) -> TextEncoder:
+    """The text encoder of the tiny backbone: two random umT5 layers over UTF-8 bytes."""
+    from transformers import UMT5EncoderModel
 
     sizes = UMT5Sizes(
         vocab_size=256 + _BYTE_OFFSET, dim=text_dim, head_dim=16, num_heads=2, ffn_dim=2 * text_dim, num_layers=2
     )
     model = UMT5EncoderModel(sizes.transformers_config())
     fill_random(model, seed)
-    return TextEncoder(model, tokenize, f"bytes-{text_len}")
+    return TextEncoder(model, byte_tokenizer(text_len), f"bytes-{text_len}")
 
 
 def load_text_encoder(

@@ -16,8 +16,8 @@ from tests.config.make import SMALL, write
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 KEYS = """
-job preset run run.uri run.seed prompts prompts.path prompts.limit prompts.count prompts.samples durations_s
-independent_durations
+job preset run run.uri run.seed prompts prompts.path prompts.column prompts.limit prompts.count prompts.samples
+durations_s independent_durations
 backbones backbones.* backbones.*.preset backbones.*.label backbones.*.transformer backbones.*.transformer.dim
 backbones.*.transformer.ffn_dim backbones.*.transformer.freq_dim backbones.*.transformer.text_dim
 backbones.*.transformer.text_len backbones.*.transformer.in_dim backbones.*.transformer.out_dim
@@ -401,3 +401,33 @@ def test_a_method_from_outside_is_checked_by_its_own_settings(tmp_path: Path, mo
 def test_a_schema_is_read_without_torch() -> None:
     program = "import sys; import lrag_ray.config.schema; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_files_beside_the_configuration_are_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given relative paths and another working directory: what is beside the configuration is named with the fix."""
+    there, here = tmp_path / "the configs", tmp_path / "here"
+    there.mkdir(), here.mkdir()
+    (there / "prompts.txt").write_text("a fox\n")
+    (there / "ae.pt").write_bytes(b"x")
+    path = write(there, SMALL.replace("descriptor: avg_pool", "encoder: ae.pt"))
+    monkeypatch.chdir(there)
+    load_config(path)
+    monkeypatch.chdir(here)
+    with pytest.raises(ConfigError) as caught:
+        load_config("../the configs/run.yaml")
+    assert str(caught.value).split("\n  ")[1:] == [
+        "../the configs/run.yaml:3: prompts.path: 'prompts.txt' is not in the working directory but beside the "
+        "configuration, and relative paths mean the working directory. Fix: run lrag-ray in '../the configs', or "
+        "--set 'prompts.path=../the configs/prompts.txt'",
+        "../the configs/run.yaml:9: methods.rag.encoder: 'ae.pt' is not in the working directory but beside the "
+        "configuration, and relative paths mean the working directory. Fix: run lrag-ray in '../the configs', or "
+        "--set 'methods.rag.encoder=../the configs/ae.pt'",
+    ]
+    (here / "prompts.txt").write_text("a bear\n")
+    config = load_config("../the configs/run.yaml", ["methods.rag.encoder=../the configs/ae.pt"])
+    assert config.prompts.path == "prompts.txt"
+    # What is in neither place is reported where it is read, and a run's own address is only ever made.
+    (here / "prompts.txt").unlink(), (there / "prompts.txt").unlink()
+    assert load_config("../the configs/run.yaml", ["methods.rag.encoder=../the configs/ae.pt"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrag_ray.config.overrides import apply_override
+from lrag_ray.config.overrides import apply_override, quoted
 from lrag_ray.config.source import Document
 
 
@@ -60,6 +60,27 @@ def test_an_equals_sign_in_the_value_stays() -> None:
     assert overridden({}, "run.uri=s3://b/r?a=1&b=2").data["run"]["uri"] == "s3://b/r?a=1&b=2"
 
 
+@pytest.mark.parametrize("text", ["out/exp #2", "#2", "a # b # c", "12 #3", "one\ntwo", "a  b", "a#b", "a, b"])
+def test_text_is_taken_literally(text: str) -> None:
+    assert overridden({}, f"run.uri={text}").data["run"]["uri"] == text
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_quoted_text_is_read_back_as_it_is(text: str) -> None:
+    assert overridden({}, f"run.uri={quoted(text)}").data["run"]["uri"] == text
+    assert overridden({}, f"names={quoted([text, 'a'])}").data["names"] == [text, "a"]
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_nothing_of_a_value_is_dropped(text: str) -> None:
+    """Every text is taken as it is, read as another kind of value, or refused."""
+    try:
+        found = overridden({}, f"run.uri={text}").data["run"]["uri"]
+    except ValueError:
+        return
+    assert not isinstance(found, str) or found == text.strip() or text.strip()[0] in "\"'|>"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -69,6 +90,15 @@ def test_an_equals_sign_in_the_value_stays() -> None:
         ("run.uri=", "no value after 'run.uri='; write null to unset"),
         ("run.uri=[1", "the value is not YAML"),
         ("run.uri=@x", "the value is not YAML"),
+        ("durations_s=[1] # two", "YAML takes '# two' for a comment"),
+        ("run.uri='a' # two", "YAML takes '# two' for a comment"),
+        ("run.uri=&here a", "YAML does not take '&here' for text"),
+        ("run.uri=!!str a", "YAML does not take '!!str' for text"),
+        ("run.uri=--- a", "YAML does not take '---' for text"),
+        ("run.uri=[*here]", "YAML does not take '*here' for text"),
+        (f"run.uri={'[' * 5000}", "nested too deeply"),
+        (f"run.seed={'9' * 5000}", "a whole number of 5000 digits"),
+        ('run.uri="\\0"', "text with a NUL character"),
         ("run.uri.x=1", "'run.uri' is a value, not a section"),
         ("durations_s.2=1", "'durations_s' is a list of 2; '2' is no position in it"),
         ("durations_s.first=1", "'durations_s' is a list of 2; 'first' is no position in it"),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -96,7 +98,7 @@ def test_all_lines_with_control_characters_are_counted(tmp_path: Path) -> None:
 def test_duplicates_are_allowed_and_told(tmp_path: Path) -> None:
     prompts = load_prompts(section(tmp_path, "a\nb\na\n\na\n"))
     assert len({prompt.prompt_id for prompt in prompts}) == 4
-    assert duplicate_warnings(prompts) == ["lines 1, 3, 5 hold the same prompt, which makes the same video: 'a'"]
+    assert duplicate_warnings(prompts) == ["lines 1, 3 and 5 hold the same prompt, which makes the same video: 'a'"]
     assert duplicate_warnings(load_prompts(section(tmp_path, "a\nb\n"))) == []
 
 
@@ -126,3 +128,130 @@ def test_every_text_line_is_kept_as_it_is(tmp_path_factory: pytest.TempPathFacto
     prompts = load_prompts(section(folder, content))
     assert [(p.index, p.text) for p in prompts] == expected
     assert prompts == [make_prompt(*pair) for pair in expected]
+
+
+def table(folder: Path, name: str, content: str | bytes, **fields: Any) -> PromptsSection:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return PromptsSection(path=str(path), **fields)
+
+
+COLUMNS = {"id": "a-7", "reference": "a.png"}
+TABLES = {
+    "a.csv": "id,prompt,reference\na-7,A fox,a.png\n",
+    "excel.csv": "\ufeffid;prompt;reference\r\na-7;A fox;a.png\r\n;;\r\n",
+    "declared.csv": "sep=|\nid|prompt|reference\na-7|A fox|a.png\n",
+    "tabs.csv": "id\tprompt\treference\na-7\tA fox\ta.png\n",
+    "a.tsv": "id\tprompt\treference\na-7\tA fox\ta.png\n",
+    "utf16.csv": "id\tprompt\treference\r\na-7\tA fox\ta.png\r\n".encode("utf-16"),
+    "a.jsonl": '{"id": "a-7", "prompt": "A fox", "reference": "a.png"}\n',
+    "a.ndjson": '{"id": "a-7", "prompt": " A fox\\n", "reference": "a.png"}\r\n\r\n',
+    "a.json": '[\n  {"id": "a-7", "prompt": "A fox", "reference": "a.png"}\n]\n',
+    "lines.json": '{"id": "a-7", "prompt": "A fox", "reference": "a.png"}\n{"id": "b", "prompt": "A bear"}\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_give_their_column_of_prompts_and_keep_the_others(tmp_path: Path, name: str) -> None:
+    prompt = load_prompts(table(tmp_path, name, TABLES[name], limit=1))[0]
+    assert (prompt.index, prompt.text, dict(prompt.columns)) == (0, "A fox", COLUMNS)
+    assert prompt.prompt_id == make_prompt(0, "A fox").prompt_id
+
+
+def test_another_column_is_named_by_the_configuration(tmp_path: Path) -> None:
+    content = json.dumps([{"prompt_en": "A fox", "dimension": ["color"], "auxiliary_info": {"color": "red"}}])
+    with pytest.raises(PromptError) as caught:
+        load_prompts(table(tmp_path, "info.json", content))
+    assert str(caught.value).endswith(
+        "info.json: no field 'prompt'; the fields are 'prompt_en', 'dimension', 'auxiliary_info'; did you mean "
+        "'prompt_en'?; prompts.column names another column"
+    )
+    (prompt,) = load_prompts(table(tmp_path, "info.json", content, column="prompt_en"))
+    assert prompt.text == "A fox"
+    assert prompt.columns == {"dimension": ["color"], "auxiliary_info": {"color": "red"}}
+    with pytest.raises(PromptError, match=r"prompts\.column is 'text', but the file is text"):
+        load_prompts(table(tmp_path, "a.txt", "A fox\n", column="text"))
+
+
+def test_a_cell_may_hold_line_breaks_and_separators_and_messages_name_its_first_line(tmp_path: Path) -> None:
+    content = 'id,prompt\n1,"A red boat\nin a storm, at night"\n\n2,A fox\n3,A fox\n'
+    prompts = load_prompts(table(tmp_path, "a.csv", content))
+    assert [(p.index, p.line, p.text) for p in prompts] == [
+        (0, 2, "A red boat\nin a storm, at night"),
+        (2, 5, "A fox"),
+        (3, 6, "A fox"),
+    ]
+    assert duplicate_warnings(prompts) == ["lines 5 and 6 hold the same prompt, which makes the same video: 'A fox'"]
+    lines = load_prompts(table(tmp_path, "a.jsonl", '{"prompt": "one\u2028two"}\n\n{"prompt": "three"}'))
+    assert [(p.index, p.text) for p in lines] == [(0, "one\u2028two"), (2, "three")]
+
+
+WRONG_TABLES = [
+    ("a.csv", "text,id\nA fox,1\n", "a.csv: no column 'prompt'; the columns, separated by ',', are 'text', 'id'"),
+    ("a.csv", "Text;ID\nA fox;1\n", "a.csv: no column 'prompt'; the columns, separated by ';', are 'Text', 'ID'"),
+    ("a.csv", "Prompt,id\nA fox,1\n", "are 'Prompt', 'id'; did you mean 'Prompt'?; prompts.column names another"),
+    ("a.csv", "A fox\nA bear\n", "a.csv: no column 'prompt'; the columns, separated by ',', are 'A fox'"),
+    ("a.csv", "", "a.csv: no head line"),
+    ("a.csv", "prompt\nA fox, running\n", "a.csv:2: more values than the head line has columns (2 instead of 1)"),
+    ("a.csv", 'prompt\n"A fox\n', "a.csv:2: not CSV: unexpected end of data"),
+    ("a.csv", 'prompt\n"A" fox\n', "a.csv:2: not CSV"),
+    ("a.csv", "id,prompt\n1\n", "a.csv:2: ends before column 'prompt' (1 of 2 values)"),
+    ("a.csv", "id,prompt\n1,\n", "a.csv:2: 'prompt' is empty; expected the text of one prompt"),
+    ("a.csv", "prompt,prompt\na,b\n", "a.csv:1: the head line names column 'prompt' twice"),
+    ("a.csv", "prompt,\na,b\n", "a.csv:2: a value without a name of its column in the head line: 'b'"),
+    ("a.csv", f"prompt\n{'x' * 200_000}\n", "a.csv:2: not CSV: field larger than field limit (131072)"),
+    ("a.csv", "prompt\nA\x1bfox\n", "a.csv:2: control character U+001B at column 2"),
+    ("a.csv", b"prompt\nein B\xe4r\n", "a.csv:2: byte 0xe4 at offset 12 is not UTF-8"),
+    ("a.csv", "prompt\na\n".encode("utf-16-le"), "looks like UTF-16 without a byte order mark"),
+    ("a.json", '["A fox", "A bear"]', "a.json: JSON with a list of texts; expected a list of objects"),
+    ("a.json", "[]", "a.json: JSON with an empty list"),
+    ("a.json", "[1]", "a.json: JSON with no objects"),
+    ("a.json", '[{"prompt": "a"}', "a.json: not JSON: Expecting ',' delimiter at line 1, column 17"),
+    ("a.json", '{"prompt": ["a", "b"]}', "'prompt' is a list of 2 (several prompts for one video"),
+    ("a.jsonl", '{"prompts": ["a", "b"]}\n', "a.jsonl:1: no field 'prompt'; the fields are 'prompts'. 'prompts' is a"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "a.jsonl:2: 'prompt' is not text"),
+    ("a.jsonl", '"A fox"\n', 'a.jsonl:1: not a JSON object; expected {"prompt": "…"}'),
+    ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "a.jsonl:1: not JSON: key 'prompt' is given twice"),
+    ("a.jsonl", '{"prompt": "a", "x": NaN}\n', "a.jsonl:1: not JSON: NaN is not a JSON number"),
+    ("a.jsonl", '{"prompt": "a\\ud800"}\n', "a.jsonl:1: text with half a character, U+D800"),
+    ("a.jsonl", '{"prompt": "a", "x": ["\\u0000"]}\n', "a.jsonl:1: text with a NUL"),
+    ("a.jsonl", f'{{"prompt": "a", "x": {"9" * 5000}}}\n', "a.jsonl:1: not JSON: Exceeds the limit"),
+    ("a.jsonl", f"{'[' * 100_000}\n", "a.jsonl:1: not read: JSON that is nested too deeply"),
+    (
+        "a.txt",
+        '[\n  "A fox",\n  "A bear"\n]\n',
+        "a.txt: the file is JSON, not one prompt a line. Fix: write the prompts",
+    ),
+    ("a.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "a.txt: the file is JSON, not one prompt a line"),
+    ("a.txt", '["A fox"]', "a.txt: the file is JSON, not one prompt a line"),
+    ("a.txt", 'id,"prompt"\n1,A fox\n', "a.txt: the first line is a CSV head line, not one prompt a line"),
+    ("a.yaml", "- A fox\n", "a.yaml: .yaml is not read as a prompt file. Fix: write one prompt a line"),
+    ("a.xlsx", b"PK\x03\x04", "a.xlsx: .xlsx is not read as a prompt file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), WRONG_TABLES, ids=[str(n) for n in range(len(WRONG_TABLES))])
+def test_what_does_not_parse_is_refused_with_its_place(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(PromptError) as caught:
+        load_prompts(table(tmp_path, name, content))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "A fox\n[0s#] A fox sleeps | [10s#] A fox runs\n"),
+        ("a.txt", "A fox\nA fox sleeps [10 S #] A fox runs\n"),
+        ("a.csv", "prompt\n[0-5s#] A fox sleeps | [5-10s#] it runs\n"),
+    ],
+)
+def test_several_prompts_for_one_video_are_refused(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(PromptError, match=rf"{name}:2: '\[.*#\]' begins one of several prompts for one video"):
+        load_prompts(table(tmp_path, name, content))
+
+
+@pytest.mark.parametrize("line", ["[wide shot] A fox", "{A fox}", "A fox, prompt to run", "[take #2] A fox", "[10s] A"])
+def test_text_in_brackets_is_a_prompt(tmp_path: Path, line: str) -> None:
+    assert [prompt.text for prompt in load_prompts(section(tmp_path, f"{line}\n"))] == [line]

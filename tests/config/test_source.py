@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,36 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_told_apart(tmp_path: Path
         ),
         ("a: *nothing\n", "bad.yaml:1: not YAML: found undefined alias"),
         ('a: "\\ud800"\n', "bad.yaml:1: text with half a character"),
+        ('"\\ud800": 1\n', "bad.yaml:1: text with half a character"),
         ("[a, b]: 1\n", "bad.yaml:1: a key must be plain text"),
         ("a: &a [*a]\n", "bad.yaml: nested too deeply, or an alias that contains itself"),
-        (b"a: 1\nb: \xff\n", "bad.yaml: byte 8 is not UTF-8"),
+        (b"a: 1\nb: \xff\n", "bad.yaml:2: byte 0xff at offset 8 is not UTF-8"),
     ],
 )
 def test_what_is_no_configuration_is_refused_with_its_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     assert refused(tmp_path, text).startswith(message)
+
+
+def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(ConfigError, match="a pipe, a socket or a device, not a file"):
+            read_document(path)
+    with pytest.raises(ConfigError, match="cannot be the path of the configuration"):
+        read_document("a\0b")
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=r"large\.yaml: the configuration is larger than 4,194,304 bytes"):
+        read_document(tmp_path / "large.yaml")
+
+
+def test_utf16_is_read_by_its_mark_and_recognised_without(tmp_path: Path) -> None:
+    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
+        (tmp_path / "a.yaml").write_bytes("a: ü\n".encode(encoding))
+        assert read_document(tmp_path / "a.yaml").data == {"a": "ü"}
+    (tmp_path / "a.yaml").write_bytes("a: 1\n".encode("utf-16-le"))
+    with pytest.raises(ConfigError, match="looks like UTF-16 without a byte order mark"):
+        read_document(tmp_path / "a.yaml")
 
 
 def test_aliases_cannot_be_expanded_without_bound(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_duplicate_prompts_are_warned_of(tmp_path: Path) -> None:
     (tmp_path / "twice.txt").write_text("a fox\na fox\n")
     plan = planned(write(tmp_path), f"prompts.path={tmp_path}/twice.txt")
     assert plan.totals.rollouts == 4
-    assert any(note.startswith("lines 1, 2 hold the same prompt") for note in plan.notes)
+    assert any(note.startswith("lines 1 and 2 hold the same prompt") for note in plan.notes)
 
 
 def test_without_videos_nothing_is_decoded_or_stored_for_them(tmp_path: Path) -> None:

@@ -176,6 +176,38 @@ def test_a_manifest_chooses_orders_and_labels(folder: Path) -> None:
     assert labelled(folder, "path\ngone.mp4\n").videos == [ListedVideo("gone.mp4", "", "")]
 
 
+MANIFESTS = {
+    "quoted line break": 'path,prompt\na/clip.mp4,"A red boat\nin a storm"\nb/clip.mp4,A red boatin a storm\n',
+    "semicolons": "path;prompt\r\na/clip.mp4;A red boat, at sea\r\nb/clip.mp4;B\r\n",
+    "declared": "sep=;\r\npath;prompt\r\na/clip.mp4;A red boat, at sea\r\nb/clip.mp4;B\r\n",
+    "tabs": "path\tprompt\na/clip.mp4\tA red boat, at sea\nb/clip.mp4\tB\n",
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_is_read_as_spreadsheets_write_it(folder: Path, kind: str, encoding: str) -> None:
+    (folder / "m.csv").write_bytes(MANIFESTS[kind].encode(encoding))
+    found = list_videos(str(folder), str(folder / "m.csv"), HERE)
+    first, second = (video.labels.prompt for video in found.videos)
+    assert names(found) == ["a/clip.mp4", "b/clip.mp4"] and not found.notes
+    if kind == "quoted line break":
+        assert (first, second) == ("A red boat\nin a storm", "A red boatin a storm")
+    else:
+        assert (first, second) == ("A red boat, at sea", "B")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_rows_end_at_line_ends_alone(folder: Path, separator: str) -> None:
+    prompt = f"A red boat{separator}in a storm"
+    rows = [{"path": f"{name}/clip.mp4", "prompt": prompt} for name in "ab"]
+    escaped = separator > "\x7f"
+    lines = "\n".join(json.dumps(row, ensure_ascii=not escaped) for row in rows)
+    as_csv = "\n".join(["path,prompt", *(f"{row['path']},{prompt}" for row in rows)])
+    for text, name in ((lines, "m.jsonl"), (as_csv, "m.csv"), (json.dumps(rows), "m.json")):
+        assert [video.labels.prompt for video in labelled(folder, text, name).videos] == [prompt, prompt]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -186,11 +218,21 @@ def test_a_manifest_chooses_orders_and_labels(folder: Path) -> None:
         ("path\n/etc/secret.mp4\n", r"must be a path inside the folder"),
         ("path,method\na/clip.mp4,x\na/clip.mp4,y\n", r"m\.csv:3: 'a/clip\.mp4' stands in the manifest twice"),
         ("path\na,b\n", r"m\.csv:2: more values than the head line has columns"),
+        ("file;method\na;b\n", r"m\.csv: no column 'path'; the columns, separated by ';', are 'file', 'method'"),
+        ('path,prompt\na/clip.mp4,"A\n', r"m\.csv:2: not CSV: unexpected end of data"),
     ],
 )
 def test_a_wrong_manifest_is_named_with_its_line(folder: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         labelled(folder, text)
+
+
+def test_labels_of_json_are_text_or_numbers(folder: Path) -> None:
+    for value in ("true", '["a"]', '{"a": 1}'):
+        with pytest.raises(UsageError, match=r"m\.jsonl:1: prompt must be text or a number, not"):
+            labelled(folder, f'{{"path": "a/clip.mp4", "prompt": {value}}}\n', "m.jsonl")
+    with pytest.raises(UsageError, match=r"m\.jsonl:1: no field 'path'; the fields are 'file'"):
+        labelled(folder, '{"file": "a/clip.mp4"}\n', "m.jsonl")
 
 
 def test_a_bucket_is_listed_like_a_folder(s3_bucket: str, folder: Path) -> None:
