@@ -123,7 +123,7 @@ class TextWorker:
         self._encoder: TextEncoder | None = None
 
     def work(self, payload: TextTask, attempt: str) -> Result | Yielded:
-        """Encode a prompt, unless its features are stored."""
+        """Encode a prompt and store its features."""
         if self._host.must_leave():
             return Yielded("its node is about to be taken away")
         make_reproducible(self._stage.engine.threads_per_actor)
