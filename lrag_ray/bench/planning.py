@@ -33,7 +33,7 @@ _PART_BYTES = 11_980_800
 
 
 def bench_planning(rollouts: int, folder: Path) -> dict[str, Any]:
-    """Make a run of so many rollouts in the empty `folder`, and time what reads it."""
+    """Make a run of `rollouts` rollouts in the empty `folder`, and time what reads it."""
     identity = make_large_run(folder, rollouts)
     run = RolloutRun(str(folder))
     seconds: dict[str, float] = {}

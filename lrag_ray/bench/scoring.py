@@ -159,7 +159,7 @@ def bench_scoring(
         VideoError: a video cannot be read.
     """
     if not videos:
-        raise UsageError("there is no video to score. Fix: --video FILE, or none at all for a made one")
+        raise UsageError("no video to score. Fix: --video FILE, or no option for a synthetic one")
     read = [_read(path) for path in videos]
     _warm_up(read[0], networks, dimensions)
     ours, rows = _ours(read, networks, dimensions, early_stop)
@@ -199,7 +199,7 @@ def _ratios(official: Side | None, ours: Side, part: Callable[[Side, str], Secon
 
 
 def make_clip(path: Path, *, fps: int = 16, width: int = 832, height: int = 480) -> None:
-    """Write a moving texture of one clip, where there is no video at hand."""
+    """Write a moving texture of one clip, where no video is available."""
     side = 16
     rng = np.random.default_rng(0)
     texture = rng.integers(0, 256, (height // side + 1, width // side + 2 * fps, 3), dtype=np.uint8)

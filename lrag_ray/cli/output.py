@@ -21,7 +21,7 @@ from rich.text import Text
 
 from lrag_ray.errors import INTERRUPTED, LragError
 from lrag_ray.printable import json_text, printable
-from lrag_ray.store.waits import told_of_waits
+from lrag_ray.store.waits import reporting_waits
 
 P = ParamSpec("P")
 
@@ -78,14 +78,14 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
     """
 
     @wraps(command)
-    def told(*args: P.args, **kwargs: P.kwargs) -> None:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with told_of_waits(partial(write, stderr=True)):
+            with reporting_waits(partial(write, stderr=True)):
                 command(*args, **kwargs)
         except LragError as error:
             if kwargs.get("as_json"):
-                told = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-                write(json_text(told), stderr=True)
+                wrapped = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+                write(json_text(wrapped), stderr=True)
             else:
                 write(f"error: {error}", stderr=True)
             raise typer.Exit(error.exit_code) from None
@@ -93,7 +93,7 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
             write("interrupted", stderr=True)
             raise typer.Exit(INTERRUPTED) from None
 
-    return told
+    return wrapped
 
 
 def say(to: Console, line: str, indent: int = 6) -> None:

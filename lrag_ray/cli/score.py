@@ -158,7 +158,7 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         return number(scores[measure.name], measure) if measure.name in scores else "-"
 
     if len(outcome.groups) == 1 and len(outcome.videos) <= _MOST_VIDEOS_SHOWN:
-        # The first word tells the dimensions apart; the next table has their names in the same order.
+        # The first word identifies a dimension; the next table has their names in the same order.
         heads = [measure.title.partition(" ")[0] for measure in measures]
         made = table(f"{title}: mean over the clips of each video", "video", "clips", *heads)
         made.columns[0].min_width = _LEAST_NAME

@@ -77,7 +77,7 @@ def _next_step(target: dict[str, Any] | list[Any], key: str, path: KeyPath) -> t
         first, _, rest = key.partition(".")
         if not first.isdecimal() or int(first) >= len(target):
             raise ValueError(
-                f"'{dotted(path)}' is a list of {len(target)}; '{first}' is no position in it (they count from 0)"
+                f"'{dotted(path)}' is a list of {len(target)}; '{first}' is not one of its positions (from 0)"
             )
         return int(first), rest
     known = [name for name in target if key == name or key.startswith(f"{name}.")]

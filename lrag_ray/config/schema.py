@@ -104,7 +104,7 @@ class StorageSection(Section):
     attempts: int = Field(default=8, ge=1, le=1000)
     """Tries of one operation before its rollout fails, or the run where the driver needs it."""
     retry_for_s: float = Field(default=120, ge=0, le=_WEEK_S)
-    """No new try begins so many seconds after the first one."""
+    """No new attempt begins later than this after the first one."""
     connect_timeout_s: float = Field(default=10, gt=0, le=_DAY_S)
     """s3: longest wait for a connection."""
     read_timeout_s: float = Field(default=60, gt=0, le=_DAY_S)
@@ -127,7 +127,7 @@ class PromptsSection(Section):
     column: str = Field(default="prompt", min_length=1)
     """Column or field of a table that holds the prompt."""
     limit: int | None = Field(default=None, ge=1, le=MOST_PROMPTS)
-    """Use only the first so many prompts."""
+    """Use only the first n prompts."""
     count: int | None = Field(default=None, ge=1, le=MOST_PROMPTS)
     """Number of prompts to plan for while the file is not there yet; ignored by `run`."""
     samples: int = Field(default=1, ge=1, le=MOST_SAMPLES)
@@ -329,10 +329,10 @@ class EngineSection(Section):
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
     stall_timeout_s: float | None = Field(default=1800, gt=0, le=_WEEK_S)
-    """An actor that finishes no block (and takes no other step, such as loading) for so long is replaced; null: never.
+    """An actor that finishes no block (and takes no other step, such as loading) in this time is replaced; null: never.
     """
     lease_ttl_s: float = Field(default=120, ge=1, le=3600)
-    """A driver that showed no sign of life on storage for so long is taken for dead: it stops itself, and the next one
+    """A driver that showed no sign of life on storage for this long is presumed dead: it stops itself, and the next one
     takes the run over. It shows twelve of them in that time."""
 
     @field_validator("address")
@@ -384,7 +384,7 @@ class VideoSection(Section):
     fps: int = Field(default=16, ge=1, le=1000)
     """Frames per second."""
     cold_chunk: int | None = Field(default=None, ge=1, le=100_000)
-    """Forget what was decoded before after so many latent frames, as the released code does (60): each chunk begins
+    """Reset the decoder's cache every n latent frames, as the released code does (60): each chunk begins
     with one video frame instead of four, with a visible seam. None decodes without seams."""
 
 

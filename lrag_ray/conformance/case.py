@@ -127,7 +127,7 @@ def _worst(got: Tensor, golden: Tensor, bound: Bound) -> _Worst:
 
 
 def _first_difference(got: object, golden: object) -> str:
-    """Where two plain values part, told so that the place can be found."""
+    """Where two plain values differ, as a path to the place."""
     if isinstance(got, (list, tuple)) and isinstance(golden, (list, tuple)):
         for position, (ours, theirs) in enumerate(zip(got, golden, strict=False)):
             if ours != theirs:

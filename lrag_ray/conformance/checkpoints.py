@@ -23,7 +23,7 @@ EXACT = Bound()
 
 
 def cases(folder: Folder) -> list[GoldenCase]:
-    """A case per checkpoint file beside a JSON that tells what the public loader did with each."""
+    """A case per checkpoint file beside a JSON that says what the public loader did with each."""
     found = []
     for record in folder.records:
         if not record.holds("model", "variants"):

@@ -65,7 +65,7 @@ class Broken(NamedTuple):
 
 
 class Folder:
-    """JSON, safetensors and torch files that lie directly in a folder."""
+    """JSON, safetensors and torch files that are directly in a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -28,7 +28,7 @@ OUTPUTS = Bound(absolute=1e-5)
 
 
 class _Files(NamedTuple):
-    """The files of one case, told apart by what they hold."""
+    """The files of one case, distinguished by their content."""
 
     base: Vectors
     merged: Vectors | None

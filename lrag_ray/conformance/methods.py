@@ -1,4 +1,4 @@
-"""Golden rollouts in the format of golden/methods: all context methods on shared inputs that lie near the cases.
+"""Golden rollouts in the format of golden/methods: all context methods on shared inputs stored near the cases.
 
 Compared are latents, predictions, the final cache, the attended rows and Deep Forcing's selections. The scores behind
 those selections are not: a different choice shows, an equal one needs no further proof.

@@ -79,7 +79,7 @@ def _compare(run_dir: RolloutRun, base: Commit, relative: Commit, full: int | No
     elif frames > equal and torch.equal(ours[equal:], theirs[equal:]):
         status, reason = "fail", f"latent frames {equal} to {frames - 1} are equal although the window is full"
     elif frames == equal:
-        status, reason = "pass", f"equal over all {frames} latent frames; none lies behind a full window"
+        status, reason = "pass", f"equal over all {frames} latent frames; none is behind a full window"
     else:
         status, reason = "pass", f"equal up to latent frame {equal - 1}, different after"
     case = f"{base.rollout.method} ~ {relative.rollout.method}, {base.rollout.prompt_id}-{base.rollout.sample}"

@@ -2,7 +2,7 @@
 
 With equal settings x264 makes different decisions of equal frames: of twelve encodes of one grainy clip the official
 stack gave ten results up to 0.87 grey levels apart, ours nine up to 0.88, some of them the same ones. Ours count as the
-official clips re-encoded when they lie as near to those as those lie to each other, in frames and in the dimension that
+official clips re-encoded when they are as near to those as those are to each other, in frames and in the dimension that
 follows pixels most closely.
 """
 
@@ -35,7 +35,7 @@ REPEATABILITY = Bound(absolute=5e-4)
 """On the grainy clip two official runs were 1.0e-4 apart, and three encodes of the official encoder (PyAV 12.3) lay
 -0.2e-4 to 2.0e-4 from one of those, as ours do. What an encoder gets wrong at large shows in the frames."""
 SHARE_OF_LOSS = 0.75
-"""Of what the official encoder changed in a clip, in mean grey levels. Repeated official encodes lie up to 0.60 of it
+"""Of what the official encoder changed in a clip, in mean grey levels. Repeated official encodes are up to 0.60 of it
 apart on a clip that starves at the bitrate and below 0.05 on others; constant quality instead of the bitrate gives 0.98
 to 1.48."""
 

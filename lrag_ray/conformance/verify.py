@@ -60,8 +60,8 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
     """Run all cases in a folder and the folders under it, row by row as they finish.
 
     A file that cannot be read and a case that raises are rows that fail; folders of tensors in no known format, and
-    slow cases below the given folder, are rows that are skipped. Raises UsageError if the path is no folder or nothing
-    in it is recognised.
+    slow cases below the given folder, are rows that are skipped. Raises UsageError if the path is not a folder, or
+    nothing in it is recognised.
     """
     root = Path(path)
     if not root.is_dir():
@@ -94,7 +94,7 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
 
 
 def find_cases(folder: Folder) -> list[GoldenCase]:
-    """Cases of all kinds but the slow ones whose files lie directly in a folder."""
+    """Cases of all kinds but the slow ones whose files are directly in a folder."""
     return [case for find in KINDS for case in find(folder)]
 
 

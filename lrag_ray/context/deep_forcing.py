@@ -186,7 +186,7 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
         cache.move_sink(self._start - behind_sink // f - at.sink, first_index)
 
     def _best(self, cache: _LayerCache, first: int, end: int, count: int) -> Tensor:
-        """The `count` best eligible rows of first .. end-1 (fewer if not so many are eligible), ascending, on the CPU.
+        """The `count` best eligible rows of first .. end-1 (fewer if fewer are eligible), ascending, on the CPU.
 
         The choice decides how many rows the layer keeps, so the host must know it: one small synchronisation.
         """

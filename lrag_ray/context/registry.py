@@ -29,7 +29,7 @@ def policy_class(name: str) -> type[ContextPolicy[Any]]:
     """The policy behind a registered name or ``package.module:Policy``.
 
     Raises ValueError that names what is wrong: an unknown name (with the nearest one), a module that cannot be
-    imported, or an object that is no ContextPolicy.
+    imported, or an object that is not a ContextPolicy.
     """
     if name in _REGISTERED:
         return _REGISTERED[name]

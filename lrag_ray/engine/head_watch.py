@@ -1,4 +1,4 @@
-"""Tells when the head of the Ray cluster no longer answers: Ray itself says nothing until it ends the process."""
+"""Reports when the head of the Ray cluster no longer answers: Ray itself says nothing until it ends the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 LOOK_EVERY_S = 2.0
 _MISSED = 2
-"""So many looks in a row must fail."""
+"""Looks in a row that must fail."""
 
 
 @contextmanager

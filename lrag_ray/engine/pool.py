@@ -157,7 +157,7 @@ class ActorPool(Generic[Payload]):
             # Whatever else is done: one round serves many workers.
             done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         for ref in done:
-            # A worker that was ended meanwhile is no longer waited for.
+            # A worker that was killed in the meantime is no longer waited for.
             if ref in self._flights:
                 self._settle(ref)
 

@@ -23,7 +23,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.shared import LOOK_AGAIN_S, LOOKS, not_shared, sees_run
 
 CLOCK_SKEW_S = 5.0
-"""A node whose clock is off by more than this is reported of."""
+"""A clock that is off by more than this is reported."""
 _LONGEST_WAIT_S = 120.0
 
 
@@ -43,8 +43,8 @@ def probe_nodes(run: RolloutRun, config: RunConfig, listener: Listener) -> None:
 
     Raises StorageError naming the nodes that see another folder or bucket, and ClusterError naming those that may not
     read or write there or lack this program.
-    Clocks that differ, and nodes that do not answer, are told as warnings. A cluster of one node, which is this one,
-    is not asked.
+    Clocks that differ and nodes that do not answer are reported as warnings. A cluster of one node, this one, is not
+    asked.
     """
     nodes = _nodes_that_work(config)
     if len(nodes) < 2 and not ray.util.client.ray.is_connected():
@@ -69,7 +69,7 @@ def probe_nodes(run: RolloutRun, config: RunConfig, listener: Listener) -> None:
 def _ask(
     run: RolloutRun, nodes: Mapping[str, str], paths: Mapping[str, str], listener: Listener
 ) -> dict[str, NodeReport]:
-    """Reports by node name; nodes that were lost or are silent are reported of and left out."""
+    """Reports by node name; nodes that were lost or are silent are reported and left out."""
     created_at = run.require().created_at
     task = ray.remote(probe_node)
     asked = {
@@ -120,7 +120,7 @@ def probe_node(run: RolloutRun, created_at: str, path: str) -> NodeReport:
 
 
 def report_skew(node: str, seconds: float, listener: Listener) -> None:
-    """Warn of a clock that is so many seconds ahead of ours (negative: behind)."""
+    """Warn of a clock that is `seconds` ahead of ours (negative: behind)."""
     if abs(seconds) > CLOCK_SKEW_S:
         listener(
             Notice(

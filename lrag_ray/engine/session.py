@@ -52,7 +52,7 @@ def _session(engine: EngineSection, address: ClusterAddress | None, folder: Path
     try:
         if folder is None:
             assert address is not None
-            _see_somebody(address)
+            _require_listener(address)
             ray.init(address=address.text, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local(engine, folder)
@@ -90,7 +90,7 @@ def _warn(text: str) -> None:
     print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
-def _see_somebody(address: ClusterAddress) -> None:
+def _require_listener(address: ClusterAddress) -> None:
     """OSError where nobody listens there: Ray itself would try for a quarter of an hour."""
     if address.host is not None:
         socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S).close()

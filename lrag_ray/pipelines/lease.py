@@ -25,7 +25,7 @@ from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import BEATS_PER_TTL, Lease, new_record, take_lease
 
 STOP_WITHIN_S = 60.0
-"""A driver that lost its lease and hangs so long is ended the hard way; Ray ends its actors."""
+"""A driver that lost its lease and hangs for this long is killed; Ray ends its actors."""
 
 
 @contextmanager
@@ -65,7 +65,7 @@ class _Keeper:
         self._ttl_s = ttl_s
         self._beat_s = ttl_s / BEATS_PER_TTL
         self._renewals = 0
-        self._trouble = "no answer from the storage"
+        self._last_error = "no answer from the storage"
         self._stopped = threading.Event()
         self._losing = threading.Lock()
         self._renewer = threading.Thread(target=self._renew, name="lease-renewer", daemon=True)
@@ -97,7 +97,7 @@ class _Keeper:
                 self._lose(str(error))
                 return
             except StorageError as error:
-                self._trouble = str(error)
+                self._last_error = str(error)
                 pause_s = self._beat_s / 5
             else:
                 self._renewals += 1
@@ -113,7 +113,7 @@ class _Keeper:
             if missed >= BEATS_PER_TTL - 1:
                 self._lose(
                     f"the lease of this run could not be renewed for {self._ttl_s:g} s, so another driver may have "
-                    f"taken over and this one stops ({self._trouble}). The same command continues"
+                    f"taken over and this one stops ({self._last_error}). The same command continues"
                 )
                 return
 

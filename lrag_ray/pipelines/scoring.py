@@ -1,6 +1,6 @@
 """Scoring by the configured suite: what is pending, how many workers, one wave.
 
-`RunScoring.score` may be called while generation goes on (from a thread of the driver, see `lrag_ray.pipelines.waves`)
+`RunScoring.score` may be called during generation (from a thread of the driver, see `lrag_ray.pipelines.waves`)
 and is called once more at the end.
 """
 

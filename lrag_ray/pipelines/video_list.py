@@ -52,7 +52,7 @@ class ListedVideo:
     path: str
     """Where workers open it: on this machine, or in the listing's storage."""
     stamp: str
-    """What changes with the content: SHA-256 of a local file; size and time of an object; empty if it cannot be had."""
+    """What changes with the content: SHA-256 of a local file; size and time of an object; empty if unavailable."""
     labels: Labels = Labels()
     durations_s: tuple[float, ...] = ()
     """Under which lengths it counts, ascending; the last one is the whole file."""

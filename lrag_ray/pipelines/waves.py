@@ -45,7 +45,7 @@ FIRST_AFTER_S = 30.0
 EVERY_S = 30.0
 """Least time between the end of a wave and the next."""
 _LISTING_SHARE = 0.1
-"""Of its time that the thread may spend on finding out what there is to score."""
+"""Share of its time that the thread may spend on finding what can be scored."""
 _VIDEOS_PER_WORKER = 4
 _HALT_WITHIN_S = 10.0
 

@@ -23,7 +23,7 @@ SUMMARY = "summary"
 """Folder of the report of one run, relative to the run."""
 PAGE = "report.html"
 STRIPS = 3
-"""Prompts per backbone that get timestamp strips unless told otherwise."""
+"""Prompts per backbone that get timestamp strips by default."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Drift curves as small inline SVGs that take their colours from the page: one panel per dimension.
 
-A method keeps its colour and its dashes in all panels (CSS classes line0 .. and band0 ..), so that it can be told apart
+A method keeps its colour and its dashes in all panels (CSS classes line0 .. and band0 ..), so that it can be recognised
 without colour too.
 """
 

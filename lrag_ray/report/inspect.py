@@ -34,7 +34,7 @@ def inspect_rollout(address: str) -> InspectedRollout:
     match = _ADDRESS.match(address)
     if match is None:
         raise UsageError(
-            f"{redact(address)!r} is no rollout: expected RUN/rollouts/<backbone>/<method>/<prompt_id>-<sample>, as "
+            f"{redact(address)!r} is not a rollout: expected RUN/rollouts/<backbone>/<method>/<prompt_id>-<sample>, as "
             "`lrag-ray run` lays them out"
         )
     run_dir = RolloutRun(match["run"])
@@ -46,7 +46,7 @@ def inspect_rollout(address: str) -> InspectedRollout:
     if not commits:
         raise StorageError(
             f"{run_dir.uri}/{rollout.path} has no commit: nothing of it is finished, or the name is mistyped "
-            f"(`lrag-ray status {run_dir.uri}` shows what there is)"
+            f"(`lrag-ray status {run_dir.uri}` lists the run's rollouts)"
         )
     commit = commits[max(commits)]
     try:

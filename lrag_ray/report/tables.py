@@ -22,7 +22,7 @@ AVERAGE = "average_rank"
 
 
 _COVERAGE = {10: "86%", 20: "90%"}
-"""What BCa intervals of a mean cover with fewer prompts than so many, in place of 95%: simulated with normal and
+"""What BCa intervals of a mean cover with fewer than this many prompts, instead of 95%: simulated with normal and
 exponential values. From 20 prompts on they cover 92% and more."""
 
 

@@ -20,7 +20,7 @@ class HistoryBank(ABC):
     """Frames by global index. A frame's rows are unrotated K and V of all layers [2, layers, f, H, head_dim]."""
 
     def reserve(self, frames: int, frame_bytes: int) -> None:
-        """Called while the device is busy: so many appends of so many bytes will follow."""
+        """Called while the device is busy: `count` appends of `nbytes` bytes will follow."""
 
     @abstractmethod
     def append(self, frame: int, rows: Tensor) -> None:

@@ -24,7 +24,7 @@ class SlabPool:
     def __init__(
         self, lock: Callable[[Tensor], None] | None = None, unlock: Callable[[Tensor], None] = lambda slab: None
     ) -> None:
-        """`lock` raises MemoryError where it cannot; slabs of another size than asked for are given up by `unlock`."""
+        """`lock` raises MemoryError where it cannot; slabs of another size than requested are released by `unlock`."""
         self._lock, self._unlock = lock, unlock
         self._free: list[Tensor] = []
 
@@ -39,7 +39,7 @@ class SlabPool:
         return self._made(nbytes)
 
     def reserve(self, nbytes: int, count: int) -> None:
-        """Have `count` such slabs ready. Where there is no room for them, `take` is left to say so."""
+        """Have `count` such slabs ready. Where there is no room for them, `take` raises."""
         ready: list[Tensor] = []
         with suppress(MemoryError):
             while len(ready) < count:

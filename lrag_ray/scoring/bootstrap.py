@@ -29,7 +29,7 @@ LEAST_PROMPTS = 6
 RESAMPLES = 4000
 _SEED = 20240917
 _COLUMNS_AT_ONCE = 256
-"""Bounds memory: the replicates of so many columns are held together."""
+"""Bounds memory: replicates of this many columns are held at once."""
 _NORMAL = NormalDist()
 
 

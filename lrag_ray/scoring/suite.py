@@ -41,7 +41,7 @@ class UnscorableError(Exception):
 
 
 class StoppedError(Exception):
-    """A worker's answer: it was reported to stop before the video was done; what it finished is stored."""
+    """A worker's answer: it was asked to stop before the video was done; what it finished is stored."""
 
 
 class ScoringTask(NamedTuple):

@@ -68,7 +68,7 @@ def pixels_identity(config: BackboneConfig) -> dict[str, Any]:
 
 
 def device_for(gpus: float) -> torch.device:
-    """Where an actor with so many GPUs computes."""
+    """Where an actor with this many GPUs computes."""
     return torch.device("cuda" if gpus > 0 else "cpu")
 
 

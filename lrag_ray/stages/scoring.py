@@ -54,7 +54,7 @@ class ScoringWorker:
         try:
             self._worker.score(payload, lambda: not self._host.must_leave())
         except StoppedError:
-            return Yielded("scoring was reported to stop; what is scored is stored")
+            return Yielded("scoring was asked to stop; finished scores are stored")
         except UnscorableError as reason:
             return Refused(str(reason))
         return Result(seconds=time.perf_counter() - began)

@@ -113,7 +113,7 @@ class Host(Protocol):
         """Name of the worker."""
 
     def must_leave(self) -> bool:
-        """Whether to store what there is and return `Yielded`: the node drains, or the stage was reported to stop."""
+        """Whether to store what is finished and return `Yielded`: the node drains, or the stage must stop."""
 
     def report(self, state: WorkerState) -> None:
         """Report a step. Costs next to nothing and is a sign of life."""

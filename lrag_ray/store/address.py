@@ -23,7 +23,7 @@ from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
-from lrag_ray.store.faults import error_code, mend_of
+from lrag_ray.store.faults import error_code, fix_of
 from lrag_ray.store.retry import GivenUpError, with_retries
 from lrag_ray.store.s3 import READERS, client_options
 from lrag_ray.store.waits import waiting
@@ -45,7 +45,7 @@ class Probe(NamedTuple):
 
 
 class FileDetails(NamedTuple):
-    """What a listing tells about a file."""
+    """What a listing says about a file."""
 
     size_bytes: int
     modified_s: float | None
@@ -220,10 +220,10 @@ class Storage:
         }
 
     def list_files_in_shares(self, prefix: str, depth: int) -> dict[str, int]:
-        """`list_files`, but of each folder so many levels below `prefix` for itself, and these side by side.
+        """`list_files`, but one listing per folder `depth` levels below `prefix`, several at a time.
 
-        An object store tells a thousand files per request, one request after the other: of a large run, thousands.
-        Files that lie less deep are left out there. A local folder is listed at once.
+        An object store lists a thousand files per request, one request after the other: of a large run, thousands.
+        Files at a lesser depth are left out there. A local folder is listed at once.
         """
         if self.is_local:
             return self.list_files(prefix)
@@ -299,7 +299,7 @@ class Storage:
     def _complaint(self, action: str, path: str, error: Exception, tries: str = "") -> str:
         reason = redact(str(error)) or type(error).__name__
         client = getattr(self.fs, "_s3", None)
-        fix = mend_of(error, local=self.is_local, endpoint=client.meta.endpoint_url if client else "")
+        fix = fix_of(error, local=self.is_local, endpoint=client.meta.endpoint_url if client else "")
         return (
             f"cannot {action} {self._place(path)}: {error_code(error) or type(error).__name__}: {reason}{tries}. {fix}"
         )

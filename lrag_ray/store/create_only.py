@@ -33,7 +33,7 @@ _CONTENT_TYPES = {
 def create_once(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
     """Write `data` to `path` unless another file is there; True if `path` now holds what this call was to create.
 
-    Atomic on local and POSIX file systems and on stores that honour If-None-Match (`Storage.probe` tells). Readers
+    Atomic on local and POSIX file systems and on stores that honour If-None-Match (see `Storage.probe`). Readers
     see the whole file or none. A file with the very same bytes counts as this call's own: its first try may have
     succeeded and only the answer been lost, and botocore, aiohttp and NFS clients repeat such a write by themselves.
     """

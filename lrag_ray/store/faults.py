@@ -1,6 +1,6 @@
 """What storage clients raise, sorted: whether another try can help, and what fixes it where it cannot.
 
-S3 errors are told apart by their code, which s3fs keeps in the exception's cause; a HEAD request has no code but its
+S3 errors are distinguished by their code, which s3fs keeps in the exception's cause; a HEAD request has no code but its
 HTTP status. Client libraries are recognised by the names of their exceptions, so that none of them is imported here.
 """
 
@@ -73,12 +73,12 @@ _DENIED = (
 )
 _STORE_FULL = "The store is full or its quota is used up: free some space or raise it; the same command continues"
 _NO_STORE = (
-    "That is no answer of an S3 store: check storage.endpoint_url (or AWS_ENDPOINT_URL), and whatever stands between "
+    "That answer is not from an S3 store: check storage.endpoint_url (or AWS_ENDPOINT_URL), and what is between "
     "here and the store"
 )
 _REGION = "The bucket is in another region: set storage.region (or AWS_DEFAULT_REGION)"
 _MENDS_BY_CODE = {
-    "NoSuchBucket": "There is no such bucket: create it, or correct run.uri (and storage.endpoint_url)",
+    "NoSuchBucket": "The bucket does not exist: create it, or correct run.uri (and storage.endpoint_url)",
     "InvalidBucketName": "Correct the bucket's name in run.uri",
     "AccessDenied": _DENIED,
     "AllAccessDisabled": _DENIED,
@@ -157,7 +157,7 @@ def is_transient(error: Exception) -> bool:
     return any(kind.__name__ in _TRANSIENT_TYPES for kind in type(error).__mro__)
 
 
-def mend_of(error: Exception, *, local: bool, endpoint: str = "") -> str:
+def fix_of(error: Exception, *, local: bool, endpoint: str = "") -> str:
     """What the user can do about `error`, in a sentence or two; `endpoint` is the S3 that was asked, where known."""
     code = error_code(error)
     host = urlsplit(endpoint).hostname or ""

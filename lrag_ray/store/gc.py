@@ -122,7 +122,7 @@ def _refuse_hidden_records(
             asked.add(f"{match['rollout']}/{Path(leftover.path).stem}.json")
     for path in run.storage.read_many([path for path in sorted(asked) if path not in listed]):
         raise StorageError(
-            f"{run.uri}/{path} is there, but a listing does not show it: what nothing needs cannot be told. Nothing "
+            f"{run.uri}/{path} is there, but a listing does not show it: so it is not known what is unused. Nothing "
             "was removed; try again later, when the store lists all that it holds"
         )
 

@@ -36,7 +36,7 @@ from lrag_ray.store.records import Record, now_utc
 
 FOLDER = "lease"
 BEATS_PER_TTL = 12
-"""So often a driver shows a sign of life before it is taken for dead."""
+"""Signs of life that a driver shows within the time after which it is presumed dead."""
 
 _RECORD = re.compile(rf"^{FOLDER}/(\d{{8}})\.json$")
 _ANY = re.compile(rf"^{FOLDER}/(\d{{8}})\.")
@@ -57,7 +57,7 @@ class LeaseRecord(Record):
     started_at: str
     """UTC, ISO 8601."""
     ttl_s: float = Field(gt=0, le=3600)
-    """After so long without a sign of life another driver takes over."""
+    """After this many seconds without a sign of life another driver takes over."""
 
     def __str__(self) -> str:
         return (
@@ -177,7 +177,7 @@ class Lease:
 
 
 def take_lease(storage: Storage, record: LeaseRecord, tell: Callable[[str], None]) -> Lease:
-    """Take the lease, waiting up to its `ttl_s` where the last holder may be dead; `tell` is reported of that.
+    """Take the lease, waiting up to its `ttl_s` where the last holder may be dead; `tell` then receives a message.
 
     Raises LeaseError if the holder shows a sign of life meanwhile.
     """

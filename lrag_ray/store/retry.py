@@ -31,7 +31,7 @@ class GivenUpError(Exception):
 def with_retries(
     operation: Callable[[], T], options: StorageSection, failed: Callable[[Exception], None] = lambda _: None
 ) -> T:
-    """Result of `operation`, which must be safe to repeat; `failed` is reported of each try that another one follows.
+    """Result of `operation`, which must be safe to repeat; `failed` is called before each repetition.
 
     Tries up to `options.attempts` times and begins none later than `options.retry_for_s` after the first. Raises what
     the operation raises if that is not transient, else GivenUpError.

@@ -129,7 +129,7 @@ class RolloutRun(RunDirectory):
                 # No damage of the commit, which is never written again: it would be set aside for nothing.
                 raise StorageError(
                     f"cannot read {self.uri}/{path}: the store gave {len(data)} bytes of {files[path]}, twice. What "
-                    "lies between here and the store cuts its answers; the same command continues once that is fixed"
+                    "is between here and the store truncates its answers; the same command continues once that is fixed"
                 )
             commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
         return files, commits

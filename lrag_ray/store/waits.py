@@ -1,8 +1,8 @@
-"""Storage that is waited for, told to the person before a command that would be silent meanwhile.
+"""Reports that a command waits for storage, instead of silence.
 
 Example::
 
-    with told_of_waits(print):
+    with reporting_waits(print):
         run_status(RolloutRun("s3://bucket/run"))  # a store that does not answer is named after four seconds
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from lrag_ray.store.faults import error_code
 
 TELL_AFTER_S = 4.0
-"""An operation that takes longer is reported of."""
+"""An operation that takes longer is reported."""
 _TELL_AGAIN_S = 30.0
 
 
@@ -37,7 +37,7 @@ class Wait:
         """A try failed, and there will be another."""
         self.error = error_code(error) or type(error).__name__
 
-    def told(self, now_s: float) -> str:
+    def text(self, now_s: float) -> str:
         """One line on how long it has taken and how long it may take."""
         left_s = self.tries_end_s - now_s
         error = f", the last try ended with {self.error}" if self.error else ""
@@ -61,7 +61,7 @@ def waiting(what: str, tries_for_s: float) -> Iterator[Wait]:
 
 
 @contextmanager
-def told_of_waits(tell: Callable[[str], None]) -> Iterator[None]:
+def reporting_waits(tell: Callable[[str], None]) -> Iterator[None]:
     """For the time of the block, `tell` hears of operations of this process that take long, from another thread."""
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(tell, ended), name="storage-waits", daemon=True)
@@ -84,4 +84,4 @@ def _watch(tell: Callable[[str], None], ended: threading.Event) -> None:
             tell_at_s = 0.0
         elif now_s >= tell_at_s:
             tell_at_s = now_s + _TELL_AGAIN_S
-            tell(oldest.told(now_s))
+            tell(oldest.text(now_s))

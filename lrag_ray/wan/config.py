@@ -95,7 +95,7 @@ class SamplerConfig:
     shift: float = 5.0
     """Timestep shift of the flow-matching schedule."""
     context_timestep: float = 0.0
-    """Timestep told to the network in the clean-context pass (no noise is added)."""
+    """Timestep given to the network in the clean-context pass (no noise is added)."""
     frames_per_block: int = 3
     """Latent frames denoised together (n)."""
 

@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     A TorchScript archive gives the tensors of its modules; its code is not run.
 
-    The format is told from the content, not from the suffix. Raises WeightsError if the file is absent, truncated or
+    The format is recognised by content, not by suffix. Raises WeightsError if the file is absent, truncated or
     holds anything but tensors and plain containers.
     """
     path = Path(path)

@@ -24,7 +24,7 @@ _MAX_PICKLE_BYTES = 1 << 28
 _MAX_CODE_BYTES = 1 << 26
 _MAX_RECORDS = 1 << 18
 _MAX_SHARING = 8
-"""Tensors of a file may have so many times its bytes in all: tied weights share storages, bombs share one often."""
+"""Limit for the bytes of all tensors, in file sizes: tied weights share storages, bombs share one many times."""
 _ALIGNMENT = 8
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

@@ -30,7 +30,7 @@ FRAMES_PER_LATENT = 4
 def video_frames(latent_frames: int, cold_chunk: int | None = None) -> int:
     """Video frames that `latent_frames` latent frames decode to: 1 + 4 (F - 1).
 
-    With `cold_chunk` every chunk of so many latent frames begins like a new video (see `StreamingDecoder`).
+    With `cold_chunk` every chunk of this many latent frames begins like a new video (see `StreamingDecoder`).
     """
     beginnings = -(-latent_frames // cold_chunk) if cold_chunk else 1
     return FRAMES_PER_LATENT * (latent_frames - beginnings) + beginnings

@@ -94,7 +94,7 @@ def record_at(address: str) -> PullRecord | None:
 
 
 def known_sizes(address: str, published: Published | None) -> dict[str, int]:
-    """Sizes that the files at an address should have, as far as its pull recorded or the publication tells them."""
+    """Sizes that the files at an address should have, as far as its pull recorded or the publication states them."""
     record = record_at(address)
     if record is not None:
         return {path: file.size_bytes for path, file in record.files.items()}

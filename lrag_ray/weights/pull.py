@@ -40,7 +40,7 @@ from lrag_ray.weights.published import HubFile, Published
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors")
 _OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-"""Failures of this machine, which no network fixes."""
+"""Failures of this machine, which no other network would fix."""
 _GATED = "Fix: set HF_TOKEN to a token that may read it; some repositories want their terms accepted first. "
 _HINTS: dict[int | None, str] = {
     401: _GATED,

@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
     need: Need
     ok: bool
     detail: str
-    """What was found, or what is wrong with its fix."""
+    """What was found, or the problem and its fix."""
 
 
 def refuse_misfits(config: RunConfig, *kinds: str) -> None:
@@ -41,8 +41,8 @@ def refuse_misfits(config: RunConfig, *kinds: str) -> None:
     needs = [need for need in wanted if not is_remote(need.address)]
     wrong = [verdict for verdict in (verify(need, digests=False, sizes=False) for need in needs) if not verdict.ok]
     if wrong:
-        told = "\n".join(verdict.detail for verdict in wrong)
-        raise WeightsError(f"{told}\nNothing was started; `lrag-ray weights verify CONFIG` checks them again")
+        message = "\n".join(verdict.detail for verdict in wrong)
+        raise WeightsError(f"{message}\nNothing was started; `lrag-ray weights verify CONFIG` checks them again")
 
 
 def verify(need: Need, *, digests: bool = True, sizes: bool = True) -> Verdict:
@@ -52,8 +52,8 @@ def verify(need: Need, *, digests: bool = True, sizes: bool = True) -> Verdict:
     except LragError as error:
         return Verdict(need, False, str(error))
     except OSError as error:
-        told = f"{need.address} cannot be read: {error.strerror or error}. Fix: let this user read it"
-        return Verdict(need, False, told)
+        message = f"{need.address} cannot be read: {error.strerror or error}. Fix: let this user read it"
+        return Verdict(need, False, message)
 
 
 def _checked(need: Need, digests: bool, sizes: bool) -> str:

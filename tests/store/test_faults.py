@@ -18,7 +18,7 @@ from lrag_ray.store import retry, waits
 from lrag_ray.store.address import Storage
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
-from lrag_ray.store.waits import told_of_waits
+from lrag_ray.store.waits import reporting_waits
 from tests.store.fault_proxy import TRANSIENT, Fault, FaultProxy, scripted, seeded
 from tests.store.make import make_identity, rollout_id, store_commit
 
@@ -122,7 +122,7 @@ def test_a_wait_is_told_with_its_trouble_and_its_end(
 
     proxy.choose = choose
     slow = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=10_000))
-    with told_of_waits(hear):
+    with reporting_waits(hear):
         slow.write("a.txt", b"x")
     assert heard.is_set() and all(text.startswith(f"still waiting to write {slow.uri}/a.txt after ") for text in told)
     assert any(re.search(r"the last try ended with SlowDown; it is tried for up to \d+ s more$", text) for text in told)

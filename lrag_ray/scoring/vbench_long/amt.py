@@ -48,7 +48,7 @@ class FrameInterpolator:
         ):
             shrink = 0.5 ** (2 - level)
             seen = flows if shrink == 1 else shrink * _resize(flows, shrink)
-            # The middle lies as far from one frame as from the other: twice its flows lead from frame to frame.
+            # The middle is as far from one frame as from the other: twice its flows lead from frame to frame.
             to_before, to_after = seen.chunk(2, dim=1)
             alike = torch.cat([there.around(origin + 2 * to_after), back.around(origin + 2 * to_before)], dim=1)
             more_hidden, more_flow = update(hidden, seen, alike)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATCHES_AT_ONCE = {"cpu": 128, "cuda": 4096}
-"""Patches that the convolutions see at a time, by kind of device: so many fit the caches of a CPU, and bound the memory
+"""Patches that the convolutions see at a time, by kind of device: these fit the caches of a CPU and bound the memory
 of a GPU to 1 GB."""
 
 
@@ -111,7 +111,7 @@ def _same(images: Tensor, kernel: int, stride: int) -> list[int]:
 
 
 def _patches(images: Tensor, side: int) -> Tensor:
-    """[T, 3, H, W] to [T, patches, 3, side, side] by rows, zeros around a side that is no multiple."""
+    """[T, 3, H, W] to [T, patches, 3, side, side] by rows, zeros around a side that is not a multiple."""
     padded = F.pad(images, _same(images, side, side))
     tiles = padded.unflatten(3, (-1, side)).unflatten(2, (-1, side))
     by_rows: Tensor = tiles.permute(0, 2, 4, 1, 3, 5)
