@@ -143,7 +143,6 @@ def test_configurations_in_documents_have_known_sections(path: Path) -> None:
 def test_the_examples_of_extending_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The stage works without Ray, and the suite scores every video of a run."""
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-
     module = type(sys)("extending_examples")
     sys.modules[module.__name__] = module
     try:
