@@ -117,7 +117,9 @@ def _value(value: Any) -> str:
 def _limits(field: FieldInfo) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
     found = [
-        f"{sign} {value:.6g}" if isinstance(value := getattr(each, name), float) else f"{sign} {value}"
+        f"{sign} {getattr(each, name):.6g}"
+        if isinstance(getattr(each, name), float)
+        else f"{sign} {getattr(each, name)}"
         for each in field.metadata
         for name, sign in signs.items()
         if getattr(each, name, None) is not None

@@ -14,10 +14,17 @@ import pytest
 import typer
 
 from lrag_ray.cli.app import app
+from tests.report.make_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
-    path for pattern in ("*.md", "docs/**/*.md", "lrag_ray/**/*.md", "tests/**/*.md") for path in ROOT.glob(pattern)
+    path
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("lrag_ray/**/*.md"),
+        *ROOT.glob("tests/**/*.md"),
+    ]
 )
 OWN_FOLDERS = ("configs/", "docs/", "tests/", "scripts/", "jobs/")
 """A path below these in a command must exist; others are the reader's own."""
@@ -131,3 +138,24 @@ def test_configurations_in_documents_have_known_sections(path: Path) -> None:
     for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         keys = set(re.findall(r"^([a-z_]+):", block, re.MULTILINE))
         assert keys <= known, f"{_name(path)}: no such section {keys - known}"
+
+
+def test_the_examples_of_extending_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stage works without Ray, and the suite scores every video of a run."""
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    module = type(sys)("extending_examples")
+    sys.modules[module.__name__] = module
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            exec(block, module.__dict__)
+        assert "Result(made=2" in capsys.readouterr().out
+        run = make_run(str(tmp_path / "run"), ["a red fox"], methods=("base",))
+        suite = module.Brightness(module.Settings(scale=0.5))
+        worker = suite.worker(run.storage, run.storage, threads=1, device="cpu")
+        tasks = suite.pending(run)
+        assert tasks
+        for task in tasks:
+            worker.score(task.payload, lambda: True)
+        assert suite.pending(run) == []
+    finally:
+        del sys.modules[module.__name__]
