@@ -159,7 +159,7 @@ def test_the_command_scores_a_run_and_tells_a_damaged_video(tmp_path: Path) -> N
     content = run.storage.read_bytes(damaged.video.path)
     # Same size, so that the commit still counts; other bytes.
     run.storage.write(damaged.video.path, content[:100] + bytes(len(content) - 100))
-    shown = command("score", run.uri, "--suite", "vbench_long")
+    shown = command("score", run.uri, "--suite", "vbench_long", "--weights", "random")
     assert shown.exit_code == 1
     assert "This start scored 3 videos" in shown.stdout and "Motion smoothness" in shown.stdout
     assert "Without a score, or without all of them (1):" in shown.stdout
@@ -168,7 +168,7 @@ def test_the_command_scores_a_run_and_tells_a_damaged_video(tmp_path: Path) -> N
     # It is tried again: the damage is the store's, not the video's.
     run.storage.write(damaged.video.path, content)
     work_off(run, vbench_config(run))
-    told = json.loads(command("score", run.uri, "--suite", "vbench_long", "--json").stdout)
+    told = json.loads(command("score", run.uri, "--suite", "vbench_long", "--weights", "random", "--json").stdout)
     assert (told["exit_code"], told["suite"], told["mode"], told["failed"]) == (0, "vbench_long", "direct", {})
 
 

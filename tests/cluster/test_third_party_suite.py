@@ -92,7 +92,7 @@ def test_it_runs_scores_and_reports_without_an_edit_of_the_package(folder: Path)
     assert "the judge is away" in (folder / "run/summary/report.html").read_text()
 
     (folder / "broken").unlink()
-    code, outcome = command("score", run.uri)
+    code, outcome = command("score", run.uri, "--config", str(folder / "config.yaml"))
     assert (code, outcome["suite"], outcome["videos_scored"], outcome["failed"]) == (0, "outside_suite:Length", 2, {})
     assert run_status(run).failures == [], "success clears them"
     assert len(run.storage.list_files("scores/length/1")) == 4
@@ -105,7 +105,7 @@ def test_it_runs_scores_and_reports_without_an_edit_of_the_package(folder: Path)
     assert (code, report["suite"], len(report["blocks"])) == (0, "length", 2)
     page = (folder / "run/summary/report.html").read_text()
     assert "Frame count" in page and "length suite" in page
-    # Nothing in a run names code: without the option only suites of the package are looked at.
+    # What a run names is never imported: without the option only suites of the package are looked at.
     assert collect([run]).suite.name == "preview"
 
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
-from lrag_ray.scoring.preview.measures import PREVIEW
-from lrag_ray.scoring.table import from_parquet, to_parquet
+from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.vbench_long.parquet import rows_from_parquet, rows_to_parquet
+from lrag_ray.scoring.video_rows import from_parquet, to_parquet
 from lrag_ray.store.parts import TRACE_SCHEMA, BrokenPartError, read_trace
 
 
