@@ -18,7 +18,12 @@ from lrag_ray.cli.app import app
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
     path
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("lrag_ray/**/*.md"), *ROOT.glob("tests/**/*.md")]
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("lrag_ray/**/*.md"),
+        *ROOT.glob("tests/**/*.md"),
+    ]
 )
 OWN_FOLDERS = ("configs/", "docs/", "tests/", "scripts/", "jobs/")
 """A path below these in a command must exist; others are the reader's own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class WeightFiles:
     @property
     def pull_command(self) -> str:
         """What brings the files to their first places."""
-        return f"lrag-ray weights pull --suite vbench_long{f' --folder {self.folder}' if self.folder else ''}"
+        return f"lrag-ray weights pull --suite vbench_long{f' --folder {shlex.quote(str(self.folder))}' if self.folder else ''}"
 
     def find(self, name: NetworkName) -> Path:
         """The file of a network.
