@@ -52,9 +52,8 @@ def inspect(
     out = console()
     out.print(f"{title}\n{found.prompt}")
     height = max(8, out.height - 6) if out.is_terminal else 36
-    for line in draw_text(
-        found.rows, height=height, width=(out.width if out.is_terminal else _WIDTH_WITHOUT_TERMINAL) // 2
-    ):
+    width = out.width if out.is_terminal else _WIDTH_WITHOUT_TERMINAL
+    for line in draw_text(found.rows, height=height, width=width // 2):
         out.print(Text.assemble(*((glyph * 2, colour) for glyph, colour in line)))
     legend = [
         piece for kind, glyph in KIND_GLYPHS.items() for piece in ((f"{glyph} ", KIND_COLOURS[kind]), f"{kind}  ")
