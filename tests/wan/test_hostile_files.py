@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.encoder import load_encoder
-from lrag_ray.scoring.vbench_long import OFFICIAL, Networks, WeightFiles
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.official import OFFICIAL
+from lrag_ray.scoring.vbench_long.weights import WeightFiles
 from lrag_ray.wan.checkpoint import mapped_transformer
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.lora import Lora, fitting_lora

@@ -139,7 +139,7 @@ def _read_lora(folder: Path, expected: Mapping[str, Tensor], source: str) -> Wei
         scale = float(config["lora_alpha"] / config["r"])
         if not math.isfinite(scale):
             raise ValueError(f"lora_alpha / r is {scale}")
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+    except (WeightsError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise WeightsError(
             f"{config_path} does not say r and lora_alpha ({error}). Fix: unpack DreamSim's ensemble_lora again"
         ) from error
