@@ -14,6 +14,8 @@ from lrag_ray.errors import LragError
 
 MOST_BYTES = 256 << 20
 """Largest file, unless the caller sets a lower limit."""
+MOST_CONFIG_BYTES = 1 << 24
+"""Largest JSON file beside weights."""
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),

@@ -9,6 +9,8 @@ import typer
 
 from lrag_ray.cli.output import console, print_json, tells_errors
 
+_WIDTH_WITHOUT_TERMINAL = 140
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
@@ -50,7 +52,8 @@ def inspect(
     out = console()
     out.print(f"{title}\n{found.prompt}")
     height = max(8, out.height - 6) if out.is_terminal else 36
-    for line in draw_text(found.rows, height=height, width=out.width // 2):
+    width = out.width if out.is_terminal else _WIDTH_WITHOUT_TERMINAL
+    for line in draw_text(found.rows, height=height, width=width // 2):
         out.print(Text.assemble(*((glyph * 2, colour) for glyph, colour in line)))
     legend = [
         piece for kind, glyph in KIND_GLYPHS.items() for piece in ((f"{glyph} ", KIND_COLOURS[kind]), f"{kind}  ")

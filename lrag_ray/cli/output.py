@@ -11,12 +11,15 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from copy import copy
 from functools import partial, wraps
 from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
+from rich.measure import Measurement
+from rich.segment import Segment, Segments
+from rich.table import Table
 from rich.text import Text
 
 from lrag_ray.errors import INTERRUPTED, LragError
@@ -25,11 +28,38 @@ from lrag_ray.store.waits import reporting_waits
 
 P = ParamSpec("P")
 
-_WIDTH_WITHOUT_TERMINAL = 140
+_WIDTH_WITHOUT_TERMINAL = 1_000_000
+"""Nothing is wrapped for other programs."""
+_WIDEST = 500
+"""Columns up to which a table may be wider than the terminal, so that no word in it is broken."""
 
 
 class PrintableConsole(Console):
-    """A console whose every character passes `printable`, whatever it is part of: text, tables, live displays."""
+    """A console whose every character passes `printable`, whatever it is part of: text, tables, live displays.
+
+    On a terminal, text is broken between words alone: paths, addresses and commands stay whole and can be copied.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print text, a table or anything else that Rich knows."""
+        match objects:
+            case (Table() as table,):
+                self._print_table(table)
+            case (str() as text,) if not options:
+                say(self, text, 0)
+            case _:
+                super().print(*objects, **options)
+
+    def _print_table(self, table: Table) -> None:
+        if table.title:
+            # Rich would break it at the width of the table.
+            super().print(Text(str(table.title), style=table.title_style or ""), soft_wrap=True)
+        bare = copy(table)
+        bare.title = None
+        wide = self.options.update(max_width=_WIDTH_WITHOUT_TERMINAL)
+        least = min(Measurement.get(self, wide, bare).minimum, _WIDEST)
+        shown = Segments(self.render(bare, self.options.update(max_width=max(self.width, least))))
+        super().print(shown, crop=False, end="")
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments of anything that is shown; only Rich's own cursor movements are left as they are."""

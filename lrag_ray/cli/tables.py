@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -139,7 +140,7 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
         "Could not be made; the next start retries them",
         (f"{title}: {reason}" for title, reason in outcome.missing.items()),
     )
-    places = {"state": f"lrag-ray status {outcome.uri}"}
+    places = {"state": f"lrag-ray status {shlex.quote(outcome.uri)}"}
     if outcome.exit_code != INTERRUPTED:
         # An interrupted run has not written its summary.
         places = {

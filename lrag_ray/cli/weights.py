@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -230,7 +231,7 @@ def convert(
         _say(f"{conversion.source} -> {conversion.target} ({quantity(conversion.size_bytes, 'B')})")
         for key, value in conversion.settings.items():
             shown = value if isinstance(value, str) else json.dumps(value)
-            _say(f"    --set {key}={shown}")
+            _say(f"    --set {shlex.quote(f'{key}={shown}')}")
 
 
 class _Selection(NamedTuple):

@@ -114,7 +114,7 @@ class StorageSection(Section):
     @classmethod
     def _http_address(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(_HTTP_ADDRESS, value):
-            raise ValueError("must be http://host:port or https://host:port, without credentials")
+            raise ValueError("must be http or https and a host, without credentials, such as http://localhost:9000")
         return value
 
 

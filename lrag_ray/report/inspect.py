@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import NamedTuple
 
 from lrag_ray.config.redaction import redact
@@ -46,7 +47,7 @@ def inspect_rollout(address: str) -> InspectedRollout:
     if not commits:
         raise StorageError(
             f"{run_dir.uri}/{rollout.path} has no commit: nothing of it is finished, or the name is mistyped "
-            f"(`lrag-ray status {run_dir.uri}` lists the run's rollouts)"
+            f"(`lrag-ray status {shlex.quote(run_dir.uri)}` lists the run's rollouts)"
         )
     commit = commits[max(commits)]
     try:

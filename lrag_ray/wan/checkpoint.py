@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.errors import WeightsError
+from lrag_ray.text_file import MOST_CONFIG_BYTES, read_text
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.lora import Lora, apply_lora
 from lrag_ray.wan.names import bare_name, is_diffusers, wan_name
@@ -92,7 +93,7 @@ def _check_folder_config(path: Path, config: WanConfig) -> None:
     if not path.is_dir() or not file.is_file():
         return
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        stated = json.loads(read_text(file, "the sizes of the checkpoint", WeightsError, most_bytes=MOST_CONFIG_BYTES))
         if not isinstance(stated, dict):
             raise ValueError(f"it holds a {type(stated).__name__}, expected an object")
     except (OSError, ValueError, RecursionError) as error:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lrag_ray.errors import WeightsError
+from lrag_ray.text_file import MOST_CONFIG_BYTES, read_text
 
-_MAX_CONFIG_BYTES = 1 << 24
 _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1024
 _COUNTS = {"num_layers", "num_decoder_layers", "num_hidden_layers", "num_res_blocks"}
@@ -43,12 +43,10 @@ def model_of_folder(folder: Path, kind: str, names: Set[str], build: Callable[[M
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object of a stranger's folder. Raises ValueError or OSError; ValueError for one that names code."""
-    if not path.is_file():
-        raise ValueError(f"{path.name} is not there" if not path.exists() else f"{path.name} is not a regular file")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, expected at most {_MAX_CONFIG_BYTES:,}")
+    if not path.exists():
+        raise ValueError(f"{path.name} is not there")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path, "the sizes of the model", WeightsError, most_bytes=MOST_CONFIG_BYTES))
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
     if not isinstance(config, dict):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
+from lrag_ray.text_file import MOST_CONFIG_BYTES, read_text
 from lrag_ray.wan.lora_settings import AdapterSettings, adapter_settings
 from lrag_ray.wan.names import bare_name, from_underscores, wan_name
 from lrag_ray.wan.state_dict import misfits, read_checkpoint
@@ -288,12 +289,13 @@ def _number(value: Any, name: str, file: Path) -> float:
 def _settings(lora: Lora, file: Path, *, keys: bool) -> Iterator[AdapterSettings]:
     """What is said of the strength beside the tensors; kohya's metadata counts only without ``.alpha`` keys."""
     beside = lora.adapter_config or file.with_name("adapter_config.json")
-    if beside.is_file():
-        yield adapter_settings(_json(beside.read_bytes(), beside), str(beside))
+    if beside.exists():
+        content = read_text(beside, "the LoRA's settings", WeightsError, most_bytes=MOST_CONFIG_BYTES)
+        yield adapter_settings(_json(content, beside), str(beside))
     metadata = _metadata(file)
     if "lora_adapter_metadata" in metadata:
         source = f"lora_adapter_metadata of {file}"
-        stated = _json(metadata["lora_adapter_metadata"].encode(), source)
+        stated = _json(metadata["lora_adapter_metadata"], source)
         # Diffusers puts the name of the pipeline's part in front; without one, the entries are the transformer's.
         of_part = {key.removeprefix("transformer."): entry for key, entry in stated.items() if _is_transformer(key)}
         yield adapter_settings(of_part, source)
@@ -322,7 +324,7 @@ def _spelled_number(text: str | None) -> float | None:
     return number if math.isfinite(number) and number != 0 else None
 
 
-def _json(content: bytes, source: str | Path) -> dict[str, Any]:
+def _json(content: str, source: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(content)
         if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrag_ray.errors import WeightsError
+from lrag_ray.text_file import read_text
 from lrag_ray.wan.state_dict import read_checkpoint
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -75,9 +76,7 @@ def _indexed(folder: Path, what: str) -> Iterator[tuple[str, str]]:
     """Names of tensors and the files that hold them, as far as an index says."""
     for index in sorted(folder.glob("*.index.json")):
         try:
-            if index.stat().st_size > _MAX_INDEX_BYTES:
-                raise ValueError(f"it has {index.stat().st_size:,} bytes")
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            parts = json.loads(read_text(index, "the index", WeightsError, most_bytes=_MAX_INDEX_BYTES))["weight_map"]
             if not isinstance(parts, dict):
                 raise ValueError("its weight_map is not an object")
             named = [(str(name), str(file)) for name, file in parts.items()]

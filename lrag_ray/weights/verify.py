@@ -10,6 +10,7 @@ import torch
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.context.weights import Loaded, tensors_of
 from lrag_ray.errors import LragError, WeightsError
+from lrag_ray.text_file import read_text
 from lrag_ray.wan.checkpoint import mapped_transformer
 from lrag_ray.wan.file_kinds import absence
 from lrag_ray.wan.lora import fitting_lora, lora_strength, lora_tensors
@@ -112,7 +113,8 @@ def fits(need: Need, path: Path, *, values: bool = False) -> str:
     """
     backbone = need.backbone
     if need.kind == "prompts":
-        return f"{len(path.read_text(encoding='utf-8').splitlines())} lines"
+        lines = read_text(path, "the prompt file", WeightsError).removesuffix("\n").count("\n") + 1
+        return f"{lines} lines"
     if need.file is not None:
         return _tensors(need, need.file.read(path), values)
     assert backbone is not None, "everything else belongs to a backbone"

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lrag_ray.cli.output import count, duration, plain, print_json, quantity, say
+from lrag_ray.cli.output import PrintableConsole, count, duration, natural, plain, print_json, quantity, say
+from lrag_ray.cli.tables import print_outcome, table
+from lrag_ray.pipelines.evaluate import RunOutcome
 from lrag_ray.store.records import RolloutId
+from lrag_ray.store.rollouts import RolloutRun
+from tests.store.make import make_identity
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,57 @@ def test_a_line_is_broken_between_words_on_a_terminal_alone(terminal: bool, show
     text = "a message that is longer than the line: /a/very/long/path/that/must/stay/whole.pth\n  Fix: one"
     say(to, f"fail  vae  {text}")
     assert out.getvalue() == shown
+
+
+LONG = "s3://bucket/a/folder/with-a-long-name/and/another-long-one/video.mp4"
+
+
+def shown(thing: Any, *, terminal: bool, width: int = 40) -> list[str]:
+    """Lines of a console of the program, without what Rich writes for colours."""
+    out = io.StringIO()
+    to = PrintableConsole(
+        file=out, width=width if terminal else 1_000_000, force_terminal=terminal, markup=False, color_system=None
+    )
+    to.print(thing)
+    return out.getvalue().splitlines()
+
+
+def test_text_is_broken_between_words_on_a_terminal_and_not_at_all_elsewhere() -> None:
+    line = f"videos of this start: {LONG} and some more words after it"
+    assert shown(line, terminal=False) == [line]
+    assert shown(line, terminal=True) == ["videos of this start:", LONG, "and some more words after it"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_breaks_no_path_in_its_cells_or_its_title(terminal: bool) -> None:
+    made = table(f"{LONG} 1", "video", "clips")
+    made.add_row(LONG, "3")
+    made.add_row("b.mp4 with a name of so many words that it does not fit in a line", "4")
+    lines = shown(made, terminal=terminal)
+    assert lines[0] == f"{LONG} 1"
+    assert [line for line in lines[1:] if line.startswith(f"{LONG} ") and line.endswith(" 3")]
+
+
+def test_a_cell_of_any_length_leaves_a_table_readable() -> None:
+    made = table("t", "video", "clips")
+    made.add_row("x" * 100_000, "3")
+    assert max(map(len, shown(made, terminal=True))) <= 500
+
+
+def test_commands_that_are_printed_can_be_pasted(stored_run_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = RunOutcome(0, stored_run_uri, 0, 0, 0, (), {}, 1.0)
+    print_outcome(PrintableConsole(width=100, markup=False), RolloutRun(stored_run_uri), outcome)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "lrag-ray status" in line]
+    command = shlex.split(line.partition("lrag-ray ")[2])
+    assert command == ["status", stored_run_uri]
+
+
+@pytest.fixture
+def stored_run_uri(tmp_path: Path) -> str:
+    run = RolloutRun(str(tmp_path / "run #2; it's"))
+    run.ensure(make_identity())
+    return run.uri
+
+
+def test_workers_stand_in_natural_order() -> None:
+    assert sorted(["worker-10", "worker-2", "worker-1"], key=natural) == ["worker-1", "worker-2", "worker-10"]

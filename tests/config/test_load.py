@@ -287,7 +287,7 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "job: evaluate",
             "job: evalute",
-            "run.yaml:1: job: expected 'evaluate', got text 'evalute'; did you mean 'evaluate'?",
+            "run.yaml:1: job: unknown job 'evalute'; did you mean 'evaluate'?",
         ),
     ],
 )

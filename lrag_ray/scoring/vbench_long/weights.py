@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.scoring.vbench_long.official import NETWORKS, OFFICIAL, NetworkName
+from lrag_ray.text_file import MOST_CONFIG_BYTES, read_text
 from lrag_ray.wan.state_dict import read_checkpoint
 
 
@@ -58,7 +60,8 @@ class WeightFiles:
     @property
     def pull_command(self) -> str:
         """What brings the files to their first places."""
-        return f"lrag-ray weights pull --suite vbench_long{f' --folder {self.folder}' if self.folder else ''}"
+        folder = f" --folder {shlex.quote(str(self.folder))}" if self.folder else ""
+        return f"lrag-ray weights pull --suite vbench_long{folder}"
 
     def find(self, name: NetworkName) -> Path:
         """The file of a network.
@@ -132,13 +135,11 @@ def _unwrap(content: dict[str, Any]) -> dict[str, Any]:
 def _read_lora(folder: Path, expected: Mapping[str, Tensor], source: str) -> Weights:
     config_path = folder / "adapter_config.json"
     try:
-        if config_path.exists() and not config_path.is_file():
-            raise ValueError("not a regular file")
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(config_path, "the LoRA's sizes", WeightsError, most_bytes=MOST_CONFIG_BYTES))
         scale = float(config["lora_alpha"] / config["r"])
         if not math.isfinite(scale):
             raise ValueError(f"lora_alpha / r is {scale}")
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+    except (WeightsError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise WeightsError(
             f"{config_path} does not say r and lora_alpha ({error}). Fix: unpack DreamSim's ensemble_lora again"
         ) from error
