@@ -50,11 +50,7 @@ def text_with(line: str) -> str:
         ("backbones: {tiny: {preset: tiny, transformer: {num_heads: 0}}}", "num_heads 0 must be at least 1"),
         ("backbones: {tiny: {preset: tiny, transformer: {patch_size: [1, 0, 0]}}}", "patch_size 0 must be at least 1"),
         ("backbones: {tiny: {preset: tiny, sampler: {shift: 0}}}", "shift 0.0 must be above 0"),
-<<<<<<< HEAD
         ('storage: {endpoint_url: "http://[::1"}', "without credentials, such as http://localhost:9000"),
-=======
-        ('storage: {endpoint_url: "http://[::1"}', "storage.endpoint_url: must be http://"),
->>>>>>> bounds
     ],
 )
 def test_a_value_that_cannot_be_read_is_named_with_its_place(line: str, message: str) -> None:
