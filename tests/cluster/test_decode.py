@@ -105,8 +105,16 @@ def test_a_run_that_was_moved_is_decoded_by_its_address_alone(latents: Path) -> 
     told = json.loads(shown.stdout)
     assert (shown.exit_code, told["videos_made"], told["uri"]) == (0, 4, str(latents))
     (latents / "config.json").unlink()
-    shown = CliRunner().invoke(app, ["decode", str(latents)])
-    assert shown.exit_code == 2 and "config.json is missing; give the run's configuration with --config" in shown.stderr
+    again = CliRunner().invoke(app, ["decode", str(latents), "--set", "video.enabled=true", "--json"])
+    told = json.loads(again.stdout)
+    assert (again.exit_code, told["videos_made"], told["videos_there"]) == (0, 0, 4)
+
+    # The place of a VAE that is a file is the caller's to say.
+    identity = json.loads((latents / "run.json").read_text())
+    identity["backbones"]["tiny"]["pixels"]["vae"] = {"kind": "wan", "sha256": "ab" * 32, "dtype": "float32"}
+    (latents / "run.json").write_text(json.dumps(identity))
+    placeless = CliRunner().invoke(app, ["decode", str(latents)])
+    assert placeless.exit_code == 2 and "or the VAE (--set backbones.NAME.vae.path=…)" in placeless.stderr
 
 
 def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents: Path) -> None:

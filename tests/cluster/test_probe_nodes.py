@@ -78,7 +78,7 @@ def test_a_node_with_an_empty_folder_or_another_run_writes_nothing_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the task does on a node, for a node whose folder is another one."""
-    monkeypatch.setattr("lrag_ray.engine.probe_nodes._LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr("lrag_ray.store.shared.LOOK_AGAIN_S", 0.01)
     run, elsewhere = RolloutRun(str(tmp_path / "run")), RolloutRun(str(tmp_path / "elsewhere"))
     created_at = run.ensure(make_identity()).created_at
     report = probe_node(run, created_at, "probe-one")
