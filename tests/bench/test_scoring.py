@@ -64,13 +64,14 @@ def test_clips_without_a_score_are_refused(tmp_path: Path, networks: Networks) -
         writer.write(np.zeros((8, 32, 32, 3), dtype=np.uint8))
     with pytest.raises(UsageError, match="too small for AMT-S"):
         bench_scoring([path], networks, dimensions=["motion_smoothness"])
-    with pytest.raises(UsageError, match="there is no video"):
+    with pytest.raises(UsageError, match="no video to score"):
         bench_scoring([], networks)
 
 
 def test_the_made_clip_is_one_clip(tmp_path: Path) -> None:
     make_clip(tmp_path / "made.mp4", width=64, height=48)
-    assert probe(tmp_path / "made.mp4") == (64, 48, 16.0)
+    rate = probe(tmp_path / "made.mp4")
+    assert (rate.width, rate.height, rate.fps) == (64, 48, 16.0)
     assert len(list(decode(tmp_path / "made.mp4"))) == 32
 
 

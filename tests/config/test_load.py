@@ -408,7 +408,8 @@ def test_files_beside_the_configuration_are_found_from_another_folder(
 ) -> None:
     """Given relative paths and another working directory: what is beside the configuration is named with the fix."""
     there, here = tmp_path / "the configs", tmp_path / "here"
-    there.mkdir(), here.mkdir()
+    there.mkdir()
+    here.mkdir()
     (there / "prompts.txt").write_text("a fox\n")
     (there / "ae.pt").write_bytes(b"x")
     path = write(there, SMALL.replace("descriptor: avg_pool", "encoder: ae.pt"))
@@ -429,5 +430,6 @@ def test_files_beside_the_configuration_are_found_from_another_folder(
     config = load_config("../the configs/run.yaml", ["methods.rag.encoder=../the configs/ae.pt"])
     assert config.prompts.path == "prompts.txt"
     # What is in neither place is reported where it is read, and a run's own address is only ever made.
-    (here / "prompts.txt").unlink(), (there / "prompts.txt").unlink()
+    (here / "prompts.txt").unlink()
+    (there / "prompts.txt").unlink()
     assert load_config("../the configs/run.yaml", ["methods.rag.encoder=../the configs/ae.pt"])

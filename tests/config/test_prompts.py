@@ -16,7 +16,7 @@ from lrag_ray.errors import PromptError
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def section(folder: Path, content: bytes | str, **fields: int) -> PromptsSection:
+def section(folder: Path, content: bytes | str, **fields: Any) -> PromptsSection:
     path = folder / "prompts.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return PromptsSection(path=str(path), **fields)
@@ -137,7 +137,7 @@ def table(folder: Path, name: str, content: str | bytes, **fields: Any) -> Promp
 
 
 COLUMNS = {"id": "a-7", "reference": "a.png"}
-TABLES = {
+TABLES: dict[str, str | bytes] = {
     "a.csv": "id,prompt,reference\na-7,A fox,a.png\n",
     "excel.csv": "\ufeffid;prompt;reference\r\na-7;A fox;a.png\r\n;;\r\n",
     "declared.csv": "sep=|\nid|prompt|reference\na-7|A fox|a.png\n",

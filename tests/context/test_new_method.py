@@ -29,13 +29,13 @@ from lrag_ray.errors import ConfigError, WeightsError
 from lrag_ray.pipelines.doctor import examine
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.plan import make_plan
-from lrag_ray.stages.rollout.pending import open_work
-from lrag_ray.stages.rollout.worker import RolloutResult, RolloutWorker
-from lrag_ray.stages.text import encode_and_store
-from lrag_ray.store.run_dir import RunDirectory, new_attempt_id
+from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage
+from lrag_ray.stages.spec import LocalHost
+from lrag_ray.store.records import new_attempt_id
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.wan.state_dict import read_checkpoint
 from lrag_ray.weights.verify import refuse_misfits
-from tests.stages.make import BACKBONE, make_prompts
+from tests.stages.make import BACKBONE, encode_texts, make_prompts, pending_tasks
 from tests.tiny import LATENT, generate, start, tiny_transformer
 
 GUIDE = Path(lrag_ray.context.__file__).with_name("README.md")
@@ -231,14 +231,13 @@ def test_a_worker_runs_it(config_file: Path, tmp_path: Path, monkeypatch: pytest
     for seed in (0, 1):
         save_file(projection(seed), tmp_path / "weights" / "projection.safetensors")
         config = with_absolute_paths(load_config(config_file, [f"run.uri={tmp_path / f'run{seed}'}"]))
-        run = RunDirectory(config.run.uri)
+        run = RolloutRun(config.run.uri)
         identity = run.ensure(build_identity(config, PROMPTS))
-        tasks = [item.payload for item in open_work(identity, run.inventory()).items]
-        (task,) = (task for task in tasks if task.rollout.method == "recall")
-        encode_and_store(run.storage, config.backbones["tiny"], task.text_digest, [task.prompt], config.engine)
+        (task,) = (task for task in pending_tasks(run, identity) if task.rollout.method == "recall")
+        encode_texts(run, config, [task])
         with monkeypatch.context() as elsewhere:
             elsewhere.chdir(tmp_path / "worker")
-            result = RolloutWorker(run, config, CPU, lambda state: None).work(task, new_attempt_id())
+            result = RolloutStage.of(run, config).open(LocalHost()).work(task, new_attempt_id())
         assert isinstance(result, RolloutResult) and result.committed == (12, 24)
         digests.append([commit.latents_digest for commit in run.commits()])
     assert digests[0] != digests[1]
