@@ -77,7 +77,7 @@ def _judge_refusal(label: str, outcome: str, refusal: str, sheet: Sheet) -> None
     """A refusal is right unless the public loader had a complete result."""
     if _result(outcome) is not None:
         sheet.add(label, "fail", f"was refused: {refusal}")
-    elif not re.search(r"\b(Mend|Fix): ", refusal):
+    elif not re.search(r"\bFix: ", refusal):
         sheet.add(label, "fail", f"was refused without a fix: {refusal}")
     else:
         sheet.add(label, "pass", f"refused: {refusal}")

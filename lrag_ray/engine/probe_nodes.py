@@ -99,7 +99,7 @@ def _ask(
         raise ClusterError(
             "these nodes cannot work on the run:\n  "
             + "\n  ".join(problems)
-            + "\nMend what they say there, or end these nodes; every node needs the same environment as this one"
+            + "\nFix what they report, or end these nodes; every node needs the same environment as this one"
         )
     for ref in pending:
         text = f"node {asked[ref]} did not tell within {_LONGEST_WAIT_S:g} s whether it sees {run.uri}"

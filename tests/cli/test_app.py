@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -251,23 +252,24 @@ def test_exit_codes_follow_the_exception_tree(config: str, monkeypatch: pytest.M
     assert invoke("plan", config).exit_code == 3
 
 
-def test_ctrl_c_exits_with_130(tmp_path: Path) -> None:
-    """A real process, interrupted while it waits for the configuration from a named pipe."""
-    pipe = tmp_path / "config.yaml"
-    os.mkfifo(pipe)
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from lrag_ray.cli.app import main; main()", "plan", str(pipe)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    # Opening for writing returns when the command has opened the pipe for reading, so it is past all imports.
-    with pipe.open("w") as opened:
-        opened.write("job: ")
-        opened.flush()
-        time.sleep(0.2)
-        process.send_signal(2)
-        _, stderr = process.communicate(timeout=60)
+def test_ctrl_c_exits_with_130() -> None:
+    """A real process, interrupted while it waits for storage that has accepted its connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lrag_ray", "status", "s3://bucket/run"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **keys, "AWS_ENDPOINT_URL": endpoint},
+        )
+        connection, _ = silent.accept()
+        with connection:
+            time.sleep(0.2)
+            process.send_signal(2)
+            _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr
 

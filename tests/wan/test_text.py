@@ -123,7 +123,7 @@ def test_bad_files_are_refused(weights: dict[str, Tensor], tokenizer_folder: Pat
     torch.save(weights | {"norm.weight": weights["norm.weight"] / 0}, tmp_path / "wild.pth")
     with pytest.raises(WeightsError, match=r"NaN or infinite .*: encoder\.final_layer_norm\.weight"):
         load_text_encoder(tmp_path / "wild.pth", tokenizer_folder, sizes=sizes)
-    with pytest.raises(WeightsError, match="no Diffusers folder"):
+    with pytest.raises(WeightsError, match="not a Diffusers folder"):
         load_text_encoder(tmp_path, tokenizer_folder)
     torch.save(weights, tmp_path / "whole.pth")
     with pytest.raises(WeightsError, match="no tokenizer in"):
@@ -194,7 +194,7 @@ def test_damaged_tokenizers_are_refused(
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_text(content)
-    with pytest.raises(WeightsError, match=f"{said}(.|\\n)*Mend:"):
+    with pytest.raises(WeightsError, match=f"{said}(.|\\n)*Fix:"):
         load_tokenizer(folder, 8)
 
 
@@ -202,7 +202,7 @@ def test_damaged_tokenizers_are_refused(
 def test_a_folder_that_no_encoder_can_be_built_from_is_refused(tmp_path: Path, config: str | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(WeightsError, match=r"no Diffusers folder of a umT5 encoder: .*(Mend|Fix):"):
+    with pytest.raises(WeightsError, match=r"not a Diffusers folder of a umT5 encoder: .*Fix:"):
         mapped_text_encoder(tmp_path)
 
 

@@ -75,12 +75,12 @@ def test_folder_without_a_vae_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="diffusion_pytorch_model"):
         load_wan_vae(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(WeightsError, match="no Diffusers folder"):
+    with pytest.raises(WeightsError, match="not a Diffusers folder"):
         load_wan_vae(tmp_path)
     # A list would make diffusers ask the Hub.
     for config in ("{", "[]", '{"base_dim": -4}', '{"base_dim": "wide"}'):
         (tmp_path / "config.json").write_text(config)
-        with pytest.raises(WeightsError, match=r"no Diffusers folder of a VAE: .*Mend:"):
+        with pytest.raises(WeightsError, match=r"not a Diffusers folder of a VAE: .*Fix:"):
             load_wan_vae(tmp_path)
 
 

@@ -25,7 +25,7 @@ def test_a_missing_file_is_named_with_its_place_and_source(name: str, tmp_path: 
     with pytest.raises(WeightsError) as error:
         WeightFiles(tmp_path).read(name, {})  # type: ignore[arg-type]
     official = OFFICIAL[name]  # type: ignore[index]
-    for part in (name, str(tmp_path / official.path), official.url, official.member, "Mend"):
+    for part in (name, str(tmp_path / official.path), official.url, official.member, "Fix"):
         assert part in str(error.value)
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_file_is_told_with_its_place_and_fix(name: NetworkName, damage
         return
     with pytest.raises(WeightsError) as told:
         WeightFiles(tmp_path).read(name, {})
-    for part in (name, str(path), "Mend"):
+    for part in (name, str(path), "Fix"):
         assert part in str(told.value)
 
 
