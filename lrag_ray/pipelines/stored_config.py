@@ -35,10 +35,20 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
 
     Raises:
         StorageError: there is no run at `uri`.
-        ConfigError: `overrides` are wrong, or lack the place of a VAE.
+        ConfigError: `overrides` are wrong, or lack the place of a VAE or the name of a plug-in suite.
     """
     run = RolloutRun(uri)
     identity = run.require()
+    intended = intended_scores(run.storage)
+    if (
+        intended.plug_in is not None
+        and not decodes
+        and not any(text.startswith("scoring.suite=") for text in overrides)
+    ):
+        raise ConfigError(
+            f"{run.uri}/{CONFIG_FILE} names the suite {intended.plug_in!r}, which is not part of lrag-ray, and a run "
+            "directory never chooses what is imported. Fix: name the suite yourself (--suite)"
+        )
     data = {
         "run": {"uri": run.storage.address, "seed": identity.seed},
         "prompts": {"count": max(1, len(identity.prompts))},
@@ -46,7 +56,7 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
         "backbones": {name: _backbone(identity, name, decodes=decodes) for name in identity.backbones},
         "methods": {name: {"method": "base"} for name in identity.methods},
         "video": identity.video,
-        "scoring": intended_scores(run.storage).section,
+        "scoring": intended.section,
     }
     try:
         return complete(Document(f"{run.uri}/run.json", data), overrides)

@@ -117,7 +117,7 @@ class DecodeWorker:
                         self._store(payload, commit, videos.finish(end), attempt)
                         made += 1
             except BrokenPartError as error:
-                return Refused(str(error), made)
+                return Refused(str(error))
             finally:
                 videos.abort()
         return Result(made=made, seconds=time.perf_counter() - began)

@@ -86,8 +86,6 @@ class Refused:
     """The task can never be done, for instance because its input is damaged: it fails at once, without a retry."""
 
     reason: str
-    made: int = 0
-    """Results that count although the task as a whole failed."""
 
 
 Outcome = Result | Yielded | Refused

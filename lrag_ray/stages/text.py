@@ -16,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lrag_ray.config.schema import BackboneConfig, EngineSection
-from lrag_ray.errors import ClusterError, LragError
+from lrag_ray.errors import ClusterError, ConfigError, LragError, WeightsError
 from lrag_ray.stages.backbone import device_for, load_text
 from lrag_ray.stages.numerics import make_reproducible
 from lrag_ray.stages.spec import Host, Resources, Result, Stage, Task, WorkerState, Yielded
@@ -87,7 +87,7 @@ class TextStage(Stage[TextTask]):
     """
 
     name = "text"
-    fatal = (LragError,)
+    fatal = (ConfigError, WeightsError)
 
     storage: Storage
     backbones: Mapping[str, BackboneConfig]

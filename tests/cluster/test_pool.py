@@ -65,7 +65,7 @@ class Sleeper:
         (job.folder / f"{job.name}.attempt-{attempt}").touch()
         time.sleep(job.seconds)
         if job.refuses:
-            return Refused(f"{job.name} is damaged", made=2)
+            return Refused(f"{job.name} is damaged")
         if attempts < job.raises:
             raise MemoryError("host memory") if job.memory else ValueError(f"{job.name} is poison")
         if attempts < job.dies:

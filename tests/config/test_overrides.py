@@ -100,8 +100,8 @@ def test_nothing_of_a_value_is_dropped(text: str) -> None:
         (f"run.seed={'9' * 5000}", "a whole number of 5000 digits"),
         ('run.uri="\\0"', "text with a NUL character"),
         ("run.uri.x=1", "'run.uri' is a value, not a section"),
-        ("durations_s.2=1", "'durations_s' is a list of 2; '2' is no position in it"),
-        ("durations_s.first=1", "'durations_s' is a list of 2; 'first' is no position in it"),
+        ("durations_s.2=1", "'durations_s' is a list of 2; '2' is not one of its positions"),
+        ("durations_s.first=1", "'durations_s' is a list of 2; 'first' is not one of its positions"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(override: str, message: str) -> None:

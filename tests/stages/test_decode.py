@@ -53,5 +53,5 @@ def test_latents_that_are_not_those_of_the_commit_are_refused_and_what_comes_bef
     part = task.commits[-1].latent_parts[-1]
     (tmp_path / part.path).write_bytes(b"\0" * part.size_bytes)
     outcome = stage.open(LocalHost()).work(task, new_attempt_id())
-    assert outcome == Refused(f"{part.path} does not have the recorded checksum", made=1)
+    assert outcome == Refused(f"{part.path} does not have the recorded checksum")
     assert videos(run) == [6]

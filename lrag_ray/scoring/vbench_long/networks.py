@@ -268,9 +268,7 @@ class Networks:
         }
         weights = self._read("dreamsim_ensemble_lora", expected)
         if wrong := misfits(weights.tensors, expected):
-            raise WeightsError(
-                f"{weights.source} does not fit DreamSim:\n  " + "\n  ".join(wrong) + f"\nFix: {_AGAIN}"
-            )
+            raise WeightsError(f"{weights.source} does not fit DreamSim:\n  " + "\n  ".join(wrong) + f"\nFix: {_AGAIN}")
         for tower, model in enumerate(towers):
             for block, layer in enumerate(model.blocks):
                 qkv: Any = layer.get_submodule("attn.qkv")
