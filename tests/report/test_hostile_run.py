@@ -120,7 +120,6 @@ def test_what_describes_scores_is_taken_from_a_run_and_what_acts_is_not(
     with pytest.raises(ConfigError, match=r"names the suite 'stranger:Suite'.*--suite"):
         stored_config(str(run))
     assert stored_config(str(run), ["scoring.suite=preview"]).scoring.suite == "preview"
-    assert stored_config(str(run), decodes=True).scoring == ScoringSection()
     assert not (tmp_path / "ran").exists() and "stranger" not in sys.modules
 
 

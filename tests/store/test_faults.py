@@ -121,7 +121,7 @@ def test_a_wait_is_told_with_its_trouble_and_its_end(
         return None if heard.is_set() else "SlowDown"
 
     proxy.choose = choose
-    slow = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=10_000))
+    slow = Storage(f"{s3_bucket}/{tmp_path.name}", options(proxy, attempts=1000))
     with reporting_waits(hear):
         slow.write("a.txt", b"x")
     assert heard.is_set() and all(text.startswith(f"still waiting to write {slow.uri}/a.txt after ") for text in told)
@@ -158,7 +158,7 @@ def test_a_store_that_stays_down_is_given_up_after_the_configured_tries(
     ("fault", "fix"),
     [
         ("AccessDenied", "s3:PutObject|allow them to list, get, put"),
-        ("NoSuchBucket", "no such bucket: create it"),
+        ("NoSuchBucket", "The bucket does not exist: create it"),
         ("ExpiredToken", "expired: renew them"),
         ("InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
         ("RequestTimeTooSkewed", "clock of .* UTC.* differs"),
@@ -188,7 +188,7 @@ def test_a_listing_that_is_refused_is_no_empty_folder(proxy: FaultProxy, storage
 
 def test_an_answer_of_no_store_is_told_as_such(proxy: FaultProxy, storage: Storage) -> None:
     proxy.choose = scripted(["no store"] * 100)
-    with pytest.raises(StorageError, match=r"cannot read .*: 404: .*no answer of an S3 store: .*endpoint_url"):
+    with pytest.raises(StorageError, match=r"cannot read .*: 404: .*That answer is not from an S3 store: .*endpoint_url"):
         storage.read_bytes("run.json")
 
 
@@ -202,7 +202,7 @@ def test_who_forgot_to_name_a_store_is_told_that_amazon_was_asked(
     assert "Amazon" not in str(caught.value)
     monkeypatch.setenv("HTTP_PROXY", proxy.endpoint)
     amazon = StorageSection(endpoint_url="http://s3.us-east-1.amazonaws.com")
-    with pytest.raises(StorageError, match=r"no such bucket: .*Amazon's S3 that was asked: .*with AWS_ENDPOINT_URL"):
+    with pytest.raises(StorageError, match=r"The bucket does not exist: .*Amazon's S3 that was asked: .*with AWS_ENDPOINT_URL"):
         Storage("s3://own-bucket/run", amazon).list_files()
 
 
