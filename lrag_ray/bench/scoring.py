@@ -19,7 +19,7 @@ import torch
 
 from lrag_ray.bench import official_loops
 from lrag_ray.errors import UsageError
-from lrag_ray.scoring.vbench_long.clips import Clip, Span, clip_length, cut
+from lrag_ray.scoring.vbench_long.clips import Clip, ClipSpan, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName
 from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
@@ -219,7 +219,7 @@ def _warm_up(video: _Video, networks: Networks, dimensions: Sequence[DimensionNa
     """Build the networks; on a GPU also choose the kernels for frames of this size."""
     clip, scorer = video.clips[0], ClipScorer("warm-up", networks, video.fps, early_stop=False)
     few = clip.frames if networks.device.type == "cuda" else clip.frames[:4]
-    list(scorer.clip(Span(0, len(few)), few, dimensions))
+    list(scorer.clip(ClipSpan(0, len(few)), few, dimensions))
     list(scorer.clip_to_clip(2, clip.frames[:2], dimensions))
 
 

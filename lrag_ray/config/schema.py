@@ -90,7 +90,7 @@ class RunSection(Section):
 
 
 class StorageSection(Section):
-    """How the store of `run.uri` is reached, and for how long error is borne. Free to change between starts.
+    """How the storage of `run.uri` is reached and how long errors are retried. Free to change between starts.
 
     Credentials never stand here: they come from the environment of every node (AWS_* variables, ~/.aws, roles).
     """
@@ -398,7 +398,7 @@ class ScoringSection(Section):
     """Settings of a suite of your own, checked against its ``Settings``."""
     mode: Mode = "direct"
     """vbench_long: direct cuts clips from the decoded frames, compat re-encodes them as the official splitter does.
-    Each has its own folder and tables; only compat stands beside published numbers."""
+    Each has its own folder and tables; only compat is comparable with published numbers."""
     dimensions: list[DimensionName] = Field(default=list(DIMENSION_NAMES), min_length=1)
     """vbench_long: which dimensions; those added later are scored in addition."""
     weights: Address | None = None
@@ -416,7 +416,7 @@ class ScoringSection(Section):
     on it."""
     controls: list[Literal["frozen"]] = []
     """vbench_long: frozen also scores the first frame of each prompt's first method, held for the whole video. It shows
-    how far a dimension rewards stillness; it stands beside the ranks and is never ranked."""
+    how far a dimension rewards stillness; it is shown next to the ranks and never ranked."""
     workers: int | None = Field(default=None, ge=1, le=MOST_WORKERS)
     """Scoring workers; None takes as many as fit the cluster when a wave begins."""
     cpus_per_worker: float = Field(default=1, gt=0, le=_MOST_CPUS)

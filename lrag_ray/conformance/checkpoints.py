@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet, one_line
-from lrag_ray.conformance.files import Folder, Record, Vectors
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors
 from lrag_ray.conformance.recording import wan_config
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer
@@ -42,13 +42,13 @@ def _check_absent(name: str, sheet: Sheet) -> None:
     sheet.add("file", "skip", f"no checkpoint file of the variant '{name}'")
 
 
-def _variant(path: Path, record: Record) -> str | None:
+def _variant(path: Path, record: CaseRecord) -> str | None:
     """Variant that a file belongs to: the longest name that its stem ends with."""
     fitting = [name for name in record.content["variants"] if path.stem == name or path.stem.endswith(f"_{name}")]
     return max(fitting, key=len, default=None)
 
 
-def _check(record: Record, expected: Vectors | None, path: Path, sheet: Sheet) -> None:
+def _check(record: CaseRecord, expected: Vectors | None, path: Path, sheet: Sheet) -> None:
     if expected is None:
         sheet.add("weights", "fail", "no safetensors file with the expected weights is beside the checkpoints")
         return

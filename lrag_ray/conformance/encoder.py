@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record, Vectors, case_stem, pair
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, case_stem, pair
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder, known_fields, load_encoder
 from lrag_ray.retrieval.losses import EncoderLosses, LossConfig, encoder_losses
@@ -67,7 +67,7 @@ def _check_defaults(defaults: Mapping[str, Any], sheet: Sheet) -> None:
         sheet.same(f"default {name}", ours[name], defaults[name])
 
 
-def _check_tensors(record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
+def _check_tensors(record: CaseRecord | None, vectors: Vectors | None, sheet: Sheet) -> None:
     if record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with ae_config and a safetensors file with weights and batch")
         return

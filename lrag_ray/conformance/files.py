@@ -46,7 +46,7 @@ class Vectors:
         return {name: self[prefix + name] for name in self.named(prefix)}
 
 
-class Record(NamedTuple):
+class CaseRecord(NamedTuple):
     """A parsed JSON file."""
 
     path: Path
@@ -69,7 +69,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: list[Record] = []
+        self.records: list[CaseRecord] = []
         self.vectors: list[Vectors] = []
         self.torch_files: list[Path] = []
         self.broken: list[Broken] = []
@@ -82,7 +82,7 @@ class Folder:
     def _read(self, file: Path) -> None:
         match file.suffix:
             case ".json":
-                self.records.append(Record(file, json.loads(file.read_text(encoding="utf-8"))))
+                self.records.append(CaseRecord(file, json.loads(file.read_text(encoding="utf-8"))))
             case ".safetensors":
                 self.vectors.append(Vectors(file))
             case ".pt" | ".pth":
@@ -93,7 +93,7 @@ class Folder:
         """Whether there is any file that golden vectors could be in."""
         return bool(self.records or self.vectors or self.torch_files or self.broken)
 
-    def record(self, path: Path) -> Record | None:
+    def record(self, path: Path) -> CaseRecord | None:
         """The parsed JSON file at `path`, if it is one."""
         return next((record for record in self.records if record.path == path), None)
 
@@ -102,11 +102,11 @@ class Pair(NamedTuple):
     """The JSON and the tensors of one case; a lost half is None, so that it is reported and not forgotten."""
 
     stem: str
-    record: Record | None
+    record: CaseRecord | None
     vectors: Vectors | None
 
 
-def pair(records: Iterable[Record], vectors: Iterable[Vectors]) -> list[Pair]:
+def pair(records: Iterable[CaseRecord], vectors: Iterable[Vectors]) -> list[Pair]:
     """Match the two halves of each case: by file stem, and the last one of each kind by elimination."""
     lone_records = {case_stem(record.path): record for record in records}
     lone_vectors = {case_stem(file.path): file for file in vectors}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record, Vectors
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors
 from lrag_ray.conformance.recording import generator_files, wan_config
 from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.policy import Layout, PolicyInputs
@@ -45,7 +45,7 @@ def cases(folder: Folder) -> list[GoldenCase]:
     ]
 
 
-def _files(folder: Folder, record: Record, *, alone: bool) -> _Files | None:
+def _files(folder: Folder, record: CaseRecord, *, alone: bool) -> _Files | None:
     """Files of a case: those that share its stem, or all where it is the only case."""
 
     def belongs(path: Path) -> bool:
@@ -68,7 +68,7 @@ def _is_lora(path: Path) -> bool:
         return False
 
 
-def _check(record: Record, files: _Files | None, sheet: Sheet) -> None:
+def _check(record: CaseRecord, files: _Files | None, sheet: Sheet) -> None:
     if files is None or not files.loras:
         sheet.add("files", "fail", "a case needs the base weights and a LoRA file beside its JSON")
         return

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record, Vectors, case_stem, pair
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, case_stem, pair
 from lrag_ray.conformance.recording import (
     Recording,
     generator_files,
@@ -103,7 +103,7 @@ def _near(folder: Path) -> Iterator[Folder]:
                 yield Folder(place)
 
 
-def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
+def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | None, sheet: Sheet) -> None:
     if golden_record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with settings.method and a safetensors file with latents")
         return

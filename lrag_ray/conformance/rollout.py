@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record, Vectors, pair
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, pair
 from lrag_ray.conformance.recording import Recording, golden_transformer, record, wan_config, with_local_weights
 from lrag_ray.context.rag import Rag
 from lrag_ray.context.trace import TraceRow
@@ -65,7 +65,7 @@ def _plan(case: Mapping[str, Any], folder: Folder) -> _Plan:
     return _Plan(sampler, "rag", with_local_weights("rag", settings, folder))
 
 
-def _check(folder: Folder, golden_record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
+def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | None, sheet: Sheet) -> None:
     if golden_record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with case and model and a safetensors file with its tensors")
         return

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record, Vectors, pair
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, pair
 from lrag_ray.wan.schedule import TRAIN_TIMESTEPS, FlowMatchSchedule
 
 RELATIVE = Bound(relative=1e-6)
@@ -23,7 +23,7 @@ def cases(folder: Folder) -> list[GoldenCase]:
     return [GoldenCase(case.stem, partial(_check, case.record, case.vectors)) for case in pair(records, tables)]
 
 
-def _check(record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
+def _check(record: CaseRecord | None, vectors: Vectors | None, sheet: Sheet) -> None:
     if record is None:
         sheet.add("settings", "fail", "no JSON with the shift is beside the tables")
         return

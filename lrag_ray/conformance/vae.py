@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record, Vectors, pair
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, pair
 from lrag_ray.errors import WeightsError
 from lrag_ray.video.decode import StreamingDecoder
 from lrag_ray.wan.state_dict import read_checkpoint
@@ -33,7 +33,7 @@ def cases(folder: Folder) -> list[GoldenCase]:
     ]
 
 
-def _check(folder: Folder, record: Record | None, vectors: Vectors | None, sheet: Sheet) -> None:
+def _check(folder: Folder, record: CaseRecord | None, vectors: Vectors | None, sheet: Sheet) -> None:
     if record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with config and a safetensors file with weights and latents")
         return

@@ -15,7 +15,7 @@ import torch
 
 from lrag_ray.conformance import vbench_compat, vbench_parts
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record
+from lrag_ray.conformance.files import CaseRecord, Folder
 from lrag_ray.conformance.vbench_frames import (
     clips_of,
     first_frames,
@@ -63,7 +63,7 @@ def cases(folder: Folder) -> list[GoldenCase]:
     return [*scores, *vbench_compat.cases(folder), *vbench_parts.cases(folder)]
 
 
-def _check(folder: Folder, record: Record, name: DimensionName, sheet: Sheet) -> None:
+def _check(folder: Folder, record: CaseRecord, name: DimensionName, sheet: Sheet) -> None:
     if missing := missing_files(record):
         sheet.add("clips", "skip", missing)
         return
@@ -116,7 +116,7 @@ def _official_slow(rows: list[ScoreRow], slow: Mapping[str, float]) -> list[Scor
     ]
 
 
-def _as_looked_up(rows: list[ScoreRow], record: Record, golden: Mapping[str, Any], sheet: Sheet) -> list[ScoreRow]:
+def _as_looked_up(rows: list[ScoreRow], record: CaseRecord, golden: Mapping[str, Any], sheet: Sheet) -> list[ScoreRow]:
     """Rows without the clip-to-clip scores that the official code loses: it looks them up by the name's first part.
 
     It takes a lost score as 0, and fused scores are then the in-clip ones.
@@ -132,7 +132,9 @@ def _as_looked_up(rows: list[ScoreRow], record: Record, golden: Mapping[str, Any
     return [replace(row, score=0.0) if row.kind == "clip_to_clip" and row.video in lost else row for row in rows]
 
 
-def _check_decisions(record: Record, scored: Mapping[str, ScoreRow], official: Mapping[str, Any], sheet: Sheet) -> None:
+def _check_decisions(
+    record: CaseRecord, scored: Mapping[str, ScoreRow], official: Mapping[str, Any], sheet: Sheet
+) -> None:
     """What dynamic_degree compares, clip by clip."""
     for clip, row in scored.items():
         golden = official[clip]
@@ -175,7 +177,7 @@ def _number(value: float) -> torch.Tensor:
 
 
 def _check_per_frame(
-    folder: Folder, record: Record, name: DimensionName, scored: Mapping[str, ScoreRow], sheet: Sheet
+    folder: Folder, record: CaseRecord, name: DimensionName, scored: Mapping[str, ScoreRow], sheet: Sheet
 ) -> None:
     path = record.path.with_name(record.path.name.replace("golden", "per_frame", 1))
     lists = folder.record(path)
@@ -189,7 +191,7 @@ def _check_per_frame(
     sheet.close_all("per frame", pairs)
 
 
-def _rows(record: Record, video: str, name: DimensionName) -> Iterator[ScoreRow]:
+def _rows(record: CaseRecord, video: str, name: DimensionName) -> Iterator[ScoreRow]:
     if is_in_memory(record):
         yield from score_video(
             VideoSource(source_of(record, video), video), networks(), dimensions=[name], early_stop=False
@@ -206,7 +208,7 @@ def _rows(record: Record, video: str, name: DimensionName) -> Iterator[ScoreRow]
         yield from scorer.clip_to_clip(length, firsts, [name])
 
 
-def _clip_names(record: Record, rows: list[ScoreRow]) -> dict[RowKey, str]:
+def _clip_names(record: CaseRecord, rows: list[ScoreRow]) -> dict[RowKey, str]:
     """The golden name of each clip row: the n-th clip of its video in the order of names."""
     names: dict[RowKey, str] = {}
     for video in videos_of(record):

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record
+from lrag_ray.conformance.files import CaseRecord, Folder
 from lrag_ray.conformance.vbench_frames import (
     GoldenClip,
     golden_clips,
@@ -49,7 +49,7 @@ def cases(folder: Folder) -> list[GoldenCase]:
     ]
 
 
-def _check(record: Record, sheet: Sheet) -> None:
+def _check(record: CaseRecord, sheet: Sheet) -> None:
     if missing := missing_files(record):
         sheet.add("clips", "skip", missing)
         return

@@ -11,8 +11,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from lrag_ray.conformance.files import Record
-from lrag_ray.scoring.vbench_long.clips import Frame, Span, clip_length, cut
+from lrag_ray.conformance.files import CaseRecord
+from lrag_ray.scoring.vbench_long.clips import ClipSpan, Frame, clip_length, cut
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
 from lrag_ray.scoring.vbench_long.networks import Networks
@@ -25,12 +25,12 @@ class GoldenClip(NamedTuple):
     """A clip of a record."""
 
     name: str
-    span: Span
+    span: ClipSpan
     fps: int
     frames: list[Frame]
 
 
-def recognises(record: Record) -> bool:
+def recognises(record: CaseRecord) -> bool:
     """Whether a JSON file holds scores of clips in our dimensions."""
     return (
         record.holds("clips", "dimensions")
@@ -39,22 +39,22 @@ def recognises(record: Record) -> bool:
     )
 
 
-def is_in_memory(record: Record) -> bool:
+def is_in_memory(record: CaseRecord) -> bool:
     """Whether the clips of a record were cut in memory, never re-encoded."""
     return "inmemory" in record.path.stem.replace("_", "") or "in memory" in record.content.get("note", "")
 
 
-def videos_of(record: Record) -> list[str]:
+def videos_of(record: CaseRecord) -> list[str]:
     """Names of the videos of a record."""
     return sorted({str(clip["video"]) for clip in record.content["clips"].values()})
 
 
-def clips_of(record: Record, video: str) -> list[str]:
+def clips_of(record: CaseRecord, video: str) -> list[str]:
     """Names of a video's clips in their order."""
     return sorted(clip for clip, about in record.content["clips"].items() if about["video"] == video)
 
 
-def missing_files(record: Record) -> str:
+def missing_files(record: CaseRecord) -> str:
     """What is not there of the frames of a record; empty where all is."""
     root = record.path.parent
     if is_in_memory(record):
@@ -63,7 +63,7 @@ def missing_files(record: Record) -> str:
     return "" if _clips_folder(root, record.content["clips"]) else "no folder holds the clips of this record"
 
 
-def source_of(record: Record, video: str) -> Path:
+def source_of(record: CaseRecord, video: str) -> Path:
     """The file of a whole video; a scene of a semantic split is beside its clips."""
     root = record.path.parent
     folder = None if is_in_memory(record) else _clips_folder(root, record.content["clips"])
@@ -71,7 +71,7 @@ def source_of(record: Record, video: str) -> Path:
     return next((place for place in places if place.is_file()), places[0])
 
 
-def golden_clips(record: Record, video: str) -> Iterator[GoldenClip]:
+def golden_clips(record: CaseRecord, video: str) -> Iterator[GoldenClip]:
     """Clips of a video with their frames; official ones count as laid end to end."""
     names = clips_of(record, video)
     if is_in_memory(record):
@@ -85,11 +85,11 @@ def golden_clips(record: Record, video: str) -> Iterator[GoldenClip]:
     start = 0
     for name in names:
         frames = list(decode(folder / f"{name}.mp4"))
-        yield GoldenClip(name, Span(start, len(frames)), int(record.content["clips"][name]["fps"]), frames)
+        yield GoldenClip(name, ClipSpan(start, len(frames)), int(record.content["clips"][name]["fps"]), frames)
         start += len(frames)
 
 
-def first_frames(record: Record, video: str, kind: str) -> list[Frame] | None:
+def first_frames(record: CaseRecord, video: str, kind: str) -> list[Frame] | None:
     """The first frames of a video's clips as a consistency dimension saw them; None where their file is not there."""
     if is_in_memory(record):
         return [clip.frames[0] for clip in golden_clips(record, video)]

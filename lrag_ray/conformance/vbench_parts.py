@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
-from lrag_ray.conformance.files import Folder, Record, Vectors
+from lrag_ray.conformance.files import CaseRecord, Folder, Vectors
 from lrag_ray.conformance.vbench_frames import (
     clips_of,
     first_frames,
@@ -85,7 +85,7 @@ def cases(folder: Folder) -> list[GoldenCase]:
     return found
 
 
-def _check_split(record: Record, sheet: Sheet) -> None:
+def _check_split(record: CaseRecord, sheet: Sheet) -> None:
     for video in videos_of(record):
         path = source_of(record, video)
         if not path.is_file():
@@ -99,7 +99,7 @@ def _check_split(record: Record, sheet: Sheet) -> None:
         sheet.same(f"{video} clips", ours, [(clip["frames"], clip["fps"], clip["size"]) for clip in about])
 
 
-def _check_outputs(file: Vectors, record: Record, sheet: Sheet) -> None:
+def _check_outputs(file: Vectors, record: CaseRecord, sheet: Sheet) -> None:
     if missing := missing_files(record):
         sheet.add("frames", "skip", missing)
         return
@@ -148,7 +148,7 @@ def _middle(frames: list[Frame], fps: int) -> Tensor:
     return torch.cat([given.uint8[:1], predicted]).permute(0, 2, 3, 1)
 
 
-def _check_tables(record: Record, sheet: Sheet) -> None:
+def _check_tables(record: CaseRecord, sheet: Sheet) -> None:
     for name, table in record.content["mapping_table"].items():
         sheet.same(f"{name} table", list(MAPPING.get(name, ())), table["y_mapped"])
         ours = torch.tensor([map_score(name, x) for x in table["x_clip2clip"]], dtype=torch.float64)
@@ -159,12 +159,12 @@ def _check_tables(record: Record, sheet: Sheet) -> None:
         )
 
 
-def _is_recipe(record: Record) -> bool:
+def _is_recipe(record: CaseRecord) -> bool:
     content = record.content
     return isinstance(content, dict) and bool(content) and content.keys() <= set(NETWORKS)
 
 
-def _check_weights(record: Record, sheet: Sheet) -> None:
+def _check_weights(record: CaseRecord, sheet: Sheet) -> None:
     for network, tensors in record.content.items():
         name: NetworkName = network
         if name not in recipe().checksums:

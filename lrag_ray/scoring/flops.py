@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from lrag_ray.scoring.vbench_long.clips import Span, clip_length, spans
+from lrag_ray.scoring.vbench_long.clips import ClipSpan, clip_length, spans
 from lrag_ray.scoring.vbench_long.correlation import LEVELS
 from lrag_ray.scoring.vbench_long.dynamic_degree import sampling_interval
 from lrag_ray.scoring.vbench_long.imaging_quality import LONGER_SIDE
@@ -128,7 +128,7 @@ def vbench_flops(durations: Sequence[int], fps: int, height: int, width: int) ->
     """
     length = clip_length(fps)
     split = [spans(frames, length) for frames in durations]
-    clips: set[Span] = set().union(*split)
+    clips: set[ClipSpan] = set().union(*split)
     slow = sum(len(clips) for clips in split if len(clips) > 1)
     return sum(clip_flops(span.frame_count, fps, height, width) for span in clips) + slow * clip_to_clip_flops()
 

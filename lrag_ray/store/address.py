@@ -37,7 +37,7 @@ _SHARE = 256
 """Local files read by one thread in a row: a single one takes less time than handing it over."""
 
 
-class Probe(NamedTuple):
+class StorageProbe(NamedTuple):
     """What `Storage.probe` found out about an address that can be written."""
 
     create_only: bool
@@ -261,14 +261,14 @@ class Storage:
         answer: dict[str, Any] = self._do(method.replace("_", " "), "", lambda: self.fs.call_s3(method, **parameters))
         return answer
 
-    def probe(self) -> Probe:
+    def probe(self) -> StorageProbe:
         """Write, create twice, read back and remove a small file; StorageError if the address cannot be written."""
         path = f"{PROBE_PREFIX}{secrets.token_hex(8)}"
         self.write(path, b"probe")
         try:
             if self.read_bytes(path) != b"probe":
                 raise StorageError(f"{self.uri} does not read back what was written to it")
-            return Probe(create_only=not self.create(path, b"again"))
+            return StorageProbe(create_only=not self.create(path, b"again"))
         finally:
             self.remove(path)
 

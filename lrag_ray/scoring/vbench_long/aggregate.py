@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
 
-from lrag_ray.scoring.vbench_long.clips import Span, clip_length, spans
+from lrag_ray.scoring.vbench_long.clips import ClipSpan, clip_length, spans
 from lrag_ray.scoring.vbench_long.dimensions import DIMENSIONS, as_shares
 from lrag_ray.scoring.vbench_long.rows import ScoreRow
 from lrag_ray.scoring.vbench_long.slow_fast import Fused, fuse
@@ -18,7 +18,7 @@ class ClipScore(NamedTuple):
     """Final score of a clip in a dimension."""
 
     video: str
-    span: Span
+    span: ClipSpan
     dimension: str
     score: float
     """Fused for the consistency dimensions; 0..100 for imaging_quality, else 0..1."""
@@ -93,7 +93,7 @@ def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[
         own = [row for row in rows if row.dimension == dimension]
         if not own:
             continue
-        by_span = {Span(row.first_frame, row.frame_count): row for row in own if row.kind == "clip"}
+        by_span = {ClipSpan(row.first_frame, row.frame_count): row for row in own if row.kind == "clip"}
         slow = next((r for r in own if r.kind == "clip_to_clip" and r.frame_count == frame_count), None)
         reason = next((r.reason for r in (*by_span.values(), *([slow] if slow else ())) if r.reason), "")
         absent = [span for span in expected if span not in by_span]
@@ -110,7 +110,7 @@ def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[
 
 def _clip(row: ScoreRow, slow: ScoreRow | None) -> ClipScore:
     assert row.score is not None
-    span = Span(row.first_frame, row.frame_count)
+    span = ClipSpan(row.first_frame, row.frame_count)
     if DIMENSIONS[row.dimension].slow is None:
         return ClipScore(row.video, span, row.dimension, row.score, None)
     parts = fuse(row.dimension, row.score, slow.score if slow else None)

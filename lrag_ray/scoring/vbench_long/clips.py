@@ -22,7 +22,7 @@ CLIP_S = 2
 """`long_custom_input` fixes it, whatever the official configuration says."""
 
 
-class Span(NamedTuple):
+class ClipSpan(NamedTuple):
     """Frames of a clip within its video."""
 
     first_frame: int
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 class Clip(NamedTuple):
     """A clip and its frames."""
 
-    span: Span
+    span: ClipSpan
     frames: list[Frame]
 
 
@@ -41,15 +41,15 @@ def clip_length(fps: float) -> int:
     return CLIP_S * int(fps)
 
 
-def spans(frame_count: int, length: int) -> list[Span]:
+def spans(frame_count: int, length: int) -> list[ClipSpan]:
     """Clips of a video in order; a rest becomes one more clip of full length that overlaps its predecessor.
 
     A video shorter than `length` is one clip.
     """
     if frame_count < length:
-        return [Span(0, frame_count)] if frame_count else []
-    whole = [Span(first, length) for first in range(0, frame_count - length + 1, length)]
-    return whole if frame_count % length == 0 else [*whole, Span(frame_count - length, length)]
+        return [ClipSpan(0, frame_count)] if frame_count else []
+    whole = [ClipSpan(first, length) for first in range(0, frame_count - length + 1, length)]
+    return whole if frame_count % length == 0 else [*whole, ClipSpan(frame_count - length, length)]
 
 
 def cut(frames: Iterable[Frame], length: int, durations: Sequence[int] = ()) -> Iterator[Clip]:
@@ -78,4 +78,4 @@ def cut(frames: Iterable[Frame], length: int, durations: Sequence[int] = ()) -> 
 
 
 def _last(recent: deque[Frame], count: int) -> Clip:
-    return Clip(Span(count - len(recent), len(recent)), list(recent))
+    return Clip(ClipSpan(count - len(recent), len(recent)), list(recent))

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lrag_ray.scoring.vbench_long.clips import Span, clip_length
+from lrag_ray.scoring.vbench_long.clips import ClipSpan, clip_length
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.scoring.vbench_long.networks import Networks
@@ -45,7 +45,7 @@ def score_frozen(
         frames = [first] * length
         if mode == "compat":
             frames = reencode(frames, scorer.fps)
-        spans = [Span(position * length, length) for position in range(CLIPS)]
+        spans = [ClipSpan(position * length, length) for position in range(CLIPS)]
         # What the last clip lacks, the first is computed for: one clip's rows are written together.
         lacking = [name for name in dimensions if RowKey(video, "clip", name, *spans[-1]) not in done]
         for row in scorer.clip(spans[0], frames, lacking):
@@ -58,4 +58,4 @@ def score_frozen(
             firsts = reencode(firsts, scorer.fps)
         yield from scorer.clip_to_clip(CLIPS * length, firsts, dimensions, done)
     except VideoError as error:
-        yield scorer.row("failure", "", Span(0, 0), None, str(error), ())
+        yield scorer.row("failure", "", ClipSpan(0, 0), None, str(error), ())

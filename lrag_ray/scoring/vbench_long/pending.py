@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.suite import ScoringTask
-from lrag_ray.scoring.vbench_long.clips import Span, clip_length, spans
+from lrag_ray.scoring.vbench_long.clips import ClipSpan, clip_length, spans
 from lrag_ray.scoring.vbench_long.dimensions import DIMENSIONS
 from lrag_ray.scoring.vbench_long.names import DimensionName
 from lrag_ray.scoring.vbench_long.parquet import (
@@ -164,7 +164,7 @@ def _is_scored(wanted: WantedVideo, duration: int, keys: Collection[RowKey]) -> 
 
 
 def _wanted_keys(
-    video: str, dimensions: Sequence[DimensionName], clips: Sequence[Span], duration: int
+    video: str, dimensions: Sequence[DimensionName], clips: Sequence[ClipSpan], duration: int
 ) -> Iterator[RowKey]:
     for dimension in dimensions:
         yield from (RowKey(video, "clip", dimension, *span) for span in clips)

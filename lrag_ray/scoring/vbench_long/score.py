@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrag_ray.scoring.vbench_long.clips import Clip, Frame, Span, clip_length, cut, spans
+from lrag_ray.scoring.vbench_long.clips import Clip, ClipSpan, Frame, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.dimension import Measured, SlowFeatures, UnscorableClipError, mean_of
 from lrag_ray.scoring.vbench_long.dimensions import DIMENSIONS
@@ -59,7 +59,7 @@ def score_video(
     `done` are left out. Nothing but wrong use, missing weights and errors of the device is raised.
     """
     scorer = ClipScorer(source.video, networks, mode=mode, early_stop=early_stop)
-    first_frames: dict[Span, Frame] = {}
+    first_frames: dict[ClipSpan, Frame] = {}
     frame_count = 0
     try:
         rate = probe(source.path)
@@ -67,7 +67,7 @@ def score_video(
         length = clip_length(rate.fps)
         if length == 0:
             raise VideoError(f"{source.path} has {rate.fps:.3g} frames a second; clips need at least one")
-        note = scorer.row("note", "", Span(0, 0), None, UNDECLARED, ())
+        note = scorer.row("note", "", ClipSpan(0, 0), None, UNDECLARED, ())
         if not rate.declares_length and note.key not in done:
             yield note
         for span, frames in prefetch(_clips(source, length, scorer.fps, mode)):
@@ -82,7 +82,7 @@ def score_video(
                     frames = reencode(frames, scorer.fps)
                 yield from scorer.clip_to_clip(duration, frames, dimensions, done)
     except VideoError as error:
-        yield scorer.row("failure", "", Span(0, frame_count), None, str(error), ())
+        yield scorer.row("failure", "", ClipSpan(0, frame_count), None, str(error), ())
 
 
 def _clips(source: VideoSource, length: int, fps: int, mode: Mode) -> Iterator[Clip]:
@@ -103,7 +103,7 @@ class ClipScorer:
     early_stop: bool = True
 
     def clip(
-        self, span: Span, frames: Sequence[Frame], dimensions: Sequence[DimensionName], done: Container[RowKey] = ()
+        self, span: ClipSpan, frames: Sequence[Frame], dimensions: Sequence[DimensionName], done: Container[RowKey] = ()
     ) -> Iterator[ScoreRow]:
         """One row per dimension that is not done."""
         pending = [name for name in dimensions if RowKey(self.video, "clip", name, *span) not in done]
@@ -119,7 +119,7 @@ class ClipScorer:
         self, duration: int, frames: Sequence[Frame], dimensions: Sequence[DimensionName], done: Container[RowKey] = ()
     ) -> Iterator[ScoreRow]:
         """One row per consistency dimension that is not done, from the first frames of the clips of `duration`."""
-        whole = Span(0, duration)
+        whole = ClipSpan(0, duration)
         pending = [
             (name, slow)
             for name in dimensions
@@ -138,7 +138,7 @@ class ClipScorer:
         self,
         kind: Kind,
         name: DimensionName,
-        span: Span,
+        span: ClipSpan,
         measure: Callable[[], Measured],
         used: tuple[NetworkName, ...],
     ) -> ScoreRow:
@@ -155,7 +155,7 @@ class ClipScorer:
         self,
         kind: Kind,
         dimension: str,
-        span: Span,
+        span: ClipSpan,
         measured: Measured | None,
         reason: str,
         used: tuple[NetworkName, ...],

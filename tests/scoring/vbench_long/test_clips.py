@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from lrag_ray.scoring.vbench_long.clips import Frame, Span, clip_length, cut, spans
+from lrag_ray.scoring.vbench_long.clips import ClipSpan, Frame, clip_length, cut, spans
 from lrag_ray.video.mp4 import VideoError
 
 
@@ -31,7 +31,7 @@ def test_the_frame_rate_is_truncated(fps: float, length: int) -> None:
     ],
 )
 def test_a_video_is_cut_into_whole_clips_and_an_overlapping_rest(count: int, firsts: list[int], length: int) -> None:
-    expected = [Span(first, length) for first in firsts]
+    expected = [ClipSpan(first, length) for first in firsts]
     assert spans(count, 16) == expected
     clips = list(cut(_frames(count), 16))
     assert [clip.span for clip in clips] == expected

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
-from lrag_ray.scoring.vbench_long.clips import Span, clip_length, cut, spans
+from lrag_ray.scoring.vbench_long.clips import ClipSpan, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.frames import decode, probe
 from lrag_ray.scoring.vbench_long.motion_smoothness import MIN_SIDE
 from lrag_ray.scoring.vbench_long.names import DimensionName, Mode
@@ -74,7 +74,7 @@ def test_any_rate_is_cut_at_two_seconds_of_whole_frames(fps: int | Fraction, mor
     assert int(probe(path).fps) == int(fps)
     firsts = [0, length, length + 1][: 2 + more]
     found = list(cut(decode(path), clip_length(probe(path).fps)))
-    assert [clip.span for clip in found] == [Span(first, length) for first in firsts]
+    assert [clip.span for clip in found] == [ClipSpan(first, length) for first in firsts]
 
 
 def test_reordered_frames_and_edit_lists_lose_nothing(make_video: VideoMaker) -> None:
