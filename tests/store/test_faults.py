@@ -188,9 +188,7 @@ def test_a_listing_that_is_refused_is_no_empty_folder(proxy: FaultProxy, storage
 
 def test_an_answer_of_no_store_is_told_as_such(proxy: FaultProxy, storage: Storage) -> None:
     proxy.choose = scripted(["no store"] * 100)
-    with pytest.raises(
-        StorageError, match=r"cannot read .*: 404: .*not from an S3 store: .*endpoint_url"
-    ):
+    with pytest.raises(StorageError, match=r"cannot read .*: 404: .*not from an S3 store: .*endpoint_url"):
         storage.read_bytes("run.json")
 
 
