@@ -57,7 +57,7 @@ def test_twins_are_equal_until_the_window_is_full(run: RolloutRun) -> None:
 def test_short_rollouts_say_that_the_window_never_filled(run: RolloutRun) -> None:
     store(run, "base", 4)
     store(run, "infinity_rope", 2)
-    assert "none lies behind a full window" in check_run(run.uri)[0].reason
+    assert "none is behind a full window" in check_run(run.uri)[0].reason
 
 
 def test_a_method_under_the_wrong_name_is_found(run: RolloutRun) -> None:
