@@ -80,7 +80,7 @@ def test_json_holds_every_row(stored: tuple[str, list[TraceRow]]) -> None:
 
 def test_other_addresses_are_refused(stored: tuple[str, list[TraceRow]]) -> None:
     address, _ = stored
-    with pytest.raises(UsageError, match="is no rollout: expected RUN/rollouts/"):
+    with pytest.raises(UsageError, match="is not a rollout: expected RUN/rollouts/"):
         inspect_rollout(address.rsplit("/", 1)[0])
     with pytest.raises(StorageError, match="has no commit"):
         inspect_rollout(address.replace("00000-aa", "00009-zz"))
