@@ -44,8 +44,8 @@ types: $(VENV)/.test ## mypy, strict
 # run once more, alone, and both outcomes are printed. No other test has a second try.
 unit: $(VENV)/.test ## pytest, a file at a time on each of two workers; then the tests on real Ray clusters
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not cluster' --cov --cov-report=term-missing:skip-covered
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m cluster tests/cluster tests/engine \
-	  || $(BIN)/pytest --last-failed --last-failed-no-failures none -m cluster tests/cluster tests/engine
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m cluster tests/cluster tests/pipelines \
+	  || $(BIN)/pytest --last-failed --last-failed-no-failures none -m cluster tests/cluster tests/pipelines
 
 clean: ## remove the environment and caches (never runs/)
 	rm -rf $(VENV) .coverage .pytest_cache .mypy_cache .ruff_cache *.egg-info
