@@ -10,6 +10,7 @@ import csv
 import difflib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ SUFFIXES = frozenset({".csv", ".tsv", ".json"}) | JSON_LINES
 
 _SEPARATORS = {",": "','", ";": "';'", "\t": "tab"}
 _MOST_NAMED = 12
+_MOST_NESTED = 64
+"""Levels of JSON; records of a run are read to about 200."""
+_TOO_DEEP = "not read: JSON that is nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,10 @@ def _header(text: str, column: str, separator: str, line: int) -> tuple[list[str
     if not any(any(names) for names in found.values()):
         raise TableFaultError(0, "no head line; CSV begins with the names of its columns")
     best = max(found, key=lambda each: len(found[each]))
+    if len(found[best]) == 1 and (other := next((c for c in "|:" if column in found[best][0].split(c)), "")):
+        raise TableFaultError(
+            line, f"columns separated by {other!r}, not by ',', ';' or tab. Fix: save the file with one of those"
+        )
     raise _NoColumnError(
         0,
         f"no column '{column}'; the columns, separated by {_SEPARATORS.get(best, repr(best))}, are "
@@ -201,18 +209,24 @@ def parse_json(text: str, line: int) -> Any:
     except ValueError as fault:
         raise TableFaultError(line, f"not JSON: {fault}") from None
     except RecursionError:
-        raise TableFaultError(line, "not read: JSON that is nested too deeply") from None
-    pending = [value]
+        raise TableFaultError(line, _TOO_DEEP) from None
+    pending = [(value, 0)]
     while pending:
-        item = pending.pop()
+        item, depth = pending.pop()
+        if depth > _MOST_NESTED:
+            raise TableFaultError(line, _TOO_DEEP)
         if isinstance(item, dict):
-            pending += [*item, *item.values()]
+            pending += [(part, depth + 1) for pair in item.items() for part in pair]
         elif isinstance(item, list):
-            pending += item
+            pending += [(part, depth + 1) for part in item]
         elif isinstance(item, str) and (bad := next((c for c in item if c == "\0" or "\ud800" <= c <= "\udfff"), "")):
             raise TableFaultError(
                 line, f"text with {'a NUL' if bad == chr(0) else f'half a character, U+{ord(bad):04X}'}"
             )
+        elif isinstance(item, int | float) and not (
+            -(2**63) <= item < 2**64 if isinstance(item, int) else math.isfinite(item)
+        ):
+            raise TableFaultError(line, "a number beyond 64 bits. Fix: put quotes around it")
     return value
 
 

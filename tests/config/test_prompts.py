@@ -217,6 +217,10 @@ WRONG_TABLES = [
     ("a.jsonl", '{"prompt": "a", "x": ["\\u0000"]}\n', "a.jsonl:1: text with a NUL"),
     ("a.jsonl", f'{{"prompt": "a", "x": {"9" * 5000}}}\n', "a.jsonl:1: not JSON: Exceeds the limit"),
     ("a.jsonl", f"{'[' * 100_000}\n", "a.jsonl:1: not read: JSON that is nested too deeply"),
+    ("a.jsonl", f'{{"prompt": "a", "x": {"[" * 70}{"]" * 70}}}\n', "a.jsonl:1: not read: JSON that is nested too"),
+    ("a.jsonl", '{"prompt": "a", "x": 1e400}\n', "a.jsonl:1: a number beyond 64 bits. Fix: put quotes around it"),
+    ("a.jsonl", f'{{"prompt": "a", "x": [{10**3000}]}}\n', "a.jsonl:1: a number beyond 64 bits"),
+    ("a.csv", "id|prompt\n1|A fox\n", "a.csv:1: columns separated by '|', not by ',', ';' or tab"),
     (
         "a.txt",
         '[\n  "A fox",\n  "A bear"\n]\n',
