@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported, here and in processes that tests start: on few cores threads cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +27,10 @@ for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A session that a script put into the background ignores Ctrl-C, and so would the commands that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A time limit per example fails tests on a busy machine only.
+settings.register_profile("lrag", deadline=None)
+settings.load_profile("lrag")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("LRAG_GOLDEN") or REPOSITORY.parent / "shared" / "golden")

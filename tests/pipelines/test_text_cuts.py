@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -47,7 +47,6 @@ def test_lines_that_are_cut_are_named_and_those_that_are_then_alike(tiny: Backbo
     assert notes(tiny, f"a{' ' * LENGTH}fox") == []
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(st.sampled_from("aé 水\ufdfa"), min_size=60, max_size=LENGTH + 3), max_size=4))
 def test_a_line_is_named_if_and_only_if_the_encoder_cuts_it(texts: list[str]) -> None:
     backbone = BackboneConfig.model_validate(
