@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit clean
+.PHONY: help install demo test lint types unit proofs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,8 +44,11 @@ types: $(VENV)/.test ## mypy, strict
 # run once more, alone, and both outcomes are printed. No other test has a second try.
 unit: $(VENV)/.test ## pytest, a file at a time on each of two workers; then the tests on real Ray clusters
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not cluster' --cov --cov-report=term-missing:skip-covered
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m cluster tests/cluster tests/pipelines \
-	  || $(BIN)/pytest --last-failed --last-failed-no-failures none -m cluster tests/cluster tests/pipelines
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'cluster and not proof' tests/cluster tests/pipelines \
+	  || $(BIN)/pytest --last-failed --last-failed-no-failures none -m 'cluster and not proof' tests/cluster tests/pipelines
+
+proofs: $(VENV)/.test ## pytest: runs that survive kills, partitions and scaling (several minutes)
+	$(BIN)/pytest -m proof tests/cluster
 
 clean: ## remove the environment and caches (never runs/)
 	rm -rf $(VENV) .coverage .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -15,7 +15,7 @@ from tests.cluster.nodes import free_port, private_folder, ray_start
 from tests.cluster.pretended_nodes import PretendedNodes
 from tests.cluster.quiet import Gate, assert_equal, make_config, quiet_run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def autoscaling(address: str) -> dict[str, object]:

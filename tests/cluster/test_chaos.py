@@ -27,7 +27,7 @@ from tests.cluster.drivers import Driver, driver, write_config
 from tests.cluster.nodes import Nodes, actors_on, is_at_work, nodes
 from tests.cluster.quiet import ALL_METHODS, assert_equal, attempts, by_horizon, make_config, quiet_run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 Victim = Literal["worker", "node", "driver"]
 

@@ -23,7 +23,7 @@ from tests.cluster.nodes import free_port, is_alive, private_folder, ray_start
 from tests.cluster.quiet import Gate, assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
 from tests.cluster.test_run import wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 DEATHS_QUICKLY = (
     '{"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 4000, '
