@@ -1,12 +1,13 @@
-"""Write docs/configuration.md from the configuration schema.
+"""Write docs/configuration.md and configs/schema.json (for editors) from the configuration schema.
 
-Run as ``python scripts/config_reference.py``; with ``--check`` it writes nothing and exits with 1 if the file is stale.
+Run as ``python scripts/config_reference.py``; with ``--check`` it writes nothing and exits with 1 if a file is stale.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lrag_ray.config.jobs import JOB_SCHEMAS
+from lrag_ray.config.json_schema import json_schema
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 HEAD = """# Configuration reference
 
@@ -39,15 +41,18 @@ configuration is complete: presets are merged in.
 
 
 def main() -> int:
-    """Write or check the reference; returns the exit code."""
-    text = reference()
-    if sys.argv[1:] == ["--check"]:
-        stale = not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text
-        if stale:
-            print(f"{TARGET.name} is out of date. Fix: python scripts/config_reference.py", file=sys.stderr)
-        return int(stale)
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    """Write or check the files; returns the exit code."""
+    files = {
+        REPOSITORY / "docs" / "configuration.md": reference(),
+        REPOSITORY / "configs" / "schema.json": json.dumps(json_schema(), indent=1) + "\n",
+    }
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if sys.argv[1:] == ["--check"]:
+            print(f"{path.name} is out of date. Fix: python scripts/config_reference.py", file=sys.stderr)
+        else:
+            path.write_text(files[path], encoding="utf-8")
+    return int(bool(stale) and sys.argv[1:] == ["--check"])
 
 
 def reference() -> str:

@@ -27,6 +27,7 @@ from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
 from lrag_ray.config.schema import MOST_ROLLOUTS, RunConfig, ScoringSection
 from lrag_ray.config.source import Document, KeyPath, dotted, read_document
+from lrag_ray.config.sweeps import expand_sweeps
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.registry import NONE, suite_class
@@ -54,7 +55,7 @@ def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
             f"Fix: lrag-ray import-config {shlex.quote(document.name)} --to mine.yaml, and give mine.yaml"
         )
     refused = [*apply_overrides(document, overrides)]
-    problems = [*_name_methods(document), *_merge_presets(document)]
+    problems = [*_name_methods(document), *expand_sweeps(document), *_merge_presets(document)]
     if document.data.get("preset") == "as_released":
         _merge_released(document.data)
     config, found = _validated(document)
