@@ -1,7 +1,7 @@
 """JSON Schema of configuration files, for editors: completion, and unknown keys marked while one types.
 
-It describes the file as a person writes it: presets fill in what a backbone leaves out, the keys of a method are those of
-its `Settings`, and a list where such a key takes one value is a sweep. `load_config` checks more than it can say.
+It describes the file as a person writes it: presets fill in what a backbone leaves out, a method has the keys of its
+`Settings`, and a list where such a key takes one value is a sweep. `load_config` checks more than it can say.
 """
 
 from __future__ import annotations
