@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 import typer
 
@@ -29,7 +30,7 @@ def methods(as_json: AsJson = False) -> None:
     from lrag_ray.cli.tables import table
     from lrag_ray.context.registry import policy_class, registered
 
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in registered():
         policy = policy_class(name)
         found[name] = {

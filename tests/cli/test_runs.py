@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def ask(*arguments: str, code: int = 0) -> Any:
 
 def test_runs_are_found_below_a_folder_and_a_damaged_one_hides_none(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "runs"))
-    os.symlink(copy / "one", copy / "link")
+    (copy / "link").symlink_to(copy / "one")
     (copy / "broken").mkdir()
     (copy / "broken/run.json").write_text("{")
     found = {run["uri"]: run for run in ask("runs", str(copy))}
