@@ -12,7 +12,21 @@ from typing import Annotated
 import typer
 
 from lrag_ray import __version__
-from lrag_ray.cli import bench, catalogue, decode, doctor, gc, import_config, inspect, report, runs, score, weights
+from lrag_ray.cli import (
+    bench,
+    catalogue,
+    decode,
+    doctor,
+    gc,
+    import_config,
+    init,
+    inspect,
+    report,
+    runs,
+    score,
+    view,
+    weights,
+)
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
 from lrag_ray.cli.output import console, print_json, tells_errors, write
 from lrag_ray.errors import INTERRUPTED
@@ -179,6 +193,8 @@ score.register(app)
 report.register(app)
 inspect.register(app)
 runs.register(app)
+view.register(app)
+init.register(app)
 doctor.register(app)
 gc.register(app)
 weights.register(app)
