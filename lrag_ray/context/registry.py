@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from typing import Any
 
 from lrag_ray.context.base import Base
@@ -11,6 +10,7 @@ from lrag_ray.context.deep_forcing import DeepForcing
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import Rag
+from lrag_ray.plugins import import_plugin
 
 _REGISTERED: dict[str, type[ContextPolicy[Any]]] = {
     "base": Base,
@@ -37,15 +37,7 @@ def policy_class(name: str) -> type[ContextPolicy[Any]]:
         nearest = difflib.get_close_matches(name, _REGISTERED, n=1)
         hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
         raise ValueError(f"unknown method '{name}'{hint} Known: {', '.join(_REGISTERED)}, or package.module:Policy")
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-        raise ValueError(f"method '{name}' is not of the form package.module:Policy")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ValueError(f"method '{name}': cannot import '{module_name}' ({error}); is it on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise ValueError(f"method '{name}': module '{module_name}' has no '{attribute}'") from error
+    found = import_plugin("method", name, "Policy")
     if not (isinstance(found, type) and issubclass(found, ContextPolicy)):
         raise ValueError(f"method '{name}' is not a lrag_ray.context.policy.ContextPolicy")
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from lrag_ray.plugins import import_plugin
 
 if TYPE_CHECKING:
     from lrag_ray.config.schema import ScoringSection
@@ -45,15 +46,7 @@ def suite_class(name: str) -> type[Suite[Any]]:
     from lrag_ray.scoring.suite import Suite
 
     check_name(name)
-    module_name, _, attribute = _REGISTERED.get(name, name).partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-        raise ValueError(f"suite '{name}' is not of the form package.module:Suite")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ValueError(f"suite '{name}': cannot import '{module_name}' ({error}); is it on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise ValueError(f"suite '{name}': module '{module_name}' has no '{attribute}'") from error
+    found = import_plugin("suite", _REGISTERED.get(name, name), "Suite")
     if not (isinstance(found, type) and issubclass(found, Suite)):
         raise ValueError(f"suite '{name}' is not a lrag_ray.scoring.suite.Suite")
     if name not in _REGISTERED and found.name in [*_REGISTERED, NONE]:
