@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +27,9 @@ from lrag_ray.store.records import now_utc
 from lrag_ray.weights.local import RECORD_SUFFIX, PulledFile, PullRecord, file_digest, locked, record_at
 
 _RANGE_NOT_SATISFIABLE = 416
+_MOST_UNPACKED = 8 * 2**30
+"""Bytes from one archive: twice what the largest published one holds."""
+_MOST_ENTRIES = 1000
 
 
 class Source(NamedTuple):
@@ -161,21 +166,40 @@ def _unpacked(archive: Path, member: str, path: Path, url: str) -> Path:
             if not entries:
                 archive.unlink()
                 raise WeightsError(f"{url} holds no {member}. Fix: put the published file at {path} yourself")
+            _refuse_bomb(entries, url)
             for entry in entries:
                 target = fresh / entry.filename.removeprefix(member) if member.endswith("/") else fresh
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with content.open(entry) as inside, target.open("wb") as out:
                     shutil.copyfileobj(inside, out)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         archive.unlink()
         _remove(fresh)
         raise WeightsError(f"{url} arrived damaged ({error}); it was thrown away. Fix: pull again") from error
     return fresh
 
 
+def _refuse_bomb(entries: Sequence[zipfile.ZipInfo], url: str) -> None:
+    """zipfile stops at the size that an entry declares, so these are the bytes that would be written."""
+    size = sum(entry.file_size for entry in entries)
+    if len(entries) > _MOST_ENTRIES or size > _MOST_UNPACKED:
+        raise zipfile.BadZipFile(f"it would unpack to {len(entries):,} files with {size:,} bytes")
+    for entry in entries:
+        # Unix modes are in the upper half; a link would be written as a file that holds its target.
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG):
+            raise zipfile.BadZipFile(f"its entry {entry.filename!r} is a link or a special file")
+        if entry.flag_bits & 1:
+            raise zipfile.BadZipFile(f"its entry {entry.filename!r} is encrypted")
+
+
 def _is_in(name: str, member: str) -> bool:
     """Whether an archive's entry is the member, or is in the folder that it names and nowhere else."""
-    return name == member or (member.endswith("/") and name.startswith(member) and ".." not in Path(name).parts)
+    if name == member:
+        return True
+    inside = name.removeprefix(member)
+    odd = "\\" in name or inside.startswith("/") or ".." in Path(name).parts
+    return member.endswith("/") and name.startswith(member) and bool(inside) and not odd
 
 
 def _files(path: Path) -> Sequence[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,40 @@ def test_an_archive_without_the_member_is_told_and_not_kept(hub: Hub, tmp_path: 
     with pytest.raises(WeightsError, match=r"holds no models/raft-things\.pth. Fix: put the published file at"):
         pull_source(source_of("raft_things", tmp_path))
     assert not list(tmp_path.rglob("*.part"))
+
+
+def _entry(name: str, mode: int = 0) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = mode << 16
+    return entry
+
+
+@pytest.mark.parametrize("attack", ["bomb", "many", "link", "path"])
+def test_archives_that_would_fill_the_disk_or_leave_the_folder_write_nothing(
+    attack: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "_MOST_UNPACKED", 1 << 20)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as made:
+        if attack == "bomb":
+            made.writestr("ensemble_lora/adapter_model.safetensors", bytes(8 << 20))
+        elif attack == "many":
+            for number in range(1001):
+                made.writestr(f"ensemble_lora/{number}", b"")
+        elif attack == "link":
+            made.writestr(_entry("ensemble_lora/adapter_config.json", stat.S_IFLNK | 0o777), "/etc/passwd")
+        else:
+            for name in ("ensemble_lora//tmp/escaped", "ensemble_lora/../escaped", "ensemble_lora/..\\escaped"):
+                made.writestr(_entry(name), b"x")
+    (place,) = {place for place in hub.files if "dreamsim" in place}
+    hub.files[place] = buffer.getvalue()
+    lora = next(name for name in NETWORKS if OFFICIAL[name].member == "ensemble_lora/")
+    source = source_of(lora, tmp_path / "w")
+    source = Source(source.url, tuple(file for file in source.files if file.name == lora))
+    with pytest.raises(WeightsError, match="thrown away" if attack != "path" else "holds no ensemble_lora/"):
+        pull_source(source)
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and "node-cache" not in path.parts]
+    assert [path for path in kept if path.suffix != ".lock"] == []
 
 
 def test_another_file_than_the_published_one_is_thrown_away(hub: Hub, tmp_path: Path) -> None:
