@@ -7,11 +7,15 @@ without the credentials it may hold.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +28,7 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
 from lrag_ray.store.faults import error_code, fix_of
+from lrag_ray.store.inside import opened_file, opened_folder, outside
 from lrag_ray.store.retry import GivenUpError, with_retries
 from lrag_ray.store.s3 import READERS, client_options
 from lrag_ray.store.waits import waiting
@@ -33,6 +38,7 @@ T = TypeVar("T")
 PROBE_PREFIX = "probe-"
 """Files at the top of a run that start so are probes of the address; a program that died may have left one."""
 
+_DESCRIPTOR = re.compile(r"/proc/self/fd/\d+/")
 _SHARE = 256
 """Local files read by one thread in a row: a single one takes less time than handing it over."""
 
@@ -90,6 +96,8 @@ class Storage:
         """The address as it may be shown."""
         self.address = self.root if self.is_local else uri.rstrip("/")
         """The address that another process opens with `options`; it may hold credentials, so it is never shown."""
+        self._fence = None if follow_links or not self.is_local else self.root
+        """What local files must be inside of."""
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str, StorageSection, bool]]:
         return Storage, (self.address, self.options, self.follow_links)
@@ -123,10 +131,7 @@ class Storage:
             if stat.S_ISLNK(mode):
                 real, root = os.path.realpath(at), os.path.realpath(self.root or "/")
                 if real != root and not real.startswith(root.rstrip("/") + "/"):
-                    raise StorageError(
-                        f"{at} is a symbolic link to {real}, which is not inside the run: it is neither read nor "
-                        "written. Fix: remove the link, or put in its place what it names"
-                    )
+                    raise StorageError(outside(at, real))
             elif stat.S_ISDIR(mode):
                 self._folders_inside.add(at)
             at = at.rpartition("/")[0]
@@ -135,7 +140,7 @@ class Storage:
         """Content of a file; FileNotFoundError if there is none."""
         full = self.full(path)
         if self.is_local:
-            return self._do("read", path, lambda: Path(full).read_bytes())
+            return self._do("read", path, lambda: self._read_local(full))
         # One request for the whole file: no part of a run is so large that pieces of it would be quicker.
         single = {"max_concurrency": 1} if self.is_s3 else {}
         return self._do("read", path, lambda: bytes(self.fs.cat_file(full, **single)))
@@ -165,12 +170,40 @@ class Storage:
     def _read_quickly(self, path: str) -> bytes:
         """`read_bytes` of a local file; a hundred thousand commits are read when a run starts."""
         try:
-            with open(self.full(path), "rb") as file:  # noqa: PTH123 - half the time of a Path
-                return file.read()
+            return self._read_local(self.full(path))
         except FileNotFoundError:
             raise
         except OSError:
             return self.read_bytes(path)
+
+    def _read_local(self, full: str) -> bytes:
+        with opened_file(full, self._fence) as file:
+            return file.read()
+
+    @contextmanager
+    def _writable(self, path: str) -> Iterator[str]:
+        """Where to write `path`: by way of its opened folder, so that no link that is swapped in leads elsewhere."""
+        full = self.full(path)
+        if not self.is_local or self._fence is None:
+            yield full
+            return
+        folder, _, name = full.rpartition("/")
+        with opened_folder(folder, self.root) as opened:
+            yield f"{opened}/{name}"
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """Size in bytes and SHA-256 of a file; FileNotFoundError if there is none."""
+        full = self.full(path)
+        if not self.is_local:
+            data = self.read_bytes(path)
+            return len(data), hashlib.sha256(data).hexdigest()
+
+        def read() -> tuple[int, str]:
+            with opened_file(full, self._fence) as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                return file.tell(), sha256
+
+        return self._do("read", path, read)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file that must not exist yet; False if it does, with other content.
@@ -178,32 +211,68 @@ class Storage:
         A file that holds exactly `data` counts as created here: the answer to a write that went through may have been
         lost, and what is created once names its writer.
         """
-        return self._do("write", path, lambda: create_once(self.fs, self.full(path), data))
+
+        def create() -> bool:
+            with self._writable(path) as place:
+                return create_once(self.fs, place, data)
+
+        return self._do("write", path, create)
 
     def write(self, path: str, data: bytes) -> None:
         """Write or replace a file, atomically for readers."""
-        self._do("write", path, lambda: write_atomic(self.fs, self.full(path), data))
+
+        def write() -> None:
+            with self._writable(path) as place:
+                write_atomic(self.fs, place, data)
+
+        self._do("write", path, write)
 
     def put_file(self, source: Path, path: str) -> None:
         """Upload the local file `source`, atomically for readers."""
-        self._do("write", path, lambda: put_atomic(self.fs, source, self.full(path)))
+
+        def put() -> None:
+            with self._writable(path) as place:
+                put_atomic(self.fs, source, place)
+
+        self._do("write", path, put)
 
     def get_file(self, path: str, target: Path) -> None:
         """Download a file to `target`; FileNotFoundError if there is none."""
-        self._do("read", path, lambda: self.fs.get_file(self.full(path), str(target)))
+        full = self.full(path)
+        if not self.is_local:
+            self._do("read", path, lambda: self.fs.get_file(full, str(target)))
+            return
+
+        def copy() -> None:
+            with opened_file(full, self._fence) as file, target.open("wb") as copied:
+                shutil.copyfileobj(file, copied)
+
+        self._do("read", path, copy)
 
     def move(self, source: str, target: str) -> None:
         """Rename a file (copy and delete on object stores)."""
         old, new = self.full(source), self.full(target)
         if self.is_local:
-            self._do("write", target, lambda: rename(Path(old), Path(new)))
+
+            def move() -> None:
+                with self._writable(source) as from_, self._writable(target) as to:
+                    rename(Path(from_), Path(to))
+
+            self._do("write", target, move)
         else:
             self._do("write", target, lambda: self.fs.cp_file(old, new))
             self.remove(source)
 
     def remove(self, path: str) -> None:
         """Delete a file; one that is not there is fine."""
-        self._do("delete", path, lambda: remove_file(self.fs, self.full(path)))
+        full = self.full(path)
+
+        def remove() -> None:
+            if not self.is_local or Path(full).parent.is_dir():
+                with self._writable(path) as place:
+                    remove_file(self.fs, place)
+
+        self._do("delete", path, remove)
 
     def remove_many(self, paths: Sequence[str]) -> None:
         """Delete files, side by side."""
@@ -299,7 +368,8 @@ class Storage:
         return f"{self.uri}/{path}" if path else self.uri
 
     def _complaint(self, action: str, path: str, error: Exception, tries: str = "") -> str:
-        reason = redact(str(error)) or type(error).__name__
+        # A folder that is open goes by the number of its descriptor, which nobody knows.
+        reason = redact(_DESCRIPTOR.sub("", str(error))) or type(error).__name__
         client = getattr(self.fs, "_s3", None)
         fix = fix_of(error, local=self.is_local, endpoint=client.meta.endpoint_url if client else "")
         return (

@@ -1,0 +1,76 @@
+"""Local files and folders of a run, opened so that a link that is swapped in meanwhile cannot lead out of it.
+
+A path can change between the check of its links and the opening. So what was opened is asked where it is, and files are
+written by way of the opened folder. That needs Linux's ``/proc``; elsewhere only the check before remains.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from io import BufferedReader
+from pathlib import Path
+
+from lrag_ray.errors import StorageError
+
+_DESCRIPTORS = "/proc/self/fd"
+
+
+@contextmanager
+def opened_file(path: str, root: str | None) -> Iterator[BufferedReader]:
+    """A regular file, open for reading, inside `root` where that is given.
+
+    StorageError for what is outside, and for what is no regular file: a pipe would be waited for without end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            raise StorageError(f"{path} is not a regular file, so it is not read. Fix: remove it")
+        if root is not None:
+            _refuse_outside(descriptor, path, root)
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened_folder(path: str, root: str) -> Iterator[str]:
+    """A path of the folder `path`, made where it is absent, that stays the same folder whatever becomes of the name."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    if not _has_descriptors():
+        yield path
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _refuse_outside(descriptor, path, root)
+        yield f"{_DESCRIPTORS}/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_outside(descriptor: int, path: str, root: str) -> None:
+    if not _has_descriptors():
+        return
+    place, real = str(Path(f"{_DESCRIPTORS}/{descriptor}").readlink()), os.path.realpath(root or "/")
+    if place != real and not place.startswith(real.rstrip("/") + "/"):
+        raise StorageError(outside(path, place))
+
+
+def outside(path: str, place: str) -> str:
+    """What is said of a link that leaves the run."""
+    return (
+        f"{path} is a symbolic link to {place}, which is not inside the run: it is neither read nor written. Fix: "
+        "remove the link, or put in its place what it names"
+    )
+
+
+@cache
+def _has_descriptors() -> bool:
+    return Path(_DESCRIPTORS).is_dir()
