@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lrag_ray.config.load import load_config as load_config
 from lrag_ray.config.prompts import Prompt, plan_prompts
 from lrag_ray.config.schema import RunConfig, StorageSection
-from lrag_ray.errors import UsageError
+from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.events import Listener, silent
-from lrag_ray.store.records import Commit, RolloutId
+from lrag_ray.store.records import HOW_TO_REPAIR, Commit, RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import RunStatus, run_status
 
@@ -193,18 +193,22 @@ class Run:
     ) -> Iterator[tuple[RolloutId, Tensor]]:
         """Committed latents [frames, C, H, W] of each rollout, at its longest horizon, checked as they are read.
 
-        `prompt` is a prompt_id or a part of the text. Raises BrokenPartError for damaged parts.
+        `prompt` is a prompt_id or a part of the text. Raises StorageError for damaged parts.
         """
         import torch
 
-        from lrag_ray.store.parts import read_latents
+        from lrag_ray.store.parts import BrokenPartError, read_latents
 
         longest: dict[RolloutId, Commit] = {}
         for commit in self._run.commits():
             if self._matches(commit.rollout, prompt, method, backbone):
                 longest[commit.rollout] = commit
         for rollout, commit in longest.items():
-            yield rollout, torch.cat([read_latents(self._run.storage, part) for part in commit.latent_parts])
+            try:
+                latents = torch.cat([read_latents(self._run.storage, part) for part in commit.latent_parts])
+            except BrokenPartError as error:
+                raise StorageError(f"{self.uri}: {error}. {HOW_TO_REPAIR}") from None
+            yield rollout, latents
 
     def _collect(self, suite: str | None, mode: str | None) -> ReportData:
         from lrag_ray.report.collect import collect

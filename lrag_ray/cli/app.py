@@ -28,7 +28,7 @@ from lrag_ray.cli import (
     weights,
 )
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
-from lrag_ray.cli.output import console, print_json, tells_errors, write
+from lrag_ray.cli.output import console, plain, print_json, tells_errors, write
 from lrag_ray.errors import INTERRUPTED
 
 _LOOK_EVERY_S = 5.0
@@ -61,7 +61,15 @@ def lrag_ray(
 
 @app.command()
 @tells_errors
-def run(config: Config, overrides: Overrides = None, progress: Progress = "auto", as_json: AsJson = False) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read everything back first, and make again exactly what is damaged.")
+    ] = False,
+    progress: Progress = "auto",
+    as_json: AsJson = False,
+) -> None:
     """Run here: rollouts, scores and report, on a running Ray cluster or a local one.
 
     The same command again continues: what is committed is not done again, what is partial continues, what failed is
@@ -71,6 +79,7 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
     Examples:
       lrag-ray run configs/demo.yaml
       lrag-ray run configs/demo.yaml --set run.uri=runs/mine --set prompts.path=prompts.txt --set prompts.limit=8
+      lrag-ray run configs/demo.yaml --repair
     """
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
@@ -80,7 +89,7 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
 
     loaded = load_config(config, overrides or [])
     with shown_progress(progress) as listener:
-        outcome = start(loaded, listener=listener)
+        outcome = start(loaded, listener=listener, repair=repair)
     if as_json:
         print_json(outcome)
     else:
@@ -159,18 +168,26 @@ def verify(
     run_uri: Annotated[
         str | None, typer.Option("--run", metavar="RUN", help="Check a run against itself: base and infinity_rope.")
     ] = None,
+    stored: Annotated[
+        bool, typer.Option("--bytes", help="With --run: read back every stored file against its checksum.")
+    ] = False,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=1, help="With --bytes: only N rollouts or other files.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare our numbers with golden vectors: one row per case and tensor, exit code 1 if any is off.
 
     Recognises by content: rollouts, methods, schedules, retrieval encoders, checkpoints, LoRA, VAE, text encoder, and
     VBench-Long where its own folder is named (that takes half an hour on a CPU). With --run, checks on a run's own
-    latents that base and infinity_rope are equal until the window fills and differ after.
+    latents that base and infinity_rope are equal until the window fills and differ after. With --run and --bytes,
+    every stored file is read back instead: one row per damaged file, with the command that makes it again.
 
     \b
     Examples:
       lrag-ray verify golden/rollout
       lrag-ray verify --run runs/table2
+      lrag-ray verify --run s3://bucket/table2 --bytes --sample 500
     """
     from lrag_ray.cli.tables import print_results
     from lrag_ray.conformance.run_check import check_run
@@ -178,6 +195,10 @@ def verify(
 
     if (folder is None) == (run_uri is None):
         raise typer.BadParameter("give either a folder of golden vectors or --run RUN")
+    if (stored and run_uri is None) or (sample is not None and not stored):
+        raise typer.BadParameter("--bytes needs --run RUN, and --sample needs --bytes")
+    if stored:
+        raise typer.Exit(_verify_bytes(run_uri or "", sample, as_json=as_json))
     results = check_run(run_uri) if run_uri is not None else iter_results(folder or "")
     found = []
     if as_json:
@@ -186,6 +207,22 @@ def verify(
     else:
         found = print_results(console(), results)
     raise typer.Exit(1 if failed(found) else 0)
+
+
+def _verify_bytes(run_uri: str, sample: int | None, *, as_json: bool) -> int:
+    """`verify --bytes`; the exit code."""
+    from lrag_ray.cli.tables import print_damage
+    from lrag_ray.store.integrity import Coverage, find_damage
+    from lrag_ray.store.rollouts import RolloutRun
+
+    coverage = Coverage()
+    found = find_damage(RolloutRun(run_uri), coverage, sample=sample)
+    if as_json:
+        damage = [each._asdict() for each in found]
+        print_json({"whole": not damage, "damaged": damage, **plain(coverage)})
+    else:
+        damage = print_damage(console(), found, coverage)
+    return 1 if damage else 0
 
 
 decode.register(app)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lrag_ray.pipelines.decode import DecodeOutcome
     from lrag_ray.pipelines.evaluate import RunOutcome
     from lrag_ray.pipelines.plan import Plan
+    from lrag_ray.store.integrity import Coverage, Damage
     from lrag_ray.store.rollouts import RolloutRun
     from lrag_ray.store.status import RunStatus
 
@@ -124,9 +125,9 @@ def print_status(console: Console, status: RunStatus) -> None:
 def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> None:
     """Rank tables, what this start did, what failed, and where everything is."""
     from lrag_ray.errors import INTERRUPTED
-    from lrag_ray.report.build import SUMMARY
     from lrag_ray.report.collect import collect
     from lrag_ray.report.tables import rank_tables
+    from lrag_ray.store.run_dir import SUMMARY
 
     for ranks in rank_tables(collect([run])):
         console.print(ranks)
@@ -204,6 +205,22 @@ def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:
         for line in shown:
             # What follows a line break cannot pass for a line of ours.
             say(console, "  " + line.replace("\n", "\n      "))
+
+
+def print_damage(console: Console, damage: Iterable[Damage], coverage: Coverage) -> list[dict[str, str]]:
+    """Print damaged files as they are found, then what was read; returns the rows."""
+    found = []
+    for each in damage:
+        found.append(each._asdict())
+        say(console, f"damaged  {each.kind}  {each.path}: {each.what}. Fix: {each.repair}")
+    left_out = f"; {count(coverage.left_out)} rollouts or other files were not drawn" if coverage.left_out else ""
+    unnamed = f"; {count(len(coverage.unnamed))} files that nothing names were not read" if coverage.unnamed else ""
+    say(
+        console,
+        f"{count(coverage.files)} files read, {quantity(coverage.size_bytes, 'B')}: {count(len(found))} damaged"
+        f"{left_out}{unnamed}",
+    )
+    return found
 
 
 def print_results(console: Console, results: Iterable[CaseResult]) -> list[CaseResult]:

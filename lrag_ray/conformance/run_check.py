@@ -7,18 +7,17 @@ with equal window and sink shows by this that noise, prompts and context assembl
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from itertools import product
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from lrag_ray.conformance.case import CaseResult, Status
-from lrag_ray.errors import UsageError
+from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.records import Commit, RolloutId
+from lrag_ray.store.parts import BrokenPartError, read_latents
+from lrag_ray.store.records import HOW_TO_REPAIR, Commit, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 
 
@@ -87,11 +86,8 @@ def _compare(run_dir: RolloutRun, base: Commit, relative: Commit, full: int | No
 
 
 def _latents(run_dir: RolloutRun, commit: Commit) -> Tensor:
-    """Latents [frames, C, H, W] of a commit. Raises UsageError where a file is not what the commit recorded."""
-    parts = []
-    for part in commit.latent_parts:
-        data = run_dir.storage.read_bytes(part.path)
-        if hashlib.sha256(data).hexdigest() != part.sha256:
-            raise UsageError(f"{run_dir.uri}/{part.path} does not have the checksum that its commit recorded")
-        parts.append(load_safetensors(data)["latents"])
-    return torch.cat(parts)
+    """Latents [frames, C, H, W] of a commit. Raises StorageError where a file is not what the commit recorded."""
+    try:
+        return torch.cat([read_latents(run_dir.storage, part) for part in commit.latent_parts])
+    except BrokenPartError as error:
+        raise StorageError(f"{run_dir.uri}: {error}. {HOW_TO_REPAIR}") from None

@@ -6,6 +6,7 @@ With nothing left to do, Ray is not started.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -19,20 +20,25 @@ from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.sizing import PoolSize
 from lrag_ray.errors import INTERRUPTED, StorageError
-from lrag_ray.events import Listener, RunPlanned, silent
+from lrag_ray.events import Event, Listener, RunPlanned, TaskFinished, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
+from lrag_ray.pipelines.repair import decode_stages, plan_repair
 from lrag_ray.pipelines.scoring import RunScoring
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves
 from lrag_ray.report import build_report
 from lrag_ray.stages.rollout.pending import PendingRollouts, pending_rollouts
-from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
+from lrag_ray.stages.rollout.restore import Restored
+from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage, RolloutTask
 from lrag_ray.stages.spec import Task
-from lrag_ray.stages.text import TextStage, TextTask, embedding_path, without_features
+from lrag_ray.stages.text import TextStage, TextTask
+from lrag_ray.store.embeddings import embedding_path, without_features
+from lrag_ray.store.integrity import Coverage, find_damage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.run_dir import RUN_FILE
 from lrag_ray.weights.verify import refuse_misfits
 
 
@@ -56,8 +62,10 @@ class RunOutcome:
     seconds: float
 
 
-def evaluate(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, listener: Listener = silent) -> RunOutcome:
-    """Run an evaluation to its end: rollouts, scores, report.
+def evaluate(
+    config: RunConfig, prompts: Sequence[Prompt] | None = None, *, repair: bool = False, listener: Listener = silent
+) -> RunOutcome:
+    """Run an evaluation to its end: rollouts, scores, report. With `repair`, damaged files are made again first.
 
     `prompts` are those of the configuration unless they were loaded before. Raises, before any actor starts:
     PromptError, ConfigError and WeightsError for what the configuration names; StorageError for an address that
@@ -65,7 +73,8 @@ def evaluate(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, list
     the run, and later if another one takes it over; ClusterError. Ctrl-C ends the actors and gives exit code 130;
     nothing that was committed or stored is lost.
     """
-    return EvaluateJob(config, load_prompts(config.prompts) if prompts is None else prompts, listener).start()
+    prompts = load_prompts(config.prompts) if prompts is None else prompts
+    return EvaluateJob(config, prompts, listener, repair=repair).start()
 
 
 class EvaluateJob(Job[RunOutcome]):
@@ -73,7 +82,9 @@ class EvaluateJob(Job[RunOutcome]):
 
     lease = "run"
 
-    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], listener: Listener) -> None:
+    def __init__(
+        self, config: RunConfig, prompts: Sequence[Prompt], listener: Listener, *, repair: bool = False
+    ) -> None:
         config = with_absolute_paths(config)
         run = RolloutRun(config.run.uri, config.storage)
         super().__init__(run.storage, config.engine, listener)
@@ -84,26 +95,40 @@ class EvaluateJob(Job[RunOutcome]):
         for note in make_plan(config, prompts).notes:
             self.note(note)
         self._identity = build_identity(config, prompts)
+        self._repair = repair
         # Before anything is written: another user's run must not receive our lease.
-        run.refuse_another_run(self._identity)
+        if repair and run.is_damaged():
+            run.refuse_foreign_commits(self._identity, run.inventory())
+        else:
+            run.refuse_another_run(self._identity)
         self._scoring.check()
 
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
-        self._prepare()
         with ExitStack() as cluster:
+            connected = False
+
+            def connect() -> None:
+                nonlocal connected
+                if not connected:
+                    connected = True
+                    with self.stage("connect"):
+                        cluster.enter_context(ray_session(self.engine))
+                        probe_nodes(self._run, self._config, self.report)
+                        self._scoring.refuse_without_room()
+
+            former = self._make_again(connect) if self._repair else {}
+            self._prepare()
             videos = self._scoring.pending()
             if self._pending.tasks or videos:
-                with self.stage("connect"):
-                    cluster.enter_context(ray_session(self.engine))
-                    probe_nodes(self._run, self._config, self.report)
-                    self._scoring.refuse_without_room()
+                connect()
             if self._pending.tasks:
                 self._roll_out(self._encode_prompts(self._pending.tasks))
                 videos = self._scoring.pending()
             if videos:
                 with self.stage("scoring", len(videos)):
                     self._scoring.score(videos, self.report)
+        self._compare(former)
         with self.stage("report"):
             made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
@@ -127,7 +152,15 @@ class EvaluateJob(Job[RunOutcome]):
         if not self.storage.probe().create_only:
             self.warn(f"{self._run.uri} does not honour create-only writes: let one driver work at a time")
         inventory = self._run.inventory()
-        self._pending = pending = pending_rollouts(self._identity, inventory, self._history_bytes())
+        pending = pending_rollouts(self._identity, inventory, self._history_bytes())
+        if self.missing:
+            # What a repair could not make again as it was is not replaced by something else.
+            pending = dataclasses.replace(
+                pending,
+                tasks=[task for task in pending.tasks if task.title not in self.missing],
+                invalid=[state for state in pending.invalid if state.path.rpartition("/")[0] not in self.missing],
+            )
+        self._pending = pending
         if pending.tasks:
             # Before the run knows the digests of files that no rollout could load.
             refuse_misfits(self._config)
@@ -135,8 +168,7 @@ class EvaluateJob(Job[RunOutcome]):
         self._run.refuse_foreign_commits(self._identity, inventory)
         store_config(self._run, self._config)
         for state in pending.invalid:
-            kept = self._run.set_aside(state.path)
-            self.warn(f"{state.path} does not count ({state.problem}); it is kept as {kept} and made again")
+            self._set_aside(state.path, state.problem or "", state.data)
         self.report(
             RunPlanned(
                 uri=self._run.uri,
@@ -146,6 +178,110 @@ class EvaluateJob(Job[RunOutcome]):
                 blocks_to_do=pending.blocks,
             )
         )
+
+    def _set_aside(self, path: str, problem: str, examined: bytes | None = None) -> None:
+        kept = self._run.set_aside(path, examined)
+        self.warn(f"{path} does not count ({problem}); it is kept as {kept} and made again")
+
+    def _make_again(self, connect: Callable[[], None]) -> dict[tuple[RolloutId, int], str]:
+        """Find what is damaged and make it again, or clear its place; see `lrag_ray.pipelines.repair`.
+
+        Returns the digests of commits that were set aside with equal latents to be made again.
+        """
+        with self.stage("verify"):
+            damage = list(find_damage(self._run, Coverage())) if self._run.exists() else []
+        for found in damage:
+            self.warn(f"{found.path}: {found.what}")
+        if not damage:
+            self.note("every stored file is what was written")
+            return {}
+        refuse_misfits(self._config)
+        if self._run.is_damaged():
+            kept = self._run.set_aside(RUN_FILE)
+            self.warn(
+                f"{RUN_FILE} is kept as {kept} and made again from this configuration: prompts, methods and durations "
+                "of other starts belong to the run again once they are run again"
+            )
+        identity = self._run.ensure(self._identity)
+        inventory = self._run.inventory()
+        self._run.refuse_foreign_commits(identity, inventory)
+        commits = {
+            folder: [state.commit for state in states.values() if state.commit is not None]
+            for folder, states in inventory.commits.items()
+        }
+        # Only what the configuration has can be made again with it.
+        plan = plan_repair(damage, self._identity, inventory, commits, self._history_bytes())
+        for path in plan.set_aside:
+            if path in inventory.files or not path.startswith("rollouts/"):
+                self._set_aside(path, plan.set_aside[path])
+        for record in plan.part_records:
+            self.storage.write(f"{record.latents.path.removesuffix('.safetensors')}.json", record.sealed())
+        self.storage.remove_many(plan.remove)
+        self._scoring.set_aside_damaged(plan.scores, self.report)
+        for path in plan.scores:
+            if self._scoring.suite is None or not path.startswith(f"{self._scoring.suite.folder}/"):
+                plan.beyond[path] = "scores of another suite than the configuration's: run with that scoring section"
+        former = {}
+        if plan.restores or plan.texts:
+            connect()
+            self._encode(plan.texts)
+            former = self._restore(plan.restores)
+        for stage, tasks in decode_stages(self._run, self._config, self._identity, plan, self._set_aside):
+            connect()
+            self.run_stage(stage, tasks)
+        for path, reason in plan.beyond.items():
+            self.missing[path] = reason
+            self.warn(f"{path} cannot be made again: {reason}")
+        return former
+
+    def _restore(self, tasks: Sequence[Task[RolloutTask]]) -> dict[tuple[RolloutId, int], str]:
+        """Make damaged files again in their place; commits of which that gives other bytes are set aside.
+
+        Returns their digests.
+        """
+        results: dict[str, Restored] = {}
+
+        def listen(event: Event) -> None:
+            self.report(event)
+            if isinstance(event, TaskFinished) and isinstance(event.result, RolloutResult) and event.result.restored:
+                results.setdefault(event.task, event.result.restored)
+
+        tasks = self._encode_prompts(tasks)
+        stage = RolloutStage.of(self._run, self._config)
+        quarantined = {task.key for task in self.run_stage(stage, tasks, listener=listen)}
+        former = {}
+        for task in tasks:
+            damaged, done = task.payload.damaged, results.get(task.title)
+            if damaged is None or task.key in quarantined or done is None:
+                continue
+            kinds = ", ".join(sorted({commit.device_kind for commit in damaged.commits}))
+            if done.other_latents:
+                self.missing[task.title] = (
+                    f"its damaged files were made on {kinds} and come out as other latents here, so nothing was "
+                    "written. Repair it on that kind of device, or remove its folder to make it anew"
+                )
+                self.warn(f"{task.title}: {self.missing[task.title]}")
+                continue
+            for path in done.paths:
+                self.note(f"{path} is whole again")
+            left = damaged.paths - set(done.paths)
+            for commit in damaged.commits:
+                if wrong := sorted(left & {file.path for file in commit.files}):
+                    path = f"{commit.rollout.path}/commit-{commit.latent_frames}.json"
+                    former[commit.rollout, commit.latent_frames] = commit.latents_digest
+                    self._set_aside(path, f"{wrong[0]} is damaged and comes out with other bytes here")
+        return former
+
+    def _compare(self, former: Mapping[tuple[RolloutId, int], str]) -> None:
+        """Whether commits that were made again have the latents of those before."""
+        if not former:
+            return
+        inventory = self._run.inventory()
+        for (rollout, frames), digest in former.items():
+            commit = inventory.valid_commits(rollout).get(frames)
+            if commit is not None and commit.latents_digest != digest:
+                self.missing[rollout.path] = f"made again with other latents than before at {frames} latent frames"
+                self.warn(f"{rollout.path}: {self.missing[rollout.path]}")
 
     def _commits_made(self, exit_code: int) -> int:
         if exit_code == INTERRUPTED and self._pending.tasks:
@@ -174,28 +310,37 @@ class EvaluateJob(Job[RunOutcome]):
         by_encoder: dict[str, list[str]] = {}
         for digest, prompt in reversed(wanted):
             by_encoder.setdefault(digest, []).append(prompt)
-        texts = [
-            Task(
-                key=embedding_path(digest, prompt),
-                payload=TextTask(wanted[digest, prompt].group, digest, prompt),
-                order=order,
-                group=digest,
-                name=f"prompt {wanted[digest, prompt].payload.rollout.prompt_id} of {wanted[digest, prompt].group}",
-            )
-            for digest, prompts in by_encoder.items()
-            for order, prompt in enumerate(without_features(self.storage, digest, prompts))
-        ]
-        if not texts:
-            return list(tasks)
-        # One worker: it reads the encoder (11 GB for umT5-xxl) once.
-        failed = self.run_stage(
-            TextStage(self.storage, self._config.backbones, self.engine), texts, size=PoolSize(1, 1)
+        lost = self._encode(
+            {
+                (digest, prompt): wanted[digest, prompt].group
+                for digest, prompts in by_encoder.items()
+                for prompt in without_features(self.storage, digest, prompts)
+            }
         )
-        lost = {(text.payload.text_digest, text.payload.prompt) for text in failed}
         for task in tasks:
             if (task.payload.text_digest, task.payload.prompt) in lost:
                 self.missing[task.title] = "its prompt could not be encoded"
         return [task for task in tasks if task.title not in self.missing]
+
+    def _encode(self, texts: Mapping[tuple[str, str], str]) -> set[tuple[str, str]]:
+        """Encode (text encoder, prompt) with the encoder of a backbone; returns those that could not be."""
+        if not texts:
+            return set()
+        ids = {prompt.text: prompt_id for prompt_id, prompt in self._identity.prompts.items()}
+        tasks = [
+            Task(
+                key=embedding_path(digest, prompt),
+                payload=TextTask(backbone, digest, prompt),
+                order=order,
+                group=digest,
+                name=f"prompt {ids[prompt]} of {backbone}",
+            )
+            for order, ((digest, prompt), backbone) in enumerate(texts.items())
+        ]
+        # One worker: it reads the encoder (11 GB for umT5-xxl) once.
+        stage = TextStage(self.storage, self._config.backbones, self.engine)
+        failed = self.run_stage(stage, tasks, size=PoolSize(1, 1))
+        return {(task.payload.text_digest, task.payload.prompt) for task in failed}
 
     def _roll_out(self, tasks: Sequence[Task[RolloutTask]]) -> None:
         with scoring_waves(self._run, self._config.scoring, self.engine, self.report) as relay:

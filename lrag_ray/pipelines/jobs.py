@@ -13,6 +13,8 @@ JOBS: dict[str, Callable[..., RunOutcome]] = {"evaluate": evaluate}
 """What starts a job, by the `job` of its configuration."""
 
 
-def start(config: RunConfig, prompts: Sequence[Prompt] | None = None, listener: Listener = silent) -> RunOutcome:
-    """Start the job that `config` describes."""
-    return JOBS[config.job](config, prompts, listener=listener)
+def start(
+    config: RunConfig, prompts: Sequence[Prompt] | None = None, listener: Listener = silent, *, repair: bool = False
+) -> RunOutcome:
+    """Start the job that `config` describes; with `repair` it first makes again what is damaged in its run."""
+    return JOBS[config.job](config, prompts, listener=listener, **({"repair": True} if repair else {}))

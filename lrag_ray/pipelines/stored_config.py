@@ -14,17 +14,21 @@ from typing import Any
 from lrag_ray.config.load import complete
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.source import Document
-from lrag_ray.errors import ConfigError
-from lrag_ray.scoring.intended import CONFIG_FILE, intended_scores
+from lrag_ray.errors import ConfigError, StorageError
+from lrag_ray.scoring.intended import intended_scores
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.run_dir import CONFIG_FILE
+from lrag_ray.store.seal import sealed_json
 
 _DESCRIBES_LATENTS = ("transformer", "sampler", "latent", "dtype")
 
 
 def store_config(run: RolloutRun, config: RunConfig) -> None:
     """Keep `config`, whose paths are absolute, beside the run, for people and for the scores that it asks for."""
-    run.storage.write(CONFIG_FILE, config.model_dump_json(indent=1).encode())
+    data = sealed_json(config.model_dump_json(indent=1))
+    if run.storage.read_many([CONFIG_FILE]).get(CONFIG_FILE) != data:
+        run.storage.write(CONFIG_FILE, data)
 
 
 def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = False) -> RunConfig:
@@ -34,17 +38,19 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
     of generators and text encoders, which neither command reads, are never in it.
 
     Raises:
-        StorageError: there is no run at `uri`.
+        StorageError: there is no run at `uri`, or its ``config.json`` is damaged and no suite is named.
         ConfigError: `overrides` are wrong, or lack the place of a VAE or the name of a plug-in suite.
     """
     run = RolloutRun(uri)
     identity = run.require()
     intended = intended_scores(run.storage)
-    if (
-        intended.plug_in is not None
-        and not decodes
-        and not any(text.startswith("scoring.suite=") for text in overrides)
-    ):
+    unnamed = not decodes and not any(text.startswith("scoring.suite=") for text in overrides)
+    if intended.damaged and unnamed:
+        raise StorageError(
+            f"{run.uri}/{CONFIG_FILE} is damaged, so it is not known which scores the run was meant to have. Fix: name "
+            "the suite (--suite), or write the file again (`lrag-ray run CONFIG`)"
+        )
+    if intended.plug_in is not None and unnamed:
         raise ConfigError(
             f"{run.uri}/{CONFIG_FILE} names the suite {intended.plug_in!r}, which is not part of lrag-ray, and a run "
             "directory never chooses what is imported. Fix: name the suite yourself (--suite)"

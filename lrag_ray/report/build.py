@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ from lrag_ray.report.tables import terminal_tables, warnings
 from lrag_ray.scoring.ranks import RankBlock
 from lrag_ray.scoring.suite import Suite
 from lrag_ray.store.address import Storage
+from lrag_ray.store.records import FileIndex, FileRecord
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.run_dir import SUMMARY, SUMMARY_INDEX
 
-SUMMARY = "summary"
-"""Folder of the report of one run, relative to the run."""
 PAGE = "report.html"
 STRIPS = 3
 """Prompts per backbone that get timestamp strips by default."""
@@ -86,6 +86,22 @@ def report(
     return Report(data, None, []) if to is None and len(run_dirs) > 1 else write_report(data, to=to, strips=strips)
 
 
+def write_changed(folder: Storage, contents: Mapping[str, bytes]) -> None:
+    """Write files, without touching those that hold the same bytes already."""
+    there = folder.read_many(list(contents))
+    for name, content in contents.items():
+        if there.get(name) != content:
+            folder.write(name, content)
+
+
+def _write_index(storage: Storage) -> None:
+    """Name what the summary of a run consists of, with checksums."""
+    paths = sorted(path for path in storage.list_files(SUMMARY) if path != SUMMARY_INDEX)
+    digests = ((path, *storage.digest(path)) for path in paths)
+    files = [FileRecord(path=path, size_bytes=size, sha256=sha256) for path, size, sha256 in digests]
+    write_changed(storage, {SUMMARY_INDEX: FileIndex(files=files).sealed()})
+
+
 def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIPS, link: Link | None = None) -> Report:
     """Write everything that `data` shows; see `report`. Without `link` videos are linked to relative to the page."""
     folder = Storage(to) if to is not None else data.sources[0].run_dir.storage.below(SUMMARY)
@@ -99,10 +115,11 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
     }
     if data.drift:
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
-    for name, content in contents.items():
-        folder.write(name, content)
+    write_changed(folder, contents)
     # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
     files = folder.list_files()
     for name in {"drift.csv", "drift.parquet"} & files.keys() - contents.keys() | unused_strips(files, sheets):
         folder.remove(name)
+    if to is None:
+        _write_index(data.sources[0].run_dir.storage)
     return Report(data, folder.uri, list(contents))

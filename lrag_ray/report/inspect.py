@@ -9,8 +9,8 @@ from typing import NamedTuple
 from lrag_ray.config.redaction import redact
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.errors import StorageError, UsageError
-from lrag_ray.store.parts import BrokenPartError, read_trace
-from lrag_ray.store.records import Commit, RolloutId
+from lrag_ray.store.parts import BrokenPartError, read_traces
+from lrag_ray.store.records import HOW_TO_REPAIR, Commit, RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 
 _ADDRESS = re.compile(
@@ -51,9 +51,8 @@ def inspect_rollout(address: str) -> InspectedRollout:
         )
     commit = commits[max(commits)]
     try:
-        rows = [row for part in commit.trace_parts for row in read_trace(run_dir.storage.read_bytes(part.path))]
-    except (FileNotFoundError, BrokenPartError) as error:
-        text = f"{run_dir.uri}/{rollout.path}: a trace file of its commit is missing or damaged ({error})"
-        raise StorageError(text) from None
+        rows = read_traces(run_dir.storage, commit.trace_parts)
+    except BrokenPartError as error:
+        raise StorageError(f"{run_dir.uri}: {error}. {HOW_TO_REPAIR}") from None
     prompt = identity.prompts[rollout.prompt_id].text if rollout.prompt_id in identity.prompts else ""
     return InspectedRollout(commit, prompt, rows)

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.report.trace_svg import TraceFigure, trace_figure
 from lrag_ray.store.address import Storage
-from lrag_ray.store.parquet import read_parquet
-from lrag_ray.store.parts import TRACE_SCHEMA
-from lrag_ray.store.records import RolloutId
+from lrag_ray.store.parts import BrokenPartError, read_trace_table
+from lrag_ray.store.records import HOW_TO_REPAIR, RolloutId
 
 MAPS = 12
 """Prompts per backbone whose attention maps are drawn: they are what makes a page large and slow to write."""
@@ -34,6 +32,8 @@ class Player:
     missing: str
     """Why nothing can be played here, or ''."""
     figure: TraceFigure | None
+    damage: str = ""
+    """Why there is no figure although there is a trace, or ''."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,12 @@ def _player(method: str, shown: ShownRollout | None, link: Link, maps: bool) -> 
     if shown is None:
         return Player(method, {}, {}, "no video yet", None)
     storage = shown.run_dir.storage
-    trace = _trace(shown) if maps else []
-    figure = trace_figure(trace) if trace else None
+    figure, damage = None, ""
+    try:
+        if maps and (trace := _trace(shown)):
+            figure = trace_figure(trace)
+    except BrokenPartError as error:
+        damage = f"no attention map: {error}. {HOW_TO_REPAIR}"
     addresses = {str(video.latent_frames): link(storage, video.video.path) for video in shown.videos}
     sources = {frames: address for frames, address in addresses.items() if address is not None}
     return Player(
@@ -104,23 +108,17 @@ def _player(method: str, shown: ShownRollout | None, link: Link, maps: bool) -> 
         seconds={str(video.latent_frames): video.frames / video.fps for video in shown.videos},
         missing="" if sources else f"at {storage.uri}/{shown.videos[-1].video.path}, out of this page's reach",
         figure=figure,
+        damage=damage,
     )
 
 
 def _trace(shown: ShownRollout) -> list[TraceRow]:
-    """Trace up to the longest committed duration, its layers added up; empty where a part is missing or damaged.
+    """Trace up to the longest committed duration, its layers added up; BrokenPartError where a part is damaged.
 
     A method that chooses per layer has millions of rows, and the map shows the mean over layers: shares of a frame's
     tokens stay what they are where all tokens are added up alike.
     """
-    paths = [part.path for part in shown.videos[-1].commit.trace_parts]
-    contents = shown.run_dir.storage.read_many(paths)
-    if not paths or not all(path in contents for path in paths):
-        return []
-    try:
-        rows = pa.concat_tables([read_parquet(contents[path], TRACE_SCHEMA) for path in paths])
-    except pa.ArrowException:
-        return []
+    rows = read_trace_table(shown.run_dir.storage, shown.videos[-1].commit.trace_parts)
     in_all_layers = pc.equal(rows["layer"], ALL_LAYERS)
     layers = pc.count_distinct(rows["layer"].filter(pc.invert(in_all_layers))).as_py()
     times = pc.if_else(in_all_layers, max(1, layers), 1)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.store.address import Storage
+from lrag_ray.store.local_copy import local_copy
 from lrag_ray.store.videos import CommittedVideo
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import VideoError, frames_at
@@ -146,12 +147,7 @@ def _image(storage: Storage, video: CommittedVideo) -> bytes:
     from PIL import Image as PilImage
 
     with tempfile.TemporaryDirectory(prefix="lrag-strip-") as scratch:
-        local = Path(storage.full(video.video.path)) if storage.is_local else Path(scratch) / "video.mp4"
-        if not storage.is_local:
-            try:
-                storage.get_file(video.video.path, local)
-            except FileNotFoundError:
-                raise VideoError(f"{video.video.path} is missing") from None
+        local = local_copy(storage, video.video.path, video.video.sha256, Path(scratch))
         try:
             pictures = [_thumbnail(frame) for frame in frames_at(local, _indices(video))]
         except VideoError as error:

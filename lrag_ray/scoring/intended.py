@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from lrag_ray.scoring.registry import NONE, registered
 from lrag_ray.store.address import Storage
+from lrag_ray.store.run_dir import CONFIG_FILE
+from lrag_ray.store.seal import DamagedError, opened_json
 
-CONFIG_FILE = "config.json"
-"""The configuration that a run was last started with."""
 _DESCRIBES_SCORES = ("suite", "mode", "dimensions", "controls")
 
 
@@ -24,14 +24,18 @@ class IntendedScores(NamedTuple):
     """Values of the scoring section that describe scores; empty where they are not known, so that defaults apply."""
     plug_in: str | None = None
     """The suite that it names, where that does not come with the package."""
+    damaged: bool = False
+    """It is not what was written, so nothing of it is taken."""
 
 
 def intended_scores(storage: Storage) -> IntendedScores:
     """Read them. What cannot be read or understood counts as not known."""
     try:
-        stored = json.loads(storage.read_bytes(CONFIG_FILE))
+        stored = json.loads(opened_json(storage.read_bytes(CONFIG_FILE)))
         section = stored["scoring"]
         suite = section["suite"]
+    except DamagedError:
+        return IntendedScores({}, damaged=True)
     except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
         return IntendedScores({})
     if not isinstance(section, dict) or not isinstance(suite, str):

@@ -111,21 +111,22 @@ class PerVideoWorker:
         self._suite, self._rows, self._videos, self._scorer = suite, rows, videos, scorer
 
     def score(self, payload: ScoreTarget, keep_going: KeepGoing) -> None:
-        """A broken video is stored as such and then refused."""
+        """A video that cannot be scored is stored as such and then refused; a damaged file only fails the attempt."""
         row = self.row(payload)
-        self._rows.create(payload.score_path(self._suite), to_parquet([row], self._suite))
+        path = payload.score_path(self._suite)
+        self._rows.create(path, to_parquet([row], self._suite, path))
         if row.reason:
             raise UnscorableError(row.reason)
 
     def row(self, target: ScoreTarget) -> VideoRow:
-        """Score one video; one that has no score becomes a row with the reason."""
+        """Score one video; one that has no score becomes a row with the reason. DamagedVideoError for another file."""
         import torch
 
         values: Mapping[str, float] = {}
         reason = None
         with scratch_folder() as scratch:
+            video = local_copy(self._videos, target.video_path, target.video_sha256, scratch)
             try:
-                video = local_copy(self._videos, target.video_path, target.video_sha256, scratch)
                 values = self._scorer(video, target)
             except (VideoError, UnscorableError) as error:
                 # The place on this machine means nothing to who reads the row.

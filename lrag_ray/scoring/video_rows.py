@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lrag_ray.scoring.measure import Measure
-from lrag_ray.store.parquet import read_parquet
+from lrag_ray.store.parquet import read_parquet, write_parquet
 
 
 class StoredAs(Protocol):
@@ -92,11 +90,9 @@ def to_table(rows: Sequence[VideoRow], suite: StoredAs) -> pa.Table:
     return pa.table(columns, schema=_schema(suite))
 
 
-def to_parquet(rows: Sequence[VideoRow], suite: StoredAs) -> bytes:
-    """`to_table` as a parquet file."""
-    sink = io.BytesIO()
-    pq.write_table(to_table(rows, suite), sink)
-    return sink.getvalue()
+def to_parquet(rows: Sequence[VideoRow], suite: StoredAs, path: str = "") -> bytes:
+    """`to_table` as a sealed parquet file for `path`."""
+    return write_parquet(to_table(rows, suite), path)
 
 
 def from_parquet(data: bytes, suite: StoredAs) -> list[VideoRow]:

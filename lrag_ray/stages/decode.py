@@ -14,12 +14,12 @@ import torch
 from lrag_ray.config.schema import BackboneConfig, EngineSection, StorageSection, VideoSection
 from lrag_ray.errors import WeightsError
 from lrag_ray.stages.backbone import device_for, load_vae, pixels_identity
-from lrag_ray.stages.horizon_videos import HorizonVideos, put_video, value_bytes
+from lrag_ray.stages.horizon_videos import HorizonVideos, put_video
 from lrag_ray.stages.numerics import make_reproducible
 from lrag_ray.stages.spec import Host, Outcome, Refused, Resources, Result, Stage, Task, WorkerState, Yielded
 from lrag_ray.store.decoded import decode_settings, decoded_folder, record_path
-from lrag_ray.store.parts import BrokenPartError, read_latents
-from lrag_ray.store.records import Commit, DecodedVideo, now_utc
+from lrag_ray.store.parts import BrokenPartError, read_latents, value_bytes
+from lrag_ray.store.records import HOW_TO_REPAIR, Commit, DecodedVideo, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.video.mp4 import Mp4Writer
@@ -117,7 +117,7 @@ class DecodeWorker:
                         self._store(payload, commit, videos.finish(end), attempt)
                         made += 1
             except BrokenPartError as error:
-                return Refused(str(error))
+                return Refused(f"{error}. {HOW_TO_REPAIR}")
             finally:
                 videos.abort()
         return Result(made=made, seconds=time.perf_counter() - began)
@@ -150,7 +150,7 @@ class DecodeWorker:
             created_at=now_utc(),
         )
         # Where another attempt was first its video stands; this one is unnamed in the attempt's own folder.
-        self._run.storage.create(_record_path(task, commit), record.model_dump_json(indent=1).encode())
+        self._run.storage.create(_record_path(task, commit), record.sealed())
 
 
 def _record_path(task: DecodeTask, commit: Commit) -> str:

@@ -59,8 +59,3 @@ def put_video(storage: Storage, file: Path, folder: str) -> FileRecord:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     storage.put_file(file, path)
     return FileRecord(path=path, size_bytes=file.stat().st_size, sha256=sha256)
-
-
-def value_bytes(latents: Tensor) -> bytes:
-    """Values of latents in memory order, for digests."""
-    return latents.contiguous().view(torch.uint8).numpy().tobytes()

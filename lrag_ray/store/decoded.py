@@ -16,14 +16,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from lrag_ray.store.identity import RunIdentity, canonical_digest
-from lrag_ray.store.records import Commit, DecodedVideo, JsonValue, RolloutId
+from lrag_ray.store.records import Commit, DecodedVideo, JsonValue, RolloutId, why_not
 from lrag_ray.store.rollouts import RolloutRun
 
 FOLDER = "decoded"
-_RECORD = re.compile(rf"^({FOLDER}/[^/]+/[^/]+/[^/]+/[^/]+)/video-(\d+)\.json$")
+RECORD = re.compile(rf"^({FOLDER}/[^/]+/[^/]+/[^/]+/[^/]+)/video-(\d+)\.json$")
 _DIGEST_CHARACTERS = 12
 
 
@@ -86,11 +84,11 @@ def read_decoded(run: RolloutRun) -> DecodedVideos:
     """List the decoded videos of a run and read their records."""
     files = run.storage.list_files(FOLDER)
     records, problems = {}, {}
-    for path, data in run.storage.read_many([path for path in files if _RECORD.match(path)]).items():
+    for path, data in run.storage.read_many([path for path in files if RECORD.match(path)]).items():
         try:
-            record = DecodedVideo.model_validate_json(data)
-        except ValidationError as error:
-            problems[path] = f"not a record of a decoded video: {error.errors()[0]['msg']}"
+            record = DecodedVideo.opened(data)
+        except ValueError as error:
+            problems[path] = f"not a record of a decoded video: {why_not(error)}"
             continue
         folder = decoded_folder(record.settings, record.rollout)
         size = files.get(record.video.path)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
-
 from lrag_ray.store.address import Storage
-from lrag_ray.store.records import FailureRecord, failure_folder
+from lrag_ray.store.records import FailureRecord, failure_folder, why_not
 
 FOLDER = "failures"
 
 
 def write_failure(storage: Storage, failure: FailureRecord) -> None:
     """Store why an attempt failed."""
-    storage.write(failure.path, failure.model_dump_json(indent=1).encode())
+    storage.write(failure.path, failure.sealed())
 
 
 def read_failures(storage: Storage) -> tuple[list[FailureRecord], list[str]]:
@@ -21,9 +19,9 @@ def read_failures(storage: Storage) -> tuple[list[FailureRecord], list[str]]:
     records, broken = [], []
     for path, data in storage.read_many(paths).items():
         try:
-            records.append(FailureRecord.model_validate_json(data))
-        except ValidationError as error:
-            broken.append(f"{path}: not a failure record: {error.errors()[0]['msg']}")
+            records.append(FailureRecord.opened(data))
+        except ValueError as error:
+            broken.append(f"{path}: not a failure record: {why_not(error)}")
     return sorted(records, key=lambda record: record.created_at), broken
 
 

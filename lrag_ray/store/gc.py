@@ -36,7 +36,9 @@ _WITHOUT_LEASE = (f"{DECODED}/", "scores/", "summary/")
 _ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
 _DECODED_FILE = re.compile(rf"^(?P<rollout>{DECODED}/[^/]+/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/[^/]+$")
 _SET_ASIDE = re.compile(
-    rf"^((rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json|scores/.+\.parquet)\.invalid-[0-9a-f]+$"
+    rf"^((rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json|scores/.+\.parquet|"
+    r"rollouts/[^/]+/[^/]+/[^/]+/attempt-[^/]+/part-\d+-\d+\.json|embeddings/.+\.safetensors|failures/.+\.json|"
+    r"run\.json)\.invalid-[0-9a-f]+$"
 )
 _PART = re.compile(r"^(?P<stem>part-\d+-\d+)\.(json|safetensors|trace\.parquet)$")
 
@@ -165,7 +167,7 @@ def _of_attempts(
         # A folder of nobody's, or with a commit that names nobody knows what: hands off.
         if match is None or match["rollout"] not in known or match["rollout"] in unreadable:
             continue
-        if path in named or match["name"].startswith(TEMPORARY_PREFIX):
+        if path in named or match["name"].startswith(TEMPORARY_PREFIX) or _SET_ASIDE.match(path):
             continue
         part = _PART.match(match["name"])
         kind: Kind = "unnamed video" if part is None else "unnamed part"
@@ -196,9 +198,7 @@ def _named_by_commits(inventory: Inventory) -> Iterator[str]:
     for states in inventory.commits.values():
         for state in states.values():
             if state.commit is not None:
-                commit = state.commit
-                named = [*commit.latent_parts, *commit.trace_parts, *([commit.video] if commit.video else [])]
-                yield from (file.path for file in named)
+                yield from (file.path for file in state.commit.files)
 
 
 def _finished(inventory: Inventory, rollout: RolloutId, identity: RunIdentity) -> bool:

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lrag_ray import __version__
 from lrag_ray.errors import LeaseError, StorageError
@@ -90,8 +90,8 @@ class LeaseHolder:
     def sign(self) -> Beat | None:
         """The last sign of life, or None where there is none yet."""
         try:
-            return None if self.beat is None else Beat.model_validate_json(self.beat)
-        except ValidationError:
+            return None if self.beat is None else Beat.opened(self.beat)
+        except ValueError:
             return None
 
     @property
@@ -133,8 +133,8 @@ def holder(storage: Storage) -> LeaseHolder | None:
         return None
     found = storage.read_many([_record_path(epoch), _beat_path(epoch)])
     try:
-        record = LeaseRecord.model_validate_json(found[_record_path(epoch)])
-    except (KeyError, ValidationError):
+        record = LeaseRecord.opened(found[_record_path(epoch)])
+    except (KeyError, ValueError):
         record = None
     return LeaseHolder(epoch, record, found.get(_beat_path(epoch)))
 
@@ -173,7 +173,7 @@ class Lease:
     def _write_beat(self, *, released: bool = False) -> None:
         self._count += 1
         beat = Beat(count=self._count, at=now_utc(), released=released)
-        self._storage.write(_beat_path(self.epoch), beat.model_dump_json().encode())
+        self._storage.write(_beat_path(self.epoch), beat.sealed())
 
 
 def take_lease(storage: Storage, record: LeaseRecord, tell: Callable[[str], None]) -> Lease:
@@ -186,7 +186,7 @@ def take_lease(storage: Storage, record: LeaseRecord, tell: Callable[[str], None
         if found is not None and not found.is_free:
             _wait_for_end(storage, found, record.ttl_s, tell)
         epoch = found.epoch + 1 if found else 1
-        created = storage.create(_record_path(epoch), record.model_dump_json(indent=1).encode())
+        created = storage.create(_record_path(epoch), record.sealed())
         # Read back, because a create may be ours although its answer was lost, and ours may be below a higher
         # epoch where older ones have been removed meanwhile.
         now = holder(storage)

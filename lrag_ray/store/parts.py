@@ -76,6 +76,11 @@ class PartChain(NamedTuple):
         return self.parts[-1].record.end_frame if self.parts else 0
 
 
+def value_bytes(latents: Tensor) -> bytes:
+    """Values of latents in memory order, for digests."""
+    return latents.contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def write_part(
     storage: Storage, folder: str, blocks: Sequence[FinishedBlock], *, rollout_key: str, device_kind: str
 ) -> PartRecord:
@@ -84,14 +89,8 @@ def write_part(
     first = blocks[0].block * frames_per_block
     frames = sum(block.latents.shape[0] for block in blocks)
     name = f"{folder}/part-{first:05d}-{first + frames:05d}"
-    tensors = {"latents": torch.cat([block.latents for block in blocks]).contiguous()}
-    for block in blocks:
-        for key, value in block.state.items():
-            tensors[f"state.{block.block}.{key}"] = value.cpu().contiguous()
-    latents = _write_file(storage, f"{name}.safetensors", save_safetensors(tensors))
-    trace = _write_file(
-        storage, f"{name}.trace.parquet", _trace_bytes([row for block in blocks for row in block.trace])
-    )
+    latents = _write_file(storage, f"{name}.safetensors", latent_bytes(blocks))
+    trace = _write_file(storage, f"{name}.trace.parquet", trace_bytes(blocks))
     record = PartRecord(
         rollout_key=rollout_key,
         attempt=folder.rsplit("/attempt-", 1)[-1],
@@ -99,7 +98,7 @@ def write_part(
         trace=trace,
         device_kind=device_kind,
     )
-    storage.write(f"{name}.json", record.model_dump_json(indent=1).encode())
+    storage.write(f"{name}.json", record.sealed())
     return record
 
 
@@ -111,7 +110,7 @@ def read_part(storage: Storage, record: PartRecord, frames_per_block: int) -> St
         raise BrokenPartError(f"{record.latents.path} does not hold whole blocks of {frames_per_block} latent frames")
     first_block = record.first_frame // frames_per_block
     trace: dict[int, list[TraceRow]] = {}
-    for row in read_trace(_read_checked(storage, record.trace)):
+    for row in read_traces(storage, [record.trace]):
         trace.setdefault(row.block, []).append(row)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -157,18 +156,50 @@ def read_chain(
         end = chain[-1].record.end_frame
 
 
+def read_trace_table(storage: Storage, parts: Sequence[FileRecord]) -> pa.Table:
+    """Columns of `TRACE_SCHEMA` of trace parts; BrokenPartError unless their files are exactly what was recorded."""
+    tables = []
+    for part in parts:
+        tables.append(_trace_table(_read_checked(storage, part), part.path))
+    return pa.concat_tables(tables) if tables else TRACE_SCHEMA.empty_table()
+
+
+def read_traces(storage: Storage, parts: Sequence[FileRecord]) -> list[TraceRow]:
+    """Rows of trace parts; BrokenPartError unless their files are exactly what was recorded."""
+    return _rows(read_trace_table(storage, parts))
+
+
 def read_trace(data: bytes) -> list[TraceRow]:
-    """Rows of a trace part; BrokenPartError where it is none."""
+    """Rows in the bytes of a trace part; BrokenPartError where it is none."""
+    return _rows(_trace_table(data, "this"))
+
+
+def _trace_table(data: bytes, path: str) -> pa.Table:
     try:
-        table = read_parquet(data, TRACE_SCHEMA)
+        return read_parquet(data, TRACE_SCHEMA)
     except pa.ArrowException as error:
-        raise BrokenPartError(f"no trace part: {error}") from error
+        raise BrokenPartError(f"{path} is not a trace part: {error}") from error
+
+
+def _rows(table: pa.Table) -> list[TraceRow]:
     return [TraceRow(**row) for row in table.to_pylist()]
 
 
-def _trace_bytes(rows: Sequence[TraceRow]) -> bytes:
+def latent_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
+    """The latent file of a part: equal blocks give equal bytes."""
+    tensors = {"latents": torch.cat([block.latents for block in blocks]).contiguous()}
+    for block in blocks:
+        for key, value in block.state.items():
+            tensors[f"state.{block.block}.{key}"] = value.cpu().contiguous()
+    return bytes(save_safetensors(tensors))
+
+
+def trace_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
+    """The trace file of a part: equal blocks give equal bytes."""
+    rows = [row for block in blocks for row in block.trace]
     columns = {name: [getattr(row, name) for row in rows] for name in TRACE_SCHEMA.names}
     sink = io.BytesIO()
+    # Without a seal: commits name its checksum, and equal rollouts write equal bytes in every version.
     pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), sink)
     return sink.getvalue()
 

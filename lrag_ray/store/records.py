@@ -7,9 +7,17 @@ import math
 import re
 import secrets
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lrag_ray.store.seal import opened_json, sealed_json
+
+HOW_TO_REPAIR = (
+    "Fix: `lrag-ray run CONFIG --repair`, with the configuration of the run, makes again what is damaged; "
+    "`lrag-ray verify --run RUN --bytes` lists it"
+)
+"""What readers say of a stored file that is not what was written."""
 
 
 def now_utc() -> str:
@@ -70,6 +78,23 @@ class Record(BaseModel):
     """Base of everything written to run storage: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def sealed(self) -> bytes:
+        """The record as a file: JSON with a seal (see `lrag_ray.store.seal`)."""
+        return sealed_json(self.model_dump_json(indent=1))
+
+    @classmethod
+    def opened(cls, data: bytes) -> Self:
+        """The record in a file. ValueError, which `why_not` puts in words, where it is none or is damaged."""
+        return cls.model_validate_json(opened_json(data))
+
+
+def why_not(error: ValueError) -> str:
+    """Why `Record.opened` refused a file, in a few words."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'its start'}"
 
 
 class RolloutId(Record):
@@ -134,6 +159,11 @@ class Commit(Record):
     """Seconds spent per stage up to this horizon (load, replay, denoise, context, decode, store)."""
     created_at: UtcTime
 
+    @property
+    def files(self) -> list[FileRecord]:
+        """All files that it names."""
+        return [*self.latent_parts, *self.trace_parts, *([self.video] if self.video else [])]
+
 
 class DecodedVideo(Record):
     """``decoded/…/video-<latent_frames>.json``: a video made again from a commit's latents, created once."""
@@ -151,6 +181,12 @@ class DecodedVideo(Record):
     device_kind: str
     """``cpu`` or the name of the GPU."""
     created_at: UtcTime
+
+
+class FileIndex(Record):
+    """``summary/files.json``: what a report consists of."""
+
+    files: list[FileRecord]
 
 
 class PartRecord(Record):

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from lrag_ray.errors import IdentityError, StorageError
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.records import Commit, FileRecord, PartRecord, RolloutId
+from lrag_ray.store.records import Commit, FileRecord, PartRecord, RolloutId, why_not
 from lrag_ray.store.run_dir import RunDirectory, refusal
 
 _COMMIT = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/commit-(\d+)\.json$")
@@ -53,6 +51,8 @@ class CommitState:
     """The record, or None where it cannot be read."""
     problem: str | None
     """Why it does not count, or None."""
+    data: bytes | None = None
+    """Content of the file, where it does not count."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class RolloutRun(RunDirectory):
                     f"cannot read {self.uri}/{path}: the store gave {len(data)} bytes of {files[path]}, twice. What "
                     "is between here and the store truncates its answers; the same command continues once that is fixed"
                 )
-            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, match[1], int(match[2]), data, files)
+            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, data, files)
         return files, commits
 
     def commits(self) -> list[Commit]:
@@ -163,8 +163,8 @@ class RolloutRun(RunDirectory):
         records, broken = [], []
         for path, data in self.storage.read_many(inventory.part_records.get(rollout.path, [])).items():
             try:
-                record = PartRecord.model_validate_json(data)
-            except ValidationError:
+                record = PartRecord.opened(data)
+            except ValueError:
                 broken.append(f"{path} is not a part record")
                 continue
             if _named_elsewhere(rollout.path, [record.latents, record.trace]):
@@ -175,32 +175,35 @@ class RolloutRun(RunDirectory):
 
     def commit(self, record: Commit) -> bool:
         """Create the commit; False if another attempt was first (its commit stands)."""
-        return self.storage.create(
-            f"{record.rollout.path}/commit-{record.latent_frames}.json", record.model_dump_json(indent=1).encode()
-        )
+        return self.storage.create(f"{record.rollout.path}/commit-{record.latent_frames}.json", record.sealed())
 
 
-def _examined(path: str, folder: str, latent_frames: int, data: bytes, files: Mapping[str, int]) -> CommitState:
+def _examined(path: str, data: bytes, files: Mapping[str, int]) -> CommitState:
     try:
-        commit = Commit.model_validate_json(data)
-    except ValidationError as error:
-        return CommitState(path, None, f"not a commit record: {error.errors()[0]['msg']}")
-    if commit.rollout.path != folder or commit.latent_frames != latent_frames:
-        return CommitState(path, commit, f"belongs to {commit.rollout.path}, {commit.latent_frames} latent frames")
-    return CommitState(path, commit, next(_file_problems(commit, files), None))
+        commit = Commit.opened(data)
+    except ValueError as error:
+        return CommitState(path, None, f"not a commit record: {why_not(error)}", data)
+    problem = commit_problem(path, commit) or next(_file_problems(commit, files), None)
+    return CommitState(path, commit, problem, data if problem else None)
 
 
-def _file_problems(commit: Commit, files: Mapping[str, int]) -> Iterator[str]:
-    named = [*commit.latent_parts, *commit.trace_parts, *([commit.video] if commit.video else [])]
-    yield from (f"names {path}, a file of another rollout" for path in _named_elsewhere(commit.rollout.path, named))
+def commit_problem(path: str, commit: Commit) -> str | None:
+    """Why the commit at `path` does not count, whatever its files are; or None."""
+    folder = commit.rollout.path
+    if path != f"{folder}/commit-{commit.latent_frames}.json":
+        return f"belongs to {folder}, {commit.latent_frames} latent frames"
+    if elsewhere := _named_elsewhere(folder, commit.files):
+        return f"names {elsewhere[0]}, a file of another rollout"
     end = 0
     for part in commit.latent_parts:
         if part.first_frame != end:
-            yield f"latent parts do not follow one another at frame {end}"
+            return f"latent parts do not follow one another at frame {end}"
         end = part.first_frame + part.frames
-    if end != commit.latent_frames:
-        yield f"latent parts end at frame {end}"
-    for file in named:
+    return f"latent parts end at frame {end}" if end != commit.latent_frames else None
+
+
+def _file_problems(commit: Commit, files: Mapping[str, int]) -> Iterator[str]:
+    for file in commit.files:
         size = files.get(file.path)
         if size is None:
             yield f"names {file.path}, which is missing"
@@ -208,5 +211,5 @@ def _file_problems(commit: Commit, files: Mapping[str, int]) -> Iterator[str]:
             yield f"names {file.path}, which has {size} bytes instead of {file.size_bytes}"
 
 
-def _named_elsewhere(folder: str, files: list[FileRecord]) -> list[str]:
+def _named_elsewhere(folder: str, files: Sequence[FileRecord]) -> list[str]:
     return [file.path for file in files if not file.path.startswith(f"{folder}/attempt-")]

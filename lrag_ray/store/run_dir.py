@@ -16,14 +16,19 @@ from __future__ import annotations
 
 import secrets
 
-from pydantic import ValidationError
-
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import IdentityError, StorageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import FORMAT_VERSION, RunIdentity, differences, grown
+from lrag_ray.store.records import why_not
 
 RUN_FILE = "run.json"
+CONFIG_FILE = "config.json"
+"""The configuration that a run was last started with."""
+SUMMARY = "summary"
+"""Folder of the report of one run, relative to the run."""
+SUMMARY_INDEX = f"{SUMMARY}/files.json"
+"""Checksums of what is in it."""
 _MOST_DIFFERENCES_SHOWN = 10
 
 
@@ -45,17 +50,17 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         try:
-            identity = RunIdentity.model_validate_json(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'its start'}"
+            identity = RunIdentity.opened(data)
+        except ValueError as error:
+            reason = why_not(error)
         else:
             if identity.format_version == FORMAT_VERSION:
                 return identity
             reason = f"its format_version is {identity.format_version}"
         raise StorageError(
             f"{self.uri}/{RUN_FILE} is not a run of format {FORMAT_VERSION} ({reason}). It was written by another "
-            "version of lrag-ray or damaged: use that version, or set run.uri to a new address"
+            "version of lrag-ray or damaged: use that version, or make the file again from the configuration of the "
+            "run (`lrag-ray run CONFIG --repair`)"
         )
 
     def require(self) -> RunIdentity:
@@ -72,13 +77,13 @@ class RunDirectory:
         """Create the run or grow it to hold `wanted`; IdentityError, and nothing written, if it is another run."""
         stored = self.read()
         if stored is None:
-            if self.storage.create(RUN_FILE, _json(wanted)):
+            if self.storage.create(RUN_FILE, wanted.sealed()):
                 return wanted
             stored = self.require()
         self._refuse_changes(stored, wanted)
         union = grown(stored, wanted)
         if union != stored:
-            self.storage.write(RUN_FILE, _json(union))
+            self.storage.write(RUN_FILE, union.sealed())
         return union
 
     def refuse_another_run(self, wanted: RunIdentity) -> None:
@@ -92,15 +97,36 @@ class RunDirectory:
         if changes:
             raise IdentityError(refusal(f"{self.uri} holds a run with other settings", changes))
 
-    def set_aside(self, path: str) -> str:
-        """Rename a file that does not count, so that it can be made again; returns its new path."""
+    def exists(self) -> bool:
+        """Whether anything is stored at the address."""
+        return bool(self.storage.list_files())
+
+    def is_damaged(self) -> bool:
+        """Whether ``run.json`` is there and cannot be understood."""
+        data = self.storage.read_many([RUN_FILE]).get(RUN_FILE)
+        if data is None:
+            return False
+        try:
+            return RunIdentity.opened(data).format_version != FORMAT_VERSION
+        except ValueError:
+            return True
+
+    def set_aside(self, path: str, examined: bytes | None = None) -> str:
+        """Rename a file that does not count, so that it can be made again; returns its new path.
+
+        Where `examined` is given and the file has other content by now, another driver has made it again: it gets its
+        name back, and StorageError is raised.
+        """
         target = f"{path}.invalid-{secrets.token_hex(4)}"
         self.storage.move(path, target)
+        if examined is not None and (moved := self.storage.read_bytes(target)) != examined:
+            self.storage.create(path, moved)
+            self.storage.remove(target)
+            raise StorageError(
+                f"{self.uri}/{path} was made again by another driver meanwhile. Let one driver work at a time; the "
+                "same command continues"
+            )
         return target
-
-
-def _json(identity: RunIdentity) -> bytes:
-    return identity.model_dump_json(indent=1).encode()
 
 
 def refusal(headline: str, lines: list[str]) -> str:

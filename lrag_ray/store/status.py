@@ -16,6 +16,7 @@ from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.lease import LeaseHolder, holder
 from lrag_ray.store.records import ROLLOUTS, FailureRecord, Record
 from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
+from lrag_ray.store.run_dir import CONFIG_FILE
 
 State = Literal["done", "partial", "failed", "pending"]
 _STATES: tuple[State, ...] = get_args(State)
@@ -132,7 +133,11 @@ def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
             *(given_up[path] for path in sorted(given_up) if path in unfinished),
             *(others[key] for key in sorted(others)),
         ],
-        problems=[*(f"{state.path}: {state.problem}" for state in inventory.problems()), *broken],
+        problems=[
+            *(f"{state.path}: {state.problem}" for state in inventory.problems()),
+            *broken,
+            *_config_problems(run_dir),
+        ],
         scores=_scores(run_dir, {task for stage, task in others if stage == "scoring"}) if scores else None,
         held_by=_described(last) if working else None,
         lost=_described(last) if not working and last is not None and not last.is_released else None,
@@ -154,18 +159,25 @@ def _is_alive(found: LeaseHolder) -> bool:
         return False
 
 
+def _config_problems(run_dir: RolloutRun) -> list[str]:
+    from lrag_ray.scoring.intended import intended_scores
+
+    damaged = intended_scores(run_dir.storage).damaged
+    return [f"{CONFIG_FILE}: damaged, so it is not known which scores the run was meant to have"] if damaged else []
+
+
 def _scores(run_dir: RolloutRun, quarantined: set[str]) -> ScoreStatus | None:
     # Suites bring torch along, and there may be no scores to look for.
     from lrag_ray.scoring.intended import intended_scores
     from lrag_ray.scoring.registry import suite_of
 
-    section, plug_in = intended_scores(run_dir.storage)
-    if plug_in is not None:
-        return ScoreStatus(suite=plug_in, pending=None, quarantined=len(quarantined))
-    if not section:
+    intended = intended_scores(run_dir.storage)
+    if intended.plug_in is not None:
+        return ScoreStatus(suite=intended.plug_in, pending=None, quarantined=len(quarantined))
+    if not intended.section:
         return None
     try:
-        suite = suite_of(ScoringSection.model_validate(section))
+        suite = suite_of(ScoringSection.model_validate(intended.section))
     except (ValidationError, ConfigError, ValueError):
         return None
     if suite is None:

@@ -23,10 +23,10 @@ from tests.config.make import write
 from tests.store.make import make_identity, rollout_id, store_commit
 
 SURFACE = {
-    "run": ["CONFIG", "--set", "--progress", "--json"],
+    "run": ["CONFIG", "--set", "--repair", "--progress", "--json"],
     "plan": ["CONFIG", "--set", "--json"],
     "status": ["RUN", "--watch", "--json"],
-    "verify": ["DIR", "--run", "--json"],
+    "verify": ["DIR", "--run", "--bytes", "--sample", "--json"],
     "decode": ["RUN", "--config", "--set", "--other-vae", "--json"],
     "score": [
         "RUN|VIDEOS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from lrag_ray.stages.rollout.worker import RolloutResult
 from lrag_ray.stages.spec import Host, Result, Yielded
 from lrag_ray.stages.text import TextStage, TextTask, TextWorker
 from lrag_ray.store.failures import read_failures
+from lrag_ray.store.integrity import Coverage, find_damage
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 from tests.cluster.drivers import Driver, actors_below, driver, write_config
@@ -338,3 +340,40 @@ def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(clust
     outcome = evaluate(config)
     assert (outcome.exit_code, outcome.commits_total) == (0, len(undisturbed.commits()))
     same_results(directory, undisturbed)
+
+
+def test_a_repair_makes_again_what_is_damaged_and_touches_nothing_else(quiet: RolloutRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(quiet.uri, folder)
+    run = RolloutRun(str(folder))
+    expected = digests(run.commits())
+
+    def files() -> dict[Path, tuple[bytes, int]]:
+        found = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "lease")
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+    before = files()
+    in_place = [next(folder.glob("rollouts/tiny/base/*/attempt-*/part-00000-*.safetensors"))]
+    in_place += [
+        sorted(folder.glob("rollouts/tiny/rag/*/attempt-*/*.trace.parquet"))[0],
+        next(folder.glob("embeddings/*/*")),
+    ]
+    anew = [sorted(folder.glob("rollouts/tiny/rag/*/commit-12.json"))[-1], folder / "run.json"]
+    for path in [*in_place, *anew]:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert {found.path for found in find_damage(run, Coverage())} == {
+        str(path.relative_to(folder)) for path in [*in_place, *anew]
+    }
+    with pytest.raises(StorageError, match="--repair"):
+        evaluate(make_config(folder), PROMPTS)
+    outcome = evaluate(make_config(folder), PROMPTS, repair=True)
+    assert (outcome.exit_code, outcome.missing, outcome.commits_made) == (0, {}, 1)
+    assert list(find_damage(run, Coverage())) == []
+    after = files()
+    assert all(after[path][0] == before[path][0] for path in in_place)
+    derived = {path for path in before if path.parent.name == "summary"} | {folder / "config.json"}
+    untouched = before.keys() - {*in_place, *anew} - derived
+    assert {path for path in untouched if after[path] != before[path]} == set()
+    assert digests(run.commits()) == expected

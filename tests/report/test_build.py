@@ -29,6 +29,7 @@ from lrag_ray.scoring.video_rows import VideoRow, to_parquet
 from lrag_ray.store.failures import write_failure
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.seal import opened_json
 from tests.report.make_run import HORIZONS, make_identity, make_run, preview_row, store_rollout
 from tests.report.vbench_rows import by_rollout, score_run, store_frozen, store_rows, video_rows
 
@@ -400,7 +401,7 @@ def test_names_of_a_strangers_run_neither_act_nor_steer(tmp_path: Path) -> None:
     nasty = 'rag\x1b]0;owned\x07"><script>alert(1)</script>'
     run = make_run(str(tmp_path / "run"), ["a fox"], ["base", "rag"])
     score_all(run)
-    described = json.loads(run.storage.read_bytes("run.json"))
+    described = json.loads(opened_json(run.storage.read_bytes("run.json")))
     described["backbones"]["tiny"]["label"] = nasty
     described["methods"][nasty] = described["methods"]["rag"]
     run.storage.write("run.json", json.dumps(described).encode())

@@ -22,6 +22,7 @@ from lrag_ray.report.inspect import inspect_rollout
 from lrag_ray.report.latex import latex_table
 from lrag_ray.store.parts import BrokenPartError, read_trace
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.seal import opened_json
 from lrag_ray.store.status import run_status
 from tests.report.make_run import make_run
 
@@ -87,7 +88,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_any_value_anywhere_in_a_record_is_refused_or_left_out(made: Path, name: str, data: st.DataObject) -> None:
     (file,) = made.rglob(name)
     before = file.read_bytes()
-    content = json.loads(before)
+    content = json.loads(opened_json(before))
     path = data.draw(st.sampled_from(places(content)))
     value = data.draw(JSON)
     if path:
@@ -139,7 +140,7 @@ def test_what_no_record_holds_is_refused(made: Path, tmp_path: Path, content: st
 
 def test_a_run_that_claims_a_billion_samples_is_read_at_once(made: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made, tmp_path / "run"))
-    content = json.loads((run / "run.json").read_text())
+    content = json.loads(opened_json((run / "run.json").read_bytes()))
     (run / "run.json").write_text(json.dumps({**content, "samples": 10**9}))
     began = time.monotonic()
     read_all(run)

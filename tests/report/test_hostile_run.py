@@ -19,6 +19,7 @@ from lrag_ray.report.inspect import inspect_rollout
 from lrag_ray.store.parts import BrokenPartError, read_part
 from lrag_ray.store.records import PartRecord
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.seal import opened_json
 from lrag_ray.store.status import run_status
 from tests.report.make_run import FRAMES_PER_BLOCK, make_run
 
@@ -36,7 +37,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(opened_json(path.read_bytes()))
     edit(content)
     path.write_text(json.dumps(content))
 
@@ -55,7 +56,7 @@ def test_a_trace_that_is_none_leaves_the_page_without_its_map(run: Path) -> None
 @pytest.mark.parametrize("kind", ["latents", "trace"])
 def test_a_part_whose_checksum_fits_and_whose_content_does_not_is_broken(run: Path, kind: str) -> None:
     storage = RolloutRun(str(run)).storage
-    part = PartRecord.model_validate_json(next(run.rglob("part-*.json")).read_bytes())
+    part = PartRecord.opened(next(run.rglob("part-*.json")).read_bytes())
     other = getattr(part, "trace" if kind == "latents" else "latents")
     swapped = {"path": other.path, "size_bytes": other.size_bytes, "sha256": other.sha256}
     forged = part.model_copy(update={kind: getattr(part, kind).model_copy(update=swapped)})

@@ -14,7 +14,8 @@ from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.stages.rollout.pending import pending_rollouts
 from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
 from lrag_ray.stages.spec import LocalHost
-from lrag_ray.stages.text import TextStage, TextTask, embedding_path
+from lrag_ray.stages.text import TextStage, TextTask
+from lrag_ray.store.embeddings import embedding_path
 from lrag_ray.store.identity import RunIdentity, canonical_digest
 from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun

@@ -10,8 +10,9 @@ import torch
 
 from lrag_ray.errors import ClusterError
 from lrag_ray.stages.spec import LocalHost, Result, Task, Yielded
-from lrag_ray.stages.text import TextStage, TextTask, embedding_path, read_embedding, without_features
+from lrag_ray.stages.text import TextStage, TextTask
 from lrag_ray.store.address import Storage
+from lrag_ray.store.embeddings import embedding_path, read_embedding, without_features
 from lrag_ray.store.records import FailureKind, FailureRecord, new_attempt_id, now_utc
 from lrag_ray.wan.text import tiny_text_encoder
 from tests.stages.make import make_config

@@ -53,3 +53,30 @@ def test_a_column_of_pickles_is_not_unpickled(
     assert pq.read_table(io.BytesIO(sink.getvalue())).num_rows == 1
     pq.read_table(io.BytesIO(sink.getvalue())).to_pylist()
     assert (tmp_path / "acted").exists()
+
+
+def _repeated(rows: int) -> dict[str, bytes]:
+    """Traces of a few kilobytes: very many rows, a long text in each row, and zeros that compress to nothing."""
+    few = {field.name: pa.array([None], field.type) for field in TRACE_SCHEMA}
+    many = {**few, "kind": pa.array(["current"], pa.string())}
+    long = {**few, "kind": pa.array(["x" * 50_000], pa.string())}
+    return {
+        "rows": _written({name: pa.concat_arrays([column] * rows) for name, column in many.items()}),
+        "texts": _written({name: pa.concat_arrays([column] * 20_000) for name, column in long.items()}),
+        "bytes": _written({**few, "kind": pa.array(["\0" * (300 << 20)], pa.string())}),
+    }
+
+
+def _written(columns: dict[str, pa.Array]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def test_a_small_file_that_becomes_gigabytes_is_refused_before_it_does() -> None:
+    for name, data in _repeated(2_500_000).items():
+        assert len(data) < 400_000, name
+        before = pa.total_allocated_bytes()
+        with pytest.raises(BrokenPartError, match="more than"):
+            read_trace(data)
+        assert pa.total_allocated_bytes() - before < 64 << 20, name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lrag_ray.cli import app as cli
 from lrag_ray.scoring.per_video import PerVideoWorker
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.store.failures import write_failure
-from lrag_ray.store.lease import LeaseRecord, new_record, take_lease
+from lrag_ray.store.lease import Beat, LeaseRecord, new_record, take_lease
 from lrag_ray.store.process import ProcessIdentity
 from lrag_ray.store.records import FailureRecord, now_utc
 from lrag_ray.store.rollouts import RolloutRun
@@ -76,7 +75,8 @@ def test_who_works_is_named_with_its_host_and_since_when(run: RolloutRun) -> Non
 def test_a_driver_without_a_sign_of_life_does_not_work(run: RolloutRun) -> None:
     held(run)
     beat = Path(run.uri) / "lease" / "00000001.beat"
-    beat.write_text(json.dumps({**json.loads(beat.read_text()), "at": "2020-01-01T00:00:00.000+00:00"}))
+    old = Beat.opened(beat.read_bytes()).model_copy(update={"at": "2020-01-01T00:00:00.000+00:00"})
+    beat.write_bytes(old.sealed())
     status = run_status(run)
     assert status.held_by is None and status.commits_per_hour is None
     assert status.lost is not None and "on another" in status.lost

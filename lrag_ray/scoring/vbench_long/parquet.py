@@ -11,15 +11,13 @@ worker and its successor): they say the same, and the first counts.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lrag_ray.scoring.vbench_long.names import Mode
 from lrag_ray.scoring.vbench_long.rows import ScoreRow
-from lrag_ray.store.parquet import read_parquet
+from lrag_ray.store.parquet import read_parquet, write_parquet
 
 UNTRAINED = "random-"
 """Digests of networks begin so where their weights were drawn at random: the scores mean nothing."""
@@ -44,11 +42,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def rows_to_parquet(rows: Sequence[ScoreRow]) -> bytes:
-    """Rows as a parquet file, which may be empty: one column per field of `ScoreRow`."""
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([row.as_dict() for row in rows], schema=_SCHEMA), sink)
-    return sink.getvalue()
+def rows_to_parquet(rows: Sequence[ScoreRow], path: str = "", ends: Sequence[str] = ()) -> bytes:
+    """Rows as a sealed parquet file, which may be empty: one column per field of `ScoreRow`; see `write_parquet`."""
+    return write_parquet(pa.Table.from_pylist([row.as_dict() for row in rows], schema=_SCHEMA), path, ends)
 
 
 def rows_from_parquet(data: bytes) -> list[ScoreRow]:
@@ -57,10 +53,8 @@ def rows_from_parquet(data: bytes) -> list[ScoreRow]:
     Raises:
         pyarrow.ArrowException: it is not a parquet file, or its columns are others.
     """
-    table = read_parquet(data)
-    if table.schema != _SCHEMA:
-        raise pa.ArrowInvalid(f"columns {table.schema.names} are not those of VBench-Long scores")
-    return [ScoreRow(**{**row, "per_frame": tuple(row["per_frame"])}) for row in table.to_pylist()]
+    rows = read_parquet(data, _SCHEMA).to_pylist()
+    return [ScoreRow(**{**row, "per_frame": tuple(row["per_frame"])}) for row in rows]
 
 
 def folder(mode: Mode) -> str:

@@ -130,12 +130,15 @@ class VbenchWorker:
             if clips == self._files.clips or time.monotonic() - since >= self._files.seconds:
                 self._keep(task, kept)
                 kept, clips, since = [], 0, time.monotonic()
-        self._rows.create(f"{task.folder}/{task.last_file}", rows_to_parquet(kept))
+        last = f"{task.folder}/{task.last_file}"
+        written = [path.rpartition("/")[2] for path in self._rows.list_files(task.folder) if path.endswith(".parquet")]
+        self._rows.create(last, rows_to_parquet(kept, last, written))
         if failure:
             raise UnscorableError(failure)
 
     def _keep(self, task: VbenchTask, rows: Sequence[ScoreRow]) -> None:
-        self._rows.create(f"{task.folder}/rows-{secrets.token_hex(8)}.parquet", rows_to_parquet(rows))
+        path = f"{task.folder}/rows-{secrets.token_hex(8)}.parquet"
+        self._rows.create(path, rows_to_parquet(rows, path))
 
     def _marked(self, row: ScoreRow) -> ScoreRow:
         return replace(row, networks=row.networks.replace(":", f":{UNTRAINED}")) if self._settings.untrained else row

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lrag_ray.errors import StorageError
-from lrag_ray.stages.horizon_videos import HorizonVideos, put_video, value_bytes
-from lrag_ray.store.parts import FinishedBlock, StoredPart, write_part
+from lrag_ray.stages.horizon_videos import HorizonVideos, put_video
+from lrag_ray.store.parts import FinishedBlock, StoredPart, value_bytes, write_part
 from lrag_ray.store.records import Commit, PartRecord, RolloutId, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.versions import versions

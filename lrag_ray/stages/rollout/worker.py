@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,8 +33,9 @@ from lrag_ray.stages.horizon_videos import HorizonVideos
 from lrag_ray.stages.numerics import make_reproducible
 from lrag_ray.stages.rollout.background import BackgroundThread
 from lrag_ray.stages.rollout.block_writer import BlockWriter, Stopwatch
+from lrag_ray.stages.rollout.restore import Damaged, Restoration, Restored
 from lrag_ray.stages.spec import Host, Resources, Result, Stage, Task, WorkerState, Yielded
-from lrag_ray.stages.text import embedding_path, read_embedding
+from lrag_ray.store.embeddings import embedding_path, read_embedding
 from lrag_ray.store.identity import canonical_digest
 from lrag_ray.store.parts import FinishedBlock, PartChain, read_chain
 from lrag_ray.store.records import PartRecord, RolloutId
@@ -60,6 +62,8 @@ class RolloutTask:
     """Of the transformer's weights as the driver sees them: another node must not have other files."""
     horizons: tuple[int, ...]
     """Horizons in latent frames that have no commit yet, ascending."""
+    damaged: Damaged | None = None
+    """Files of commits to make again in their place, instead of making commits."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ class RolloutResult(Result):
     blocks_generated: int = 0
     blocks_resumed: int = 0
     """Blocks taken from stored parts."""
+    restored: Restored | None = None
+    """Of a task with damaged files."""
 
 
 class RolloutWorker:
@@ -208,12 +214,14 @@ class _Attempt:
         self._backbone = self._worker.hold(task.rollout.backbone)
         if self._backbone.fail_on_prompt is not None and self._backbone.fail_on_prompt in task.prompt:
             raise RuntimeError(f"fail_on_prompt: the prompt contains {self._backbone.fail_on_prompt!r}")
+        self._n = self._backbone.sampler.frames_per_block
+        if task.damaged is not None:
+            return self._restore(task.damaged, began)
         inventory = self._run.inventory(task.rollout)
         committed = inventory.valid_commits(task.rollout)
         horizons = [horizon for horizon in task.horizons if horizon not in committed]
         if not horizons:
             return RolloutResult(made=0, units=0, seconds=time.perf_counter() - began)
-        self._n = self._backbone.sampler.frames_per_block
         self._blocks_total = horizons[-1] // self._n
         self._report(0, "loading")
         with self._watch.measure("store"):
@@ -232,6 +240,23 @@ class _Attempt:
             seconds=time.perf_counter() - began,
             notes=tuple(self._notes),
         )
+
+    def _restore(self, damaged: Damaged, began: float) -> RolloutResult | Yielded:
+        self._blocks_total = max(commit.latent_frames for commit in damaged.commits) // self._n
+
+        def step(block: int, word: str) -> None:
+            self._leave_if_asked()
+            self._report(block, word)
+
+        with scratch_folder() as scratch:
+            open_videos = partial(self._open_videos, scratch)
+            work = Restoration(self._run.storage, damaged, self._n, self._start, open_videos, step)
+            try:
+                restored = work.run()
+            except _MustLeaveError:
+                return Yielded("its node is about to be taken away; damaged files are not made again yet")
+        seconds = time.perf_counter() - began
+        return RolloutResult(made=0, units=self._blocks_total, seconds=seconds, restored=restored)
 
     def _chain(self, inventory: Inventory, end_frame: int) -> PartChain:
         """What to continue from."""

@@ -20,6 +20,7 @@ from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage, RolloutT
 from lrag_ray.stages.spec import LocalHost, Yielded
 from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.seal import opened_json
 from lrag_ray.video.mp4 import read_video
 from tests.stages.make import BACKBONE, METHODS, encode_texts, make_config, make_prompts, pending_tasks
 
@@ -163,7 +164,7 @@ def relabelled(run: Bench, device_kind: str) -> None:
     """Let the parts of a run be those of another kind of device."""
     for path in run.run.storage.list_files("rollouts"):
         if "/part-" in path and path.endswith(".json"):
-            record = json.loads(run.run.storage.read_bytes(path))
+            record = json.loads(opened_json(run.run.storage.read_bytes(path)))
             run.run.storage.write(path, json.dumps({**record, "device_kind": device_kind}).encode())
 
 
