@@ -9,7 +9,7 @@ from lrag_ray.stages.backbone import pixels_identity
 from lrag_ray.stages.decode import DecodeStage, DecodeTask
 from lrag_ray.stages.spec import LocalHost, Refused, Result, Task, WorkerState, Yielded
 from lrag_ray.store.decoded import decode_settings
-from lrag_ray.store.records import new_attempt_id
+from lrag_ray.store.records import HOW_TO_REPAIR, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from tests.stages.make import METHODS, do_all, make_config, make_prompts
@@ -53,5 +53,5 @@ def test_latents_that_are_not_those_of_the_commit_are_refused_and_what_comes_bef
     part = task.commits[-1].latent_parts[-1]
     (tmp_path / part.path).write_bytes(b"\0" * part.size_bytes)
     outcome = stage.open(LocalHost()).work(task, new_attempt_id())
-    assert outcome == Refused(f"{part.path} does not have the recorded checksum")
+    assert outcome == Refused(f"{part.path} does not have the recorded checksum. {HOW_TO_REPAIR}")
     assert videos(run) == [6]
