@@ -21,6 +21,7 @@ from lrag_ray.errors import IdentityError, StorageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import FORMAT_VERSION, RunIdentity, differences, grown
 from lrag_ray.store.records import why_not
+from lrag_ray.store.seal import DamagedError, is_sealed_json
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
@@ -82,7 +83,8 @@ class RunDirectory:
             stored = self.require()
         self._refuse_changes(stored, wanted)
         union = grown(stored, wanted)
-        if union != stored:
+        if union != stored or not is_sealed_json(self.storage.read_bytes(RUN_FILE)):
+            # A run of a version before seals gets one, so that such a version does not take its new commits for damaged.
             self.storage.write(RUN_FILE, union.sealed())
         return union
 
@@ -102,14 +104,17 @@ class RunDirectory:
         return bool(self.storage.list_files())
 
     def is_damaged(self) -> bool:
-        """Whether ``run.json`` is there and cannot be understood."""
+        """Whether ``run.json`` is there and not what was written; what another version wrote is not damaged."""
         data = self.storage.read_many([RUN_FILE]).get(RUN_FILE)
         if data is None:
             return False
         try:
-            return RunIdentity.opened(data).format_version != FORMAT_VERSION
-        except ValueError:
+            RunIdentity.opened(data)
+        except DamagedError:
             return True
+        except ValueError:
+            return not is_sealed_json(data)
+        return False
 
     def set_aside(self, path: str, examined: bytes | None = None) -> str:
         """Rename a file that does not count, so that it can be made again; returns its new path.

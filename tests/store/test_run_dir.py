@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lrag_ray.store.failures import write_failure
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.records import FailureRecord, now_utc
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.seal import is_sealed_json, sealed_json
 from lrag_ray.store.status import run_status
 from tests.store.make import make_identity, rollout_id, store_commit, store_part
 
@@ -40,6 +42,25 @@ def test_a_damaged_or_foreign_run_file_is_refused(run: RolloutRun) -> None:
     run.storage.write("run.json", make_identity(format_version=2).model_dump_json().encode())
     with pytest.raises(StorageError, match="format_version is 2"):
         run.read()
+
+
+def test_a_run_of_a_version_before_seals_is_sealed_by_the_next_start(run: RolloutRun) -> None:
+    identity = make_identity()
+    run.storage.write("run.json", identity.model_dump_json(indent=1).encode())
+    assert run.read() == identity and not run.is_damaged()
+    assert run.ensure(identity) == identity
+    assert is_sealed_json(run.storage.read_bytes("run.json")) and run.read() == identity
+
+
+def test_what_another_version_wrote_is_refused_and_not_taken_for_damage(run: RolloutRun) -> None:
+    later = json.loads(make_identity().model_dump_json()) | {"format_version": 2, "novel": [1]}
+    data = sealed_json(json.dumps(later, indent=1))
+    run.storage.write("run.json", data)
+    assert not run.is_damaged()
+    with pytest.raises(StorageError, match="written by another version"):
+        run.read()
+    run.storage.write("run.json", data.replace(b"novel", b"Novel"))
+    assert run.is_damaged()
 
 
 def test_a_commit_is_created_once_and_covers_shorter_horizons(run: RolloutRun) -> None:
