@@ -84,6 +84,8 @@ def report(
 
 
 def _print(made: Report) -> None:
+    from lrag_ray.report.tables import counted
+
     out = console()
     for warning in made.warnings:
         out.print(f"Note: {warning}")
@@ -95,11 +97,11 @@ def _print(made: Report) -> None:
     if not made.blocks:
         out.print(f"No scores yet ({made.data.suite.title}).")
     if made.data.scores.pending:
-        out.print(f"Without scores yet: {made.data.scores.pending} videos at their durations (`lrag-ray score RUN`).")
+        left = counted(made.data.scores.pending, "video")
+        out.print(f"Not scored in full yet: {left} at their durations (`lrag-ray score RUN`).")
     if made.data.scores.failures:
-        out.print(
-            f"Could not be scored: {len(made.data.scores.failures)} videos at their durations; the page says why."
-        )
+        failed = counted(len(made.data.scores.failures), "video")
+        out.print(f"Without a score, or not in every measure: {failed}; the page says why.")
     if made.data.other_suites:
         out.print(f"Not shown: scores of {'; '.join(made.data.other_suites)} (--suite, --mode).")
     if made.folder is None:

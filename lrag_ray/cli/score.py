@@ -167,12 +167,10 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
             made.add_row(video.path, count(video.clips), *values)
         shown.print(made)
         shown.print()
-    blocks: dict[tuple[str, float | None], list[GroupResult]] = {}
+    blocks: dict[str, list[GroupResult]] = {}
     for group in outcome.groups:
-        blocks.setdefault((group.backbone, group.duration_s), []).append(group)
-    for (backbone, duration_s), groups in blocks.items():
-        names = [backbone, "" if duration_s is None else f"{duration_s:g} s"]
-        label = ", ".join(filter(None, names)) or "all videos"
+        blocks.setdefault(group.name, []).append(group)
+    for label, groups in blocks.items():
         means = table(f"{title}: {label}", "", *(group.method or "score" for group in groups))
         for kind, which in _MEANS.items():
             means.add_row(kind)
@@ -187,6 +185,8 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         means.add_row("Clips", *(count(group.clips) for group in groups))
         shown.print(means)
         shown.print()
+    for note in outcome.left_out:
+        shown.print(note, soft_wrap=True)
     shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
     _print_failed(shown, outcome.failed)
     notes: dict[str, set[str]] = {}

@@ -23,6 +23,7 @@ from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.scoring import as_tasks, score_tasks, scoring_stage
 from lrag_ray.pipelines.video_list import ListedVideo, VideoList, list_videos
 from lrag_ray.report.csv_text import csv_text
+from lrag_ray.report.tables import comparison_note
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
 from lrag_ray.scoring.registry import suite_of
@@ -69,6 +70,12 @@ class GroupResult:
     nothing to compare."""
     prompts_ranked: int
 
+    @property
+    def name(self) -> str:
+        """Backbone and duration as people read them."""
+        names = [self.backbone, "" if self.duration_s is None else f"{self.duration_s:g} s"]
+        return ", ".join(filter(None, names)) or "all videos"
+
 
 @dataclass(frozen=True)
 class VideoScores:
@@ -89,6 +96,8 @@ class VideoScores:
     videos: Sequence[VideoResult]
     failed: Mapping[str, str]
     """Reason by path."""
+    left_out: Sequence[str]
+    """What the ranks are over, and what is left out of them."""
     seconds: float
 
 
@@ -159,7 +168,7 @@ class ScoreVideosJob(Job[VideoScores]):
         """What is stored, of this start and earlier ones."""
         suite, listed = self._suite, self._listed.videos
         reader = suite.read_videos(self.storage)
-        groups, videos = _results(listed, reader, suite.measures, self.missing)
+        groups, videos, left_out = _results(listed, reader, suite.measures, self.missing)
         name = f"videos{f'-{suite.mode}' if suite.mode else ''}.csv"
         self.storage.write(name, _csv(videos, suite.measures).encode())
         failed = {v.path + (f" at {v.duration_s:g} s" if v.duration_s else ""): v.reason for v in videos if v.reason}
@@ -175,6 +184,7 @@ class ScoreVideosJob(Job[VideoScores]):
             groups=groups,
             videos=videos,
             failed=failed,
+            left_out=left_out,
             seconds=self.seconds,
         )
 
@@ -189,7 +199,7 @@ def _results(
     reader: VideoReader,
     measures: Sequence[Measure],
     failures: Mapping[str, str],
-) -> tuple[list[GroupResult], list[VideoResult]]:
+) -> tuple[list[GroupResult], list[VideoResult], list[str]]:
     grouped: dict[tuple[str, float | None, str], list[ListedVideo]] = {}
     for video in videos:
         for duration_s in video.durations_s or (None,):
@@ -219,7 +229,11 @@ def _results(
         means = (found.mean_over_clips, found.mean_of_video_means)
         groups.append(GroupResult(backbone, duration_s, method, len(ready), clips, *means, None, 0))
         scored += ready
-    return _ranked(groups, scored, measures), results
+    scored_measures = [measure for measure in measures if any(measure.name in video.scores for video in scored)]
+    ranked, notes = _ranked(groups, scored, scored_measures)
+    if notes and (none := [measure.title for measure in measures if measure not in scored_measures]):
+        notes.append(f"Left out of the ranks, because no video has it: {', '.join(none)}.")
+    return ranked, results, notes
 
 
 def _reason(missing: Mapping[str, str], failure: str | None) -> str:
@@ -232,24 +246,26 @@ def _reason(missing: Mapping[str, str], failure: str | None) -> str:
 
 def _ranked(
     groups: Sequence[GroupResult], videos: Sequence[VideoResult], measures: Sequence[Measure]
-) -> list[GroupResult]:
-    """Average ranks where the manifest names methods and prompts."""
+) -> tuple[list[GroupResult], list[str]]:
+    """Average ranks where the manifest names methods and prompts, and what each table of ranks is over."""
     methods = list(dict.fromkeys(group.method for group in groups))
     if len(methods) < 2 or not all(video.prompt for video in videos):
-        return list(groups)
+        return list(groups), []
     # The table of ranks knows durations as whole numbers.
     scored = [
         VideoScore(v.backbone, v.method, _milliseconds(v.duration_s), v.prompt, v.sample, v.scores, v.clips)
         for v in videos
     ]
     blocks = {(b.backbone, b.latent_frames): b for b in average_ranks(scored, methods, measures, "clips")}
-    ranked = []
+    ranked, notes = [], {}
     for group in groups:
         block = blocks.get((group.backbone, _milliseconds(group.duration_s)))
         row = next((row for row in block.rows if row.method == group.method), None) if block else None
         rank = row.average_rank if row else None
         ranked.append(replace(group, average_rank=rank, prompts_ranked=block.prompts if block else 0))
-    return ranked
+        if block:
+            notes[group.name] = comparison_note(block)
+    return ranked, [f"{name}: {note}" for name, note in notes.items()]
 
 
 def _milliseconds(duration_s: float | None) -> int:

@@ -98,11 +98,11 @@ def comparison_note(block: RankBlock) -> str:
     if not any(row.ranks for row in block.rows):
         own = " Means are over each method's own videos." if any(row.means for row in block.rows) else ""
         return f"Not ranked: {left_out}.{own}"
-    note = f"Over the {_count(block.prompts, 'prompt')} that all {'ranked ' if left_out else ''}methods have"
+    note = f"Over the {counted(block.prompts, 'prompt')} that all {'ranked ' if left_out else ''}methods have"
     if block.videos != block.prompts:
-        note += f" ({_count(block.videos, 'video')} per method)"
+        note += f" ({counted(block.videos, 'video')} per method)"
     if block.prompts_left_out:
-        note += f"; {_count(block.prompts_left_out, 'prompt')} left out because some methods lack them"
+        note += f"; {counted(block.prompts_left_out, 'prompt')} left out because some methods lack scores of them"
     return f"{note}. Left out of the ranks: {left_out}." if left_out else f"{note}."
 
 
@@ -122,7 +122,7 @@ def left_out_note(block: RankBlock) -> str:
 def frozen_note(data: ReportData, block: RankBlock) -> str:
     """What the control beside a table is, and over how many prompts where these are not all of the table's."""
     prompts = len({prompt for prompt, _ in data.frozen_units(block)})
-    some = "" if prompts == block.prompts else f" (over {prompts} of the {_count(block.prompts, 'prompt')})"
+    some = "" if prompts == block.prompts else f" (over {prompts} of the {counted(block.prompts, 'prompt')})"
     return f"the first frame held for the whole video{some}, a control that is never ranked"
 
 
@@ -161,8 +161,8 @@ def terminal_tables(data: ReportData) -> Iterable[Table]:
 def interval_note(prompts: int) -> str:
     """What the intervals beside differences are, or why there are none."""
     if prompts < LEAST_PROMPTS:
-        return f"No intervals: {_count(prompts, 'prompt')}, and they need at least {LEAST_PROMPTS}."
-    note = f"In brackets the {LEVEL:.0%} interval: BCa bootstrap over {_count(prompts, 'prompt')} with all samples"
+        return f"No intervals: {counted(prompts, 'prompt')}, and they need at least {LEAST_PROMPTS}."
+    note = f"In brackets the {LEVEL:.0%} interval: BCa bootstrap over {counted(prompts, 'prompt')} with all samples"
     covers = next((share for below, share in _COVERAGE.items() if prompts < below), None)
     few = f"; from so few it holds the true mean in about {covers} of cases" if covers else ""
     return f"{note}{few}. Each stands for itself, not corrected for their number."
@@ -184,7 +184,7 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
     for measure in data.suite.measures:
         name = measure.name
         cells = [_marked(number(row.means.get(name), measure), marks.get((row.method, name))) for row in block.rows]
-        control = [Text(number(frozen[name], measure), style="italic")] if frozen else []
+        control = [Text(number(frozen.get(name), measure), style="italic")] if frozen else []
         table.add_row(f"{measure.title} {arrow(measure)}", *cells, *control)
     table.add_section()
     ranks = [_marked(rank_number(row.average_rank), marks.get((row.method, AVERAGE))) for row in block.rows]
@@ -237,5 +237,6 @@ def _marked(text: str, place: Place | None) -> Text:
     return Text(text, style={Place.BEST: "bold", Place.SECOND: "underline"}.get(place or Place.OTHER, ""))
 
 
-def _count(number_of: int, what: str) -> str:
+def counted(number_of: int, what: str) -> str:
+    """A number of things in words: ``1 video``, ``2 videos``."""
     return f"{number_of} {what}{'' if number_of == 1 else 's'}"

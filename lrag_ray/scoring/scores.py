@@ -16,13 +16,13 @@ class Scores:
     """Values of one suite (and mode), of one run or several."""
 
     videos: list[VideoScore] = field(default_factory=list)
-    """Videos at durations that have all their values, in prompt-major order."""
+    """Videos at durations with the values that they have, in prompt-major order."""
     clips: list[VideoClips] = field(default_factory=list)
     """The clips behind them, where the suite has clips."""
     rows: list[VideoRow] = field(default_factory=list)
     """The stored rows behind them, where the suite stores one per video."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Why a video has no score, by its path."""
+    """Why a video has no score, or misses measures, by its path."""
     damaged: list[str] = field(default_factory=list)
     """Score files, relative to their run, that cannot be read; what they held counts as pending."""
     pending: int = 0

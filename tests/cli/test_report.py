@@ -90,7 +90,7 @@ def test_what_is_not_scored_yet_is_counted(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "run"), ["a fox"], ["base"])
     shown = invoke(run.uri, "--strips", "0").output
     assert "No scores yet (preview suite, not VBench)" in shown
-    assert "Without scores yet: 2 videos at their durations (`lrag-ray score RUN`)" in shown
+    assert "Not scored in full yet: 2 videos at their durations (`lrag-ray score RUN`)" in shown
 
 
 def test_several_runs_without_a_place_print_one_table(run: RolloutRun, tmp_path: Path) -> None:

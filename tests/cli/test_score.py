@@ -18,7 +18,7 @@ SCORES = {name: 0.5 + 0.1 * i for i, name in enumerate(get_args(DimensionName))}
 
 
 def shown(groups: Sequence[GroupResult], videos: Sequence[VideoResult] = ()) -> str:
-    scores = VideoScores(0, "scores", "compat", "v.csv", get_args(DimensionName), False, 1, groups, videos, {}, 1.0)
+    scores = VideoScores(0, "scores", "compat", "v.csv", get_args(DimensionName), False, 1, groups, videos, {}, [], 1.0)
     out = io.StringIO()
     print_video_scores(Console(file=out, width=80, markup=False), scores, VbenchLong(VbenchSettings(mode="compat")))
     return out.getvalue()

@@ -246,7 +246,7 @@ def test_a_half_scored_run_says_how_much_is_missing(tmp_path: Path) -> None:
     store_rows(run, rollout, video_rows(videos, lambda *_: 0.5))
     report = build_report(run, strips=0)
     text = Page(run.storage.read_bytes(PAGE).decode()).text
-    assert "Without scores yet: 2 videos at their durations" in text
+    assert "Not scored in full yet: 2 videos at their durations" in text
     assert "Not ranked: no scores yet for rag." in text and overview(report.data) is None
 
 
@@ -316,7 +316,7 @@ def test_the_note_counts_what_was_left_out() -> None:
     (block,) = average_ranks(scores, ["a", "b"], MEASURES)
     assert comparison_note(block) == (
         "Over the 1 prompt that all methods have (2 videos per method); "
-        "1 prompt left out because some methods lack them."
+        "1 prompt left out because some methods lack scores of them."
     )
 
 

@@ -9,12 +9,14 @@ from zlib import crc32
 import pytest
 
 from lrag_ray.report import ReportData, collect
-from lrag_ray.report.tables import warnings
+from lrag_ray.report.page import render_page
+from lrag_ray.report.tables import comparison_note, warnings
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
 from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows_from_parquet
 from lrag_ray.scoring.vbench_long.slow_fast import map_score
+from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import make_identity, make_run, store_rollout
@@ -189,3 +191,56 @@ def test_what_must_be_known_first_is_said(run: RolloutRun) -> None:
     assert "Scores of 2 of the 6 dimensions" in few
     assert "different weights of clip_vitb32" in mixed
     assert "float32 precision, official precision" in ways
+
+
+def test_a_video_without_one_dimension_keeps_the_others(run: RolloutRun) -> None:
+    """Means are over what exists, ranks over the prompts that have every dimension, and both are said."""
+    score_run(run, falling)
+    rollout, videos = next(iter(by_rollout(run).items()))
+    assert rollout.method == "base"
+    rows = [
+        replace(each, score=None, per_frame=(), reason="needs three frames")
+        if each.dimension == "motion_smoothness"
+        else each
+        for each in video_rows(videos, lambda *_: 0.5)
+    ]
+    store_rows(run, rollout, rows)
+    data = collect([run])
+    (kept,) = [
+        v for v in data.scores.videos if (v.method, v.latent_frames, v.prompt_id) == ("base", 12, rollout.prompt_id)
+    ]
+    assert kept.values.keys() == set(DIMENSION_NAMES) - {"motion_smoothness"}
+    assert kept.values["imaging_quality"] == pytest.approx(0.5)
+    reason = "motion_smoothness: needs three frames"
+    assert data.scores.failures == dict.fromkeys((video.video.path for video in videos), reason)
+    assert data.scores.pending == 0
+    assert [(block.prompts, block.prompts_left_out) for block in data.blocks] == [(1, 1), (1, 1)]
+    assert "1 prompt left out because some methods lack scores of them" in comparison_note(data.blocks[0])
+    assert means(data, 12, "base")["imaging_quality"] == pytest.approx(0.8 - 13 / 2000)
+    table = data.suite.table(data.scores).to_pylist()
+    assert {row["motion_smoothness"] for row in table if row["imaging_quality"] == 0.5} == {None}
+
+
+def test_a_dimension_that_a_method_never_has_leaves_its_other_means(run: RolloutRun) -> None:
+    for rollout, videos in by_rollout(run).items():
+        rows = video_rows(videos, falling)
+        if rollout.method == "rag":
+            rows = [each for each in rows if each.dimension != "dynamic_degree"]
+            span = video_rows(videos, falling, dimensions=["dynamic_degree"])
+            rows += [replace(each, score=None, per_frame=(), reason="too small") for each in span]
+        store_rows(run, rollout, rows)
+    data = collect([run])
+    found = means(data, 18, "rag")
+    assert found.keys() == set(DIMENSION_NAMES) - {"dynamic_degree"}
+    assert means(data, 18, "base").keys() == set(DIMENSION_NAMES)
+    assert comparison_note(data.blocks[0]).startswith("Not ranked: no prompt has complete scores for several methods")
+
+
+def test_a_control_without_one_dimension_shows_the_others(run: RolloutRun) -> None:
+    score_run(run, falling)
+    first, _ = run.require().prompts
+    store_frozen(run, "tiny", first, 0, 0.99, without="dynamic_degree")
+    data = collect([run])
+    frozen = data.frozen_means(data.blocks[0])
+    assert frozen.keys() == set(DIMENSION_NAMES) - {"dynamic_degree"}
+    assert render_page(data, Storage(f"{run.uri}/summary"), []).count('<th scope="row">Frozen</th>') == 2

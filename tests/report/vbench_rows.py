@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lrag_ray.scoring.vbench_long.clips import clip_length, spans
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
@@ -88,10 +89,11 @@ def score_run(run: RolloutRun, value: Value, mode: Mode = "compat") -> None:
 
 
 def store_frozen(
-    run: RolloutRun, backbone: str, prompt_id: str, sample: int, score: float, mode: Mode = "compat"
+    run: RolloutRun, backbone: str, prompt_id: str, sample: int, score: float, mode: Mode = "compat", without: str = ""
 ) -> None:
     """The frozen control of one prompt: two clips that score alike."""
     video = frozen_identity(backbone, prompt_id, sample)
     rows = [row(video, "clip", name, first, 32, score, mode=mode) for name in DIMENSION_NAMES for first in (0, 32)]
     rows += [row(video, "clip_to_clip", name, 0, 64, 1.0, mode=mode) for name in MAPPING]
+    rows = [replace(each, score=None, reason="too small") if each.dimension == without else each for each in rows]
     run.storage.write(f"{frozen_folder(mode, backbone, prompt_id, sample)}/rows-a.parquet", rows_to_parquet(rows))

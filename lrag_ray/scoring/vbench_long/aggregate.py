@@ -33,6 +33,8 @@ class Unscored(NamedTuple):
     dimension: str
     """Empty where the whole video is missing."""
     reason: str
+    pending: bool = False
+    """It may still be scored."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def aggregate(rows: Iterable[ScoreRow], durations: Mapping[str, int] | None = No
 def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[list[ClipScore], list[Unscored]]:
     failures = [row for row in rows if row.kind == "failure"]
     if failures or not rows:
-        return [], [Unscored(video, "", failures[0].reason if failures else "not scored yet")]
+        return [], [Unscored(video, "", failures[0].reason if failures else "not scored yet", not failures)]
     frame_count = duration or max((row.first_frame + row.frame_count for row in rows if row.kind == "clip"), default=0)
     expected = spans(frame_count, clip_length(rows[0].fps))
     clips: list[ClipScore] = []
@@ -97,12 +99,13 @@ def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[
         slow = next((r for r in own if r.kind == "clip_to_clip" and r.frame_count == frame_count), None)
         reason = next((r.reason for r in (*by_span.values(), *([slow] if slow else ())) if r.reason), "")
         absent = [span for span in expected if span not in by_span]
+        pending = ""
         if absent:
-            reason = f"{len(absent)} of {len(expected)} clips are not scored yet"
+            pending = f"{len(absent)} of {len(expected)} clips are not scored yet"
         elif DIMENSIONS[dimension].slow and slow is None and len(expected) > 1:
-            reason = "clip to clip is not scored yet"
-        if reason:
-            missing.append(Unscored(video, dimension, reason))
+            pending = "clip to clip is not scored yet"
+        if pending or reason:
+            missing.append(Unscored(video, dimension, pending or reason, bool(pending)))
             continue
         clips += [_clip(by_span[span], slow) for span in expected]
     return clips, missing

@@ -94,7 +94,7 @@ def _is_sound(row: ScoreRow, mode: Mode) -> bool:
 
 
 def _add_rollout(scores: Scores, videos: Sequence[CommittedVideo], rows: Sequence[ScoreRow]) -> None:
-    """Take every duration from the first video whose rows are complete for it, the committed file before others."""
+    """Take every duration from the video with scores of most dimensions for it, the committed file before others."""
     by_video: dict[str, list[ScoreRow]] = {}
     for row in rows:
         # A row that names another rollout's video has no business here.
@@ -103,21 +103,23 @@ def _add_rollout(scores: Scores, videos: Sequence[CommittedVideo], rows: Sequenc
     used = set()
     for committed in videos:
         own = video_identity(committed.rollout.path, committed.video.sha256)
-        candidates = sorted(by_video, key=lambda video: video != own)
-        for video in candidates:
-            found = aggregate(by_video[video], {video: committed.frames})
-            if found.clips and not found.unscored:
-                clips = _video_clips(committed, found, by_video[video][0].fps)
-                scores.clips.append(clips)
-                scores.videos.append(clips.video)
-                used.add(video)
-                break
-        else:
-            reason = next((row.reason for video in candidates[:1] for row in by_video[video] if row.reason), "")
-            if reason:
-                scores.failures[committed.video.path] = reason
-            else:
-                scores.pending += 1
+        found = {
+            video: aggregate(by_video[video], {video: committed.frames})
+            for video in sorted(by_video, key=lambda video: video != own)
+        }
+        best = max(found, key=lambda video: len(found[video].mean_over_clips), default=None)
+        if best is None:
+            scores.pending += 1
+            continue
+        if found[best].clips:
+            clips = _video_clips(committed, found[best], by_video[best][0].fps)
+            scores.clips.append(clips)
+            scores.videos.append(clips.video)
+            used.add(best)
+        missing = found[best].unscored
+        scores.pending += any(gap.pending for gap in missing)
+        if reasons := [f"{gap.dimension}: {gap.reason}".removeprefix(": ") for gap in missing if not gap.pending]:
+            scores.failures[committed.video.path] = "; ".join(reasons)
     for video in used:
         _note_origin(scores, by_video[video])
 
@@ -159,7 +161,7 @@ def _add_frozen(scores: Scores, backbone: str, unit: Unit, rows: Sequence[ScoreR
         return
     # All clips of a held frame score alike: two stand for a video of any length.
     found = aggregate(own, {video: 2 * clip_length(own[0].fps)})
-    if found.clips and not found.unscored:
+    if found.clips:
         values = as_shares(found.per_video[video])
         scores.frozen.setdefault(backbone, {})[unit] = values
         _note_origin(scores, own)
