@@ -146,7 +146,7 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
         # An interrupted run has not written its summary.
         places = {
             "page": f"{outcome.uri}/{SUMMARY}/report.html",
-            "tables": f"{outcome.uri}/{SUMMARY}/ranks.csv, differences.csv, table.tex, scores.parquet",
+            "tables": f"{outcome.uri}/{SUMMARY}/ranks.csv, differences.csv, videos.csv, table.tex, scores.parquet",
             "videos and latents": f"{outcome.uri}/rollouts/<backbone>/<method>/<prompt>-<sample>/",
             **places,
         }

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lrag_ray.report.collect import ReportData, collect
-from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet
+from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet, videos_csv
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import render_page
 from lrag_ray.report.players import Link, relative_address
@@ -111,6 +111,7 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
         "ranks.csv": ranks_csv(data).encode(),
         "differences.csv": differences_csv(data).encode(),
         "table.tex": latex_table(data).encode(),
+        "videos.csv": videos_csv(data).encode(),
         "scores.parquet": scores_parquet(data),
     }
     if data.drift:

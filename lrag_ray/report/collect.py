@@ -12,6 +12,7 @@ from lrag_ray.errors import UsageError
 from lrag_ray.report.choice import choose_suite
 from lrag_ray.report.differences import BlockStatistics, block_statistics
 from lrag_ray.report.merge import merged_identity
+from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns, shown_columns
 from lrag_ray.scoring.drift import DriftPoint, drift
 from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks
 from lrag_ray.scoring.scores import Scores
@@ -66,6 +67,12 @@ class ReportData:
     def uris(self) -> list[str]:
         """Addresses of the runs, as they may be shown."""
         return [source.run_dir.uri for source in self.sources]
+
+    @cached_property
+    def prompt_columns(self) -> Mapping[str, Mapping[str, str]]:
+        """By prompt_id: the other columns of the prompt table, at most `MOST_SHOWN` of them."""
+        names = prompt_columns(self.identity)[:MOST_SHOWN]
+        return {prompt_id: shown_columns(prompt, names) for prompt_id, prompt in self.identity.prompts.items()}
 
     @cached_property
     def drift(self) -> Sequence[DriftPoint]:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.csv_text import csv_text
+from lrag_ray.report.prompt_columns import PREFIX
 from lrag_ray.report.tables import AVERAGE
 from lrag_ray.scoring.ranks import RankBlock
 
@@ -102,9 +103,49 @@ def drift_parquet(data: ReportData) -> bytes:
     return _parquet(drift_table(data))
 
 
+def videos_csv(data: ReportData) -> str:
+    """One line per video and duration: its prompt with the other columns of the prompt table, and its scores."""
+    labels = ["suite", "mode", "backbone", "method", "duration_s", "latent_frames", "prompt_id", "sample"]
+    lines = [
+        {
+            "suite": data.suite.name,
+            "mode": data.suite.mode,
+            "backbone": video.backbone,
+            "method": video.method,
+            "duration_s": data.duration_s(video.backbone, video.latent_frames),
+            "latent_frames": video.latent_frames,
+            "prompt_id": video.prompt_id,
+            "sample": video.sample,
+        }
+        | _prompt_cells(data, video.prompt_id)
+        | dict(video.values)
+        for video in data.scores.videos
+    ]
+    return csv_text([*labels, *_prompt_names(data), *(measure.name for measure in data.suite.measures)], lines)
+
+
 def scores_parquet(data: ReportData) -> bytes:
-    """Everything behind the tables: one row per video, or per clip where the suite has clips."""
-    return _parquet(data.suite.table(data.scores))
+    """Everything behind the tables: one row per video, or per clip where the suite has clips.
+
+    Beside each stands its prompt with the other columns of the prompt table.
+    """
+    table = data.suite.table(data.scores)
+    if "prompt_id" in table.column_names:
+        cells = [_prompt_cells(data, prompt_id) for prompt_id in table["prompt_id"].to_pylist()]
+        for name in _prompt_names(data):
+            if name not in table.column_names:
+                table = table.append_column(name, pa.array((row.get(name) for row in cells), pa.string()))
+    return _parquet(table)
+
+
+def _prompt_names(data: ReportData) -> list[str]:
+    names = dict.fromkeys(name for columns in data.prompt_columns.values() for name in columns)
+    return ["prompt", *(f"{PREFIX}{name}" for name in names)]
+
+
+def _prompt_cells(data: ReportData, prompt_id: str) -> dict[str, Any]:
+    columns = {f"{PREFIX}{name}": value for name, value in data.prompt_columns[prompt_id].items()}
+    return {"prompt": data.identity.prompts[prompt_id].text, **columns}
 
 
 _BLOCK_COLUMNS = ["suite", "mode", "backbone", "backbone_label", "duration_s", "latent_frames"]

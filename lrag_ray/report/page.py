@@ -21,6 +21,7 @@ from lrag_ray.report import tables
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.drift_svg import drift_figures
 from lrag_ray.report.players import MAPS, Link, rows
+from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns
 from lrag_ray.report.strips import StripSheet
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL
 from lrag_ray.scoring.ranks import RankBlock
@@ -29,6 +30,7 @@ _FILES = {
     "ranks.csv": "means, places and average ranks of every table",
     "differences.csv": "method minus reference with both ends of the interval, and the noise between samples",
     "table.tex": "the rank tables as one LaTeX table",
+    "videos.csv": "the scores of every video beside its prompt and the columns of the prompt table",
     "scores.parquet": "what they are made of, one row per clip or video",
     "drift.csv": "the drift curves with their bands",
     "drift.parquet": "the same",
@@ -117,6 +119,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
         strips=strips,
         rows=rows(data, link),
         maps=MAPS,
+        columns_left_out=max(0, len(prompt_columns(data.identity)) - MOST_SHOWN),
         samples=data.identity.samples,
         durations=_duration_choices(data),
         failures=[failure for source in data.sources for failure in source.status.failures],

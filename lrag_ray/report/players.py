@@ -43,6 +43,8 @@ class Row:
     anchor: str
     prompt: str
     prompt_index: int
+    columns: Mapping[str, str]
+    """The other columns of the prompt table."""
     sample: int
     backbone: str
     players: Sequence[Player]
@@ -78,6 +80,7 @@ def rows(data: ReportData, link: Link) -> Iterator[Row]:
             anchor=f"{backbone}-{prompt_id}-{sample}",
             prompt=prompt.text,
             prompt_index=prompt.index,
+            columns=data.prompt_columns[prompt_id],
             sample=sample,
             backbone=backbone,
             players=[_player(method, rollout, link, maps) for method, rollout in shown.items()],

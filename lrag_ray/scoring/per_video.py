@@ -16,6 +16,7 @@ from __future__ import annotations
 import platform
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -69,10 +70,8 @@ class PerVideoSuite(Suite[SettingsT]):
 
     def read(self, scores: Scores, run: RolloutRun, videos: Mapping[RolloutId, Sequence[CommittedVideo]]) -> None:
         """Add rows in the order of `videos`; rows of videos that were since replaced are left out."""
-        order = {
-            (video.rollout.path, video.latent_frames, video.video.sha256): i
-            for i, video in enumerate(video for group in videos.values() for video in group)
-        }
+        targets = [score_target(video) for group in videos.values() for video in group]
+        order = {(t.rollout_path, t.latent_frames, t.video_sha256): i for i, t in enumerate(targets)}
         found = {}
         paths = [path for path in run.storage.list_files(self.folder) if path.endswith(".parquet")]
         for path, data in run.storage.read_many(paths).items():
@@ -84,7 +83,8 @@ class PerVideoSuite(Suite[SettingsT]):
             for row in rows:
                 position = order.get((row.target.rollout_path, row.target.latent_frames, row.target.video_sha256))
                 if position is not None:
-                    found[position] = row
+                    # What else a row says of its video is its writer's word, and the run knows better.
+                    found[position] = replace(row, target=targets[position])
         scores.pending += len(order) - len(found)
         for _, row in sorted(found.items()):
             target = row.target

@@ -42,7 +42,7 @@ def test_the_end_of_a_run_says_what_was_done_and_where_it_lies(tmp_path: Path) -
     assert "This start made 1 of 4 results and scored 0 videos in 1 min 15 s." in text
     for place in (
         "summary/report.html",
-        "summary/ranks.csv, differences.csv, table.tex, scores.parquet",
+        "summary/ranks.csv, differences.csv, videos.csv, table.tex, scores.parquet",
         "rollouts/<backbone>",
     ):
         assert f"{tmp_path}/run/{place}" in text

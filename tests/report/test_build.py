@@ -17,9 +17,10 @@ import pytest
 from rich.console import Console
 
 from lrag_ray.errors import StorageError
-from lrag_ray.report import Report, build_report
+from lrag_ray.report import Report, build_report, collect
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import overview
+from lrag_ray.report.prompt_columns import MOST_SHOWN
 from lrag_ray.report.tables import Place, comparison_note, interval_note, places
 from lrag_ray.scoring.preview.measures import MEASURES
 from lrag_ray.scoring.preview.suite import PREVIEW
@@ -126,6 +127,56 @@ def test_columns_of_the_data_files_stay_what_they_are(tmp_path: Path) -> None:
     assert columns("differences.csv") == [*block, "prompts", *interval]
     in_clip = ["in_clip", "in_clip_lower", "in_clip_upper", "final"]
     assert columns("drift.csv") == [*block, "method", "measure", "clip", "start_s", "prompts", *in_clip]
+
+
+def with_columns(run: RolloutRun, *columns: dict[str, object]) -> None:
+    """Give the prompts of a run the other columns of a prompt table."""
+    identity = run.require()
+    prompts = {
+        prompt_id: prompt.model_copy(update={"columns": dict(found)})
+        for (prompt_id, prompt), found in zip(identity.prompts.items(), columns, strict=True)
+    }
+    run.storage.write("run.json", identity.model_copy(update={"prompts": prompts}).model_dump_json().encode())
+
+
+def test_columns_of_the_prompt_table_stand_beside_the_scores(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox", "a bear"], horizons=(12,))
+    score_run(run, lambda *_: 0.5)
+    with_columns(run, {"id": "=A7", "dimension": ["color"], "method": "mine"}, {"id": 8, "reference": "<b>r.png"})
+    build_report(run, strips=0)
+    rows = list(csv.DictReader(io.StringIO(run.storage.read_bytes("summary/videos.csv").decode())))
+    assert [row["prompt.id"] for row in rows] == ["'=A7", "'=A7", "8", "8"]
+    assert [row["prompt"] for row in rows] == ["a fox", "a fox", "a bear", "a bear"]
+    assert [(row["method"], row["prompt.method"]) for row in rows[:2]] == [("base", "mine"), ("rag", "mine")]
+    assert rows[0]["prompt.dimension"] == '["color"]' and rows[0]["prompt.reference"] == ""
+    assert {float(row["imaging_quality"]) for row in rows} == {0.5} and {row["duration_s"] for row in rows} == {"3.0"}
+    clips = pq.read_table(io.BytesIO(run.storage.read_bytes("summary/scores.parquet"))).to_pylist()
+    assert {(row["prompt"], row["prompt.id"], row["prompt.reference"]) for row in clips} == {
+        ("a fox", "=A7", None),
+        ("a bear", "8", "<b>r.png"),
+    }
+    page = Page(run.storage.read_bytes(PAGE).decode())
+    assert "id=A7" in page.text and "<b>r.png" in page.text
+
+
+def test_any_number_of_prompt_columns_is_shown_in_part(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox"], horizons=(6,))
+    with_columns(run, {f"c{i}": i for i in range(MOST_SHOWN + 3)})
+    score_all(run)
+    build_report(run, strips=0)
+    head = run.storage.read_bytes("summary/videos.csv").decode().splitlines()[0].split(",")
+    assert sum(name.startswith("prompt.") for name in head) == MOST_SHOWN
+    assert "3 further columns of the prompt table are in run.json alone." in run.storage.read_bytes(PAGE).decode()
+
+
+def test_what_a_score_row_says_of_its_video_is_not_believed(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox"], ["rag"], horizons=(6,))
+    target = PREVIEW.pending_targets(run)[0]
+    other = replace(target, backbone="theirs", method="theirs", prompt_id="theirs", sample=7)
+    run.storage.create(target.score_path(PREVIEW), to_parquet([VideoRow(other, {}, None, "", now_utc())], PREVIEW))
+    (video,) = collect([run]).scores.videos
+    assert (video.backbone, video.method, video.prompt_id, video.sample) == ("tiny", "rag", target.prompt_id, 0)
+    build_report(run, strips=0)
 
 
 def test_the_parquet_holds_every_video(run: RolloutRun) -> None:
