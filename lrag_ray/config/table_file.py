@@ -173,6 +173,10 @@ def _json(text: str, column: str) -> Iterator[Row]:
         yield from _json_lines(text, column)
         return
     items = value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and column not in value:
+        # A list of records under a name, beside what describes it.
+        lists = [inner for inner in value.values() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+        items = lists[0] if len(lists) == 1 else items
     if not items or not all(isinstance(item, dict) for item in items):
         held = "an empty list" if not items else "a list of texts" if isinstance(items[0], str) else "no objects"
         raise TableFaultError(

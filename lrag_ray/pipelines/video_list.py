@@ -25,10 +25,9 @@ from lrag_ray.config.table_file import read_table
 from lrag_ray.errors import UsageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import sha256_of
+from lrag_ray.video.reader import SUFFIXES
 from lrag_ray.wan.file_kinds import absence
 
-SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv"})
-"""Files of a folder that are taken for videos, in any case; a glob or a manifest may name others."""
 COLUMNS = ("path", "method", "backbone", "prompt", "sample", "duration_s")
 """Of a manifest; all but the first may be absent."""
 
@@ -199,6 +198,7 @@ def _before_magic(parts: Sequence[str]) -> list[str]:
 
 
 def _is_video(path: PurePosixPath | Path) -> bool:
+    """Whether a file of a folder is taken for a video, by its suffix in any case; a glob or a manifest may name others."""
     return not _is_hidden(path) and path.suffix.lower() in SUFFIXES
 
 

@@ -10,6 +10,8 @@ mkv, webm    the size of the segment, else its duration
 avi          the size of each RIFF chunk
 flv          file size or duration in onMetaData, and whole tags
 asf, wmv     the file size in the header
+ivf          the duration in the header, and whole frames
+mxf          where the footer is
 """
 
 from __future__ import annotations
@@ -261,6 +263,28 @@ def _asf(file: BinaryIO, size: int) -> DeclaredLength:
     return DeclaredLength() if flags & _ASF_BROADCAST or not total else DeclaredLength(total)
 
 
+def _ivf(file: BinaryIO, size: int) -> DeclaredLength:
+    # libvpx counts frames here and FFmpeg ticks; there are at least as many ticks.
+    header, rate, scale, length = struct.unpack("<6xH8xIII", file.read(28))
+    end = header
+    while end + 12 <= size:
+        file.seek(end)
+        end += 12 + int.from_bytes(file.read(4), "little")
+    return DeclaredLength(end) if end > size else DeclaredLength(duration_s=_positive(length * scale / max(rate, 1)))
+
+
+_MXF_PARTITION = bytes.fromhex("060e2b34020501010d01020101")
+
+
+def _mxf(file: BinaryIO, size: int) -> DeclaredLength:
+    """The first partition gives the place of the last one, zero where it was not yet known."""
+    head = file.read(_HEAD_BYTES)
+    at = 16  # After the key of the partition.
+    at += 1 + (head[at] & 0x7F if head[at] > 0x7F else 0)
+    (footer,) = struct.unpack_from(">Q", head, at + 24)
+    return DeclaredLength(footer + len(_MXF_PARTITION)) if footer else DeclaredLength()
+
+
 def _positive(value: float) -> float | None:
     return value if 0 < value < math.inf else None
 
@@ -270,6 +294,8 @@ _MAGIC: Sequence[tuple[bytes, tuple[str, Callable[[BinaryIO, int], DeclaredLengt
     (rb"RIFF....AVI", ("avi", _avi)),
     (rb"FLV", ("flv", _flv)),
     (rb"\x30\x26\xb2\x75", ("asf", _asf)),
+    (rb"DKIF", ("ivf", _ivf)),
+    (re.escape(_MXF_PARTITION), ("mxf", _mxf)),
     # Its first box may be any.
     (rb"", ("mov", _mp4)),
 )

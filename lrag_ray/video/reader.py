@@ -24,6 +24,15 @@ CONTAINERS = (
     "mpegvideo,h264,hevc,m4v,ivf,yuv4mpegpipe,mxf,nut,dv",
 )
 """FFmpeg's names of the formats that are read; none of them opens another file."""
+SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *("mp4", "m4v", "mov", "qt", "3gp", "3g2", "f4v", "mkv", "mk3d", "webm", "avi", "divx", "flv", "wmv", "asf"),
+        *("ts", "mts", "m2ts", "m2t", "mpg", "mpeg", "mpe", "m2v", "vob", "ogv", "mxf", "nut", "dv"),
+        *("264", "h264", "265", "h265", "hevc", "ivf", "y4m"),
+    )
+)
+"""What files in these formats are called; sound and pictures in the same formats have other suffixes."""
 MAX_PIXELS = 8192 * 4320
 """Of a picture: 8K."""
 MAX_FRAMES = 2_000_000

@@ -147,6 +147,7 @@ TABLES: dict[str, str | bytes] = {
     "a.jsonl": '{"id": "a-7", "prompt": "A fox", "reference": "a.png"}\n',
     "a.ndjson": '{"id": "a-7", "prompt": " A fox\\n", "reference": "a.png"}\r\n\r\n',
     "a.json": '[\n  {"id": "a-7", "prompt": "A fox", "reference": "a.png"}\n]\n',
+    "named.json": '{"version": 2, "prompts": [{"id": "a-7", "prompt": "A fox", "reference": "a.png"}]}',
     "lines.json": '{"id": "a-7", "prompt": "A fox", "reference": "a.png"}\n{"id": "b", "prompt": "A bear"}\n',
 }
 
@@ -205,6 +206,21 @@ WRONG_TABLES = [
     ("a.csv", "prompt\na\n".encode("utf-16-le"), "looks like UTF-16 without a byte order mark"),
     ("a.json", '["A fox", "A bear"]', "a.json: JSON with a list of texts; expected a list of objects"),
     ("a.json", "[]", "a.json: JSON with an empty list"),
+    (
+        "a.json",
+        '{"prompts": ["a", "b"]}',
+        "a.json: no field 'prompt'; the fields are 'prompts'. 'prompts' is a list: one",
+    ),
+    (
+        "a.json",
+        '{"a": [{"prompt": "x"}], "b": [{"prompt": "y"}]}',
+        "a.json: no field 'prompt'; the fields are 'a', 'b'",
+    ),
+    (
+        "a.json",
+        '{"prompts": [{"prompt": "a"}, {"text": "b"}]}',
+        "a.json: object 2: no field 'prompt'; the fields are 'text'",
+    ),
     ("a.json", "[1]", "a.json: JSON with no objects"),
     ("a.json", '[{"prompt": "a"}', "a.json: not JSON: Expecting ',' delimiter at line 1, column 17"),
     ("a.json", '{"prompt": ["a", "b"]}', "'prompt' is a list of 2 (several prompts for one video"),

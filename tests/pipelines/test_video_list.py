@@ -253,3 +253,12 @@ def test_a_folder_says_what_it_skips(folder: Path) -> None:
     assert note.startswith(f"{folder}: skipped 2 files that are not named like videos: 1 .gif, 1 .txt.")
     assert not list_videos(str(folder / "a" / "clip.mp4"), None, HERE).notes
     assert not list_videos(f"{folder}/a/*.mp4", None, HERE).notes
+
+
+def test_a_folder_takes_the_suffixes_of_all_containers_that_are_read(tmp_path: Path) -> None:
+    taken = ["a.flv", "b.WMV", "c.asf", "d.3gp", "e.m2ts", "f.y4m", "g.qt"]
+    for name in [*taken, "h.mp3", "i.ogg", "j.heic"]:
+        (tmp_path / name).write_bytes(b"x")
+    found = list_videos(str(tmp_path), None, HERE)
+    assert names(found) == taken
+    assert "skipped 3 files that are not named like videos: 1 .heic, 1 .mp3, 1 .ogg" in found.notes[0]

@@ -35,6 +35,8 @@ DECLARING = {
     "flv1.flv": (Stream("flv"), {}),
     "h264.flv": (Stream(), {}),
     "wmv2.wmv": (Stream("wmv2"), {}),
+    "vp8.ivf": (Stream("libvpx"), {}),
+    "mpeg2.mxf": (Stream("mpeg2video", fps=25), {}),
 }
 UNDECLARING = {
     "h264.ts": (Stream(), {}),
@@ -58,7 +60,8 @@ def test_whole_files_are_read_whole(name: str, tmp_path: Path) -> None:
     path = make(tmp_path / name, stream, options=options)
     assert len(list(decode(path))) == len(list(iterate_frames(path))) == 40
     assert probe(path).declares_length == (name in DECLARING)
-    if name in DECLARING:
+    # decord counts no frames of IVF.
+    if name in DECLARING and not name.endswith(".ivf"):
         assert np.array_equal(np.stack(list(decode(path))), by_decord(path))
 
 
