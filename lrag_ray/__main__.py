@@ -18,6 +18,10 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(3) from None
+    except KeyboardInterrupt:
+        # Before the program is there to answer it.
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     run()
 
 

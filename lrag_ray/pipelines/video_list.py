@@ -198,7 +198,7 @@ def _before_magic(parts: Sequence[str]) -> list[str]:
 
 
 def _is_video(path: PurePosixPath | Path) -> bool:
-    """Whether a file of a folder is taken for a video, by its suffix in any case; globs and manifests may name others."""
+    """Whether a file of a folder is taken for a video, by its suffix in any case; globs and manifests name any file."""
     return not _is_hidden(path) and path.suffix.lower() in SUFFIXES
 
 

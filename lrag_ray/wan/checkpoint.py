@@ -153,10 +153,14 @@ def _nested(content: dict[str, Any]) -> dict[str, Any]:
 def _absence(wanted: str, held: list[str], content: Mapping[str, Any]) -> str:
     keys = ", ".join(sorted(map(str, content))[:8]) or "nothing"
     if not held:
-        return (
-            f"it holds {keys} at the top level, expected one of {', '.join(_TOP_LEVEL)}. "
-            "Fix: use a generator checkpoint, or rename its top-level key"
-        )
+        nested = [name for name, value in content.items() if isinstance(value, Mapping) and value]
+        if "generator_lora" in nested:
+            fix = "weights.lora.path takes this LoRA; give the checkpoint that it was trained on"
+        elif len(nested) == 1 and any(isinstance(value, Tensor) for value in content[nested[0]].values()):
+            fix = f"give a generator checkpoint, or rename {nested[0]} to generator if it is one"
+        else:
+            fix = "give a generator checkpoint"
+        return f"it holds {keys} at the top level, expected one of {', '.join(_TOP_LEVEL)}. Fix: {fix}"
     return (
         f"it holds {' and '.join(held)}, but not {wanted}. "
         f"Fix: set use_ema: {str(wanted == 'generator').lower()}, or use another file"

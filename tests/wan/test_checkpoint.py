@@ -212,7 +212,10 @@ def test_other_sizes_are_told_from_the_file(tmp_path: Path, state: State) -> Non
 @pytest.mark.parametrize(
     ("content", "use_ema", "said"),
     [
-        ({"state_dict": {}}, False, "state_dict at the top level"),
+        ({"state_dict": {}}, False, "state_dict at the top level.*Fix: give a generator checkpoint$"),
+        ({"state_dict": {"x": torch.zeros(1)}, "epoch": 3}, False, "or rename state_dict to generator if it is one"),
+        ({"optimizer": {"state": {}}, "epoch": 3}, False, "Fix: give a generator checkpoint$"),
+        ({"generator_lora": {"x": torch.zeros(1)}, "step": 3}, False, r"weights\.lora\.path takes this LoRA"),
         ({"generator": {}}, True, "use_ema: false"),
         ({"generator_ema": {}}, False, "use_ema: true"),
         ({"generator": 3}, False, "'generator' is a int"),
