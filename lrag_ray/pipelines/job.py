@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar, Generic, TypeVar
 
 from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.engine.pool import ActorPool
 from lrag_ray.engine.sizing import PoolSize
 from lrag_ray.errors import INTERRUPTED
@@ -56,7 +57,11 @@ class Job(ABC, Generic[Outcome]):
         """What the caller gets."""
 
     def start(self) -> Outcome:
-        """Run the job. Ctrl-C ends the actors and gives exit code 130; nothing committed or stored is lost."""
+        """Run the job. Ctrl-C ends the actors and gives exit code 130; nothing committed or stored is lost.
+
+        Raises ClusterError for an address that no job can use, before anything is written.
+        """
+        cluster_address(self.engine)
         try:
             with self._leased():
                 self.do()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lrag_ray.config.schema import EngineSection
-from lrag_ray.errors import INTERRUPTED, StorageError
+from lrag_ray.errors import INTERRUPTED, ClusterError, StorageError
 from lrag_ray.events import AttemptFailed, Event, Notice, StageBegan, StageEnded, TaskFinished
 from lrag_ray.pipelines import failure_log
 from lrag_ray.pipelines.failure_log import FailureLog
@@ -151,3 +151,12 @@ def test_storage_that_stays_away_ends_the_job_after_a_while(
     monkeypatch.setattr(failure_log, "UNWRITTEN_FOR_S", -1.0)
     with pytest.raises(StorageError, match="cannot write"):
         log.write(force=True)
+
+
+def test_an_address_that_no_job_can_use_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:9")
+    with pytest.raises(ClusterError, match="Ray Client address"):
+        Told(tmp_path / "run").start()
+    assert not list(tmp_path.rglob("*"))
