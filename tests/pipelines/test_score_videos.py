@@ -71,6 +71,6 @@ def test_ranks_of_videos_say_what_is_left_out_of_them(tmp_path: Path) -> None:
 
 def test_a_dimension_that_no_video_has_leaves_the_ranks_of_the_others(tmp_path: Path) -> None:
     every = [f"{method} {prompt}.mp4" for method in ("base", "rag") for prompt in ("a fox", "a bear")]
-    made = outcome(tmp_path, dict.fromkeys(every, {"motion_smoothness"}))
+    made = outcome(tmp_path, {name: {"motion_smoothness"} for name in every})
     assert [(g.method, g.average_rank, g.prompts_ranked) for g in made.groups] == [("base", 2, 2), ("rag", 1, 2)]
     assert made.left_out[1:] == ["Left out of the ranks, because no video has it: Motion smoothness."]
