@@ -16,7 +16,6 @@ from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, Mode
 from lrag_ray.scoring.vbench_long.parquet import UNTRAINED, rollout_folder, rows_from_parquet
 from lrag_ray.scoring.vbench_long.slow_fast import map_score
-from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import make_identity, make_run, store_rollout
@@ -243,4 +242,4 @@ def test_a_control_without_one_dimension_shows_the_others(run: RolloutRun) -> No
     data = collect([run])
     frozen = data.frozen_means(data.blocks[0])
     assert frozen.keys() == set(DIMENSION_NAMES) - {"dynamic_degree"}
-    assert render_page(data, Storage(f"{run.uri}/summary"), []).count('<th scope="row">Frozen</th>') == 2
+    assert render_page(data, [], lambda _, path: path).count('<th scope="row">Frozen</th>') == 2
