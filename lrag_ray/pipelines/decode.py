@@ -7,7 +7,7 @@ same call again continues.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from lrag_ray.store.decoded import (
     settings_folder,
 )
 from lrag_ray.store.identity import RunIdentity
+from lrag_ray.store.lease import DECODE
 from lrag_ray.store.records import Commit
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
@@ -74,6 +75,8 @@ def decode(config: RunConfig, *, other_vae: bool = False, listener: Listener = s
 class DecodeJob(Job[DecodeOutcome]):
     """One start of a decode."""
 
+    command = "decode"
+
     def __init__(self, config: RunConfig, other_vae: bool, listener: Listener) -> None:
         config = with_absolute_paths(config)
         run = RolloutRun(config.run.uri, config.storage)
@@ -87,10 +90,16 @@ class DecodeJob(Job[DecodeOutcome]):
             self.note(f"not in the configuration, so not decoded: {', '.join(sorted(left_out))}")
         self._tasks: list[Task[DecodeTask]] = []
         self._there = 0
-        self._find_work(identity)
+        self._identity = identity
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Decoding, whatever the settings of the videos."""
+        return [DECODE]
 
     def do(self) -> None:
         """Make the videos that are missing."""
+        self._find_work(self._identity)
         if not self._tasks:
             return
         refuse_misfits(self._config, "vae")

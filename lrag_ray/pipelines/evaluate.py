@@ -31,6 +31,7 @@ from lrag_ray.stages.rollout.pending import PendingRollouts, pending_rollouts
 from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
 from lrag_ray.stages.spec import Task
 from lrag_ray.stages.text import TextStage, TextTask, embedding_path, without_features
+from lrag_ray.store.lease import REPORT, RUN
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
@@ -71,7 +72,7 @@ def evaluate(config: RunConfig, prompts: Sequence[Prompt] | None = None, *, list
 class EvaluateJob(Job[RunOutcome]):
     """One start of an evaluation."""
 
-    lease = "run"
+    command = "run"
 
     def __init__(self, config: RunConfig, prompts: Sequence[Prompt], listener: Listener) -> None:
         config = with_absolute_paths(config)
@@ -87,6 +88,11 @@ class EvaluateJob(Job[RunOutcome]):
         # Before anything is written: another user's run must not receive our lease.
         run.refuse_another_run(self._identity)
         self._scoring.check()
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Rollouts, and the scores of its suite."""
+        return [RUN, *([self._scoring.suite.folder] if self._scoring.suite else [])]
 
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
@@ -104,7 +110,7 @@ class EvaluateJob(Job[RunOutcome]):
             if videos:
                 with self.stage("scoring", len(videos)):
                     self._scoring.score(videos, self.report)
-        with self.stage("report"):
+        with self.stage("report"), self.leased([REPORT], patient=True):
             made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
 

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Generic, TypeVar
 
 from lrag_ray.config.schema import EngineSection
@@ -30,8 +30,8 @@ Outcome = TypeVar("Outcome")
 class Job(ABC, Generic[Outcome]):
     """One start of a job. `start` does it all."""
 
-    lease: ClassVar[str | None] = None
-    """Name under which the run's lease is held while the job works; None for jobs that hold none."""
+    command: ClassVar[str]
+    """What the job is called where others are told who works."""
 
     def __init__(self, storage: Storage, engine: EngineSection, listener: Listener = silent) -> None:
         """`storage` is where results and failure records go; `listener` receives the events."""
@@ -47,6 +47,11 @@ class Job(ABC, Generic[Outcome]):
         self._quarantined: set[tuple[str, str]] = set()
         """Stage and title, since the last stage began."""
 
+    @property
+    @abstractmethod
+    def kinds(self) -> Sequence[str]:
+        """Kinds of work (`lrag_ray.store.lease`) that no other driver may do at the same time."""
+
     @abstractmethod
     def do(self) -> None:
         """The work. Leaves what could not be made in `missing`."""
@@ -58,7 +63,7 @@ class Job(ABC, Generic[Outcome]):
     def start(self) -> Outcome:
         """Run the job. Ctrl-C ends the actors and gives exit code 130; nothing committed or stored is lost."""
         try:
-            with self._leased():
+            with self.leased(self.kinds):
                 self.do()
         except KeyboardInterrupt:
             self.warn("interrupted; the same command continues")
@@ -129,7 +134,13 @@ class Job(ABC, Generic[Outcome]):
             )
             return pool.run(tasks)
 
-    def _leased(self) -> AbstractContextManager[None]:
-        if self.lease is None:
-            return nullcontext()
-        return keep_lease(self.storage, self.lease, ttl_s=self.engine.lease_ttl_s, listener=self.report)
+    def leased(self, kinds: Sequence[str], *, patient: bool = False) -> AbstractContextManager[None]:
+        """Hold leases for the time of a block."""
+        return keep_lease(
+            self.storage,
+            self.command,
+            kinds,
+            ttl_s=self.engine.lease_ttl_s,
+            listener=self.report,
+            patient=patient,
+        )
