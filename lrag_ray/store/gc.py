@@ -30,9 +30,9 @@ Kind = Literal[
 next start would continue from this part."""
 
 BESIDE_S = 3600.0
-"""What `score` and `report` write is left alone for that long at least: they may be at work beside a `gc`."""
+"""What `decode`, `score` and `report` write is left alone for that long at least: they may be at work beside a `gc`."""
 
-_BESIDE = ("scores/", "summary/")
+_BESIDE = (f"{DECODED}/", "scores/", "summary/")
 _ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
 _DECODED_FILE = re.compile(rf"^(?P<rollout>{DECODED}/[^/]+/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/[^/]+$")
 _SET_ASIDE = re.compile(

@@ -52,8 +52,6 @@ _RECORD = re.compile(rf"^{FOLDER}/(?:(?P<kind>.+)/)?(?P<epoch>\d{{8}})\.json$")
 _LOOK_EVERY_S = 1.0
 _KEPT = 8
 """Epochs that stay for readers whose listing lags."""
-_ASKED = 3
-"""Epochs after the last one listed that are asked for at a time."""
 
 
 class LeaseRecord(Record):
@@ -165,26 +163,26 @@ def _epochs(storage: Storage, folder: str) -> dict[str, list[int]]:
 
 def _holder(storage: Storage, kind: str, listed: Sequence[int]) -> LeaseHolder | None:
     # A listing may miss the last ones, and show some that have been removed.
-    records: dict[int, bytes] = {}
-    asked, last = sorted(listed), max(listed, default=0)
-    while True:
-        asked += range(last + 1, last + 1 + _ASKED)
-        last += _ASKED
-        data = storage.read_many([_record_path(kind, epoch) for epoch in asked])
-        found = {epoch: data[path] for epoch in asked if (path := _record_path(kind, epoch)) in data}
-        records |= found
-        if last not in found:
-            break
-        asked = []
-    if not records:
+    last = max(listed, default=0)
+    found = _read_records(storage, kind, [last, last + 1])
+    while max(found, default=0) == last + 1:
+        last += 1
+        found |= _read_records(storage, kind, [last + 1])
+    found = found or _read_records(storage, kind, listed)
+    if not found:
         return None
-    epoch = max(records)
+    epoch = max(found)
     beat = storage.read_many([_beat_path(kind, epoch)]).get(_beat_path(kind, epoch))
     try:
-        record = LeaseRecord.model_validate_json(records[epoch])
+        record = LeaseRecord.model_validate_json(found[epoch])
     except ValidationError:
         return LeaseHolder(epoch, None, beat)
     return LeaseHolder(epoch, record, beat, copied=_is_elsewhere(record, _place(storage)))
+
+
+def _read_records(storage: Storage, kind: str, epochs: Sequence[int]) -> dict[int, bytes]:
+    paths = {_record_path(kind, epoch): epoch for epoch in epochs if epoch > 0}
+    return {paths[path]: data for path, data in storage.read_many(list(paths)).items()}
 
 
 def _place(storage: Storage) -> str:

@@ -143,7 +143,7 @@ def test_a_run_that_grows_later_continues_from_the_parts_that_commits_name(run: 
 
 
 def test_what_decoding_and_scoring_are_writing_at_this_moment_stays(tmp_path: Path) -> None:
-    """They hold no lease, and a decoded video is there before the record that names it."""
+    """They may go on beside it, and a decoded video is there before the record that names it."""
     run = RolloutRun(str(tmp_path))
     run.ensure(make_identity())
     writing = [
