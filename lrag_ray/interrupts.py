@@ -103,7 +103,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 def _deliver_again(number: int) -> None:
     time.sleep(_AGAIN_S)
     _State.waits = False
-    _thread.interrupt_main(number)
+    _thread.interrupt_main(signal.Signals(number))
 
 
 def _importer(frame: FrameType | None) -> FrameType | None:

@@ -88,12 +88,16 @@ def _sigterm_as_ctrl_c() -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     handler = signal.default_int_handler if before == signal.SIG_DFL else before
+
+    def take_back() -> None:
+        signal.signal(signal.SIGTERM, handler)
+
     set_by_ray = ray._private.utils.set_sigterm_handler
     # Those of Ray end the process by themselves, after half a minute of draining.
     ray._private.utils.set_sigterm_handler = lambda _: None
-    signal.signal(signal.SIGTERM, handler)
+    take_back()
     try:
-        yield lambda: signal.signal(signal.SIGTERM, handler) and None
+        yield take_back
     finally:
         ray._private.utils.set_sigterm_handler = set_by_ray
         signal.signal(signal.SIGTERM, before)

@@ -22,7 +22,6 @@ from lrag_ray.stages.decode import DecodeStage, DecodeTask
 from lrag_ray.stages.spec import Task
 from lrag_ray.store.decoded import (
     decode_settings,
-    decoded_folder,
     own_settings,
     read_decoded,
     record_path,
@@ -108,12 +107,9 @@ class DecodeJob(Job[DecodeOutcome]):
         with ray_session(self.engine):
             failed = self.run_stage(stage, self._tasks)
         for task in failed:
-            there = self.storage.list_files(decoded_folder(task.payload.settings, task.payload.commits[0].rollout))
-            commits = [
-                c
-                for c in task.payload.commits
-                if record_path(task.payload.settings, c.rollout, c.latent_frames) not in there
-            ]
+            records = {record_path(task.payload.settings, c.rollout, c.latent_frames): c for c in task.payload.commits}
+            there = self.storage.sizes(list(records))
+            commits = [c for path, c in records.items() if path not in there]
             self.made["decode"] += len(task.payload.commits) - len(commits)
             self._failed.append(
                 DecodeFailure(

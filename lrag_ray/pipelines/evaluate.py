@@ -33,7 +33,7 @@ from lrag_ray.stages.spec import Task
 from lrag_ray.stages.text import TextStage, TextTask, embedding_path, without_features
 from lrag_ray.store.lease import REPORT, RUN
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.rollouts import METHOD_DEPTH, RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
 
 
@@ -106,10 +106,12 @@ class EvaluateJob(Job[RunOutcome]):
                     self._scoring.refuse_without_room()
             if self._pending.tasks:
                 self._roll_out(self._encode_prompts(self._pending.tasks))
+                self.wait_until_listed(self._hidden_commits)
                 videos = self._scoring.pending()
             if videos:
                 with self.stage("scoring", len(videos)):
                     self._scoring.score(videos, self.report)
+        self.wait_until_listed(self._hidden_scores)
         with self.stage("report"), self.leased([REPORT], patient=True):
             made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
@@ -152,6 +154,22 @@ class EvaluateJob(Job[RunOutcome]):
                 blocks_to_do=pending.blocks,
             )
         )
+
+    def _hidden_commits(self) -> set[str]:
+        """Commits of this start that no listing shows."""
+        finished = self.finished.get("rollouts", set())
+        made = {
+            f"{task.payload.rollout.path}/commit-{horizon}.json"
+            for task in self._pending.tasks
+            if task.title in finished and task.title not in self.missing
+            for horizon in task.payload.horizons
+        }
+        return made - self.storage.list_files_in_shares("rollouts", METHOD_DEPTH).keys() if made else set()
+
+    def _hidden_scores(self) -> set[str]:
+        """Videos that this start has scored and whose scores no listing shows."""
+        finished = self.finished.get("scoring", set())
+        return {task.title for task in self._scoring.pending()} & finished if finished else set()
 
     def _commits_made(self, exit_code: int) -> int:
         if exit_code == INTERRUPTED and self._pending.tasks:

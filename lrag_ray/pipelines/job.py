@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Generic, TypeVar
 
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.engine.pool import ActorPool
 from lrag_ray.engine.sizing import PoolSize
-from lrag_ray.errors import INTERRUPTED
+from lrag_ray.errors import INTERRUPTED, StorageError
 from lrag_ray.events import AttemptFailed, Event, Listener, Notice, StageBegan, StageEnded, TaskFinished, silent
 from lrag_ray.pipelines.failure_log import FailureLog
 from lrag_ray.pipelines.lease import keep_lease
@@ -25,6 +25,10 @@ from lrag_ray.stages.spec import Payload, Stage, StageName, Task
 from lrag_ray.store.address import Storage
 
 Outcome = TypeVar("Outcome")
+
+LISTED_WITHIN_S = 120.0
+"""An object store, or a folder on NFS, lists what other nodes have made within this time."""
+_LIST_AGAIN_S = 1.0
 
 
 class Job(ABC, Generic[Outcome]):
@@ -41,6 +45,8 @@ class Job(ABC, Generic[Outcome]):
         """What was asked for and could not be made: the reason, by title."""
         self.made: Counter[StageName] = Counter()
         """Results that this start has made, by stage."""
+        self.finished: dict[StageName, set[str]] = {}
+        """Titles of the tasks that this start has finished, by stage."""
         self._listener = listener
         self._began = time.monotonic()
         self._failures = FailureLog(storage, self.warn)
@@ -79,6 +85,7 @@ class Job(ABC, Generic[Outcome]):
         """Take in an event and pass it on."""
         if isinstance(event, TaskFinished):
             self.made[event.stage] += event.result.made
+            self.finished.setdefault(event.stage, set()).add(event.task)
             # Where each duration is a rollout of its own, several tasks have one title: the others stay missing.
             if (event.stage, event.task) not in self._quarantined:
                 self.missing.pop(event.task, None)
@@ -133,6 +140,24 @@ class Job(ABC, Generic[Outcome]):
                 tick=self._failures.write,
             )
             return pool.run(tasks)
+
+    def wait_until_listed(self, hidden: Callable[[], Collection[str]]) -> None:
+        """Wait until listings show all that this start has made; `hidden` looks what they do not show.
+
+        What comes after goes by listings, and would leave it out. Raises StorageError after `LISTED_WITHIN_S`.
+        """
+        began_s, told = time.monotonic(), False
+        while missed := hidden():
+            some = next(iter(missed))
+            if time.monotonic() - began_s > LISTED_WITHIN_S:
+                raise StorageError(
+                    f"{self.storage.uri} has {some}, and its listings have not shown that for {LISTED_WITHIN_S:g} s. "
+                    "Everything is stored; the same command continues once the store (or the mount) lists it"
+                )
+            if not told:
+                self.note(f"waiting until the store lists what was made: {len(missed)} are hidden, such as {some}")
+            told = True
+            time.sleep(_LIST_AGAIN_S)
 
     def leased(self, kinds: Sequence[str], *, patient: bool = False) -> AbstractContextManager[None]:
         """Hold leases for the time of a block."""

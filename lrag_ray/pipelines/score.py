@@ -89,6 +89,8 @@ class ScoreJob(Job[RunScores]):
         if tasks := self._scoring.pending():
             with ray_session(self.engine), self.stage("scoring", len(tasks)):
                 self._scoring.score(tasks, self.report)
+            scored = self.finished.get("scoring", set())
+            self.wait_until_listed(lambda: scored & {task.title for task in self._scoring.pending()})
         with self.leased([REPORT], patient=True):
             made = report([self._run], suite=self._suite)
         self._folder, self._files = made.folder or "", list(made.files)
