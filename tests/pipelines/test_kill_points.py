@@ -119,7 +119,7 @@ def test_killed_at_every_step_it_loses_nothing_and_the_next_start_finishes(
         assert not collect([run]).scores.damaged and run_status(run).problems == []
         assert all(one.is_free for one in holders(run.storage).values())
         assert kills < 400, "it makes no progress"
-    assert kills > 5
+    assert kills >= 4
     found = contents(run)
     assert found.keys() == expected.keys() and all(same(path, data, expected) for path, data in found.items())
 
