@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM (``kill``, a scheduler, ``ray job stop``): a command ends with exit code 130, whenever they arrive.
+"""Ctrl-C and SIGTERM (``kill``, a scheduler, ``ray job stop``): a command then ends with exit code 130.
 
 Example::
 
@@ -42,6 +42,7 @@ class _State:
     """When the first signal arrived, by the monotonic clock."""
     raised_s: float | None = None
     """When it was raised last."""
+    main_thread: int = 0
     waits: bool = False
     """A thread will deliver it again."""
 
@@ -53,6 +54,7 @@ def ends_with_130() -> Iterator[None]:
     Signals that the process was started to ignore (``nohup``, a shell's background job) stay ignored. After the block
     all are: the exit code is decided.
     """
+    _State.main_thread = _thread.get_ident()
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _raise)
@@ -65,7 +67,7 @@ def ends_with_130() -> Iterator[None]:
         if not (isinstance(error, SystemExit) and error.code == INTERRUPTED):
             # Libraries translate it: an ImportError, click's own exit code.
             print("interrupted", file=sys.stderr, flush=True)
-        # Forgets that a KeyboardInterrupt left an `exec` (dataclasses, named tuples): Python would end by SIGINT for it.
+        # Python would end by SIGINT where a KeyboardInterrupt has left an `exec` (of dataclasses); this forgets it.
         exec("")
         raise SystemExit(INTERRUPTED) from None
     _ignore()
@@ -103,7 +105,8 @@ def _raise(number: int, frame: FrameType | None) -> None:
 def _deliver_again(number: int) -> None:
     time.sleep(_AGAIN_S)
     _State.waits = False
-    _thread.interrupt_main(signal.Signals(number))
+    # To that thread, because it may be asleep by now.
+    signal.pthread_kill(_State.main_thread, number)
 
 
 def _importer(frame: FrameType | None) -> FrameType | None:

@@ -67,7 +67,11 @@ def test_imports_point_one_way(path: Path) -> None:
             assert pieces[0] not in FORBIDDEN_IN_SCIENCE, f"{own} imports {name}"
         if own in WITHOUT_RAY:
             assert pieces[0] not in {"ray", "typer"}, f"{own} imports {name}"
-        if pieces[0] != "lrag_ray" or len(pieces) < 2 or pieces[1] in {"errors", "interrupts", "printable", "text_file"}:
+        if (
+            pieces[0] != "lrag_ray"
+            or len(pieces) < 2
+            or pieces[1] in {"errors", "interrupts", "printable", "text_file"}
+        ):
             continue
         imported = pieces[1]
         if imported == "api":

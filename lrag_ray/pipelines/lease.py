@@ -44,9 +44,7 @@ def keep_lease(
     keeper: _Keeper | None = None
     try:
         for kind in kinds:
-            leases.append(
-                take_lease(storage, record, lambda text: listener(Notice(text)), kind, patient=patient)
-            )
+            leases.append(take_lease(storage, record, lambda text: listener(Notice(text)), kind, patient=patient))
         keeper = _Keeper(leases, ttl_s)
         keeper.start()
         yield

@@ -66,8 +66,8 @@ class Leftovers(NamedTuple):
 def find_leftovers(run: RolloutRun, *, older_than_s: float, unfinished: bool) -> Leftovers:
     """Leftovers that were last written more than `older_than_s` ago; with `unfinished` parts of open rollouts too.
 
-    What commands write that may be at work meanwhile is kept for `BESIDE_S` at least. StorageError where there is no run,
-    and where the listing does not show a record that is there.
+    What commands write that may be at work meanwhile is kept for `BESIDE_S` at least. StorageError where there is no
+    run, and where the listing does not show a record that is there.
     """
     identity = run.require()
     files = run.storage.list_details()

@@ -23,7 +23,6 @@ once, so a driver that was only asleep and writes on can do no harm before it no
 from __future__ import annotations
 
 import getpass
-import os
 import re
 import secrets
 import time
@@ -111,7 +110,7 @@ class LeaseHolder:
 
     @property
     def is_free(self) -> bool:
-        """The holder gave the lease back, has certainly ended or works elsewhere. If not, it may be dead all the same."""
+        """The holder gave the lease back, has certainly ended or works elsewhere. If not, it may still be dead."""
         return self.is_released or self.copied or (self.record is not None and self.record.process.is_gone)
 
     @property
@@ -190,7 +189,7 @@ def _place(storage: Storage) -> str:
     if not storage.is_local:
         return f"store {storage.root}"
     try:
-        found = os.stat(storage.root)
+        found = Path(storage.root).stat()
     except OSError:
         return ""
     return f"folder {found.st_dev} {found.st_ino}"

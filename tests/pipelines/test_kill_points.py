@@ -52,7 +52,7 @@ def start(work: Work, address: str, kill_at: int) -> bool:
             kill_before(kill_at)
             work(RolloutRun(address))
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the parent sees the exit code
             traceback.print_exc()
         finally:
             os._exit(status)

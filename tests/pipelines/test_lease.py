@@ -52,7 +52,10 @@ def test_the_lease_is_renewed_and_given_back_however_the_block_ends(storage: Sto
     with keep_lease(storage, "run", ["run"], ttl_s=TTL_S, listener=silent):
         before = holder(storage)
         assert before is not None and before.sign is not None and not before.is_free
-        with pytest.raises(LeaseError, match="being worked on"), keep_lease(storage, "gc", ["run"], ttl_s=9, listener=silent):
+        with (
+            pytest.raises(LeaseError, match="being worked on"),
+            keep_lease(storage, "gc", ["run"], ttl_s=9, listener=silent),
+        ):
             pytest.fail("two drivers at once")
         after = holder(storage)
         assert after is not None and after.sign is not None and after.sign.count > before.sign.count
