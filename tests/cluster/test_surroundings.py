@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -171,6 +172,10 @@ def test_a_run_whose_folder_loses_its_permissions_says_so_and_is_continued(tmp_p
         shutil.rmtree(place)
 
 
+def has_open_parts(run: RolloutRun) -> bool:
+    return bool(open_parts(run))
+
+
 def host(name: str) -> tuple[str, ...]:
     """What makes a process believe itself on another machine: its host name and its own process numbers."""
     spaces = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -202,7 +207,7 @@ def test_two_drivers_at_once_on_two_hosts(tmp_path: Path, s3_bucket: str) -> Non
             other = "node-b" if working is two else "node-a"
             assert refused.wait() == 3, refused.text
             assert f"is being worked on by root on {other} (lrag-ray run, process " in refused.text
-            wait_until(lambda run=run: bool(open_parts(run)))
+            wait_until(partial(has_open_parts, run))
             assert working.process.poll() is None, working.text
             assert f"on {other} " in (run_status(run).held_by or "")
             working.process.kill()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from lrag_ray.events import silent
 from lrag_ray.pipelines.decode import DecodeJob
 from lrag_ray.pipelines.evaluate import EvaluateJob
 from lrag_ray.pipelines.gc import collect_garbage
+from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.lease import keep_lease
 from lrag_ray.pipelines.report import report
 from lrag_ray.pipelines.score import ScoreJob
@@ -60,7 +62,7 @@ def command(name: str, run: RolloutRun) -> Callable[[], object]:
     """A command as far as its leases, after which it would need Ray or is done."""
     base = {"base": {"method": "base", "window": 9}}
     config = make_config(run.uri, methods=base, scoring={"suite": "preview"}, engine={"lease_ttl_s": TTL_S})
-    jobs = {
+    jobs: dict[str, Callable[[], Job[Any]]] = {
         "run": lambda: EvaluateJob(config, PROMPTS, silent),
         "decode": lambda: DecodeJob(config, False, silent),
         "score": lambda: ScoreJob(config, silent),
@@ -112,13 +114,13 @@ def test_only_what_would_be_done_twice_or_pulled_away_is_refused(
 def test_a_report_waits_for_the_one_that_is_being_written(
     finished: RolloutRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = threading.Event()
     with elsewhere(finished, "report", monkeypatch):
-        writing = threading.Thread(target=lambda: (command("report", finished)(), done.set()))
+        writing = threading.Thread(target=command("report", finished))
         writing.start()
-        assert not done.wait(1.5), "two reports were written at once"
+        writing.join(1.5)
+        assert writing.is_alive(), "two reports were written at once"
     writing.join(60)
-    assert done.is_set()
+    assert not writing.is_alive()
 
 
 def test_a_copy_that_is_taken_at_any_moment_can_be_opened_and_continued(tmp_path: Path) -> None:
