@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs.entry import listener, reporting_errors
-from lrag_ray.api import score
+from lrag_ray.interrupts import ends_with_130
 
 
 def main() -> None:
     """Score what is named on the command line."""
+    with ends_with_130():
+        _score()
+
+
+def _score() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.score")
     parser.add_argument("target")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
@@ -22,6 +26,10 @@ def main() -> None:
     parser.add_argument("--to")
     parser.add_argument("--progress", choices=("log", "json"), default="log")
     given = parser.parse_args()
+
+    from jobs.entry import listener, reporting_errors
+    from lrag_ray.api import score
+
     with reporting_errors():
         outcome = score(
             given.target,

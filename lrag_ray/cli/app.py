@@ -5,7 +5,6 @@ Heavy packages are imported inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import Annotated
 
@@ -29,7 +28,6 @@ from lrag_ray.cli import (
 )
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
 from lrag_ray.cli.output import console, plain, print_json, tells_errors, write
-from lrag_ray.errors import INTERRUPTED
 
 _LOOK_EVERY_S = 5.0
 
@@ -239,17 +237,7 @@ import_config.register(app)
 bench.register(app)
 catalogue.register(app)
 
-
-def main() -> None:
-    """Entry point of the console script."""
-    try:
-        app()
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            # Who presses Ctrl-C again and again must not tear up what the process does at its very end.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise
-
-
 if __name__ == "__main__":
+    from lrag_ray.__main__ import main
+
     main()

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lrag_ray.cli.options import AsJson, Run
-from lrag_ray.cli.output import console, count, print_json, quantity, tells_errors, write
+from lrag_ray.cli.output import console, count, notices, print_json, quantity, tells_errors
 from lrag_ray.cli.tables import table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lrag_ray.events import Event
     from lrag_ray.pipelines.gc import GcOutcome
 
 _PATHS_SHOWN = 20
@@ -40,8 +39,8 @@ def gc(
     """List what died attempts, interrupted writes and probes left in a run, or delete it.
 
     Never touches what a commit names, nor, without --unfinished, the parts from which unfinished rollouts continue.
-    Deletes only while no driver works on the run; decoding and scoring may go on meanwhile: what they wrote within the
-    last hour stays.
+    Deletes only while nobody makes rollouts or decodes them; scoring and reports may go on meanwhile: what they wrote
+    within the last hour stays.
 
     \b
     Examples:
@@ -56,17 +55,12 @@ def gc(
         remove=remove,
         older_than_s=older_than_h * 3600,
         unfinished=unfinished,
-        listener=_tell,
+        listener=notices,
     )
     if as_json:
         print_json(outcome)
     else:
         _print(console(), outcome)
-
-
-def _tell(event: Event) -> None:
-    if text := getattr(event, "text", ""):
-        write(text, stderr=True)
 
 
 def _print(out: Console, outcome: GcOutcome) -> None:

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrag_ray.errors import INTERRUPTED, LragError
+from lrag_ray.events import Event, Notice
 from lrag_ray.printable import json_text, printable
 from lrag_ray.store.waits import reporting_waits
 
@@ -86,6 +87,12 @@ def print_json(value: Any) -> None:
 def write(text: str, *, stderr: bool = False, end: str = "\n") -> None:
     """Print text in one piece, without tables and colours."""
     print(printable(text), file=sys.stderr if stderr else sys.stdout, end=end, flush=stderr)
+
+
+def notices(event: Event) -> None:
+    """A listener of commands without progress: what a person should read, on stderr."""
+    if isinstance(event, Notice):
+        write(event.text, stderr=True)
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrag_ray.cli.options import AsJson
-from lrag_ray.cli.output import console, print_json, tells_errors, write
+from lrag_ray.cli.output import console, notices, print_json, tells_errors, write
 
 if TYPE_CHECKING:
     from lrag_ray.report import Report
@@ -61,8 +61,8 @@ def report(
       lrag-ray report runs/table2 --suite vbench_long --mode compat --latex > table2.tex
       lrag-ray report runs/base runs/rag --to reports/both
     """
+    from lrag_ray.pipelines.report import report as make_report
     from lrag_ray.report import collect
-    from lrag_ray.report import report as make_report
     from lrag_ray.report.build import STRIPS
     from lrag_ray.report.data_files import ranks_csv
     from lrag_ray.report.latex import latex_table
@@ -76,7 +76,7 @@ def report(
         write(ranks_csv(data) if as_csv else latex_table(data), end="")
         return
     count = STRIPS if strips is None else strips
-    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=count, must_have=True)
+    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=count, listener=notices)
     if as_json:
         print_json(_plain(made))
     else:

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -48,41 +48,59 @@ def _session(engine: EngineSection, address: ClusterAddress | None, folder: Path
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a FutureWarning; actors without a GPU must not see one anyway.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with _sigterm_as_ctrl_c() as take_back:
+        try:
+            try:
+                if folder is None:
+                    assert address is not None
+                    _require_listener(address)
+                    ray.init(address=address.text, log_to_driver=False, logging_level=logging.ERROR)
+                else:
+                    _start_local(engine, folder)
+            except ClusterError:
+                raise
+            except Exception as error:
+                # Ray raises whatever comes, and plain Exception where a node takes more than half a minute to start.
+                where = (
+                    f"the Ray cluster at {address.text!r} cannot be reached"
+                    if address
+                    else "no local Ray cluster can be started"
+                )
+                raise ClusterError(
+                    f"{where}: {redact(str(error))}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, "
+                    "RAY_AUTH_TOKEN where the cluster asks for a token), or run `lrag-ray doctor`"
+                ) from error
+            take_back()
+            with head_watch(ray.get_runtime_context().gcs_address, _warn):
+                yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM raise KeyboardInterrupt, unless the caller has a handler of its own; `ray.init` belongs into it.
+
+    What is yielded takes the signal back from Ray's native code, which ends the process with a crash report.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    handler = signal.default_int_handler if before == signal.SIG_DFL else before
+
+    def take_back() -> None:
+        signal.signal(signal.SIGTERM, handler)
+
+    set_by_ray = ray._private.utils.set_sigterm_handler
+    # Those of Ray end the process by themselves, after half a minute of draining.
+    ray._private.utils.set_sigterm_handler = lambda _: None
+    take_back()
     try:
-        if folder is None:
-            assert address is not None
-            _require_listener(address)
-            ray.init(address=address.text, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            _start_local(engine, folder)
-    except ClusterError:
-        raise
-    except SystemExit:
-        # What Ray makes of SIGTERM while it connects.
-        raise KeyboardInterrupt from None
-    except Exception as error:
-        # Ray raises whatever comes, and plain Exception where a node takes more than half a minute to start.
-        where = (
-            f"the Ray cluster at {address.text!r} cannot be reached"
-            if address
-            else "no local Ray cluster can be started"
-        )
-        raise ClusterError(
-            f"{where}: {redact(str(error))}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, RAY_AUTH_TOKEN "
-            "where the cluster asks for a token), or run `lrag-ray doctor`"
-        ) from error
-    handles = on_sigterm is not None and threading.current_thread() is threading.main_thread()
-    if handles:
-        # Ray's own would end the process with a crash report.
-        signal.signal(signal.SIGTERM, signal.default_int_handler if on_sigterm == signal.SIG_DFL else on_sigterm)
-    try:
-        with head_watch(ray.get_runtime_context().gcs_address, _warn):
-            yield
+        yield take_back
     finally:
-        ray.shutdown()
-        if handles:
-            signal.signal(signal.SIGTERM, on_sigterm)
+        ray._private.utils.set_sigterm_handler = set_by_ray
+        signal.signal(signal.SIGTERM, before)
 
 
 def _warn(text: str) -> None:

@@ -7,7 +7,7 @@ same call again continues.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,13 @@ from lrag_ray.stages.decode import DecodeStage, DecodeTask
 from lrag_ray.stages.spec import Task
 from lrag_ray.store.decoded import (
     decode_settings,
-    decoded_folder,
     own_settings,
     read_decoded,
     record_path,
     settings_folder,
 )
 from lrag_ray.store.identity import RunIdentity
+from lrag_ray.store.lease import DECODE
 from lrag_ray.store.records import Commit
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
@@ -74,6 +74,8 @@ def decode(config: RunConfig, *, other_vae: bool = False, listener: Listener = s
 class DecodeJob(Job[DecodeOutcome]):
     """One start of a decode."""
 
+    command = "decode"
+
     def __init__(self, config: RunConfig, other_vae: bool, listener: Listener) -> None:
         config = with_absolute_paths(config)
         run = RolloutRun(config.run.uri, config.storage)
@@ -87,10 +89,16 @@ class DecodeJob(Job[DecodeOutcome]):
             self.note(f"not in the configuration, so not decoded: {', '.join(sorted(left_out))}")
         self._tasks: list[Task[DecodeTask]] = []
         self._there = 0
-        self._find_work(identity)
+        self._identity = identity
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Decoding, whatever the settings of the videos."""
+        return [DECODE]
 
     def do(self) -> None:
         """Make the videos that are missing."""
+        self._find_work(self._identity)
         if not self._tasks:
             return
         refuse_misfits(self._config, "vae")
@@ -99,12 +107,9 @@ class DecodeJob(Job[DecodeOutcome]):
         with ray_session(self.engine):
             failed = self.run_stage(stage, self._tasks)
         for task in failed:
-            there = self.storage.list_files(decoded_folder(task.payload.settings, task.payload.commits[0].rollout))
-            commits = [
-                c
-                for c in task.payload.commits
-                if record_path(task.payload.settings, c.rollout, c.latent_frames) not in there
-            ]
+            records = {record_path(task.payload.settings, c.rollout, c.latent_frames): c for c in task.payload.commits}
+            there = self.storage.sizes(list(records))
+            commits = [c for path, c in records.items() if path not in there]
             self.made["decode"] += len(task.payload.commits) - len(commits)
             self._failed.append(
                 DecodeFailure(

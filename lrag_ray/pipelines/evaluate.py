@@ -36,8 +36,9 @@ from lrag_ray.stages.spec import Task
 from lrag_ray.stages.text import TextStage, TextTask
 from lrag_ray.store.embeddings import embedding_path, without_features
 from lrag_ray.store.integrity import Coverage, find_damage
+from lrag_ray.store.lease import REPORT, RUN
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.rollouts import METHOD_DEPTH, RolloutRun
 from lrag_ray.store.run_dir import RUN_FILE
 from lrag_ray.weights.verify import refuse_misfits
 
@@ -80,7 +81,7 @@ def evaluate(
 class EvaluateJob(Job[RunOutcome]):
     """One start of an evaluation."""
 
-    lease = "run"
+    command = "run"
 
     def __init__(
         self, config: RunConfig, prompts: Sequence[Prompt], listener: Listener, *, repair: bool = False
@@ -103,6 +104,11 @@ class EvaluateJob(Job[RunOutcome]):
             run.refuse_another_run(self._identity)
         self._scoring.check()
 
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Rollouts, and the scores of its suite."""
+        return [RUN, *([self._scoring.suite.folder] if self._scoring.suite else [])]
+
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
         with ExitStack() as cluster:
@@ -124,12 +130,14 @@ class EvaluateJob(Job[RunOutcome]):
                 connect()
             if self._pending.tasks:
                 self._roll_out(self._encode_prompts(self._pending.tasks))
+                self.wait_until_listed(self._hidden_commits)
                 videos = self._scoring.pending()
             if videos:
                 with self.stage("scoring", len(videos)):
                     self._scoring.score(videos, self.report)
         self._compare(former)
-        with self.stage("report"):
+        self.wait_until_listed(self._hidden_scores)
+        with self.stage("report"), self.leased([REPORT], patient=True):
             made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
 
@@ -282,6 +290,22 @@ class EvaluateJob(Job[RunOutcome]):
             if commit is not None and commit.latents_digest != digest:
                 self.missing[rollout.path] = f"made again with other latents than before at {frames} latent frames"
                 self.warn(f"{rollout.path}: {self.missing[rollout.path]}")
+
+    def _hidden_commits(self) -> set[str]:
+        """Commits of this start that no listing shows."""
+        finished = self.finished.get("rollouts", set())
+        made = {
+            f"{task.payload.rollout.path}/commit-{horizon}.json"
+            for task in self._pending.tasks
+            if task.title in finished and task.title not in self.missing
+            for horizon in task.payload.horizons
+        }
+        return made - self.storage.list_files_in_shares("rollouts", METHOD_DEPTH).keys() if made else set()
+
+    def _hidden_scores(self) -> set[str]:
+        """Videos that this start has scored and whose scores no listing shows."""
+        finished = self.finished.get("scoring", set())
+        return {task.title for task in self._scoring.pending()} & finished if finished else set()
 
     def _commits_made(self, exit_code: int) -> int:
         if exit_code == INTERRUPTED and self._pending.tasks:

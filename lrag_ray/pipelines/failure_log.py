@@ -28,6 +28,8 @@ class FailureLog:
         """Records to write and tasks (stage, title) to clear, in order."""
         self._known: set[str] | None = None
         """Folders of tasks with records, once they are needed."""
+        self._written: dict[str, list[str]] = {}
+        """Records of this start by folder: a listing may not show them yet."""
         self._unwritten_since = 0.0
         self._write_after = 0.0
 
@@ -64,7 +66,9 @@ class FailureLog:
             self._known = failed_tasks(self._storage)
         if isinstance(change, FailureRecord):
             write_failure(self._storage, change)
-            self._known.add(change.path.rpartition("/")[0])
+            folder = change.path.rpartition("/")[0]
+            self._known.add(folder)
+            self._written.setdefault(folder, []).append(change.path)
         elif (folder := failure_folder(*change)) in self._known:
-            clear_failures(self._storage, *change)
+            clear_failures(self._storage, *change, self._written.pop(folder, []))
             self._known.discard(folder)

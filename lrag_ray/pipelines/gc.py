@@ -1,4 +1,4 @@
-"""Collecting a run's garbage: what `lrag-ray gc` does, under the run's lease so that no driver works meanwhile."""
+"""Collecting a run's garbage: what `lrag-ray gc` does, while nobody makes rollouts or decodes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lrag_ray.events import Listener, Notice, silent
 from lrag_ray.pipelines.lease import keep_lease
 from lrag_ray.store.gc import Leftover, find_leftovers, remove_leftovers
-from lrag_ray.store.lease import holder
+from lrag_ray.store.lease import DECODE, RUN, holders
 from lrag_ray.store.rollouts import RolloutRun
 
 _LEASE_TTL_S = 120.0
@@ -51,13 +51,12 @@ def collect_garbage(
     """
     run.require()
     if remove:
-        with keep_lease(run.storage, "gc", ttl_s=_LEASE_TTL_S, listener=listener):
+        with keep_lease(run.storage, "gc", [RUN, DECODE], ttl_s=_LEASE_TTL_S, listener=listener):
             found = find_leftovers(run, older_than_s=older_than_s, unfinished=unfinished)
             remove_leftovers(run, found.found)
     else:
         found = find_leftovers(run, older_than_s=older_than_s, unfinished=unfinished)
-        at_work = holder(run.storage)
-        if at_work is not None and not at_work.is_free:
+        for at_work in {str(one): one for one in holders(run.storage).values() if not one.is_free}:
             text = f"{at_work} may be at work on the run: some of this may be its own"
             listener(Notice(text, warning=True))
     for note in found.notes:

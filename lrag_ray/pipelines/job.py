@@ -10,15 +10,15 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Generic, TypeVar
 
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.engine.pool import ActorPool
 from lrag_ray.engine.sizing import PoolSize
-from lrag_ray.errors import INTERRUPTED
+from lrag_ray.errors import INTERRUPTED, StorageError
 from lrag_ray.events import AttemptFailed, Event, Listener, Notice, StageBegan, StageEnded, TaskFinished, silent
 from lrag_ray.pipelines.failure_log import FailureLog
 from lrag_ray.pipelines.lease import keep_lease
@@ -27,12 +27,16 @@ from lrag_ray.store.address import Storage
 
 Outcome = TypeVar("Outcome")
 
+LISTED_WITHIN_S = 120.0
+"""An object store, or a folder on NFS, lists what other nodes have made within this time."""
+_LIST_AGAIN_S = 1.0
+
 
 class Job(ABC, Generic[Outcome]):
     """One start of a job. `start` does it all."""
 
-    lease: ClassVar[str | None] = None
-    """Name under which the run's lease is held while the job works; None for jobs that hold none."""
+    command: ClassVar[str]
+    """What the job is called where others are told who works."""
 
     def __init__(self, storage: Storage, engine: EngineSection, listener: Listener = silent) -> None:
         """`storage` is where results and failure records go; `listener` receives the events."""
@@ -42,11 +46,18 @@ class Job(ABC, Generic[Outcome]):
         """What was asked for and could not be made: the reason, by title."""
         self.made: Counter[StageName] = Counter()
         """Results that this start has made, by stage."""
+        self.finished: dict[StageName, set[str]] = {}
+        """Titles of the tasks that this start has finished, by stage."""
         self._listener = listener
         self._began = time.monotonic()
         self._failures = FailureLog(storage, self.warn)
         self._quarantined: set[tuple[str, str]] = set()
         """Stage and title, since the last stage began."""
+
+    @property
+    @abstractmethod
+    def kinds(self) -> Sequence[str]:
+        """Kinds of work (`lrag_ray.store.lease`) that no other driver may do at the same time."""
 
     @abstractmethod
     def do(self) -> None:
@@ -63,7 +74,7 @@ class Job(ABC, Generic[Outcome]):
         """
         cluster_address(self.engine)
         try:
-            with self._leased():
+            with self.leased(self.kinds):
                 self.do()
         except KeyboardInterrupt:
             self.warn("interrupted; the same command continues")
@@ -79,6 +90,7 @@ class Job(ABC, Generic[Outcome]):
         """Take in an event and pass it on."""
         if isinstance(event, TaskFinished):
             self.made[event.stage] += event.result.made
+            self.finished.setdefault(event.stage, set()).add(event.task)
             # Where each duration is a rollout of its own, several tasks have one title: the others stay missing.
             if (event.stage, event.task) not in self._quarantined:
                 self.missing.pop(event.task, None)
@@ -134,7 +146,31 @@ class Job(ABC, Generic[Outcome]):
             )
             return pool.run(tasks)
 
-    def _leased(self) -> AbstractContextManager[None]:
-        if self.lease is None:
-            return nullcontext()
-        return keep_lease(self.storage, self.lease, ttl_s=self.engine.lease_ttl_s, listener=self.report)
+    def wait_until_listed(self, hidden: Callable[[], Collection[str]]) -> None:
+        """Wait until listings show all that this start has made; `hidden` looks what they do not show.
+
+        What comes after goes by listings, and would leave it out. Raises StorageError after `LISTED_WITHIN_S`.
+        """
+        began_s, told = time.monotonic(), False
+        while missed := hidden():
+            some = next(iter(missed))
+            if time.monotonic() - began_s > LISTED_WITHIN_S:
+                raise StorageError(
+                    f"{self.storage.uri} has {some}, and its listings have not shown that for {LISTED_WITHIN_S:g} s. "
+                    "Everything is stored; the same command continues once the store (or the mount) lists it"
+                )
+            if not told:
+                self.note(f"waiting until the store lists what was made: {len(missed)} are hidden, such as {some}")
+            told = True
+            time.sleep(_LIST_AGAIN_S)
+
+    def leased(self, kinds: Sequence[str], *, patient: bool = False) -> AbstractContextManager[None]:
+        """Hold leases for the time of a block."""
+        return keep_lease(
+            self.storage,
+            self.command,
+            kinds,
+            ttl_s=self.engine.lease_ttl_s,
+            listener=self.report,
+            patient=patient,
+        )

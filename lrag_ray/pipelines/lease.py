@@ -1,8 +1,8 @@
-"""Keeps the run lease while a driver works, and stops the driver when the lease is lost.
+"""Keeps leases of a run while a driver works, and stops the driver when one is lost.
 
 Example::
 
-    with keep_lease(run.storage, "run", ttl_s=60, listener=listener):
+    with keep_lease(run.storage, "run", ["run", "scores/preview"], ttl_s=60, listener=listener):
         ...  # LeaseError out of the block as soon as another driver has taken over
 """
 
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -29,39 +29,57 @@ STOP_WITHIN_S = 60.0
 
 
 @contextmanager
-def keep_lease(storage: Storage, command: str, *, ttl_s: float, listener: Listener) -> Iterator[None]:
-    """Hold the lease of a run for the time of the block and give it back at its end, however it ends.
+def keep_lease(
+    storage: Storage, command: str, kinds: Sequence[str], *, ttl_s: float, listener: Listener, patient: bool = False
+) -> Iterator[None]:
+    """Hold the leases of some kinds of work for the time of the block and give them back at its end, however it ends.
 
-    Raises LeaseError before the block if another driver is at work, and out of the block if another driver took over
-    or if the lease could not be renewed for `ttl_s`. That interrupts the thread that entered the block as Ctrl-C
-    would. Nothing is waited for unless the last holder's end cannot be reported; then up to its `ttl_s`.
+    Raises LeaseError before the block if another driver is at such work (unless `patient`, which waits for its end),
+    and out of the block if another driver took over or if a lease could not be renewed for `ttl_s`. That interrupts the
+    thread that entered the block as Ctrl-C would. Nothing else is waited for unless the last holder's end cannot be
+    reported; then up to its `ttl_s`.
     """
-    keeper = _Keeper(take_lease(storage, new_record(command, ttl_s), lambda text: listener(Notice(text))), ttl_s)
-    keeper.start()
+    record = new_record(command, ttl_s)
+    leases: list[Lease] = []
+    keeper: _Keeper | None = None
     try:
+        for kind in kinds:
+            leases.append(take_lease(storage, record, lambda text: listener(Notice(text)), kind, patient=patient))
+        keeper = _Keeper(leases, ttl_s)
+        keeper.start()
         yield
     except KeyboardInterrupt:
-        if keeper.lost is None:
+        if keeper is None or keeper.lost is None:
             raise
     finally:
-        keeper.stop()
-        if keeper.lost is None:
-            try:
-                keeper.lease.release()
-            except StorageError as error:
-                text = f"the lease could not be given back, so the next start may wait {ttl_s:g} s: {error}"
-                listener(Notice(text, warning=True))
-    if keeper.lost is not None:
+        if keeper is not None:
+            keeper.stop()
+        if keeper is None or keeper.lost is None:
+            _give_back(leases, ttl_s, listener)
+    if keeper is not None and keeper.lost is not None:
         raise LeaseError(keeper.lost)
+
+
+def _give_back(leases: Sequence[Lease], ttl_s: float, listener: Listener) -> None:
+    for lease in leases:
+        try:
+            lease.release()
+        except StorageError as error:
+            text = f"the lease could not be given back, so the next start may wait {ttl_s:g} s: {error}"
+            listener(Notice(text, warning=True))
+
+
+_kept: list[_Keeper] = []
+"""Keepers of the main thread, the innermost last."""
 
 
 class _Keeper:
     """Two threads: one renews, the other sees to it that a hanging storage does not keep the driver going."""
 
-    def __init__(self, lease: Lease, ttl_s: float) -> None:
-        self.lease = lease
+    def __init__(self, leases: Sequence[Lease], ttl_s: float) -> None:
         self.lost: str | None = None
         """Why the lease is lost."""
+        self._leases = leases
         self._ttl_s = ttl_s
         self._beat_s = ttl_s / BEATS_PER_TTL
         self._renewals = 0
@@ -76,7 +94,8 @@ class _Keeper:
     def start(self) -> None:
         """Begin to renew."""
         if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGURG, self._on_signal)
+            self._handler_before = signal.signal(signal.SIGURG, _on_signal)
+            _kept.append(self)
         self._renewer.start()
         self._watch.start()
 
@@ -84,15 +103,22 @@ class _Keeper:
         """Stop renewing; afterwards the thread of the block is not interrupted any more."""
         self._stopped.set()
         if self._handler_before is not None:
+            _kept.remove(self)
             signal.signal(signal.SIGURG, self._handler_before)
         if self.lost is None:
             self._renewer.join()
+
+    @property
+    def stops(self) -> bool:
+        """Whether the thread of the block is to be interrupted."""
+        return self.lost is not None and not self._stopped.is_set()
 
     def _renew(self) -> None:
         pause_s = self._beat_s
         while not self._stopped.wait(pause_s):
             try:
-                self.lease.renew()
+                for lease in self._leases:
+                    lease.renew()
             except LeaseError as error:
                 self._lose(str(error))
                 return
@@ -133,6 +159,8 @@ class _Keeper:
             print(f"error: {printable(reason)}", file=sys.stderr, flush=True)
             os._exit(LeaseError.exit_code)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.lost is not None and not self._stopped.is_set():
-            raise KeyboardInterrupt
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    # Of nested blocks, the outer one may be the one that has lost its lease.
+    if any(keeper.stops for keeper in _kept):
+        raise KeyboardInterrupt

@@ -14,6 +14,7 @@ from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.scoring import RunScoring
 from lrag_ray.report.build import report
+from lrag_ray.store.lease import REPORT
 from lrag_ray.store.rollouts import RolloutRun
 
 
@@ -58,6 +59,8 @@ def score_run(config: RunConfig, *, listener: Listener = silent) -> RunScores:
 class ScoreJob(Job[RunScores]):
     """One start of scoring a run."""
 
+    command = "score"
+
     def __init__(self, config: RunConfig, listener: Listener) -> None:
         config = with_absolute_paths(config)
         run = RolloutRun(config.run.uri, config.storage)
@@ -73,6 +76,11 @@ class ScoreJob(Job[RunScores]):
         run.require()
         self._scoring.check()
 
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The scores of its suite: another suite may work beside it."""
+        return [self._suite.folder]
+
     def do(self) -> None:
         """Score what is pending, then write the report."""
         # A commit that does not count has a video all the same, which would be missing silently.
@@ -81,7 +89,10 @@ class ScoreJob(Job[RunScores]):
         if tasks := self._scoring.pending():
             with ray_session(self.engine), self.stage("scoring", len(tasks)):
                 self._scoring.score(tasks, self.report)
-        made = report([self._run], suite=self._suite)
+            scored = self.finished.get("scoring", set())
+            self.wait_until_listed(lambda: scored & {task.title for task in self._scoring.pending()})
+        with self.leased([REPORT], patient=True):
+            made = report([self._run], suite=self._suite)
         self._folder, self._files = made.folder or "", list(made.files)
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
 

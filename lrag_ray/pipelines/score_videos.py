@@ -131,6 +131,8 @@ def score_videos(
 class ScoreVideosJob(Job[VideoScores]):
     """One start of scoring videos outside a run."""
 
+    command = "score"
+
     def __init__(
         self,
         scoring: ScoringSection,
@@ -146,6 +148,11 @@ class ScoreVideosJob(Job[VideoScores]):
         self._listed = listed
         for note in listed.notes:
             self.warn(note)
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """The scores of its suite."""
+        return [self._suite.folder]
 
     def do(self) -> None:
         """Score what is pending."""

@@ -91,8 +91,8 @@ class DecodeWorker:
         """
         make_reproducible(self._stage.engine.threads_per_actor)
         began = time.perf_counter()
-        there = self._run.storage.list_files(decoded_folder(payload.settings, payload.commits[0].rollout))
-        # An attempt that died may have left some.
+        # An attempt that died may have left some. By name, because a listing may lag.
+        there = self._run.storage.sizes([_record_path(payload, commit) for commit in payload.commits])
         commits = {c.latent_frames: c for c in payload.commits if _record_path(payload, c) not in there}
         made = len(payload.commits) - len(commits)
         if not commits:

@@ -167,6 +167,18 @@ class Storage:
                 continue
         return found
 
+    def sizes(self, paths: Sequence[str]) -> dict[str, int]:
+        """Sizes in bytes of files that are asked for by name: a listing may lag behind, this does not."""
+        with ThreadPoolExecutor(READERS, thread_name_prefix="size") as askers:
+            found = dict(zip(paths, askers.map(self._size, paths), strict=True))
+        return {path: size for path, size in found.items() if size is not None}
+
+    def _size(self, path: str) -> int | None:
+        try:
+            return int(self._do("read", path, lambda: self.fs.info(self.full(path))["size"]))
+        except FileNotFoundError:
+            return None
+
     def _read_quickly(self, path: str) -> bytes:
         """`read_bytes` of a local file; a hundred thousand commits are read when a run starts."""
         try:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from fsspec import AbstractFileSystem
@@ -39,11 +40,9 @@ def create_once(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
     """
     try:
         if isinstance(fs, LocalFileSystem):
-            temporary = _write_temporary(Path(path), data)
-            try:
+            with _temporary(Path(path)) as temporary:
+                _write(temporary, data)
                 os.link(temporary, path)
-            finally:
-                temporary.unlink()
         else:
             fs.pipe_file(path, data, mode="create")
     except Exception as error:
@@ -64,7 +63,9 @@ def _holds(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
 def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:
     """Write or replace `path` with `data`, so that a reader sees the old bytes or the new ones."""
     if isinstance(fs, LocalFileSystem):
-        _write_temporary(Path(path), data).replace(path)
+        with _temporary(Path(path)) as temporary:
+            _write(temporary, data)
+            temporary.replace(path)
     else:
         fs.pipe_file(path, data, **_shown_as(fs, path))
 
@@ -78,15 +79,10 @@ def _shown_as(fs: AbstractFileSystem, path: str) -> dict[str, str]:
 def put_atomic(fs: AbstractFileSystem, source: Path, path: str) -> None:
     """Copy the local file `source` to `path` without reading it into memory; atomic for readers."""
     if isinstance(fs, LocalFileSystem):
-        target = Path(path)
-        temporary = _temporary_name(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _temporary(Path(path)) as temporary:
             fs.put_file(str(source), str(temporary))
             _sync(temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+            temporary.replace(path)
     else:
         fs.put_file(str(source), path)
 
@@ -106,23 +102,25 @@ def remove_file(fs: AbstractFileSystem, path: str) -> None:
         fs.rm_file(path)
 
 
-def _temporary_name(target: Path) -> Path:
-    return target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
-
-
-def _write_temporary(target: Path, data: bytes) -> Path:
-    """Write `data` beside `target`, on disk before it gets its name."""
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A name beside `target` for what becomes it; whatever fails, no file of that name is left."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(target)
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
+        yield temporary
+    finally:
+        # On a disk that fails, the first error is the one to report.
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write `data` to a new file, on disk before it gets its final name."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:

@@ -91,7 +91,11 @@ def read_decoded(run: RolloutRun) -> DecodedVideos:
             problems[path] = f"not a record of a decoded video: {why_not(error)}"
             continue
         folder = decoded_folder(record.settings, record.rollout)
-        size = files.get(record.video.path)
+        named = record.video.path
+        if named not in files and named.startswith(f"{folder}/attempt-"):
+            # A listing may lag behind.
+            files |= run.storage.sizes([named])
+        size = files.get(named)
         if path != record_path(record.settings, record.rollout, record.latent_frames):
             problems[path] = f"belongs to {folder}, {record.latent_frames} latent frames"
         elif not record.video.path.startswith(f"{folder}/attempt-"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import FailureRecord, failure_folder, why_not
 
@@ -30,7 +32,7 @@ def failed_tasks(storage: Storage) -> set[str]:
     return {path.rpartition("/")[0] for path in storage.list_files(FOLDER)}
 
 
-def clear_failures(storage: Storage, stage: str, task: str) -> None:
-    """Remove the records of a task, which has succeeded."""
-    for path in storage.list_files(failure_folder(stage, task)):
+def clear_failures(storage: Storage, stage: str, task: str, written: Iterable[str] = ()) -> None:
+    """Remove the records of a task, which has succeeded; also those in `written`, which no listing may show yet."""
+    for path in {*storage.list_files(failure_folder(stage, task)), *written}:
         storage.remove(path)

@@ -116,6 +116,10 @@ _MENDS_BY_TYPE = {
 _FULL = "No space is left there: free some (`lrag-ray gc RUN` lists leftovers); the same command continues"
 _PERMISSION = "This user may not do that there: change the owner or the permissions, or set run.uri to another folder"
 _MENDS_BY_ERRNO = {
+    errno.EIO: (
+        "The disk or its server reports an error: look for it in the system's log (dmesg) or ask whoever runs the file "
+        "system, or set run.uri to another folder; the same command continues"
+    ),
     errno.ENOSPC: _FULL,
     errno.EDQUOT: "The disk quota is used up: free some space or raise it; the same command continues",
     errno.EFBIG: "The file is larger than a file may be here: raise the limit (`ulimit -f`)",

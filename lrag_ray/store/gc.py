@@ -29,10 +29,10 @@ Kind = Literal[
 """unnamed: an attempt wrote it and no commit names it. set aside: a record that did not count. unfinished rollout: its
 next start would continue from this part."""
 
-WITHOUT_LEASE_S = 3600.0
+BESIDE_S = 3600.0
 """What `decode`, `score` and `report` write is left alone for that long at least: they may be at work beside a `gc`."""
 
-_WITHOUT_LEASE = (f"{DECODED}/", "scores/", "summary/")
+_BESIDE = (f"{DECODED}/", "scores/", "summary/")
 _ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
 _DECODED_FILE = re.compile(rf"^(?P<rollout>{DECODED}/[^/]+/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/[^/]+$")
 _SET_ASIDE = re.compile(
@@ -68,8 +68,8 @@ class Leftovers(NamedTuple):
 def find_leftovers(run: RolloutRun, *, older_than_s: float, unfinished: bool) -> Leftovers:
     """Leftovers that were last written more than `older_than_s` ago; with `unfinished` parts of open rollouts too.
 
-    What commands write that hold no lease is kept for `WITHOUT_LEASE_S` at least. StorageError where there is no run,
-    and where the listing does not show a record that is there.
+    What commands write that may be at work meanwhile is kept for `BESIDE_S` at least. StorageError where there is no
+    run, and where the listing does not show a record that is there.
     """
     identity = run.require()
     files = run.storage.list_details()
@@ -82,7 +82,7 @@ def find_leftovers(run: RolloutRun, *, older_than_s: float, unfinished: bool) ->
     now = time.time()
 
     def is_old(path: str, written_s: float | None) -> bool:
-        least_s = max(older_than_s, WITHOUT_LEASE_S) if path.startswith(_WITHOUT_LEASE) else older_than_s
+        least_s = max(older_than_s, BESIDE_S) if path.startswith(_BESIDE) else older_than_s
         return written_s is not None and written_s < now - least_s
 
     old = [one for one in candidates if is_old(one.path, files[one.path].modified_s)]

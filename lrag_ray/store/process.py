@@ -23,10 +23,15 @@ class ProcessIdentity(Record):
     """Ticks between boot and its start, so that a process id that is used again is not mistaken for it."""
 
     @property
+    def is_of_this_machine(self) -> bool:
+        """Whether it certainly is, or was, a process that can be seen from here."""
+        here = this_process()
+        return bool(self.space) and (self.host, self.space) == (here.host, here.space)
+
+    @property
     def is_gone(self) -> bool:
         """Whether it certainly has ended; False for what cannot be seen from here, as on another machine."""
-        here = this_process()
-        if not self.space or (self.host, self.space) != (here.host, here.space):
+        if not self.is_of_this_machine:
             return False
         try:
             os.kill(self.pid, 0)

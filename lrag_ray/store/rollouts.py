@@ -26,7 +26,7 @@ from lrag_ray.store.run_dir import RunDirectory, refusal
 
 _COMMIT = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/commit-(\d+)\.json$")
 _PART = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/part-(\d+)-(\d+)\.json$")
-_METHOD_DEPTH = 2
+METHOD_DEPTH = 2
 """Levels between ``rollouts`` and the folders of methods."""
 
 
@@ -106,7 +106,7 @@ class RolloutRun(RunDirectory):
 
         A long listing is not a snapshot: it may show a commit that was made while it continued, and not its files.
         """
-        files, commits = self._look(rollout.path) if rollout else self._look("rollouts", _METHOD_DEPTH)
+        files, commits = self._look(rollout.path) if rollout else self._look("rollouts", METHOD_DEPTH)
         for folder in [folder for folder, states in commits.items() if any(s.problem for s in states.values())]:
             files_again, commits_again = self._look(folder, again=True)
             files.update(files_again)
@@ -131,7 +131,12 @@ class RolloutRun(RunDirectory):
                     f"cannot read {self.uri}/{path}: the store gave {len(data)} bytes of {files[path]}, twice. What "
                     "is between here and the store truncates its answers; the same command continues once that is fixed"
                 )
-            commits.setdefault(match[1], {})[int(match[2])] = _examined(path, data, files)
+            state = _examined(path, data, files)
+            if again and state.problem is not None and state.commit is not None:
+                # A listing may lag: a commit would be set aside, and all behind it made again, for nothing.
+                files |= self.storage.sizes([file.path for file in state.commit.files if file.path not in files])
+                state = _examined(path, data, files)
+            commits.setdefault(match[1], {})[int(match[2])] = state
         return files, commits
 
     def commits(self) -> list[Commit]:

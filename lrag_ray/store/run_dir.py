@@ -84,7 +84,7 @@ class RunDirectory:
         self._refuse_changes(stored, wanted)
         union = grown(stored, wanted)
         if union != stored or not is_sealed_json(self.storage.read_bytes(RUN_FILE)):
-            # A run of a version before seals gets one, so that such a version does not take its new commits for damaged.
+            # A run of a version before seals gets one: such a version would take its new commits for damaged.
             self.storage.write(RUN_FILE, union.sealed())
         return union
 

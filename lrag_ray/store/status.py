@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Literal, get_args
 
@@ -13,7 +13,7 @@ from lrag_ray.config.schema import ScoringSection
 from lrag_ray.errors import ConfigError
 from lrag_ray.store.failures import read_failures
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.lease import LeaseHolder, holder
+from lrag_ray.store.lease import RUN, LeaseHolder, holders
 from lrag_ray.store.records import ROLLOUTS, FailureRecord, Record
 from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
 from lrag_ray.store.run_dir import CONFIG_FILE
@@ -67,10 +67,10 @@ class RunStatus(Record):
     problems: list[str]
     """Records that do not count, with the reason; the next start makes again what commits among them named."""
     held_by: str | None
-    """The driver that works on the run, since when, and its last sign of life by its own clock; None where nobody
+    """Drivers that work on the run, since when, and their last signs of life by their own clocks; None where nobody
     does."""
     lost: str | None
-    """The last driver, where it neither ended properly nor showed a sign of life lately: it probably died."""
+    """The last drivers, where they neither ended properly nor showed a sign of life lately: they probably died."""
 
     @property
     def done(self) -> bool:
@@ -120,9 +120,10 @@ def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
         for method in identity.methods
         for horizon in identity.backbones[backbone].horizons
     ]
-    last = holder(run_dir.storage)
-    working = last is not None and not last.is_free and _is_alive(last)
-    rate = _commits_per_hour(inventory) if working else None
+    last = holders(run_dir.storage)
+    at_work = {kind: one for kind, one in last.items() if not one.is_free and _is_alive(one)}
+    lost = [one for kind, one in last.items() if kind not in at_work and not one.is_released and not one.copied]
+    rate = _commits_per_hour(inventory) if RUN in at_work else None
     left = sum(cell.total - cell.done - cell.failed for cell in cells)
     return RunStatus(
         uri=run_dir.uri,
@@ -139,13 +140,15 @@ def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
             *_config_problems(run_dir),
         ],
         scores=_scores(run_dir, {task for stage, task in others if stage == "scoring"}) if scores else None,
-        held_by=_described(last) if working else None,
-        lost=_described(last) if not working and last is not None and not last.is_released else None,
+        held_by=_described(list(at_work.values())),
+        lost=_described(lost) if not at_work else None,
     )
 
 
-def _described(found: LeaseHolder | None) -> str:
-    return f"{found}, last sign of life {found.sign.at if found is not None and found.sign else 'not yet'}"
+def _described(found: Sequence[LeaseHolder]) -> str | None:
+    """Who, and the last sign of life; a driver that holds several leases once."""
+    shown = {str(one): one.sign.at if one.sign else "not yet" for one in found}
+    return "; ".join(f"{who}, last sign of life {at}" for who, at in shown.items()) or None
 
 
 def _is_alive(found: LeaseHolder) -> bool:

@@ -33,7 +33,7 @@ class Driver:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lrag_ray.cli.app", "run", str(config)],
+                [sys.executable, "-m", "lrag_ray", "run", str(config)],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=log,

@@ -171,7 +171,7 @@ class HeldVbench(VbenchLong):
         return HeldWorker(rows, videos, self.settings, threads=threads, device=device)
 
 
-PROGRAM = [sys.executable, "-m", "lrag_ray.cli.app"]
+PROGRAM = [sys.executable, "-m", "lrag_ray"]
 HELD = f"{HeldVbench.__module__}:{HeldVbench.__qualname__}"
 
 
@@ -184,7 +184,7 @@ def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
         [
             sys.executable,
             "-m",
-            "lrag_ray.cli.app",
+            "lrag_ray",
             "score",
             str(long_video),
             *OPTIONS,

@@ -74,7 +74,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(*arguments: str) -> tuple[int, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "lrag_ray.cli.app", *arguments, "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lrag_ray", *arguments, "--json"], capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 1), done.stderr
     return done.returncode, json.loads(done.stdout)

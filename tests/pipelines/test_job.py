@@ -38,6 +38,9 @@ def failure(
 class Told(Job[int]):
     """A job that reports what it is made of, and returns its exit code."""
 
+    command = "test"
+    kinds = ("run",)
+
     def __init__(self, folder: Path, *events: Event, interrupt: bool = False) -> None:
         self.events: list[Event] = []
         super().__init__(Storage(str(folder)), EngineSection(), self.events.append)

@@ -49,16 +49,19 @@ def take_over(storage: Storage) -> None:
 
 
 def test_the_lease_is_renewed_and_given_back_however_the_block_ends(storage: Storage) -> None:
-    with keep_lease(storage, "run", ttl_s=TTL_S, listener=silent):
+    with keep_lease(storage, "run", ["run"], ttl_s=TTL_S, listener=silent):
         before = holder(storage)
         assert before is not None and before.sign is not None and not before.is_free
-        with pytest.raises(LeaseError, match="being worked on"), keep_lease(storage, "gc", ttl_s=9, listener=silent):
+        with (
+            pytest.raises(LeaseError, match="being worked on"),
+            keep_lease(storage, "gc", ["run"], ttl_s=9, listener=silent),
+        ):
             pytest.fail("two drivers at once")
         after = holder(storage)
         assert after is not None and after.sign is not None and after.sign.count > before.sign.count
-    with pytest.raises(KeyboardInterrupt), keep_lease(storage, "run", ttl_s=TTL_S, listener=silent):
+    with pytest.raises(KeyboardInterrupt), keep_lease(storage, "run", ["run"], ttl_s=TTL_S, listener=silent):
         raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="a bug"), keep_lease(storage, "run", ttl_s=TTL_S, listener=silent):
+    with pytest.raises(ValueError, match="a bug"), keep_lease(storage, "run", ["run"], ttl_s=TTL_S, listener=silent):
         raise ValueError("a bug")
     found = holder(storage)
     assert found is not None and found.epoch == 3 and found.is_free
@@ -68,7 +71,7 @@ def test_a_driver_that_was_replaced_is_stopped_with_the_name_of_the_other(storag
     before = signal.getsignal(signal.SIGURG)
     with (
         pytest.raises(LeaseError, match=r"was taken over by ada on .* so this driver .* stops"),
-        keep_lease(storage, "run", ttl_s=TTL_S, listener=silent),
+        keep_lease(storage, "run", ["run"], ttl_s=TTL_S, listener=silent),
     ):
         take_over(storage)
         time.sleep(120)
@@ -83,7 +86,7 @@ def test_a_driver_in_another_thread_is_stopped_as_well(storage: Storage) -> None
 
     def drive() -> None:
         try:
-            with keep_lease(storage, "run", ttl_s=TTL_S, listener=silent):
+            with keep_lease(storage, "run", ["run"], ttl_s=TTL_S, listener=silent):
                 take_over(storage)
                 for _ in range(1200):
                     time.sleep(0.1)
@@ -100,7 +103,7 @@ def test_a_driver_in_another_thread_is_stopped_as_well(storage: Storage) -> None
 def test_a_lease_that_cannot_be_renewed_stops_the_driver_after_its_ttl(storage: Storage, tmp_path: Path) -> None:
     with (
         pytest.raises(LeaseError, match=r"could not be renewed for 2 s.*cannot (write|list)"),
-        keep_lease(storage, "run", ttl_s=2, listener=silent),
+        keep_lease(storage, "run", ["run"], ttl_s=2, listener=silent),
     ):
         began = time.monotonic()
         switch(tmp_path, "file")
@@ -110,7 +113,7 @@ def test_a_lease_that_cannot_be_renewed_stops_the_driver_after_its_ttl(storage: 
 
 
 def test_a_short_trouble_of_the_storage_is_borne(storage: Storage, tmp_path: Path) -> None:
-    with keep_lease(storage, "run", ttl_s=TTL_S, listener=silent):
+    with keep_lease(storage, "run", ["run"], ttl_s=TTL_S, listener=silent):
         before = beats(storage)
         switch(tmp_path, "file")
         time.sleep(TTL_S / 4)
@@ -134,7 +137,7 @@ def test_a_lease_that_cannot_be_given_back_is_told_and_masks_nothing(storage: St
     events: list[Event] = []
     with (
         pytest.raises(ValueError, match="the reason"),
-        keep_lease(storage, "run", ttl_s=600, listener=events.append),
+        keep_lease(storage, "run", ["run"], ttl_s=600, listener=events.append),
     ):
         switch(tmp_path, "file")
         raise ValueError("the reason")
@@ -147,7 +150,7 @@ from lrag_ray.pipelines import lease
 from lrag_ray.events import silent
 from lrag_ray.store.address import Storage
 lease.STOP_WITHIN_S = 1.0
-with lease.keep_lease(Storage(sys.argv[1]), "run", ttl_s=6, listener=silent):
+with lease.keep_lease(Storage(sys.argv[1]), "run", ["run"], ttl_s=6, listener=silent):
     print("held", flush=True)
     while True:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import random
+import re
 import socket
 import struct
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 Fault = Literal[
     "InternalError",
@@ -82,6 +83,11 @@ class FaultProxy:
 
     def __init__(self, endpoint: str) -> None:
         self.choose: Choose = lambda *_: None
+        self.lag_s = 0.0
+        """Listings do not show a name for so long after it was first written."""
+        self.hidden = 0
+        """Names that listings left out."""
+        self._born: dict[str, float] = {}
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -112,6 +118,10 @@ class FaultProxy:
                 answer = server.getresponse()
                 data = answer.read()
                 server.close()
+                if self.command in ("PUT", "POST") and answer.status == 200:
+                    proxy._born.setdefault(unquote(urlsplit(self.path).path).lstrip("/"), time.monotonic())
+                if "list-type=2" in self.path and answer.status == 200:
+                    data = proxy._as_listed(unquote(urlsplit(self.path).path).strip("/"), data)
                 if fault == "reset after":
                     self._reset()
                     return
@@ -177,6 +187,18 @@ class FaultProxy:
             if fault is not None:
                 self.injected[fault] += 1
         return fault
+
+    def _as_listed(self, bucket: str, answer: bytes) -> bytes:
+        """A listing without the names that are too young."""
+
+        def shown(entry: re.Match[bytes]) -> bytes:
+            key = unquote(re.search(rb"<Key>(.*?)</Key>", entry[0])[1].decode())  # type: ignore[index]
+            if time.monotonic() - self._born.get(f"{bucket}/{key}", float("-inf")) < self.lag_s:
+                self.hidden += 1
+                return b""
+            return entry[0]
+
+        return re.sub(rb"<Contents>.*?</Contents>", shown, answer, flags=re.DOTALL)
 
     @contextmanager
     def running(self) -> Iterator[FaultProxy]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from typing_extensions import Buffer
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
@@ -102,3 +106,50 @@ def test_a_network_file_system_that_stutters_is_tried_again(tmp_path: Path, monk
     with pytest.raises(StorageError, match="made up by the test"):
         storage.create("commit-12.json", b"mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["commit-12.json", "commit-6.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [(errno.EIO, "look for it in the system's log"), (errno.ENOSPC, "No space is left"), (errno.EDQUOT, "disk quota")],
+)
+@pytest.mark.parametrize("call", ["os.write", "os.fsync", "os.link", "os.rename"])
+def test_a_disk_that_fails_at_any_step_leaves_no_temporary_file_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, advice: str
+) -> None:
+    """Each system call that a write consists of fails once it has begun; what was there before stays."""
+    storage = Storage(str(tmp_path / "run"))
+    storage.write("there.json", b"before")
+    source = tmp_path / "source.mp4"
+    source.write_bytes(b"frames")
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    class HalfWritten(io.FileIO):
+        def write(self, data: Buffer, /) -> int:
+            super().write(memoryview(data)[:1])
+            raise OSError(code, os.strerror(code))
+
+    if call == "os.write":
+        monkeypatch.setattr(Path, "open", lambda path, mode="r": HalfWritten(path, mode.replace("b", "")))
+        monkeypatch.setattr(LocalFileSystem, "put_file", lambda *_, **__: fails())
+    elif call == "os.rename":
+        # What pathlib calls.
+        monkeypatch.setattr("pathlib.os.replace", fails)
+        monkeypatch.setattr("pathlib.os.rename", fails)
+    else:
+        monkeypatch.setattr(call, fails)
+    operations: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
+        "write": (storage.write, ("there.json", b"after")),
+        "create": (storage.create, ("commit-6.json", b"mine")),
+        "put": (storage.put_file, (source, "video.mp4")),
+        "move": (storage.move, ("there.json", "there.json.invalid-0")),
+    }
+    spared = {"os.write": {"move"}, "os.fsync": {"move"}, "os.link": {"write", "put", "move"}, "os.rename": {"create"}}
+    for name, (operation, arguments) in operations.items():
+        if name in spared[call]:
+            continue
+        with pytest.raises(StorageError, match=advice):
+            operation(*arguments)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {"there.json": b"before"}

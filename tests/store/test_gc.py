@@ -11,7 +11,7 @@ import pytest
 from lrag_ray.errors import LeaseError, StorageError
 from lrag_ray.events import Event, Notice
 from lrag_ray.pipelines.gc import collect_garbage
-from lrag_ray.store.gc import WITHOUT_LEASE_S, find_leftovers
+from lrag_ray.store.gc import BESIDE_S, find_leftovers
 from lrag_ray.store.lease import Lease, new_record, take_lease
 from lrag_ray.store.parts import write_part
 from lrag_ray.store.rollouts import RolloutRun
@@ -127,7 +127,7 @@ def test_nothing_is_removed_where_a_listing_hides_the_record_of_a_decoded_video(
     record = store_decoded(run, commit, {"vae": "v0"})
     whole = run.storage.list_details
     for path in whole("decoded"):
-        os.utime(tmp_path / path, (time.time() - WITHOUT_LEASE_S - 60,) * 2)
+        os.utime(tmp_path / path, (time.time() - BESIDE_S - 60,) * 2)
     assert kinds(run) == {}
     monkeypatch.setattr(
         run.storage, "list_details", lambda prefix="": {p: d for p, d in whole(prefix).items() if p != record}
@@ -143,7 +143,7 @@ def test_a_run_that_grows_later_continues_from_the_parts_that_commits_name(run: 
 
 
 def test_what_decoding_and_scoring_are_writing_at_this_moment_stays(tmp_path: Path) -> None:
-    """They hold no lease, and a decoded video is there before the record that names it."""
+    """They may go on beside it, and a decoded video is there before the record that names it."""
     run = RolloutRun(str(tmp_path))
     run.ensure(make_identity())
     writing = [
@@ -157,7 +157,7 @@ def test_what_decoding_and_scoring_are_writing_at_this_moment_stays(tmp_path: Pa
     assert kinds(run) == {}
     assert find_leftovers(run, older_than_s=-1, unfinished=False).too_young == len(writing)
     for path in writing:
-        os.utime(tmp_path / path, (time.time() - WITHOUT_LEASE_S - 60,) * 2)
+        os.utime(tmp_path / path, (time.time() - BESIDE_S - 60,) * 2)
     assert kinds(run).keys() == set(writing)
 
 
