@@ -15,6 +15,7 @@ from lrag_ray import __version__
 from lrag_ray.cli import (
     bench,
     catalogue,
+    dataset,
     decode,
     doctor,
     gc,
@@ -62,7 +63,7 @@ def lrag_ray(
 @app.command()
 @tells_errors
 def run(config: Config, overrides: Overrides = None, progress: Progress = "auto", as_json: AsJson = False) -> None:
-    """Run here: rollouts, scores and report, on a running Ray cluster or a local one.
+    """Run a job here, on a running Ray cluster or a local one: rollouts, scores and report, or a latent corpus.
 
     The same command again continues: what is committed is not done again, what is partial continues, what failed is
     tried again. Prompts, samples, methods, backbones and durations may be added in between.
@@ -72,10 +73,12 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
       lrag-ray run configs/demo.yaml
       lrag-ray run configs/demo.yaml --set run.uri=runs/mine --set prompts.path=prompts.txt --set prompts.limit=8
     """
+    from lrag_ray.cli.dataset import print_corpus
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.config.load import load_config
     from lrag_ray.pipelines.jobs import start
+    from lrag_ray.pipelines.latents import LatentsOutcome
     from lrag_ray.store.rollouts import RolloutRun
 
     loaded = load_config(config, overrides or [])
@@ -83,6 +86,8 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
         outcome = start(loaded, listener=listener)
     if as_json:
         print_json(outcome)
+    elif isinstance(outcome, LatentsOutcome):
+        print_corpus(console(), outcome)
     else:
         print_outcome(console(), RolloutRun(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
@@ -198,6 +203,7 @@ init.register(app)
 doctor.register(app)
 gc.register(app)
 weights.register(app)
+dataset.register(app)
 import_config.register(app)
 bench.register(app)
 catalogue.register(app)
