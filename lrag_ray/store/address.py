@@ -156,7 +156,13 @@ class Storage:
             data = self._do("read", path, lambda: self._cat_range(full, start, start + len(view), single))
             view[: len(data)] = data
             return len(data)
-        return self._do("read", path, lambda: _read_local_range(full, start, view))
+        try:
+            # Half of the time of a window in the page cache would go into the care for errors.
+            return _read_local_range(full, start, view)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return self._do("read", path, lambda: _read_local_range(full, start, view))
 
     def _cat_range(self, full: str, start: int, end: int, options: Mapping[str, Any]) -> bytes:
         try:
