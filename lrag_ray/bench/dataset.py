@@ -113,7 +113,7 @@ def bench_dataset(
                 before()
                 started = time.perf_counter()
                 with ThreadPoolExecutor(readers) as threads:
-                    for _ in threads.map(work, items):  # type: ignore[arg-type]
+                    for _ in threads.map(work, items):
                         pass
                 pair.append(windows / (time.perf_counter() - started))
             found.append(pair)
