@@ -14,6 +14,7 @@ from lrag_ray import __version__
 from lrag_ray.cli import (
     bench,
     catalogue,
+    dataset,
     decode,
     doctor,
     gc,
@@ -68,7 +69,7 @@ def run(
     progress: Progress = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Run here: rollouts, scores and report, on a running Ray cluster or a local one.
+    """Run a job here, on a running Ray cluster or a local one: rollouts, scores and report, or a latent corpus.
 
     The same command again continues: what is committed is not done again, what is partial continues, what failed is
     tried again. Prompts, samples, methods, backbones and durations may be added in between.
@@ -79,10 +80,12 @@ def run(
       lrag-ray run configs/demo.yaml --set run.uri=runs/mine --set prompts.path=prompts.txt --set prompts.limit=8
       lrag-ray run configs/demo.yaml --repair
     """
+    from lrag_ray.cli.dataset import print_corpus
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.config.load import load_config
     from lrag_ray.pipelines.jobs import start
+    from lrag_ray.pipelines.latents import LatentsOutcome
     from lrag_ray.store.rollouts import RolloutRun
 
     loaded = load_config(config, overrides or [])
@@ -90,6 +93,8 @@ def run(
         outcome = start(loaded, listener=listener, repair=repair)
     if as_json:
         print_json(outcome)
+    elif isinstance(outcome, LatentsOutcome):
+        print_corpus(console(), outcome)
     else:
         print_outcome(console(), RolloutRun(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
@@ -233,6 +238,7 @@ init.register(app)
 doctor.register(app)
 gc.register(app)
 weights.register(app)
+dataset.register(app)
 import_config.register(app)
 bench.register(app)
 catalogue.register(app)

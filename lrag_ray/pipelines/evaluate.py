@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.paths import with_absolute_paths
@@ -38,7 +38,7 @@ from lrag_ray.store.embeddings import embedding_path, without_features
 from lrag_ray.store.integrity import Coverage, find_damage
 from lrag_ray.store.lease import REPORT, RUN
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.rollouts import METHOD_DEPTH, RolloutRun
+from lrag_ray.store.rollouts import METHOD_DEPTH, Inventory, RolloutRun
 from lrag_ray.store.run_dir import RUN_FILE
 from lrag_ray.weights.verify import refuse_misfits
 
@@ -93,10 +93,13 @@ class EvaluateJob(Job[RunOutcome]):
         self._run = run
         self._scoring = RunScoring(run, config.scoring, config.engine)
         self._pending = PendingRollouts([], [], 0, 0)
+        self._inventory = Inventory({}, {}, {})
+        """What storage held at the start."""
         for note in make_plan(config, prompts).notes:
             self.note(note)
         self._identity = build_identity(config, prompts)
         self._repair = repair
+        self._connected = False
         # Before anything is written: another user's run must not receive our lease.
         if repair and run.is_damaged():
             run.refuse_foreign_commits(self._identity, run.inventory())
@@ -112,17 +115,7 @@ class EvaluateJob(Job[RunOutcome]):
     def do(self) -> None:
         """Rollouts, scores, report; only what is open."""
         with ExitStack() as cluster:
-            connected = False
-
-            def connect() -> None:
-                nonlocal connected
-                if not connected:
-                    connected = True
-                    with self.stage("connect"):
-                        cluster.enter_context(ray_session(self.engine))
-                        probe_nodes(self._run, self._config, self.report)
-                        self._scoring.refuse_without_room()
-
+            connect = partial(self._connect, cluster)
             former = self._make_again(connect) if self._repair else {}
             self._prepare()
             videos = self._scoring.pending()
@@ -155,11 +148,21 @@ class EvaluateJob(Job[RunOutcome]):
             seconds=self.seconds,
         )
 
+    def _connect(self, cluster: ExitStack) -> None:
+        """Reach Ray until `cluster` is closed, unless it is reached."""
+        if self._connected:
+            return
+        self._connected = True
+        with self.stage("connect"):
+            cluster.enter_context(ray_session(self.engine))
+            probe_nodes(self._run, self._config, self.report)
+            self._scoring.refuse_without_room()
+
     def _prepare(self) -> None:
         """Check and grow the run directory, and find out what is open."""
         if not self.storage.probe().create_only:
             self.warn(f"{self._run.uri} does not honour create-only writes: let one driver work at a time")
-        inventory = self._run.inventory()
+        self._inventory = inventory = self._run.inventory()
         pending = pending_rollouts(self._identity, inventory, self._history_bytes())
         if self.missing:
             # What a repair could not make again as it was is not replaced by something else.

@@ -64,6 +64,8 @@ class RolloutTask:
     """Horizons in latent frames that have no commit yet, ascending."""
     damaged: Damaged | None = None
     """Files of commits to make again in their place, instead of making commits."""
+    decode: bool = True
+    """Whether its videos are made, where the run makes any."""
 
 
 @dataclass(frozen=True)
@@ -375,7 +377,7 @@ class _Attempt:
 
     def _open_videos(self, scratch: Path, horizons: Sequence[int]) -> HorizonVideos | None:
         video = self._stage.video
-        if not video.enabled:
+        if not (video.enabled and self._task.decode):
             return None
         with self._watch.measure("load"):
             vae = self._worker.vae()
