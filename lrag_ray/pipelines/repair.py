@@ -23,6 +23,8 @@ from lrag_ray.stages.decode import DecodeStage, DecodeTask
 from lrag_ray.stages.rollout.restore import Damaged
 from lrag_ray.stages.rollout.worker import RolloutTask
 from lrag_ray.stages.spec import Task
+from lrag_ray.store.dataset_card import CARD_FILE
+from lrag_ray.store.dataset_index import MANIFEST_FILE
 from lrag_ray.store.decoded import DecodedVideos, decode_settings, own_settings, read_decoded, settings_folder
 from lrag_ray.store.embeddings import embedding_path
 from lrag_ray.store.identity import RunIdentity, canonical_digest
@@ -86,7 +88,10 @@ def plan_repair(
                 plan.decoded.append(found)
             case "report":
                 plan.remove.append(found.path)
-            case "run" | "configuration" | "lease":
+            case "dataset" if found.path != CARD_FILE:
+                # Without its list the index is made anew from the commits.
+                plan.remove.append(MANIFEST_FILE)
+            case "run" | "configuration" | "lease" | "dataset":
                 pass  # Written again by every start.
     for folder, paths in sorted(by_rollout.items()):
         plan.restores += _restores(plan, identity, folder, paths, commits.get(folder, ()), history_bytes)

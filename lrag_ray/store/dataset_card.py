@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lrag_ray.store.address import Storage
 from lrag_ray.store.dataset_index import FOLDER, LatentForm
@@ -50,7 +50,7 @@ class DatasetCard(Record):
 
     def write(self, storage: Storage) -> None:
         """Write both files."""
-        storage.write(CARD_FILE, self.model_dump_json(indent=1).encode())
+        storage.write(CARD_FILE, self.sealed())
         storage.write(READ_ME, ("\n".join(self._lines()) + "\n").encode())
 
     def _lines(self) -> Iterator[str]:
@@ -86,8 +86,8 @@ class DatasetCard(Record):
 def read_card(storage: Storage) -> DatasetCard | None:
     """The card of the dataset at an address; None where there is none or it cannot be understood."""
     try:
-        return DatasetCard.model_validate_json(storage.read_bytes(CARD_FILE))
-    except (FileNotFoundError, ValidationError):
+        return DatasetCard.opened(storage.read_bytes(CARD_FILE))
+    except (FileNotFoundError, ValueError):
         return None
 
 

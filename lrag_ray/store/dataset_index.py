@@ -15,6 +15,7 @@ The index says nothing that the commits do not say: `rows_of` makes its rows fro
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import secrets
@@ -27,12 +28,12 @@ from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lrag_ray.errors import StorageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.parts import BrokenPartError
-from lrag_ray.store.records import Count, Record
+from lrag_ray.store.records import Count, FileRecord, Record, why_not
 
 
 class DamagedIndexError(StorageError):
@@ -135,11 +136,9 @@ class FormedRow(NamedTuple):
     form: LatentForm
 
 
-class IndexSegment(Record):
+class IndexSegment(FileRecord):
     """One parquet file of the index."""
 
-    path: str
-    size_bytes: Count
     rollouts: Annotated[int, Field(ge=1, lt=2**40)]
     frames: Count
     """Of all its rollouts."""
@@ -175,9 +174,9 @@ def read_manifest(storage: Storage) -> IndexManifest | None:
     except FileNotFoundError:
         return None
     try:
-        manifest = IndexManifest.model_validate_json(data)
-    except ValidationError as error:
-        reason = f"{error.errors()[0]['msg']} at {'.'.join(map(str, error.errors()[0]['loc'])) or 'its start'}"
+        manifest = IndexManifest.opened(data)
+    except ValueError as error:
+        reason = why_not(error)
     else:
         misplaced = [s.path for s in manifest.segments if not s.path.startswith(SEGMENT_PREFIX)]
         if manifest.format_version == FORMAT_VERSION and not misplaced:
@@ -225,7 +224,7 @@ class IndexWriter:
 
     def write_manifest(self) -> None:
         """Let readers see what was added."""
-        self._storage.write(MANIFEST_FILE, self.manifest.model_dump_json(indent=1).encode())
+        self._storage.write(MANIFEST_FILE, self.manifest.sealed())
 
     def _write(self, table: pa.Table) -> IndexSegment:
         sink = io.BytesIO()
@@ -243,6 +242,7 @@ class IndexWriter:
         return IndexSegment(
             path=path,
             size_bytes=len(sink.getvalue()),
+            sha256=hashlib.sha256(sink.getvalue()).hexdigest(),
             rollouts=table.num_rows,
             frames=sum(frames),
             shortest=min(frames),

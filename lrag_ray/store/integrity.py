@@ -26,6 +26,8 @@ from typing import Literal, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from lrag_ray.store.dataset_card import CARD_FILE, DatasetCard
+from lrag_ray.store.dataset_index import MANIFEST_FILE, IndexManifest
 from lrag_ray.store.decoded import RECORD as DECODED_RECORD
 from lrag_ray.store.decoded import decoded_folder, record_path
 from lrag_ray.store.embeddings import FOLDER as EMBEDDINGS
@@ -53,7 +55,7 @@ from lrag_ray.store.seal import opened_json
 
 Kind = Literal[
     "run", "configuration", "commit", "latents", "trace", "video", "part record", "text features", "decoded video",
-    "decoded record", "scores", "failure record", "lease", "report",
+    "decoded record", "scores", "failure record", "lease", "report", "dataset",
 ]  # fmt: skip
 
 _ROLLOUT = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/(?:commit-\d+\.json|attempt-[^/]+/part-\d+-\d+\.json)$")
@@ -155,6 +157,10 @@ class _Verification:
             return self._scores
         if path == SUMMARY_INDEX:
             return self._summary
+        if path == CARD_FILE:
+            return lambda path: self._record(path, "dataset", DatasetCard)
+        if path == MANIFEST_FILE:
+            return self._index
         return self._decoded if DECODED_RECORD.match(path) else None
 
     def _damage(self, path: str, kind: Kind, what: str, rollout: str = "", repair: str = "") -> Damage:
@@ -219,6 +225,17 @@ class _Verification:
             if file.path.startswith(f"{SUMMARY}/") and (what := self._wrong(file)):
                 found.append(self._damage(file.path, "report", what, repair=repair))
         return found
+
+    def _index(self, path: str) -> Sequence[Damage]:
+        data = self._read(path)
+        try:
+            manifest = IndexManifest.opened(data) if data is not None else None
+        except ValueError as error:
+            return [self._damage(path, "dataset", why_not(error))]
+        segments = manifest.segments if manifest is not None else []
+        self._named.update(segment.path for segment in segments)
+        wrong = {segment.path: what for segment in segments if (what := self._wrong(segment))}
+        return [self._damage(path, "dataset", what) for path, what in wrong.items()]
 
     def _wrong(self, file: FileRecord) -> str | None:
         """What is wrong with a file that something names."""
