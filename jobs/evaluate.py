@@ -1,16 +1,20 @@
-"""Ray job entry point of a configuration: progress as lines in the job's log, or as JSON events.
+"""Ray job entry point of a configuration, whatever its job: progress as lines in the job's log, or as JSON events.
 
 Run as ``python -m jobs.evaluate CONFIG [--set a.b=value …] [--progress log|json]`` in the job's working directory. The
-exit code is that of the job.
+exit code is that of the job. `lrag-ray submit` starts it this way, with the version of its client, which must be ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
+import socket
 import sys
 
-from jobs.entry import listener, reporting_errors
+import lrag_ray
+from jobs.entry import check_client, listener, report_outcome, reporting_errors
 from lrag_ray.config.load import load_config
+from lrag_ray.events import Notice
 from lrag_ray.pipelines.jobs import start
 
 
@@ -20,9 +24,15 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
     parser.add_argument("--progress", choices=("log", "json"), default="log")
+    parser.add_argument("--client-version", metavar="VERSION/NUMERICS")
     given = parser.parse_args()
     with reporting_errors():
-        outcome = start(load_config(given.config, given.overrides), listener=listener(given.progress))
+        check_client(given.client_version)
+        receive = listener(given.progress)
+        here = f"lrag-ray {lrag_ray.__version__} with Python {platform.python_version()} on {socket.gethostname()}"
+        receive(Notice(here))
+        outcome = start(load_config(given.config, given.overrides), listener=receive)
+        report_outcome(outcome, given.progress)
         sys.exit(outcome.exit_code)
 
 

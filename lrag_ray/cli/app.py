@@ -24,6 +24,7 @@ from lrag_ray.cli import (
     report,
     runs,
     score,
+    submit,
     view,
     weights,
 )
@@ -188,6 +189,7 @@ def verify(
     raise typer.Exit(1 if failed(found) else 0)
 
 
+submit.register(app)
 decode.register(app)
 score.register(app)
 report.register(app)
