@@ -48,8 +48,8 @@ def check_client(client: str | None) -> None:
         theirs, _, numerics = client.partition("/")
         raise RunEnvironmentError(
             f"lrag-ray {theirs} (numerics version {numerics}) submitted this job, and the nodes have "
-            f"{lrag_ray.__version__} (numerics version {lrag_ray.NUMERICS_VERSION}). Fix: submit without --no-upload, so "
-            "that the client's code runs, or use an image of that version"
+            f"{lrag_ray.__version__} (numerics version {lrag_ray.NUMERICS_VERSION}). Fix: submit without --no-upload, "
+            "so that the client's code runs, or use an image of that version"
         )
 
 

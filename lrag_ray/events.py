@@ -158,12 +158,10 @@ def from_json(data: Mapping[str, Any]) -> Event | None:
     kind = next((kind for kind in get_args(Event) if kind.__name__ == name), None)
     if kind is None:
         return None
-    fields = {key: value for key, value in data.items() if key != "event"}
+    known = FailureRecord.model_fields if kind is AttemptFailed else {field.name for field in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {key: value for key, value in data.items() if key in known}
     if kind is AttemptFailed:
         fields = {"failure": fields}
-    else:
-        known = {field.name for field in dataclasses.fields(kind)}
-        fields = {key: value for key, value in fields.items() if key in known}
     try:
         event: Event = _adapter(kind).validate_python(fields)
     except ValidationError:

@@ -168,10 +168,10 @@ class JobClient:
 
         The name of a wheel must say what is in it. ClusterError above `MOST_PACKAGE_BYTES`.
         """
+        if (size := package.stat().st_size) >= MOST_PACKAGE_BYTES:
+            raise ClusterError(f"{package.name} has {size:,} bytes; a dashboard takes less than {MOST_PACKAGE_BYTES:,}")
         data = package.read_bytes()
         name = package.name if package.suffix == ".whl" else f"_ray_pkg_{hashlib.sha1(data).hexdigest()}.zip"
-        if len(data) >= MOST_PACKAGE_BYTES:
-            raise ClusterError(f"{package.name} has {len(data):,} bytes; a dashboard takes {MOST_PACKAGE_BYTES:,}")
         path = f"/api/packages/gcs/{quote(name)}"
         if self._request("GET", path).status_code != 200:
             answer = self._request("PUT", path, data=data)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ LEAST_RAY = (2, 60)
 """As in pyproject.toml; the job API and the engine are written for it."""
 LEAST_PYTHON = (3, 11)
 """As in pyproject.toml."""
-_LOOK_UP_S = 30.0
+_LOOK_UP_S = 60.0
+_LOOK_UP = "import sys\nfrom ray.dashboard.utils import ray_address_to_api_server_url as url\nprint(url(sys.argv[1]))"
 
 
 class Dashboard(NamedTuple):
@@ -125,24 +126,18 @@ def _url(text: str, source: str) -> str:
 
 def _asked(text: str, source: str) -> str:
     """The dashboard of the cluster at ``auto`` or ``host:port``, which is where its nodes meet; Ray knows it."""
-    found: list[str] = []
-    problems: list[str] = []
-
-    def ask() -> None:
-        try:
-            from ray.dashboard.utils import ray_address_to_api_server_url
-
-            found.append(ray_address_to_api_server_url(text))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - Ray raises whatever comes, and exits without a cluster
-            problems.append(str(error))
-
-    # Ray itself would try for a quarter of an hour.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_LOOK_UP_S)
-    if found:
-        return found[0].rstrip("/")
-    why = redact(problems[0]) if problems else f"no answer in {_LOOK_UP_S:g} s"
+    try:
+        # In a process of its own: Ray would try for a quarter of an hour, and end ours where it finds no cluster.
+        asked = subprocess.run(
+            [sys.executable, "-c", _LOOK_UP, text], capture_output=True, text=True, timeout=_LOOK_UP_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        why = f"no answer in {_LOOK_UP_S:g} s"
+    else:
+        if asked.returncode == 0:
+            return asked.stdout.split()[-1].rstrip("/")
+        lines = asked.stderr.strip().splitlines()
+        why = redact(lines[-1]) if lines else "no cluster is there"
     raise ClusterError(
         f"{source} is {text}, and Ray could not say where the dashboard of that cluster is: {why}. Fix: set "
         "RAY_API_SERVER_ADDRESS to it (http://host:8265)"

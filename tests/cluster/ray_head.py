@@ -1,0 +1,112 @@
+"""A real Ray head with its dashboard, made by `ray start --head`: ports and folder of its own, asking for a token."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.conftest import REPOSITORY
+
+_START_S = 240.0
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [int(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class RayHead:
+    """A head that can be killed and started again at the same address."""
+
+    def __init__(self, cpus: int = 4) -> None:
+        self.token = secrets.token_hex(32)
+        self._cpus = cpus
+        self._gcs, dashboard, self._agent, self._client = free_ports(4)
+        self.url = f"http://127.0.0.1:{dashboard}"
+        self._folder = tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._seen: list[psutil.Process] = []
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Of a client: without an address, with the token."""
+        without = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+        return {**without, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_TOKEN": self.token}
+
+    def start(self) -> None:
+        """Start it and wait until it takes jobs."""
+        program = Path(sys.executable).parent
+        environment = {
+            **self.environment,
+            "RAY_AUTH_MODE": "token",
+            "PATH": f"{program}{os.pathsep}{os.environ['PATH']}",
+        }
+        # The nodes have no code of ours but what a job brings.
+        del environment["PYTHONPATH"]
+        command = [
+            str(program / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1", f"--port={self._gcs}", f"--dashboard-port={self.url.rsplit(':', 1)[1]}",
+            f"--dashboard-agent-listen-port={self._agent}", f"--ray-client-server-port={self._client}",
+            f"--num-cpus={self._cpus}", f"--temp-dir={self._folder.name}",
+        ]  # fmt: skip
+        log = Path(self._folder.name).with_suffix(".log")
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=program
+            )
+        deadline = time.monotonic() + _START_S
+        while not self._takes_jobs():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"no head: {log.read_text(encoding='utf-8', errors='replace')}")
+            time.sleep(0.5)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the head, jobs included."""
+        assert self._process is not None
+        with suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self._process.pid)
+            self._seen = [*{*self._seen, own, *own.children(recursive=True)}]
+        return self._seen
+
+    def kill(self) -> None:
+        """What a lost machine does: everything of it is gone at once."""
+        if self._process is None:
+            return
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        psutil.wait_procs(self._seen, timeout=30)
+        self._seen = []
+        self._process = None
+
+    def close(self) -> None:
+        """Kill it and remove its folder."""
+        self.kill()
+        self._folder.cleanup()
+
+    def _takes_jobs(self) -> bool:
+        try:
+            headers = {"Authorization": f"Bearer {self.token}"}
+            return requests.get(f"{self.url}/api/jobs/", headers=headers, timeout=10).status_code == 200
+        except requests.RequestException:
+            return False
