@@ -110,22 +110,16 @@ def submit(
 
 def jobs(address: str | None = None, *, listener: Listener = silent) -> list[SubmittedJob]:
     """The jobs of lrag-ray that the cluster remembers, oldest first. ClusterError where it does not answer."""
-    from lrag_ray.engine.ray_jobs.client import connect
-    from lrag_ray.pipelines.submit.submit import announce, lrag_jobs, submitted
+    from lrag_ray.pipelines.submit.submit import jobs as submitted_jobs
 
-    client = connect(address)
-    announce(client, listener)
-    return [submitted(client, job) for job in lrag_jobs(client)]
+    return submitted_jobs(address, listener)
 
 
 def find_job(name: str, *, address: str | None = None, listener: Listener = silent) -> SubmittedJob:
     """The job with the id `name`, else the latest of the run at the address `name`. UsageError without one."""
-    from lrag_ray.engine.ray_jobs.client import connect
-    from lrag_ray.pipelines.submit import submit as jobs_of
+    from lrag_ray.pipelines.submit.submit import find_job as find
 
-    client = connect(address)
-    jobs_of.announce(client, listener)
-    return jobs_of.submitted(client, jobs_of.find_job(client, name))
+    return find(name, address, listener)
 
 
 def follow_job(job: SubmittedJob, *, storage: StorageSection | None = None, listener: Listener = silent) -> JobEnd:
@@ -136,19 +130,21 @@ def follow_job(job: SubmittedJob, *, storage: StorageSection | None = None, list
     """
     from lrag_ray.pipelines.submit.follow import follow
 
-    return follow(job.client, job.id, run=job.run or None, storage=storage, listener=listener)
+    return follow(job, storage=storage, listener=listener)
 
 
 def job_log(job: SubmittedJob) -> str:
     """All that a job has written so far: events as lines of JSON, and what else was printed."""
-    return job.client.log(job.id)
+    from lrag_ray.pipelines.submit.follow import job_log as read_log
+
+    return read_log(job)
 
 
 def stop_job(job: SubmittedJob, *, listener: Listener = silent) -> JobEnd:
     """End a job and wait until its workers have stored what they finished. ClusterError where it does not end."""
     from lrag_ray.pipelines.submit.follow import stop
 
-    return stop(job.client, job.id, listener)
+    return stop(job, listener)
 
 
 def open_run(uri: str | Path, storage: StorageSection | None = None) -> Run:

@@ -14,10 +14,11 @@ from lrag_ray.cli.tables import table
 from lrag_ray.errors import INTERRUPTED
 
 if TYPE_CHECKING:
-    from lrag_ray.api import JobEnd, Preparation, SubmittedJob
     from lrag_ray.cli.progress import ProgressForm
     from lrag_ray.config.schema import StorageSection
     from lrag_ray.events import Event
+    from lrag_ray.pipelines.submit.follow import JobEnd
+    from lrag_ray.pipelines.submit.submit import Preparation, SubmittedJob
 
 Address = Annotated[
     str | None,
@@ -65,12 +66,13 @@ def submit(
       lrag-ray submit configs/table2.yaml --address http://head:8265 --set run.uri=s3://bucket/table2
       lrag-ray submit configs/table2.yaml --address http://head:8265 --no-follow
     """
-    import lrag_ray.api as lr
+    from lrag_ray.config.load import load_config
+    from lrag_ray.pipelines.submit import submit as pipeline
 
-    prepared = lr.prepare(lr.load_config(config, overrides or []))
+    prepared = pipeline.prepare(load_config(config, overrides or []))
     _print_prepared(prepared, upload)
     try:
-        job = lr.submit(prepared, address=address, upload=upload, python=python, listener=_tell)
+        job = pipeline.submit(prepared, address=address, upload=upload, python=python, listener=_tell)
     except KeyboardInterrupt:
         write("interrupted while submitting: `lrag-ray jobs` says whether the job was started", stderr=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -88,9 +90,9 @@ def jobs(address: Address = None, as_json: AsJson = False) -> None:
     Examples:
       lrag-ray jobs --address http://head:8265
     """
-    import lrag_ray.api as lr
+    from lrag_ray.pipelines.submit import submit as pipeline
 
-    found = lr.jobs(address, listener=_tell)
+    found = pipeline.jobs(address, _tell)
     if as_json:
         print_json({"jobs": found})
         return
@@ -121,19 +123,19 @@ def logs(
     Examples:
       lrag-ray logs s3://bucket/table2 --address http://head:8265 --follow
     """
-    import lrag_ray.api as lr
     from lrag_ray.cli.progress import PlainProgress, json_lines
-    from lrag_ray.pipelines.submit.follow import show
+    from lrag_ray.pipelines.submit.follow import job_log, show
+    from lrag_ray.pipelines.submit.submit import find_job
 
-    job = lr.find_job(name, address=address, listener=_tell)
+    job = find_job(name, address, _tell)
     if follow:
         _follow(job, progress, as_json)
         return
     if as_json:
-        print_json({"job": job._asdict(), "lines": lr.job_log(job).splitlines()})
+        print_json({"job": job._asdict(), "lines": job_log(job).splitlines()})
         return
     listener = json_lines(write) if progress == "json" else PlainProgress(write)
-    for line in lr.job_log(job).splitlines():
+    for line in job_log(job).splitlines():
         show(line, listener)
 
 
@@ -145,10 +147,11 @@ def stop(name: JobName, address: Address = None, as_json: AsJson = False) -> Non
     Examples:
       lrag-ray stop s3://bucket/table2 --address http://head:8265
     """
-    import lrag_ray.api as lr
+    from lrag_ray.pipelines.submit import follow
+    from lrag_ray.pipelines.submit.submit import find_job
 
-    job = lr.find_job(name, address=address, listener=_tell)
-    end = lr.stop_job(job, listener=_tell)
+    job = find_job(name, address, _tell)
+    end = follow.stop(job, _tell)
     if as_json:
         print_json(end)
         return
@@ -159,12 +162,12 @@ def stop(name: JobName, address: Address = None, as_json: AsJson = False) -> Non
 
 
 def _follow(job: SubmittedJob, progress: ProgressForm, as_json: bool, storage: StorageSection | None = None) -> None:
-    import lrag_ray.api as lr
     from lrag_ray.cli.progress import shown_progress
+    from lrag_ray.pipelines.submit.follow import follow
 
     try:
         with shown_progress(progress) as listener:
-            end = lr.follow_job(job, storage=storage, listener=listener)
+            end = follow(job, storage=storage, listener=listener)
     except KeyboardInterrupt:
         at = f" --address {shlex.quote(job.url)}"
         write(

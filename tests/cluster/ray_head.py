@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -38,7 +37,8 @@ class RayHead:
     """A head that can be killed and started again at the same address."""
 
     def __init__(self, cpus: int = 4) -> None:
-        self.token = secrets.token_hex(32)
+        # That of the test session, which clients in this process send too.
+        self.token = os.environ["RAY_AUTH_TOKEN"]
         self._cpus = cpus
         self._gcs, dashboard, self._agent, self._client = free_ports(4)
         self.url = f"http://127.0.0.1:{dashboard}"
@@ -50,7 +50,7 @@ class RayHead:
     def environment(self) -> Mapping[str, str]:
         """Of a client: without an address, with the token."""
         without = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
-        return {**without, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_TOKEN": self.token}
+        return {**without, "PYTHONPATH": str(REPOSITORY)}
 
     def start(self) -> None:
         """Start it and wait until it takes jobs."""

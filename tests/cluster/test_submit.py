@@ -24,6 +24,7 @@ from lrag_ray.engine.ray_jobs.client import JobClient, RayJob, UnknownJobError
 from lrag_ray.engine.ray_jobs.dashboard import Dashboard, Token
 from lrag_ray.engine.ray_jobs.log import JobLog
 from lrag_ray.pipelines.submit.follow import follow, stop
+from lrag_ray.pipelines.submit.submit import submitted
 from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.quiet import open_parts
 from tests.cluster.ray_head import RayHead
@@ -185,7 +186,7 @@ def test_exit_codes_and_reasons(client: JobClient) -> None:
     assert found is not None
     # What the kernel does when the head node has no memory left.
     os.kill(int(found[0]), signal.SIGKILL)
-    ends = {name: follow(client, name) for name in ("code-7", "killed", "no-python", "no-env")}
+    ends = {name: follow(submitted(client, client.job(name))) for name in ("code-7", "killed", "no-python", "no-env")}
     assert {name: end.exit_code for name, end in ends.items()} == {
         "code-7": 7, "killed": 137, "no-python": 127, "no-env": 3,
     }  # fmt: skip
@@ -194,8 +195,8 @@ def test_exit_codes_and_reasons(client: JobClient) -> None:
 
 
 def test_a_job_is_stopped_at_once_and_twice(client: JobClient) -> None:
-    submit_program(client, "stopped", "import time\ntime.sleep(600)")
-    assert (stop(client, "stopped").state, stop(client, "stopped").exit_code) == ("STOPPED", 130)
+    job = submitted(client, submit_program(client, "stopped", "import time\ntime.sleep(600)"))
+    assert (stop(job).state, stop(job).exit_code) == ("STOPPED", 130)
 
 
 def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(

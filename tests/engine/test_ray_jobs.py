@@ -220,7 +220,9 @@ def test_the_least_versions_are_those_of_the_package() -> None:
 )
 def test_a_job_that_is_not_taken(status: int, text: str, error: type[ClusterError], said: str) -> None:
     with head(suits(**{"POST /api/jobs/": (status, text)})) as address, pytest.raises(error, match=re.escape(said)):
-        connect(address).submit("a", "true", {}, {})
+        client = connect(address)
+        client.agent_patience_s = 0
+        client.submit("a", "true", {}, {})
 
 
 def test_an_unknown_job_and_one_that_is_known() -> None:

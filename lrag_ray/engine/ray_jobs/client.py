@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ MOST_PACKAGE_BYTES = 100 << 20
 _CONNECT_S = 10.0
 _ANSWER_S = 90.0
 _SIGKILL = 9
+_AGENT_POLL_S = 2.0
+_NO_AGENT = re.compile("No available agent|Failed to get head node agent")
 
 JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 
@@ -110,10 +113,11 @@ class JobClient:
 
     def __init__(self, dashboard: Dashboard, token: Token | None) -> None:
         self.dashboard = dashboard
+        self.agent_patience_s = 90.0
+        """How long a head may take until it can start jobs: a new one answers before it can."""
         self.note = ""
         """What a person should know about this cluster."""
         self._token = token
-        self._session = requests.Session()
         self.headers = {"Authorization": f"Bearer {token.text}"} if token else {}
         """Of every request."""
 
@@ -187,18 +191,23 @@ class JobClient:
             "runtime_env": dict(runtime_env),
             "metadata": dict(metadata),
         }
-        answer = self._request("POST", "/api/jobs/", json=body)
-        if answer.status_code == 200:
-            return
+        began_s = time.monotonic()
+        while True:
+            answer = self._request("POST", "/api/jobs/", json=body)
+            if answer.status_code == 200:
+                return
+            if not _NO_AGENT.search(answer.text):
+                break
+            if time.monotonic() - began_s > self.agent_patience_s:
+                raise ClusterError(
+                    f"{self._where()} has had no agent that could start the job for {self.agent_patience_s:g} s: the "
+                    "dashboard agent of the head node does not run, most often because its port is taken by another "
+                    "cluster on that machine. Fix: start the head with another --dashboard-agent-listen-port "
+                    "(dashboard_agent.log there has the reason)"
+                )
+            time.sleep(_AGENT_POLL_S)
         if "already exists" in answer.text:
             raise TakenIdError(f"{self._where()} has a job {job_id} already")
-        if "No available agent" in answer.text or "Failed to get head node agent" in answer.text:
-            raise ClusterError(
-                f"{self._where()} has no agent that could start the job, and will have none: the dashboard agent of "
-                "the head node does not run, most often because its port is taken by another cluster on that machine. "
-                "Fix: start the head with another --dashboard-agent-listen-port (dashboard_agent.log there has the "
-                "reason)"
-            )
         self._refuse(answer, "did not take the job")
 
     def stop(self, job_id: str) -> bool:
@@ -224,7 +233,8 @@ class JobClient:
 
     def _request(self, method: str, path: str, **options: Any) -> requests.Response:
         try:
-            answer = self._session.request(
+            # Not over a connection that is kept: the other end may have closed it.
+            answer = requests.request(
                 method, self.url + path, headers=self.headers, timeout=(_CONNECT_S, _ANSWER_S), **options
             )
         except requests.exceptions.SSLError as error:

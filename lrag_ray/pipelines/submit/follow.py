@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrag_ray.config.schema import StorageSection
-from lrag_ray.engine.ray_jobs.client import JobClient, UnknownJobError
+from lrag_ray.engine.ray_jobs.client import RayJob, UnknownJobError
 from lrag_ray.engine.ray_jobs.log import JobLog, Silence
 from lrag_ray.errors import ClusterError, LragError
 from lrag_ray.events import Listener, Notice, from_json, silent
-from lrag_ray.pipelines.submit.submit import RUN_KEY, STOP_WAIT_S
+from lrag_ray.pipelines.submit.submit import RUN_KEY, STOP_WAIT_S, SubmittedJob
 from lrag_ray.store.lease import holder
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
@@ -40,21 +40,15 @@ class JobEnd:
     """What the job reported at its end, such as `RunOutcome`; empty where it could not."""
 
 
-def follow(
-    client: JobClient,
-    job_id: str,
-    *,
-    run: str | None = None,
-    storage: StorageSection | None = None,
-    listener: Listener = silent,
-) -> JobEnd:
+def follow(job: SubmittedJob, *, storage: StorageSection | None = None, listener: Listener = silent) -> JobEnd:
     """Report what the job reports until it has ended; Ctrl-C leaves it alone.
 
-    `storage` is how the job's `run` is reached while the cluster does not answer. Raises ClusterError where the cluster
+    `storage` is how its run is reached while the cluster does not answer. Raises ClusterError where the cluster
     stays silent or has forgotten the job, which a new head does; what is stored is not lost then.
     """
-    look = _StorageLook(run, storage or StorageSection(), listener)
-    log = JobLog(client, job_id, on_outage=look.during_outage, warn=lambda text: listener(Notice(text, warning=True)))
+    client = job.client
+    look = _StorageLook(job.run or None, storage or StorageSection(), listener)
+    log = JobLog(client, job.id, on_outage=look.during_outage, warn=lambda text: listener(Notice(text, warning=True)))
     outcome: Mapping[str, Any] = {}
     try:
         for line in log.lines():
@@ -67,24 +61,24 @@ def follow(
                 show(line, listener)
     except UnknownJobError:
         raise ClusterError(
-            f"{client.url} no longer knows {job_id}: its head was restarted, and every job of it ended with it. What "
+            f"{client.url} no longer knows {job.id}: its head was restarted, and every job of it ended with it. What "
             "is stored stays; the same submit continues on the new head"
         ) from None
-    ended = log.job or client.job(job_id)
-    return JobEnd(ended.id, ended.metadata.get(RUN_KEY), ended.state, ended.exit_code, ended.reason, outcome)
+    return _end(log.job or client.job(job.id), outcome)
 
 
-def stop(client: JobClient, job_id: str, listener: Listener = silent) -> JobEnd:
+def stop(job: SubmittedJob, listener: Listener = silent) -> JobEnd:
     """End a job and wait until it has: workers store what they have finished. ClusterError where it does not end."""
-    job = client.job(job_id)
-    if not job.ended:
+    client = job.client
+    now = client.job(job.id)
+    if not now.ended:
         client.stop(job.id)
         deadline = time.monotonic() + STOP_WAIT_S + _STOP_SPARE_S
         said_at = time.monotonic() + 5
-        while not (job := client.job(job.id)).ended:
+        while not (now := client.job(job.id)).ended:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"{job.id} was asked to stop and is still {job.state} after {STOP_WAIT_S + _STOP_SPARE_S:g} s. "
+                    f"{job.id} was asked to stop and is still {now.state} after {STOP_WAIT_S + _STOP_SPARE_S:g} s. "
                     "Fix: look at its log, and ask again"
                 )
             if time.monotonic() > said_at:
@@ -93,7 +87,12 @@ def stop(client: JobClient, job_id: str, listener: Listener = silent) -> JobEnd:
             time.sleep(_STOP_POLL_S)
             # A job whose environment is still being made learns of it only once it has begun.
             client.stop(job.id)
-    return JobEnd(job.id, job.metadata.get(RUN_KEY), job.state, job.exit_code, job.reason)
+    return _end(now, {})
+
+
+def job_log(job: SubmittedJob) -> str:
+    """All that a job has written so far."""
+    return job.client.log(job.id)
 
 
 def show(line: str, listener: Listener) -> None:
@@ -104,6 +103,10 @@ def show(line: str, listener: Listener) -> None:
     elif line.strip():
         shown = line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]} … ({len(line):,} characters)"
         listener(Notice(shown))
+
+
+def _end(job: RayJob, outcome: Mapping[str, Any]) -> JobEnd:
+    return JobEnd(job.id, job.metadata.get(RUN_KEY), job.state, job.exit_code, job.reason, outcome)
 
 
 def outcome_in(line: str) -> Mapping[str, Any] | None:

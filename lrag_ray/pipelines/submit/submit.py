@@ -11,6 +11,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,8 +101,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="lrag-submit-") as folder:
         # Before the cluster is asked: it may be too large.
         archive = prepared.bundle.write(Path(folder))
-        client = connect(address)
-        announce(client, listener)
+        client = _connected(address, listener)
         if found := working_job(client, prepared.run):
             return _attached(client, found, prepared, listener)
         runtime_env: dict[str, object] = {
@@ -150,35 +150,40 @@ def working_job(client: JobClient, run: str) -> RayJob | None:
     return next((job for job in client.jobs() if job.metadata.get(RUN_KEY) == run and not job.ended), None)
 
 
-def announce(client: JobClient, listener: Listener) -> None:
-    """Pass on what a person should know about the cluster that answered."""
+def jobs(address: str | None = None, listener: Listener = silent) -> list[SubmittedJob]:
+    """Jobs that were submitted by this program, oldest first."""
+    client = _connected(address, listener)
+    return [submitted(client, job) for job in _ours(client)]
+
+
+def find_job(name: str, address: str | None = None, listener: Listener = silent) -> SubmittedJob:
+    """The job with the id `name`, else the latest of the run at the address `name`. UsageError without one."""
+    client = _connected(address, listener)
+    if re.fullmatch(r"[\w.-]+", name):
+        with suppress(UnknownJobError):
+            return submitted(client, client.job(name))
+    known = _ours(client)
+    found = [job for job in known if job.metadata[RUN_KEY] == run_address(name)]
+    if found:
+        return submitted(client, next((job for job in found if not job.ended), found[-1]))
+    latest = ", ".join(f"{job.id} ({job.metadata[RUN_KEY]})" for job in known[-5:])
+    raise UsageError(
+        f"{client.url} has no job {name!r} and none of a run at {run_address(name)}"
+        + (f". The latest: {latest}" if latest else "; no job of lrag-ray was submitted there since its head started")
+        + ". Fix: see `lrag-ray jobs`, or submit again: what is stored is not redone"
+    )
+
+
+def _connected(address: str | None, listener: Listener) -> JobClient:
+    client = connect(address)
     for note in (client.dashboard.note, client.note):
         if note:
             listener(Notice(note, warning=True))
+    return client
 
 
-def lrag_jobs(client: JobClient) -> list[RayJob]:
-    """Jobs that were submitted by this program, oldest first."""
+def _ours(client: JobClient) -> list[RayJob]:
     return [job for job in client.jobs() if RUN_KEY in job.metadata]
-
-
-def find_job(client: JobClient, name: str) -> RayJob:
-    """The job with the id `name`, else the latest of the run at the address `name`. UsageError without one."""
-    if re.fullmatch(r"[\w.-]+", name):
-        try:
-            return client.job(name)
-        except UnknownJobError:
-            pass
-    jobs = lrag_jobs(client)
-    found = [job for job in jobs if job.metadata[RUN_KEY] == run_address(name)]
-    if found:
-        return next((job for job in found if not job.ended), found[-1])
-    known = ", ".join(f"{job.id} ({job.metadata[RUN_KEY]})" for job in jobs[-5:])
-    raise UsageError(
-        f"{client.url} has no job {name!r} and none of a run at {run_address(name)}"
-        + (f". The latest: {known}" if known else "; no job of lrag-ray was submitted there since its head started")
-        + ". Fix: see `lrag-ray jobs`, or submit again: what is stored is not redone"
-    )
 
 
 def _attached(client: JobClient, job: RayJob, prepared: Preparation, listener: Listener) -> SubmittedJob:
