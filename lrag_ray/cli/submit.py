@@ -101,7 +101,8 @@ def jobs(address: Address = None, as_json: AsJson = False) -> None:
         return
     shown = table("Jobs", "id", "state", "run", "began (UTC)", "took", "exit code", text_columns=4)
     for job in found:
-        took = duration(((job.ended_ms or _now_ms()) - job.began_ms) / 1000)
+        # The clock of the head may be ahead of ours.
+        took = duration(max(0, (job.ended_ms or _now_ms()) - job.began_ms) / 1000)
         code = "" if job.exit_code is None else str(job.exit_code)
         shown.add_row(job.id, job.state.lower(), job.run, _time(job.began_ms), took, code)
     console().print(shown)

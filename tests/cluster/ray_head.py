@@ -20,6 +20,9 @@ import requests
 from tests.conftest import REPOSITORY
 
 _START_S = 240.0
+_AS_UV_RUN = 'exec -a uv "$0" run "$@"'
+"""Ray starts workers through uv where an ancestor of the driver is called so: jobs must not care."""
+_PASS_ON = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
 
 
 def free_ports(number: int) -> list[int]:
@@ -68,10 +71,12 @@ class RayHead:
             f"--dashboard-agent-listen-port={self._agent}", f"--ray-client-server-port={self._client}",
             f"--num-cpus={self._cpus}", f"--temp-dir={self._folder.name}",
         ]  # fmt: skip
+        (Path(self._folder.name) / "run").write_text(_PASS_ON, encoding="utf-8")
+        command = ["bash", "-c", _AS_UV_RUN, sys.executable, *command]
         log = Path(self._folder.name).with_suffix(".log")
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=program
+                command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=self._folder.name
             )
         deadline = time.monotonic() + _START_S
         while not self._takes_jobs():

@@ -21,13 +21,15 @@ import pytest
 import yaml
 
 from lrag_ray.engine.ray_jobs.client import JobClient, RayJob, UnknownJobError
-from lrag_ray.engine.ray_jobs.dashboard import Dashboard, Token
+from lrag_ray.engine.ray_jobs.dashboard import Dashboard, find_token
 from lrag_ray.engine.ray_jobs.log import JobLog
 from lrag_ray.pipelines.submit.follow import follow, stop
 from lrag_ray.pipelines.submit.submit import submitted
 from lrag_ray.store.rollouts import RolloutRun
+from tests.cluster.cutting_proxy import CuttingProxy
 from tests.cluster.quiet import open_parts
 from tests.cluster.ray_head import RayHead
+from tests.conftest import REPOSITORY
 from tests.stages.make import BACKBONE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -69,7 +71,7 @@ def head() -> Iterator[RayHead]:
 
 @pytest.fixture(scope="module")
 def client(head: RayHead) -> JobClient:
-    return JobClient(Dashboard(head.url, "test"), Token(head.token, "test")).check()
+    return JobClient(Dashboard(head.url, "test"), find_token()).check()
 
 
 class Command:
@@ -176,6 +178,30 @@ def test_a_log_that_cannot_be_read_does_not_end_the_following(client: JobClient)
     assert len(warnings) == 1 and "cannot read the log" in warnings[0]
 
 
+def test_a_log_whose_connections_are_cut_comes_whole_and_once(head: RayHead, client: JobClient) -> None:
+    program = "import time\nfor n in range(80):\n    print('line', n, flush=True)\n    time.sleep(0.2)"
+    submit_program(client, "cut", program)
+    proxy = CuttingProxy(int(head.url.rsplit(":", 1)[1]))
+    outages: list[float] = []
+
+    def note_outage(seconds: float, error: str) -> bool:
+        outages.append(seconds)
+        if len(outages) > 1:
+            proxy.cut()
+        return False
+
+    log = JobLog(JobClient(Dashboard(proxy.url, "test"), find_token()), "cut", on_outage=note_outage)
+    lines = []
+    for line in log.lines():
+        if isinstance(line, str) and line.startswith("line"):
+            lines.append(line)
+            if len(lines) in (10, 25):
+                proxy.cut(refuse=len(lines) == 25)
+    proxy.close()
+    assert lines == [f"line {n}" for n in range(80)]
+    assert outages[0] == 0.0 and len(outages) > 1, "it waited while nothing answered"
+
+
 def test_exit_codes_and_reasons(client: JobClient) -> None:
     submit_program(client, "code-7", "raise SystemExit(7)")
     killed = submit_program(client, "killed", "import os\nprint(os.getpid(), flush=True)\nimport time\ntime.sleep(600)")
@@ -209,13 +235,15 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
 
     wrong = Command(head, folder, "submit", config, *at, RAY_AUTH_TOKEN="wrong" * 8)
     assert wrong.wait() == 3 and "refuses the token in RAY_AUTH_TOKEN" in wrong.err
-    elsewhere = Command(head, tmp_path, "submit", f"project/{config}", *at)
+    elsewhere = Command(
+        head, tmp_path, "submit", f"project/{config}", *at, PYTHONPATH=f"{REPOSITORY}{os.pathsep}{folder}"
+    )
     assert elsewhere.wait() == 2 and "is not in the working directory but beside" in elsewhere.err
 
     first = Command(head, folder, "submit", config, *at)
     second = Command(head, folder, "submit", config, *at, "--no-follow", "--json")
     assert second.wait() == 0
-    first.until("rollouts")
+    first.until("rollouts 0/1")
     shown = json.loads(second.out)
     jobs = [job for job in client.jobs() if job.metadata.get("lrag_run") == str(folder / "runs" / "here")]
     assert [job.id for job in jobs] == [shown["id"]], "of two at once, one starts the job and the other attaches"
@@ -268,7 +296,7 @@ def test_a_head_that_restarts_forgets_the_job_and_the_next_submit_continues(
     config = write_run(tmp_path, **gated(tmp_path))
     at = ["--address", head.url]
     following = Command(head, tmp_path, "submit", config, *at)
-    following.until("rollouts")
+    following.until("rollouts 0/1")
     head.kill()
     following.until("Looking again until it answers")
     following.until("of 2 results are there")
