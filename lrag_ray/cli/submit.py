@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lrag_ray.cli.progress import ProgressForm
     from lrag_ray.config.schema import StorageSection
     from lrag_ray.events import Event
+    from lrag_ray.pipelines.plan import Plan
     from lrag_ray.pipelines.submit.follow import JobEnd
     from lrag_ray.pipelines.submit.submit import Preparation, SubmittedJob
 
@@ -187,22 +188,26 @@ def _follow(job: SubmittedJob, progress: ProgressForm, as_json: bool, storage: S
 def _print_prepared(prepared: Preparation, upload: bool) -> None:
     """On stderr, as progress is: stdout is for the job."""
     out = console(stderr=True)
-    plan = prepared.plan
-    hours = max((hours.generation + hours.decoding + hours.scoring for hours in plan.gpu_hours.values()), default=0)
-    say(
-        out,
-        f"plan: {count(plan.prompts)} prompts, {count(plan.totals.cells)} cells, {count(plan.totals.rollouts)} "
-        f"rollouts, {quantity(plan.totals.latent_bytes + plan.totals.video_bytes, 'B')} stored"
-        + (f", at most {hours:.3g} GPU-hours" if hours >= 0.1 else ""),
-    )
+    if prepared.plan is not None:
+        say(out, _planned(prepared.plan))
     code = ["this code"] if upload else []
     names = prepared.travels
     more = [f"{len(names) - _SHOWN} more files"] if len(names) > _SHOWN else []
     say(out, f"travels with the job: {', '.join(['the configuration', *code, *names[:_SHOWN], *more])}")
     for key, place in prepared.on_nodes:
         say(out, f"must be there on every node: {place} ({key})")
-    for note in (*plan.notes, *prepared.bundle.notes):
+    for note in (*(prepared.plan.notes if prepared.plan else ()), *prepared.bundle.notes):
         say(out, f"note: {note}")
+
+
+def _planned(plan: Plan) -> str:
+    totals = plan.totals
+    hours = max((hours.generation + hours.decoding + hours.scoring for hours in plan.gpu_hours.values()), default=0)
+    return (
+        f"plan: {count(plan.prompts)} prompts, {count(totals.cells)} cells, {count(totals.rollouts)} rollouts, "
+        f"{quantity(totals.latent_bytes + totals.video_bytes, 'B')} stored"
+        + (f", at most {hours:.3g} GPU-hours" if hours >= 0.1 else "")
+    )
 
 
 def _print_submitted(job: SubmittedJob, as_json: bool) -> None:

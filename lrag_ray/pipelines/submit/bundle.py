@@ -156,9 +156,10 @@ def _readable(path: KeyPath, address: str) -> Path:
 def _plugin_settings(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     """Settings of plug-ins that name an existing file: text with a slash or a suffix in it."""
     sections: list[tuple[KeyPath, Mapping[str, Any]]] = [
-        (("methods", name), method.settings) for name, method in config.methods.items()
+        (("methods", name), method.settings) for name, method in getattr(config, "methods", {}).items()
     ]
-    sections.append((("scoring", "settings"), config.scoring.settings))
+    if hasattr(config, "scoring"):
+        sections.append((("scoring", "settings"), config.scoring.settings))
     for path, settings in sections:
         for key, value in settings.items():
             if isinstance(value, str) and ("/" in value or Path(value).suffix) and Path(value).is_file():

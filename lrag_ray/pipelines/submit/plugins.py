@@ -17,7 +17,10 @@ _OURS = {"lrag_ray", "jobs"}
 
 def plugin_modules(config: RunConfig) -> list[str]:
     """Modules that `config` names (``module:Class``) beside those of lrag-ray."""
-    named = [method.method for method in config.methods.values()] + [config.scoring.suite]
+    # Not every job has methods and scores.
+    named = [method.method for method in getattr(config, "methods", {}).values()]
+    if hasattr(config, "scoring"):
+        named.append(config.scoring.suite)
     modules = dict.fromkeys(name.partition(":")[0] for name in named if ":" in name)
     return [module for module in modules if module.partition(".")[0] not in _OURS]
 

@@ -61,7 +61,8 @@ class Preparation(NamedTuple):
     """What was found before anything is sent."""
 
     bundle: Bundle
-    plan: Plan
+    plan: Plan | None
+    """None for jobs that have none."""
 
     @property
     def run(self) -> str:
@@ -81,7 +82,10 @@ class Preparation(NamedTuple):
 
 def prepare(config: RunConfig) -> Preparation:
     """Check here what can be checked without a cluster. Raises PromptError and UsageError."""
-    return Preparation(make_bundle(config), make_plan(config, load_prompts(config.prompts)))
+    bundle = make_bundle(config)
+    return Preparation(
+        bundle, make_plan(config, load_prompts(config.prompts)) if isinstance(config, RunConfig) else None
+    )
 
 
 def submit(
