@@ -266,7 +266,7 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
     (tmp_path / "open").touch()
     resumed = Command(head, folder, "submit", config, *at, RAY_ADDRESS=head.url)
     assert resumed.wait() == 0, resumed.err
-    assert "attached" not in resumed.out and "made 2 of 2 results" in resumed.out
+    assert "attached" not in resumed.out and "made 1 of 2 results" in resumed.out
     assert {commit.latent_frames for commit in run.commits()} == {6, 240}
     listed = Command(head, folder, "jobs", *at, "--json")
     assert listed.wait() == 0
@@ -308,4 +308,4 @@ def test_a_head_that_restarts_forgets_the_job_and_the_next_submit_continues(
     (tmp_path / "open").touch()
     again = Command(head, tmp_path, "submit", config, *at)
     assert again.wait() == 0, again.err
-    assert "made 2 of 2 results" in again.out
+    assert re.search(r"made [12] of 2 results", again.out)
