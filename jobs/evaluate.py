@@ -10,6 +10,7 @@ import argparse
 import platform
 import socket
 import sys
+from pathlib import Path
 
 import lrag_ray
 from jobs.entry import check_client, listener, report_outcome, reporting_errors
@@ -29,8 +30,8 @@ def main() -> None:
     with reporting_errors():
         check_client(given.client_version)
         receive = listener(given.progress)
-        here = f"lrag-ray {lrag_ray.__version__} with Python {platform.python_version()} on {socket.gethostname()}"
-        receive(Notice(here))
+        code = f"lrag-ray {lrag_ray.__version__} from {Path(lrag_ray.__file__).parent}"
+        receive(Notice(f"{code} with Python {platform.python_version()} on {socket.gethostname()}"))
         outcome = start(load_config(given.config, given.overrides), listener=receive)
         report_outcome(outcome, given.progress)
         sys.exit(outcome.exit_code)

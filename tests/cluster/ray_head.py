@@ -20,9 +20,6 @@ import requests
 from tests.conftest import REPOSITORY
 
 _START_S = 240.0
-_AS_UV_RUN = 'exec -a uv "$0" run "$@"'
-"""Ray starts workers through uv where an ancestor of the driver is called so: jobs must not care."""
-_PASS_ON = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
 
 
 def free_ports(number: int) -> list[int]:
@@ -43,7 +40,7 @@ class RayHead:
         # That of the test session, which clients in this process send too.
         self.token = os.environ["RAY_AUTH_TOKEN"]
         self._cpus = cpus
-        self._gcs, dashboard, self._agent, self._client = free_ports(4)
+        self.gcs, dashboard, self._agent, self._client = free_ports(4)
         self.url = f"http://127.0.0.1:{dashboard}"
         self._folder = tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,16 +60,12 @@ class RayHead:
             "RAY_AUTH_MODE": "token",
             "PATH": f"{program}{os.pathsep}{os.environ['PATH']}",
         }
-        # The nodes have no code of ours but what a job brings.
-        del environment["PYTHONPATH"]
         command = [
             str(program / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
-            "--dashboard-host=127.0.0.1", f"--port={self._gcs}", f"--dashboard-port={self.url.rsplit(':', 1)[1]}",
+            "--dashboard-host=127.0.0.1", f"--port={self.gcs}", f"--dashboard-port={self.url.rsplit(':', 1)[1]}",
             f"--dashboard-agent-listen-port={self._agent}", f"--ray-client-server-port={self._client}",
             f"--num-cpus={self._cpus}", f"--temp-dir={self._folder.name}",
         ]  # fmt: skip
-        (Path(self._folder.name) / "run").write_text(_PASS_ON, encoding="utf-8")
-        command = ["bash", "-c", _AS_UV_RUN, sys.executable, *command]
         log = Path(self._folder.name).with_suffix(".log")
         with log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Jobs on a real head: submitted, followed, stopped and lost, through the real command. It asks for a token.
 
-One head serves all checks; it is killed and started again at the end. The nodes see no code of ours but what travels.
+One head serves all checks; it is killed and started again at the end.
 """
 
 from __future__ import annotations
@@ -207,17 +207,22 @@ def test_exit_codes_and_reasons(client: JobClient) -> None:
     killed = submit_program(client, "killed", "import os\nprint(os.getpid(), flush=True)\nimport time\ntime.sleep(600)")
     client.submit("no-python", "exec no-such-program", {}, {})
     client.submit("no-env", "true", {"py_modules": ["gcs://absent.zip"]}, {})
+    client.submit("no-module", "exec python -m lrag_ray_of_another_image", {}, {})
     until(lambda: re.search(r"^\d+$", client.log(killed.id), re.MULTILINE) is not None)
     found = re.search(r"^\d+$", client.log(killed.id), re.MULTILINE)
     assert found is not None
     # What the kernel does when the head node has no memory left.
     os.kill(int(found[0]), signal.SIGKILL)
-    ends = {name: follow(submitted(client, client.job(name))) for name in ("code-7", "killed", "no-python", "no-env")}
+    ends = {
+        name: follow(submitted(client, client.job(name)))
+        for name in ("code-7", "killed", "no-python", "no-env", "no-module")
+    }
     assert {name: end.exit_code for name, end in ends.items()} == {
-        "code-7": 7, "killed": 137, "no-python": 127, "no-env": 3,
+        "code-7": 7, "killed": 137, "no-python": 127, "no-env": 3, "no-module": 1,
     }  # fmt: skip
     assert "out-of-memory" in ends["killed"].reason and "--python" in ends["no-python"].reason
     assert "absent.zip" in ends["no-env"].reason
+    assert "no module lrag_ray_of_another_image" in ends["no-module"].reason
 
 
 def test_a_job_is_stopped_at_once_and_twice(client: JobClient) -> None:
@@ -268,8 +273,9 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
     assert resumed.wait() == 0, resumed.err
     assert "attached" not in resumed.out and "made 1 of 2 results" in resumed.out
     assert {commit.latent_frames for commit in run.commits()} == {6, 240}
-    listed = Command(head, folder, "jobs", *at, "--json")
-    assert listed.wait() == 0
+    assert "py_modules_files" in resumed.err, "the code that travelled runs, not that of the nodes"
+    listed = Command(head, folder, "jobs", "--json", RAY_ADDRESS=f"127.0.0.1:{head.gcs}")
+    assert listed.wait() == 0, listed.err
     states = [job["state"] for job in json.loads(listed.out)["jobs"] if job["run"] == str(folder / "runs" / "here")]
     assert states == ["STOPPED", "SUCCEEDED"]
     logs = Command(head, folder, "logs", "runs/here", *at)
@@ -279,7 +285,7 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
 
 
 def test_the_image_of_another_version_is_refused(head: RayHead, tmp_path: Path) -> None:
-    """With --no-upload the nodes' own code runs: here none or the installed one, told to expect another client."""
+    """With --no-upload the nodes' own code runs."""
     config = write_run(tmp_path)
     program = "import lrag_ray; lrag_ray.__version__ = '9.9'; from lrag_ray.__main__ import main; main()"
     done = subprocess.run(

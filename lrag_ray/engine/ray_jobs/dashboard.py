@@ -126,10 +126,17 @@ def _url(text: str, source: str) -> str:
 
 def _asked(text: str, source: str) -> str:
     """The dashboard of the cluster at ``auto`` or ``host:port``, which is where its nodes meet; Ray knows it."""
+    token = find_token()
+    environment = {**os.environ, **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.text} if token else {})}
     try:
         # In a process of its own: Ray would try for a quarter of an hour, and end ours where it finds no cluster.
         asked = subprocess.run(
-            [sys.executable, "-c", _LOOK_UP, text], capture_output=True, text=True, timeout=_LOOK_UP_S, check=False
+            [sys.executable, "-c", _LOOK_UP, text],
+            capture_output=True,
+            text=True,
+            timeout=_LOOK_UP_S,
+            check=False,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
         why = f"no answer in {_LOOK_UP_S:g} s"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrag_ray.config.schema import StorageSection
@@ -22,6 +23,7 @@ _LONGEST_SHOWN = 2000
 _STORAGE_EVERY_S = 60.0
 _STOP_POLL_S = 0.5
 _STOP_SPARE_S = 30.0
+_LACKING = re.compile(r"No module named '?([\w.]+)")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def follow(job: SubmittedJob, *, storage: StorageSection | None = None, listener
     look = _StorageLook(job.run or None, storage or StorageSection(), listener)
     log = JobLog(client, job.id, on_outage=look.during_outage, warn=lambda text: listener(Notice(text, warning=True)))
     outcome: Mapping[str, Any] = {}
+    last = ""
     try:
         for line in log.lines():
             if isinstance(line, Silence):
@@ -58,13 +61,17 @@ def follow(job: SubmittedJob, *, storage: StorageSection | None = None, listener
             elif (found := outcome_in(line)) is not None:
                 outcome = found
             else:
+                last = line
                 show(line, listener)
     except UnknownJobError:
         raise ClusterError(
             f"{client.url} no longer knows {job.id}: its head was restarted, and every job of it ended with it. What "
             "is stored stays; the same submit continues on the new head"
         ) from None
-    return _end(log.job or client.job(job.id), outcome)
+    end = _end(log.job or client.job(job.id), outcome)
+    if end.exit_code == 1 and (lacking := _LACKING.search(last)):
+        return replace(end, reason=_lacking_reason(lacking[1]))
+    return end
 
 
 def stop(job: SubmittedJob, listener: Listener = silent) -> JobEnd:
@@ -103,6 +110,13 @@ def show(line: str, listener: Listener) -> None:
     elif line.strip():
         shown = line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]} … ({len(line):,} characters)"
         listener(Notice(shown))
+
+
+def _lacking_reason(module: str) -> str:
+    return (
+        f"the Python of the head node has no module {module}. Fix: activate the environment before `ray start` there, "
+        "or name its Python (--python); images that lack lrag-ray need the upload (no --no-upload)"
+    )
 
 
 def _end(job: RayJob, outcome: Mapping[str, Any]) -> JobEnd:

@@ -116,8 +116,12 @@ def submit(
                 "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             },
         }
+        sizes = [archive.stat().st_size]
         if upload:
-            runtime_env["py_modules"] = [client.upload(build_wheel(Path(folder)).path)]
+            wheel = build_wheel(Path(folder)).path
+            runtime_env["py_modules"] = [client.upload(wheel)]
+            sizes.append(wheel.stat().st_size)
+        listener(Notice(f"upload: {sum(sizes):,} bytes"))
     metadata = {
         RUN_KEY: prepared.run,
         CONFIG_KEY: prepared.bundle.digest,
