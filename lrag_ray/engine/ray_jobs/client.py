@@ -293,7 +293,8 @@ def _cause(error: BaseException) -> str:
         (r"Name or service not known|getaddrinfo|NameResolution", "no such host"),
         (r"[Tt]imed out", "no answer in time"),
         (r"No route to host|Network is unreachable", "no route to that host"),
-        (r"BadStatusLine|Connection aborted|RemoteDisconnected|HTTP_1_1_REQUIRED", "the port does not speak HTTP"),
+        (r"BadStatusLine", "the port does not speak HTTP"),
+        (r"Connection aborted|RemoteDisconnected|reset by peer", "the connection was closed without an answer"),
     ):
         if re.search(pattern, text):
             return said
