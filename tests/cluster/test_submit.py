@@ -230,6 +230,17 @@ def test_a_job_is_stopped_at_once_and_twice(client: JobClient) -> None:
     assert (stop(job).state, stop(job).exit_code) == ("STOPPED", 130)
 
 
+def test_a_run_is_submitted_with_its_code_and_done(head: RayHead, tmp_path: Path) -> None:
+    config = write_run(tmp_path, durations_s=[1.5])
+    done = Command(head, tmp_path, "submit", config, "--address", "http://elsewhere:8265", RAY_ADDRESS=head.url)
+    assert done.wait() == 0, done.err
+    assert f"RAY_ADDRESS is set to {head.url}, which overrides --address http://elsewhere:8265" in done.err
+    assert "py_modules_files" in done.err, "the code that travelled runs, not that of the nodes"
+    assert "made 1 of 1 results" in done.out and "succeeded, exit code 0" in done.out
+    assert [commit.latent_frames for commit in RolloutRun(str(tmp_path / "runs" / "here")).commits()] == [6]
+
+
+@pytest.mark.proof
 def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
     head: RayHead, client: JobClient, tmp_path: Path
 ) -> None:
@@ -273,7 +284,6 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
     assert resumed.wait() == 0, resumed.err
     assert "attached" not in resumed.out and "made 1 of 2 results" in resumed.out
     assert {commit.latent_frames for commit in run.commits()} == {6, 240}
-    assert "py_modules_files" in resumed.err, "the code that travelled runs, not that of the nodes"
     listed = Command(head, folder, "jobs", "--json", RAY_ADDRESS=f"127.0.0.1:{head.gcs}")
     assert listed.wait() == 0, listed.err
     states = [job["state"] for job in json.loads(listed.out)["jobs"] if job["run"] == str(folder / "runs" / "here")]
@@ -296,6 +306,7 @@ def test_the_image_of_another_version_is_refused(head: RayHead, tmp_path: Path) 
     assert "lrag-ray 9.9" in done.stderr and "the nodes have" in done.stderr
 
 
+@pytest.mark.proof
 def test_a_head_that_restarts_forgets_the_job_and_the_next_submit_continues(
     head: RayHead, client: JobClient, tmp_path: Path
 ) -> None:
