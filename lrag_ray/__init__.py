@@ -18,11 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lrag_ray.api import Run as Run
+    from lrag_ray.api import find_job as find_job
+    from lrag_ray.api import follow_job as follow_job
+    from lrag_ray.api import job_log as job_log
+    from lrag_ray.api import jobs as jobs
     from lrag_ray.api import load_config as load_config
     from lrag_ray.api import open_run as open_run
     from lrag_ray.api import plan as plan
+    from lrag_ray.api import prepare as prepare
     from lrag_ray.api import run as run
     from lrag_ray.api import score as score
+    from lrag_ray.api import stop_job as stop_job
+    from lrag_ray.api import submit as submit
     from lrag_ray.dataset import Dataset as Dataset
 
 __version__ = "0.1.0"
@@ -30,7 +37,24 @@ __version__ = "0.1.0"
 NUMERICS_VERSION = 1
 """Raised whenever a change of code changes latents; part of every rollout key."""
 
-__all__ = ["NUMERICS_VERSION", "Dataset", "Run", "__version__", "load_config", "open_run", "plan", "run", "score"]
+__all__ = [
+    "NUMERICS_VERSION",
+    "Dataset",
+    "Run",
+    "__version__",
+    "find_job",
+    "follow_job",
+    "job_log",
+    "jobs",
+    "load_config",
+    "open_run",
+    "plan",
+    "prepare",
+    "run",
+    "score",
+    "stop_job",
+    "submit",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lrag_ray.pipelines.plan import Plan
     from lrag_ray.pipelines.score import RunScores
     from lrag_ray.pipelines.score_videos import VideoScores
+    from lrag_ray.pipelines.submit.follow import JobEnd as JobEnd
+    from lrag_ray.pipelines.submit.submit import Preparation as Preparation
+    from lrag_ray.pipelines.submit.submit import SubmittedJob as SubmittedJob
     from lrag_ray.report.collect import ReportData
 
 
@@ -73,6 +76,75 @@ def score(
             raise UsageError(f"manifest and to are for videos outside a run, and {target} is a run")
         return score_run(config or stored_config(target, overrides), listener=listener)
     return score_videos(target, videos_config(overrides), manifest=manifest, to=to, listener=listener)
+
+
+def prepare(config: RunConfig | str | Path) -> Preparation:
+    """What `submit` checks without a cluster: prompts, plan, what travels and what every node must have.
+
+    Raises ConfigError, PromptError and UsageError.
+    """
+    from lrag_ray.pipelines.submit.submit import prepare as prepare_config
+
+    return prepare_config(config if isinstance(config, RunConfig) else load_config(config))
+
+
+def submit(
+    config: RunConfig | str | Path | Preparation,
+    *,
+    address: str | None = None,
+    upload: bool = True,
+    python: str = "python",
+    listener: Listener = silent,
+) -> SubmittedJob:
+    """Start a Ray job that does what `run` does here, or attach to the one that works on this run already.
+
+    `address` is that of the dashboard (``http://host:8265``); RAY_API_SERVER_ADDRESS and RAY_ADDRESS override it.
+    `upload` sends the code of this machine along; `python` is the program that runs the job on the head node. Raises
+    UsageError, and ClusterError where the cluster cannot be reached, does not suit or does not take the job.
+    """
+    from lrag_ray.pipelines.submit.submit import submit as submit_prepared
+
+    prepared = prepare(config) if isinstance(config, RunConfig | str | Path) else config
+    return submit_prepared(prepared, address=address, upload=upload, python=python, listener=listener)
+
+
+def jobs(address: str | None = None, *, listener: Listener = silent) -> list[SubmittedJob]:
+    """The jobs of lrag-ray that the cluster remembers, oldest first. ClusterError where it does not answer."""
+    from lrag_ray.pipelines.submit.submit import jobs as submitted_jobs
+
+    return submitted_jobs(address, listener)
+
+
+def find_job(name: str, *, address: str | None = None, listener: Listener = silent) -> SubmittedJob:
+    """The job with the id `name`, else the latest of the run at the address `name`. UsageError without one."""
+    from lrag_ray.pipelines.submit.submit import find_job as find
+
+    return find(name, address, listener)
+
+
+def follow_job(job: SubmittedJob, *, storage: StorageSection | None = None, listener: Listener = silent) -> JobEnd:
+    """Report to `listener` what a job reports, from its beginning until it has ended; its exit code.
+
+    `storage` is how its run is reached while the cluster does not answer. Raises ClusterError where the cluster has
+    forgotten the job (its head was restarted) or is silent for ten minutes. Interrupting this leaves the job alone.
+    """
+    from lrag_ray.pipelines.submit.follow import follow
+
+    return follow(job, storage=storage, listener=listener)
+
+
+def job_log(job: SubmittedJob) -> str:
+    """All that a job has written so far: events as lines of JSON, and what else was printed."""
+    from lrag_ray.pipelines.submit.follow import job_log as read_log
+
+    return read_log(job)
+
+
+def stop_job(job: SubmittedJob, *, listener: Listener = silent) -> JobEnd:
+    """End a job and wait until its workers have stored what they finished. ClusterError where it does not end."""
+    from lrag_ray.pipelines.submit.follow import stop
+
+    return stop(job, listener)
 
 
 def open_run(uri: str | Path, storage: StorageSection | None = None) -> Run:

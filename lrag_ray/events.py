@@ -6,9 +6,12 @@ Nothing here is needed for correctness: storage is the truth, and a lost event i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 from lrag_ray.stages.spec import Result, StageName
 from lrag_ray.store.records import FailureRecord
@@ -144,3 +147,28 @@ def as_json(event: Event) -> dict[str, Any]:
     if isinstance(event, AttemptFailed):
         return {"event": "AttemptFailed", **event.failure.model_dump(mode="json")}
     return {"event": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def from_json(data: Mapping[str, Any]) -> Event | None:
+    """The event that `as_json` made `data` of; None for what is none, or one that another version reports.
+
+    Fields that this version does not know are left out.
+    """
+    name = data.get("event")
+    kind = next((kind for kind in get_args(Event) if kind.__name__ == name), None)
+    if kind is None:
+        return None
+    known = FailureRecord.model_fields if kind is AttemptFailed else {field.name for field in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {key: value for key, value in data.items() if key in known}
+    if kind is AttemptFailed:
+        fields = {"failure": fields}
+    try:
+        event: Event = _adapter(kind).validate_python(fields)
+    except ValidationError:
+        return None
+    return event
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -1,7 +1,11 @@
-"""Text from files in a form that cannot act on a terminal: no cursor movement, links, hidden or reordered text."""
+"""Text from files in a form that cannot act on a terminal: no cursor movement, links, hidden or reordered text.
+
+And results as plain data, which is what is printed as JSON.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import unicodedata
 from typing import Any
@@ -26,6 +30,19 @@ def json_text(value: Any, indent: int | None = None) -> str:
     if text.replace("\n", "").isprintable():
         return text
     return "".join(json.dumps(character)[1:-1] if _is_unsafe(character) else character for character in text)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and pydantic records as dicts, all the way down."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def _is_unsafe(character: str) -> bool:

@@ -25,6 +25,16 @@ FUNCTIONS = {
     "score": "(target: 'str', *, config: 'RunConfig | None' = None, overrides: 'Sequence[str]' = (), "
     "manifest: 'str | None' = None, to: 'str | None' = None, listener: 'Listener' = <function silent>) "
     "-> 'RunScores | VideoScores'",
+    "prepare": "(config: 'RunConfig | str | Path') -> 'Preparation'",
+    "submit": "(config: 'RunConfig | str | Path | Preparation', *, address: 'str | None' = None, "
+    "upload: 'bool' = True, python: 'str' = 'python', listener: 'Listener' = <function silent>) -> 'SubmittedJob'",
+    "jobs": "(address: 'str | None' = None, *, listener: 'Listener' = <function silent>) -> 'list[SubmittedJob]'",
+    "find_job": "(name: 'str', *, address: 'str | None' = None, listener: 'Listener' = <function silent>) "
+    "-> 'SubmittedJob'",
+    "follow_job": "(job: 'SubmittedJob', *, storage: 'StorageSection | None' = None, "
+    "listener: 'Listener' = <function silent>) -> 'JobEnd'",
+    "job_log": "(job: 'SubmittedJob') -> 'str'",
+    "stop_job": "(job: 'SubmittedJob', *, listener: 'Listener' = <function silent>) -> 'JobEnd'",
     "open_run": "(uri: 'str | Path', storage: 'StorageSection | None' = None) -> 'Run'",
 }
 METHODS = {

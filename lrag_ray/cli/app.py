@@ -24,11 +24,13 @@ from lrag_ray.cli import (
     report,
     runs,
     score,
+    submit,
     view,
     weights,
 )
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
-from lrag_ray.cli.output import console, plain, print_json, tells_errors, write
+from lrag_ray.cli.output import console, print_json, tells_errors, write
+from lrag_ray.printable import plain
 
 _LOOK_EVERY_S = 5.0
 
@@ -228,6 +230,7 @@ def _verify_bytes(run_uri: str, sample: int | None, *, as_json: bool) -> int:
     return 1 if damage else 0
 
 
+submit.register(app)
 decode.register(app)
 score.register(app)
 report.register(app)

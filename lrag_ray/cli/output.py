@@ -6,7 +6,6 @@ files: run directories, prompts, videos and their names.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 import textwrap
@@ -24,7 +23,7 @@ from rich.text import Text
 
 from lrag_ray.errors import INTERRUPTED, LragError
 from lrag_ray.events import Event, Notice
-from lrag_ray.printable import json_text, printable
+from lrag_ray.printable import json_text, plain, printable
 from lrag_ray.store.waits import reporting_waits
 
 P = ParamSpec("P")
@@ -93,19 +92,6 @@ def notices(event: Event) -> None:
     """A listener of commands without progress: what a person should read, on stderr."""
     if isinstance(event, Notice):
         write(event.text, stderr=True)
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and pydantic records as dicts, all the way down."""
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
 
 
 def tells_errors(command: Callable[P, None]) -> Callable[P, None]:

@@ -12,6 +12,8 @@ from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
 
 Config = TypeVar("Config", bound=RunConfig)
+RANDOM = "random"
+"""What `scoring.weights` says for weights that are drawn."""
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -33,6 +35,12 @@ def beside_configuration(config: RunConfig, folder: Path) -> Iterator[tuple[KeyP
             yield path, address
 
 
+def weight_paths(config: RunConfig) -> list[KeyPath]:
+    """Keys of all places of weights that are given, by the configuration or a method's defaults."""
+    data = config.model_dump()
+    return [path for path in _weights(config, data) if (_section_of(data, path) or {}).get(str(path[-1])) is not None]
+
+
 def _weights(config: RunConfig, data: dict[str, Any]) -> Iterator[KeyPath]:
     """Keys of all places of weights; puts those in `data` that are the defaults of a method's settings."""
     for name in config.backbones:
@@ -49,7 +57,7 @@ def _weights(config: RunConfig, data: dict[str, Any]) -> Iterator[KeyPath]:
             data["methods"][name][file.key] = address
             yield ("methods", name, file.key)
     # ``random`` is a recipe, not a path.
-    if config.scoring.weights != "random":
+    if config.scoring.weights != RANDOM:
         yield ("scoring", "weights")
 
 
@@ -63,7 +71,7 @@ def _section_of(data: dict[str, Any], path: KeyPath) -> dict[str, Any] | None:
 def with_absolute_weights(scoring: ScoringSection) -> ScoringSection:
     """The same for a scoring section alone."""
     data = scoring.model_dump()
-    if data["weights"] != "random":
+    if data["weights"] != RANDOM:
         _resolve(data, "weights")
     return ScoringSection.model_validate(data)
 

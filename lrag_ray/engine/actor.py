@@ -22,11 +22,13 @@ class ActorHost:
         self.name = name
         self.steps = 0
         """Signs of life."""
+        self.left = False
+        """The stage is over."""
         self._board = BoardWriter(board, name)
 
     def must_leave(self) -> bool:
-        """Whether the actor's node drains."""
-        return this_node_drains()
+        """Whether the stage is over or the actor's node drains."""
+        return self.left or this_node_drains()
 
     def report(self, state: WorkerState) -> None:
         """Count a step, and show it on the board at most once a second."""
@@ -49,6 +51,11 @@ class StageActor(Generic[Payload]):
         """Do a task."""
         self._host.steps += 1
         return self._worker.work(payload, attempt)
+
+    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
+    def leave(self) -> None:
+        """Let the task that is worked on store what is finished and return."""
+        self._host.left = True
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def steps(self) -> int:

@@ -54,6 +54,7 @@ from lrag_ray.events import (
     WorkerLost,
     silent,
 )
+from lrag_ray.interrupts import take_next
 from lrag_ray.stages.spec import Outcome, Payload, Refused, Stage, Task, Yielded
 from lrag_ray.store.records import FailureRecord, new_attempt_id
 
@@ -65,6 +66,8 @@ _START_DEATHS = 12
 """A node that is lost takes all workers that were starting there with it; more deaths than that have another cause."""
 _LONGEST_PAUSE_S = 60.0
 _UNPLACED_S = 30.0
+LEAVE_S = 45.0
+"""How long workers may take to finish their block and store it after an interruption; a lost lease allows 60 s."""
 
 
 @dataclass
@@ -140,6 +143,9 @@ class ActorPool(Generic[Payload]):
                 self._assign()
                 self._settle_all()
                 self._tick()
+        except KeyboardInterrupt:
+            self._store_what_is_finished()
+            raise
         finally:
             for worker in self._workers.values():
                 ray.kill(worker.actor)
@@ -147,6 +153,17 @@ class ActorPool(Generic[Payload]):
             self._workers.clear()
             self._flights.clear()
         return self._quarantined
+
+    def _store_what_is_finished(self) -> None:
+        """After an interruption: workers at a task store what they have finished, as on a node that drains."""
+        flights = {ref: worker for ref, (worker, _) in self._flights.items() if worker.ready and worker.task}
+        if not flights:
+            return
+        self._report(Notice(f"interrupted: {len(flights)} workers store what they have finished; again ends them now"))
+        take_next()
+        for worker in flights.values():
+            worker.actor.leave.remote()
+        ray.wait(list(flights), num_returns=len(flights), timeout=LEAVE_S, fetch_local=False)
 
     def _settle_all(self) -> None:
         if not self._flights:

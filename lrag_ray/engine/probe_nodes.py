@@ -1,4 +1,4 @@
-"""The start-up probe: every node must see the run, its writes must be seen here, and its clock must be about right.
+"""The start-up probe: every node must see the run and the weights, its writes must be seen here, its clock be right.
 
 A folder that exists on every node without being shared is the mistake that costs most: each node would fill its own.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,11 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.oom import this_node
 from lrag_ray.errors import ClusterError, StorageError
 from lrag_ray.events import Listener, Notice
 from lrag_ray.store.address import PROBE_PREFIX
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.shared import LOOK_AGAIN_S, LOOKS, not_shared, sees_run
+from lrag_ray.weights.local import sizes_at
+from lrag_ray.weights.needs import needs_of
 
 CLOCK_SKEW_S = 5.0
 """A clock that is off by more than this is reported."""
@@ -36,22 +39,25 @@ class NodeReport(NamedTuple):
     """It could not create what exists."""
     clock_s: float
     """Its time when it was done, in seconds since 1970."""
+    absent: tuple[str, ...] = ()
+    """Addresses of weights at which it finds nothing."""
 
 
 def probe_nodes(run: RolloutRun, config: RunConfig, listener: Listener) -> None:
     """Ask every node that may work on the run whether it sees the same storage. Needs Ray and ``run.json``.
 
     Raises StorageError naming the nodes that see another folder or bucket, and ClusterError naming those that may not
-    read or write there or lack this program.
+    read or write there, lack this program or find no weights.
     Clocks that differ and nodes that do not answer are reported as warnings. A cluster of one node, this one, is not
     asked.
     """
     nodes = _nodes_that_work(config)
-    if len(nodes) < 2 and not ray.util.client.ray.is_connected():
+    if not ray.util.client.ray.is_connected() and set(nodes) <= {this_node()}:
         return
     paths = {node_id: f"{PROBE_PREFIX}{secrets.token_hex(8)}" for node_id in nodes}
     try:
-        reports = _ask(run, nodes, paths, listener)
+        weights = tuple(dict.fromkeys(need.address for need in needs_of(config) if need.kind != "prompts"))
+        reports = _ask(run, nodes, paths, weights, listener)
         unseen = [name for name, report in reports.items() if not (report.wrote and _visible(run, report.wrote))]
     finally:
         for path in paths.values():
@@ -67,7 +73,11 @@ def probe_nodes(run: RolloutRun, config: RunConfig, listener: Listener) -> None:
 
 
 def _ask(
-    run: RolloutRun, nodes: Mapping[str, str], paths: Mapping[str, str], listener: Listener
+    run: RolloutRun,
+    nodes: Mapping[str, str],
+    paths: Mapping[str, str],
+    weights: Sequence[str],
+    listener: Listener,
 ) -> dict[str, NodeReport]:
     """Reports by node name; nodes that were lost or are silent are reported and left out."""
     created_at = run.require().created_at
@@ -75,7 +85,7 @@ def _ask(
     asked = {
         task.options(
             num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-        ).remote(run, created_at, paths[node_id]): name
+        ).remote(run, created_at, paths[node_id], weights): name
         for node_id, name in nodes.items()
     }
     reports: dict[str, NodeReport] = {}
@@ -94,6 +104,8 @@ def _ask(
         except ray.exceptions.RayError as error:
             listener(Notice(f"node {name} was lost while it was asked about the storage: {error}", warning=True))
         else:
+            if report.absent:
+                problems.append(f"{name}: no weights at {', '.join(map(redact, report.absent))}")
             report_skew(name, report.clock_s - time.time(), listener)
     if problems:
         raise ClusterError(
@@ -107,16 +119,17 @@ def _ask(
     return reports
 
 
-def probe_node(run: RolloutRun, created_at: str, path: str) -> NodeReport:
+def probe_node(run: RolloutRun, created_at: str, path: str, weights: Sequence[str] = ()) -> NodeReport:
     """What the node that this runs on finds: sees the run, writes `path` beside it, and cannot create it twice.
 
-    StorageError where it may not read or write.
+    It looks for `weights`, absolute paths and addresses. StorageError where it may not read or write.
     """
+    absent = tuple(address for address in weights if not sizes_at(address))
     if not sees_run(run, created_at):
-        return NodeReport(None, True, time.time())
+        return NodeReport(None, True, time.time(), absent)
     first, second = (f"{path} {secrets.token_hex(4)}".encode() for _ in range(2))
     run.storage.create(path, first)
-    return NodeReport(path, not run.storage.create(path, second), time.time())
+    return NodeReport(path, not run.storage.create(path, second), time.time(), absent)
 
 
 def report_skew(node: str, seconds: float, listener: Listener) -> None:

@@ -24,6 +24,19 @@ from tests.store.make import make_identity, rollout_id, store_commit
 
 SURFACE = {
     "run": ["CONFIG", "--set", "--repair", "--progress", "--json"],
+    "submit": [
+        "CONFIG",
+        "--address",
+        "--follow",
+        "--set",
+        "--upload",
+        "--python",
+        "--progress",
+        "--json",
+    ],
+    "jobs": ["--address", "--json"],
+    "logs": ["ID|RUN", "--address", "--follow", "--progress", "--json"],
+    "stop": ["ID|RUN", "--address", "--json"],
     "plan": ["CONFIG", "--set", "--json"],
     "status": ["RUN", "--watch", "--json"],
     "verify": ["DIR", "--run", "--bytes", "--sample", "--json"],
@@ -273,6 +286,14 @@ def test_exit_codes_follow_the_exception_tree(config: str, monkeypatch: pytest.M
 
     monkeypatch.setattr("lrag_ray.pipelines.plan.make_plan", unreachable)
     assert invoke("plan", config).exit_code == 3
+
+
+def test_jobs_where_no_cluster_is(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for arguments in (["submit", config], ["jobs"], ["logs", "runs/small"], ["stop", "runs/small"]):
+        done = invoke(*arguments, "--address", "http://127.0.0.1:9")
+        assert done.exit_code == 3
+        assert "no Ray dashboard answers at http://127.0.0.1:9 (--address): connection refused" in done.stderr
 
 
 def test_ctrl_c_exits_with_130() -> None:

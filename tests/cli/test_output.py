@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lrag_ray.cli.output import PrintableConsole, count, duration, natural, plain, print_json, quantity, say
+from lrag_ray.cli.output import PrintableConsole, count, duration, natural, print_json, quantity, say
 from lrag_ray.cli.tables import print_outcome, table
 from lrag_ray.pipelines.evaluate import RunOutcome
+from lrag_ray.printable import plain
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from tests.store.make import make_identity

@@ -25,7 +25,7 @@ from lrag_ray.events import (
     TaskStarted,
     WorkerLost,
 )
-from lrag_ray.stages.spec import Host, Outcome, Refused, Resources, Result, Stage, Task
+from lrag_ray.stages.spec import Host, Outcome, Refused, Resources, Result, Stage, Task, Yielded
 from lrag_ray.store.records import FailureRecord
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
@@ -83,6 +83,18 @@ class Pair(Sleeper):
         while len(list(payload.folder.glob("*.attempt-here"))) < 2:
             time.sleep(0.01)
         return super().work(payload, attempt)
+
+
+class Leaver(Sleeper):
+    """Works until it must leave, and then takes a moment to store what it has."""
+
+    def work(self, payload: Job, attempt: str) -> Outcome:
+        (payload.folder / f"{payload.name}.attempt-here").touch()
+        while not self.host.must_leave():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        (payload.folder / f"{payload.name}.stored").touch()
+        return Yielded("it must leave")
 
 
 class Stillborn(Sleeper):
@@ -335,3 +347,17 @@ def test_a_refused_task_fails_at_once_with_one_record_and_the_rest_finishes(tmp_
     assert [task for _, task in diary.order] == ["damaged", "good"]
     assert len({worker for worker, _ in diary.order}) == 1 and diary.lost == [], "the worker went with the task"
     assert diary.done == [(1, 2), (2, 2)]
+
+
+def test_an_interruption_lets_workers_store_what_they_have(tmp_path: Path) -> None:
+    diary = Diary()
+
+    def interrupt() -> None:
+        if len(list(tmp_path.glob("*.attempt-here"))) == 2:
+            raise KeyboardInterrupt
+
+    pool = ActorPool(Jobs(Leaver), PoolSize(2, 2), listener=diary, tick=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(tasks_of(Job("one", tmp_path), Job("two", tmp_path)))
+    assert {path.name for path in tmp_path.glob("*.stored")} == {"one.stored", "two.stored"}
+    assert "2 workers store what they have finished" in diary.notices[-1]

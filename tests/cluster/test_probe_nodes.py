@@ -81,8 +81,11 @@ def test_a_node_with_an_empty_folder_or_another_run_writes_nothing_there(
     monkeypatch.setattr("lrag_ray.store.shared.LOOK_AGAIN_S", 0.01)
     run, elsewhere = RolloutRun(str(tmp_path / "run")), RolloutRun(str(tmp_path / "elsewhere"))
     created_at = run.ensure(make_identity()).created_at
-    report = probe_node(run, created_at, "probe-one")
-    assert report.create_only and report.wrote == "probe-one"
+    (tmp_path / "there.pt").touch()
+    (tmp_path / "empty").mkdir()
+    places = [str(tmp_path / name) for name in ("there.pt", "absent.pt", "empty")]
+    report = probe_node(run, created_at, "probe-one", places)
+    assert report.create_only and report.wrote == "probe-one" and report.absent == tuple(places[1:])
     assert probe_node(elsewhere, created_at, "probe-two").wrote is None
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(StorageError, match="not the same folder on every node"):

@@ -321,6 +321,9 @@ def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(clust
     with driver(path) as interrupted:
         started = in_the_middle(interrupted)
         interrupted.process.send_signal(signal.SIGINT)
+        # The rollout at the gate stores nothing before it opens.
+        interrupted.wait_until(lambda: "again ends them now" in interrupted.text)
+        interrupted.process.send_signal(signal.SIGINT)
         assert interrupted.wait() == 130
         assert "Traceback" not in interrupted.text and "the same command continues" in interrupted.text
     wait_for_end(started)

@@ -1,0 +1,307 @@
+"""A client of Ray's job API over HTTP, with time limits, and errors that say what is wrong.
+
+Ray's own client waits without a limit and needs Ray here; a laptop that only submits needs neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn
+from urllib.parse import quote
+
+import requests
+
+from lrag_ray.config.redaction import redact
+from lrag_ray.engine.ray_jobs.dashboard import Dashboard, Token, check_versions, find_dashboard, find_token
+from lrag_ray.errors import INTERRUPTED, ClusterError
+
+MOST_PACKAGE_BYTES = 100 << 20
+"""The dashboard takes no larger body. Ray's own warning begins far above."""
+_CONNECT_S = 10.0
+_ANSWER_S = 90.0
+_SIGKILL = 9
+_AGENT_POLL_S = 2.0
+_NO_AGENT = re.compile("No available agent|Failed to get head node agent")
+
+JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
+
+
+class NoAnswerError(ClusterError):
+    """The dashboard could not be reached; it may answer later."""
+
+
+class UnknownJobError(ClusterError):
+    """The cluster has no such job."""
+
+
+class TakenIdError(ClusterError):
+    """A job with this id exists already."""
+
+
+class LogError(ClusterError):
+    """The cluster answers but does not give the log of a job."""
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """A submitted job as the cluster knows it."""
+
+    id: str
+    state: JobState
+    message: str
+    """Ray's words on the state; of a failed environment, what failed."""
+    driver_exit_code: int | None
+    """Negative after a signal; None while the job works, after a stop and where its program never started."""
+    metadata: Mapping[str, str]
+    began_ms: int
+    """By the cluster's clock, since 1970."""
+    ended_ms: int | None
+
+    ENDED: ClassVar = ("STOPPED", "SUCCEEDED", "FAILED")
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in self.ENDED
+
+    @property
+    def exit_code(self) -> int:
+        """Of an ended job: that of its program, 128 + signal where one ended it, 130 after a stop, 3 without any."""
+        if self.state == "SUCCEEDED":
+            return 0
+        if self.state == "STOPPED":
+            return INTERRUPTED
+        if self.driver_exit_code is None:
+            return ClusterError.exit_code
+        return self.driver_exit_code if self.driver_exit_code >= 0 else 128 - self.driver_exit_code
+
+    @property
+    def reason(self) -> str:
+        """Why an ended job ended as it did, for people; empty where its own log says it."""
+        if self.state == "STOPPED":
+            return "the job was stopped. What it stored stays, and the same submit continues"
+        if self.state != "FAILED":
+            return ""
+        match self.exit_code, self.driver_exit_code:
+            case _, None:
+                return f"the job failed without an exit code of its own: {self.message.strip()}"
+            case code, _ if code == 128 + _SIGKILL:
+                return (
+                    "the job's driver was killed (SIGKILL), most often by the out-of-memory killer of the head node "
+                    "(`dmesg` there says so). What it stored stays, and the same submit continues; give the head more "
+                    "memory, or fewer other jobs"
+                )
+            case ((126 | 127), _):
+                return (
+                    f"the head node found no program to run: {self.message.strip()}\nFix: activate the environment "
+                    "before `ray start` there, or name its Python (--python)"
+                )
+            case code, _ if code > 128 and code != INTERRUPTED:
+                return f"the job's driver was ended by signal {code - 128}. The same submit continues"
+            case _:
+                return ""
+
+
+class JobClient:
+    """Talks to the dashboard of one cluster."""
+
+    def __init__(self, dashboard: Dashboard, token: Token | None) -> None:
+        self.dashboard = dashboard
+        self.agent_patience_s = 90.0
+        """How long a head may take until it can start jobs: a new one answers before it can."""
+        self.note = ""
+        """What a person should know about this cluster."""
+        self._token = token
+        self.headers = {"Authorization": f"Bearer {token.text}"} if token else {}
+        """Of every request."""
+
+    @property
+    def url(self) -> str:
+        """Of the dashboard."""
+        return self.dashboard.url
+
+    def check(self) -> JobClient:
+        """Ask who answers: ClusterError unless it is the dashboard of a Ray that suits us and takes our token."""
+        answer = self._request("GET", "/api/version")
+        try:
+            ray = answer.json()["ray_version"]
+            assert isinstance(ray, str)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise ClusterError(
+                f"{self._where()} answers, but not as a Ray dashboard (HTTP {answer.status_code}). Fix: give the port "
+                "of the dashboard, 8265 unless set otherwise"
+            ) from None
+        self.note = check_versions(ray, self._python(), self._where())
+        return self
+
+    def jobs(self) -> list[RayJob]:
+        """All submitted jobs that the cluster remembers, oldest first."""
+        answer = self._request("GET", "/api/jobs/")
+        if answer.status_code != 200:
+            self._refuse(answer, "does not list its jobs")
+        found = [_job(each) for each in answer.json() if each.get("submission_id")]
+        return sorted(found, key=lambda job: (job.began_ms, job.id))
+
+    def job(self, job_id: str) -> RayJob:
+        """One job; UnknownJobError where there is none of this id."""
+        answer = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}")
+        if answer.status_code == 404:
+            raise UnknownJobError(f"{self._where()} has no job {job_id!r}")
+        if answer.status_code != 200:
+            self._refuse(answer, f"does not describe job {job_id!r}")
+        return _job(answer.json())
+
+    def log(self, job_id: str) -> str:
+        """All that the job has written so far. LogError where the cluster cannot read it."""
+        answer = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
+        if answer.status_code == 404:
+            raise UnknownJobError(f"{self._where()} has no job {job_id!r}")
+        if answer.status_code != 200:
+            raise LogError(f"{self._where()} cannot read the log of {job_id}: {_last_line(answer.text)}")
+        logs = answer.json().get("logs")
+        return logs if isinstance(logs, str) else ""
+
+    def upload(self, package: Path) -> str:
+        """Upload a zip archive or a wheel unless the cluster has it; the address under which a job names it.
+
+        The name of a wheel must say what is in it. ClusterError above `MOST_PACKAGE_BYTES`.
+        """
+        if (size := package.stat().st_size) >= MOST_PACKAGE_BYTES:
+            raise ClusterError(f"{package.name} has {size:,} bytes; a dashboard takes less than {MOST_PACKAGE_BYTES:,}")
+        data = package.read_bytes()
+        name = package.name if package.suffix == ".whl" else f"_ray_pkg_{hashlib.sha1(data).hexdigest()}.zip"
+        path = f"/api/packages/gcs/{quote(name)}"
+        if self._request("GET", path).status_code != 200:
+            answer = self._request("PUT", path, data=data)
+            if answer.status_code != 200:
+                self._refuse(answer, f"did not take the upload of {package.name} ({len(data):,} bytes)")
+        return f"gcs://{name}"
+
+    def submit(self, job_id: str, entrypoint: str, runtime_env: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        """Start a job. TakenIdError where the id exists; ClusterError with the reason where it cannot start."""
+        body = {
+            "entrypoint": entrypoint,
+            "submission_id": job_id,
+            "runtime_env": dict(runtime_env),
+            "metadata": dict(metadata),
+        }
+        began_s = time.monotonic()
+        while True:
+            answer = self._request("POST", "/api/jobs/", json=body)
+            if answer.status_code == 200:
+                return
+            if not _NO_AGENT.search(answer.text):
+                break
+            if time.monotonic() - began_s > self.agent_patience_s:
+                raise ClusterError(
+                    f"{self._where()} has had no agent that could start the job for {self.agent_patience_s:g} s: the "
+                    "dashboard agent of the head node does not run, most often because its port is taken by another "
+                    "cluster on that machine. Fix: start the head with another --dashboard-agent-listen-port "
+                    "(dashboard_agent.log there has the reason)"
+                )
+            time.sleep(_AGENT_POLL_S)
+        if "already exists" in answer.text:
+            raise TakenIdError(f"{self._where()} has a job {job_id} already")
+        self._refuse(answer, "did not take the job")
+
+    def stop(self, job_id: str) -> bool:
+        """Ask a job to end; whether anything of it was still there."""
+        answer = self._request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+        if answer.status_code == 404:
+            raise UnknownJobError(f"{self._where()} has no job {job_id!r}")
+        if answer.status_code != 200:
+            self._refuse(answer, f"did not stop job {job_id!r}")
+        return bool(answer.json().get("stopped"))
+
+    def _python(self) -> str | None:
+        """The cluster's Python; None where it does not say."""
+        answer = self._request("GET", "/api/v0/cluster_metadata")
+        try:
+            found = answer.json()["data"]["pythonVersion"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, str) and re.match(r"\d+\.\d+", found) else None
+
+    def _where(self) -> str:
+        return f"{self.url} ({self.dashboard.source})"
+
+    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
+        try:
+            # Not over a connection that is kept: the other end may have closed it.
+            answer = requests.request(
+                method, self.url + path, headers=self.headers, timeout=(_CONNECT_S, _ANSWER_S), **options
+            )
+        except requests.exceptions.SSLError as error:
+            raise ClusterError(
+                f"{self._where()}: no secure connection: {redact(str(error))}. Fix: http:// where the dashboard has no "
+                "certificate, or REQUESTS_CA_BUNDLE for one of your own"
+            ) from None
+        except requests.exceptions.RequestException as error:
+            raise NoAnswerError(
+                f"no Ray dashboard answers at {self._where()}: {_cause(error)}. Fix: start the cluster (`ray start "
+                "--head`), give the dashboard's address (--address http://host:8265), or open a tunnel to it (ssh -L, "
+                "kubectl port-forward)"
+            ) from None
+        if answer.status_code == 401:
+            raise ClusterError(
+                f"{self._where()} asks for a token, and there is none here. Fix: set RAY_AUTH_TOKEN, or "
+                "RAY_AUTH_TOKEN_PATH to a file that holds it, or write it to ~/.ray/auth_token"
+                + ("" if self._token else _mode_off())
+            )
+        if answer.status_code == 403:
+            used = f"the token in {self._token.source}" if self._token else "a request without a token"
+            raise ClusterError(f"{self._where()} refuses {used}. Fix: use the token of that cluster")
+        return answer
+
+    def _refuse(self, answer: requests.Response, what: str) -> NoReturn:
+        raise ClusterError(f"{self._where()} {what}: HTTP {answer.status_code}, {_last_line(answer.text)}")
+
+
+def connect(address: str | None = None) -> JobClient:
+    """A client of the cluster that `address` or the environment names, once it has answered. See `find_dashboard`."""
+    return JobClient(find_dashboard(address), find_token()).check()
+
+
+def _job(data: Mapping[str, Any]) -> RayJob:
+    return RayJob(
+        id=data["submission_id"],
+        state=data["status"],
+        message=data.get("message") or "",
+        driver_exit_code=data.get("driver_exit_code"),
+        metadata=data.get("metadata") or {},
+        began_ms=data.get("start_time") or 0,
+        ended_ms=data.get("end_time"),
+    )
+
+
+def _mode_off() -> str:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    return f" (RAY_AUTH_MODE={mode} switches tokens off here)" if mode and mode.lower() != "token" else ""
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason: connection refused, unknown host, no answer in time."""
+    text = str(error)
+    for pattern, said in (
+        (r"Connection refused", "connection refused"),
+        (r"Name or service not known|getaddrinfo|NameResolution", "no such host"),
+        (r"[Tt]imed out", "no answer in time"),
+        (r"No route to host|Network is unreachable", "no route to that host"),
+        (r"BadStatusLine", "the port does not speak HTTP"),
+        (r"Connection aborted|RemoteDisconnected|reset by peer", "the connection was closed without an answer"),
+    ):
+        if re.search(pattern, text):
+            return said
+    return redact(text)
+
+
+def _last_line(text: str) -> str:
+    """Of a traceback, what was raised."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return redact(lines[-1].strip()[:500]) if lines else "without a reason"
