@@ -11,11 +11,16 @@ from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
 
+_WATCH_FOLDERS: list[KeyPath] = [
+    ("watch", "tensorboard", "folder"),
+    ("watch", "wandb", "folder"),
+]
+
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """`config` with relative paths of weights resolved here: workers have working directories of their own."""
+    """`config` with relative paths resolved here, of weights and loggers: workers have other working directories."""
     data = config.model_dump()
-    for path in _weights(config, data):
+    for path in [*_weights(config, data), *_WATCH_FOLDERS]:
         _resolve(_section_of(data, path), str(path[-1]))
     return RunConfig.model_validate(data)
 

@@ -23,7 +23,7 @@ from lrag_ray.events import Listener, RunPlanned, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
-from lrag_ray.pipelines.scoring import RunScoring
+from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves
 from lrag_ray.report import build_report
@@ -104,8 +104,11 @@ class EvaluateJob(Job[RunOutcome]):
             if videos:
                 with self.stage("scoring", len(videos)):
                     self._scoring.score(videos, self.report)
-        with self.stage("report"):
-            made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
+            # While Ray is there: its metrics have the scores, too.
+            with self.stage("report"):
+                made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
+                for event in report_events(made):
+                    self.report(event)
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
 
     def outcome(self, exit_code: int) -> RunOutcome:

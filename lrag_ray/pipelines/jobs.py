@@ -8,11 +8,15 @@ from lrag_ray.config.prompts import Prompt
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.evaluate import RunOutcome, evaluate
+from lrag_ray.pipelines.watching import watching
 
 JOBS: dict[str, Callable[..., RunOutcome]] = {"evaluate": evaluate}
 """What starts a job, by the `job` of its configuration."""
 
 
 def start(config: RunConfig, prompts: Sequence[Prompt] | None = None, listener: Listener = silent) -> RunOutcome:
-    """Start the job that `config` describes."""
-    return JOBS[config.job](config, prompts, listener=listener)
+    """Start the job that `config` describes, and let those of `config.watch` see it."""
+    with watching(config, listener) as watched:
+        outcome = JOBS[config.job](config, prompts, listener=watched.report)
+        watched.exit_code, watched.missing = outcome.exit_code, dict(outcome.missing)
+    return outcome

@@ -23,8 +23,11 @@ _DESCRIBES_LATENTS = ("transformer", "sampler", "latent", "dtype")
 
 
 def store_config(run: RolloutRun, config: RunConfig) -> None:
-    """Keep `config`, whose paths are absolute, beside the run, for people and for the scores that it asks for."""
-    run.storage.write(CONFIG_FILE, config.model_dump_json(indent=1).encode())
+    """Keep `config`, whose paths are absolute, beside the run, for people and for the scores that it asks for.
+
+    Without `watch`: that belongs to the start, and addresses of hooks may be secrets.
+    """
+    run.storage.write(CONFIG_FILE, config.model_dump_json(indent=1, exclude={"watch"}).encode())
 
 
 def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = False) -> RunConfig:
