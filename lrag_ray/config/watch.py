@@ -100,6 +100,8 @@ class WatchSection(Section):
 
     metrics: bool = False
     """Export Prometheus metrics through Ray (lrag_blocks_total, lrag_rollouts, lrag_block_seconds, …)."""
+    metrics_linger_s: float = Field(default=30, ge=0, le=_DAY_S)
+    """metrics: how long the driver stays connected after the report, so that the final values are scraped."""
     tensorboard: TensorBoardSection | None = None
     """TensorBoard."""
     wandb: WandbSection | None = None

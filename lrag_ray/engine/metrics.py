@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -40,7 +41,9 @@ _GAUGES_EVERY_S = 1.0
 class RunMetrics:
     """Turns events into metrics while Ray is connected; before and after, events only count for the gauges."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, linger_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`linger_s`: how long to wait after the report; Ray drops the gauges of a driver that is gone."""
+        self._linger_s = linger_s
         self._clock = clock
         self._tally = Tally(clock)
         self._metrics: _Metrics | None = None
@@ -73,6 +76,10 @@ class RunMetrics:
         if self._clock() >= self._gauges_after_s or isinstance(event, TaskFinished | ReportWritten):
             self._gauges_after_s = self._clock() + _GAUGES_EVERY_S
             self._set_gauges(metrics)
+        if isinstance(event, ReportWritten):
+            # Ctrl-C ends the wait alone: everything is made.
+            with suppress(KeyboardInterrupt):
+                time.sleep(self._linger_s)
 
     def _set_gauges(self, metrics: _Metrics) -> None:
         tally = self._tally

@@ -43,7 +43,7 @@ class Watching:
         watch = with_absolute_paths(config).watch
         # Before the loggers, so that it is checked before anything is begun anywhere.
         self._hook = EndHook(watch.on_end, self._warn) if watch.on_end is not None else None
-        self._metrics: Listener | None = RunMetrics() if watch.metrics else None
+        self._metrics: Listener | None = RunMetrics(watch.metrics_linger_s) if watch.metrics else None
         self._loggers: list[BackgroundListener] = []
         report = Storage(config.run.uri, config.storage).below(SUMMARY)
         for name, logger in _loggers(watch, config.run.uri):

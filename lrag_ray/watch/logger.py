@@ -10,7 +10,7 @@ import io
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +28,8 @@ class RunLogger(ABC):
     """A destination. Methods may raise whatever the library raises: that ends the logger, not the run."""
 
     @abstractmethod
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """One point of the curve `name`; `step` never falls."""
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point of each curve by name, at second `step` of the start, which never falls."""
 
     @abstractmethod
     def curve(self, name: str, points: Sequence[tuple[float, float]]) -> None:
@@ -64,8 +64,8 @@ class LoggedRun:
             case CellScored():
                 cell = f"{event.backbone}/{event.method}/{event.duration_s:g}s"
                 ranks = {} if event.average_rank is None else {"average_rank": event.average_rank}
-                for name, value in {**event.means, **ranks}.items():
-                    self._logger.scalar(f"scores/{cell}/{name}", value, round(now_s))
+                named = {f"scores/{cell}/{name}": value for name, value in {**event.means, **ranks}.items()}
+                self._logger.scalars(named, round(now_s))
             case ReportWritten():
                 self._log_report(event.files)
             case RunEnded():
@@ -88,9 +88,8 @@ class LoggedRun:
             "videos_scored": tally.videos_scored,
             "stored_bytes": tally.stored_bytes,
         }
-        for name, value in values.items():
-            if value is not None:
-                self._logger.scalar(f"progress/{name}", value, round(now_s))
+        named = {f"progress/{name}": value for name, value in values.items() if value is not None}
+        self._logger.scalars(named, round(now_s))
 
     def _log_report(self, names: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="lrag-report") as folder:

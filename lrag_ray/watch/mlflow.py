@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lrag_ray.config.redaction import redact
@@ -15,6 +16,9 @@ _STATUS: dict[RunState, str] = {
     "done": "FINISHED", "incomplete": "FAILED", "interrupted": "KILLED", "failed": "FAILED",
 }  # fmt: skip
 
+_BATCH = 1000
+"""Most metrics of one request that MLflow takes."""
+
 
 class MlflowLogger(RunLogger):
     """Scalars over the seconds of the start, curves over the seconds of the video, the report as artifacts."""
@@ -22,6 +26,7 @@ class MlflowLogger(RunLogger):
     def __init__(self, section: MlflowSection, uri: str) -> None:
         """RunEnvironmentError where the library is missing or the tracking server refuses."""
         mlflow = library("mlflow.tracking", "watch.mlflow", "mlflow")
+        self._entities = library("mlflow.entities", "watch.mlflow", "mlflow")
         try:
             self._client = mlflow.MlflowClient(tracking_uri=section.tracking_uri)
             found = self._client.get_experiment_by_name(section.experiment)
@@ -36,14 +41,19 @@ class MlflowLogger(RunLogger):
                 "watch.mlflow.tracking_uri or MLFLOW_TRACKING_URI, and its credentials in the environment"
             ) from error
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """A point; the step is the second of the start."""
-        self._client.log_metric(self._id, name, value, step=step)
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """The step is the second of the start."""
+        self._log([(name, value, step) for name, value in values.items()])
 
     def curve(self, name: str, points: Sequence[tuple[float, float]]) -> None:
         """The step is the second of the video."""
-        for x, y in points:
-            self._client.log_metric(self._id, name, y, step=round(x))
+        self._log([(name, y, round(x)) for x, y in points])
+
+    def _log(self, points: Sequence[tuple[str, float, int]]) -> None:
+        now_ms = round(time.time() * 1000)
+        metrics = [self._entities.Metric(name, value, now_ms, step) for name, value, step in points]
+        for first in range(0, len(metrics), _BATCH):
+            self._client.log_batch(self._id, metrics=metrics[first : first + _BATCH])
 
     def files(self, folder: Path) -> None:
         """Artifacts in ``report/``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lrag_ray.config.watch import TensorBoardSection
@@ -28,9 +28,10 @@ class TensorBoardLogger(RunLogger):
                 f"watch.tensorboard.folder: {section.folder} cannot be written: {error.strerror}. Fix: name another"
             ) from error
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """A point; the step is the second of the start."""
-        self._writer.add_scalar(name, value, step)
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """The step is the second of the start."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def curve(self, name: str, points: Sequence[tuple[float, float]]) -> None:
         """The step is the second of the video."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lrag_ray.config.redaction import redact
@@ -32,7 +32,16 @@ class WandbLogger(RunLogger):
                 dir=section.folder,
                 config={"run": redact(uri)},
                 settings=wandb.Settings(
-                    silent=True, console="off", login_timeout=_START_TIMEOUT_S, init_timeout=_START_TIMEOUT_S
+                    silent=True,
+                    console="off",
+                    login_timeout=_START_TIMEOUT_S,
+                    init_timeout=_START_TIMEOUT_S,
+                    # Only what is logged here leaves: no command line, packages, git state or machine.
+                    disable_git=True,
+                    save_code=False,
+                    x_disable_meta=True,
+                    x_disable_stats=True,
+                    x_save_requirements=False,
                 ),
             )
         except Exception as error:
@@ -43,9 +52,9 @@ class WandbLogger(RunLogger):
             ) from error
         self._run.define_metric("*", step_metric="seconds")
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """A point over `seconds` of the start."""
-        self._run.log({name: value, "seconds": step})
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Over `seconds` of the start."""
+        self._run.log({**values, "seconds": step})
 
     def curve(self, name: str, points: Sequence[tuple[float, float]]) -> None:
         """A curve over `video_s`."""
@@ -56,7 +65,8 @@ class WandbLogger(RunLogger):
     def files(self, folder: Path) -> None:
         """An artifact of type report."""
         artifact = self._wandb.Artifact("report", type="report")
-        artifact.add_dir(str(folder))
+        for file in sorted(folder.iterdir()):
+            artifact.add_file(str(file), name=file.name)
         self._run.log_artifact(artifact)
 
     def close(self, ended: RunEnded) -> None:
