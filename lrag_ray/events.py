@@ -196,5 +196,5 @@ def as_json(event: Event) -> dict[str, Any]:
 
 
 def log_record(event: Event) -> dict[str, Any]:
-    """An event as one record of a structured log: the time (UTC), then `as_json`."""
-    return {"time": now_utc(), **as_json(event)}
+    """An event as one record of a structured log: when (UTC), then `as_json`."""
+    return {"at": now_utc(), **as_json(event)}

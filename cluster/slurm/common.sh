@@ -109,6 +109,7 @@ run_worker() {
     done
     wait_for "$ray_pid"
     say "ray start ended with $code"
-    sleep 2
+    # Not in step with the others, who may have the same trouble.
+    sleep $((2 + RANDOM % 10))
   done
 }

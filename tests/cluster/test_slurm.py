@@ -59,8 +59,8 @@ class Jobs:
         """Actors on all nodes."""
         return {
             actor.pid
-            for process in psutil.process_iter()
-            if process.name() == "raylet" and str(self.folder) in process_environment(process, "LRAG_CLUSTER")
+            for process in psutil.process_iter(["name"])
+            if process.info["name"] == "raylet" and str(self.folder) in process_environment(process, "LRAG_CLUSTER")
             for actor in actors_below(process.pid)
         }
 
@@ -88,8 +88,12 @@ def test_a_run_survives_its_nodes_and_its_head(tmp_path: Path) -> None:
         jobs = Jobs(running, tmp_path)
         head = jobs.submit(script="head.sbatch", arguments=(str(file),))
         jobs.until("the head runs", lambda: running.states(head).get(head) == "RUNNING")
-        workers = jobs.submit("--array=1-3", "--gres=gpu:1", script="workers.sbatch")
-        jobs.until("three actors", lambda: len(jobs.at_work()) == 3)
+        jobs.until("the head answers", lambda: "submit to http://" in jobs.log("head.sbatch"))
+        # One after the other (%1 below): nodes that start side by side on one machine take each other's time.
+        workers = jobs.submit("--array=1-3%1", "--gres=gpu:1", script="workers.sbatch")
+        for count in (1, 2, 3):
+            running.run("scontrol", "update", f"JobId={workers}", f"ArrayTaskThrottle={count}")
+            jobs.until(f"{count} actors", lambda count=count: len(jobs.at_work()) == count)  # type: ignore[misc]
         # Of each prompt a rollout waits at the gate with a part behind it.
         jobs.until("parts are stored", lambda: len(open_parts(run)) >= 2)
 

@@ -87,7 +87,7 @@ def test_the_webhook_gets_the_last_event_once(server: Server, monkeypatch: pytes
     ((path, body, headers),) = server.got
     assert path == "/services/abc"
     assert (body["event"], body["state"], body["exit_code"]) == ("RunEnded", "incomplete", 1)
-    assert body["time"] and body["reasons"] == ["rollouts/tiny/rag/00001-bb-0: RuntimeError: no"]
+    assert body["at"] and body["reasons"] == ["rollouts/tiny/rag/00001-bb-0: RuntimeError: no"]
     assert headers["Authorization"] == "Bearer s3cret"
 
 

@@ -81,7 +81,7 @@ def test_the_last_event_says_how_the_start_ended(
     assert (last.state, last.exit_code, last.error) == (state, exit_code, error)
     assert last.reasons == (("a video: it is black",) if state == "incomplete" else ())
     record = log_record(last)
-    assert json.loads(json.dumps(record))["event"] == "RunEnded" and record["time"].endswith("+00:00")
+    assert json.loads(json.dumps(record))["event"] == "RunEnded" and record["at"].endswith("+00:00")
 
 
 def test_a_hook_that_fails_is_reported_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
