@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lrag_ray.errors import LragError
-from lrag_ray.events import Event, Listener, Notice, StageAdvanced, StageBegan, StageEnded, log_record
+from lrag_ray.events import Event, Listener, Notice, StageAdvanced, StageBegan, StageEnded, as_json
 from lrag_ray.printable import json_text, printable
 
 
@@ -27,7 +27,7 @@ def reporting_errors() -> Iterator[None]:
 
 
 def _write_json(event: Event) -> None:
-    print(json_text(log_record(event)), flush=True)
+    print(json_text(as_json(event)), flush=True)
 
 
 def _write_line(event: Event) -> None:

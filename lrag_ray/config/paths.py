@@ -11,11 +11,6 @@ from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
 
-_WATCH_FOLDERS: list[KeyPath] = [
-    ("watch", "tensorboard", "folder"),
-    ("watch", "wandb", "folder"),
-]
-
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """`config` with relative paths resolved here, of weights and loggers: workers have other working directories."""
@@ -75,3 +70,10 @@ def _resolve(section: dict[str, Any] | None, key: str) -> None:
     address = section and section.get(key)
     if section and isinstance(address, str) and "://" not in address:
         section[key] = str(Path(address).expanduser().absolute())
+
+
+_WATCH_FOLDERS: list[KeyPath] = [
+    ("watch", "tensorboard", "folder"),
+    ("watch", "wandb", "folder"),
+]
+"""Folders of loggers."""
