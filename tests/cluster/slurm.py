@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,10 +67,16 @@ class Slurm:
                 process.kill()
         daemon.wait()
 
-    def run(self, program: str, *arguments: str, check: bool = True, **environment: str) -> str:
+    def run(
+        self, program: str, *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None
+    ) -> str:
         """What a Slurm command prints."""
         done = subprocess.run(
-            [program, *arguments], env=self.environment | environment, capture_output=True, text=True, timeout=60
+            [program, *arguments],
+            env=self.environment | dict(environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0 or not check, f"{program} {arguments}: {done.stdout}{done.stderr}"
         return done.stdout

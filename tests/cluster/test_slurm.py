@@ -43,7 +43,7 @@ class Jobs:
         log = f"--output={self.folder / script}-%j.log"
         small = ["--mem=100", "--cpus-per-task=1", log, f"--chdir={REPOSITORY}"]
         return self.slurm.run(
-            "sbatch", "--parsable", *small, *options, str(SCRIPTS / script), *arguments, **self.settings
+            "sbatch", "--parsable", *small, *options, str(SCRIPTS / script), *arguments, environment=self.settings
         ).strip()
 
     def until(self, what: str, condition: Callable[[], bool], timeout_s: float = 600) -> None:
