@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -86,8 +87,11 @@ def test_wandb_offline_holds_scalars_curves_and_report(tmp_path: Path) -> None:
     section = WandbSection(project="videos", mode="offline", folder=str(tmp_path / "files"))
     log_a_start(WandbLogger(section, "runs/table2"), tmp_path / "s")
     (folder,) = (tmp_path / "files" / "wandb").glob("offline-run-*")
-    rows, summary, artifacts = read_wandb(folder)
-    print(rows)
+    # W&B's own process writes the file, and may be at it for a moment longer.
+    deadline = time.monotonic() + 60
+    while "state" not in (found := read_wandb(folder))[1] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    rows, summary, artifacts = found
     assert any(row.get("scores/tiny/rag/4.5s/flicker") == 0.25 for row in rows)
     curve = [
         (row["video_s"], row["drift/tiny/rag/4.5s/flicker"]) for row in rows if "drift/tiny/rag/4.5s/flicker" in row
