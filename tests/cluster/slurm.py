@@ -59,10 +59,11 @@ class Slurm:
     def kill_node(self, name: str) -> None:
         """SIGKILL to a node's daemon and to all that runs on it, as when a machine loses its power."""
         daemon = self._daemons.pop(name)
-        below = psutil.Process(daemon.pid).children(recursive=True)
-        # Job steps are children of init; they carry the name of their node.
-        below += [process for process in psutil.process_iter() if self._is_on(process, name)]
-        for process in [psutil.Process(daemon.pid), *below]:
+        # Job steps are children of init, and carry the name of their node. Whoever looks after them goes first, or it
+        # would report their end, which a machine without power does not.
+        steps = [process for process in psutil.process_iter() if self._is_on(process, name)]
+        keepers = {keeper for step in steps for keeper in _parents(step) if "slurmstepd" in " ".join(keeper.cmdline())}
+        for process in [psutil.Process(daemon.pid), *keepers, *steps]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         daemon.wait()
@@ -202,6 +203,12 @@ def slurm(folder: Path, nodes: int = 4, cpus: int = 2) -> Iterator[Slurm]:
         yield running
     finally:
         running.stop()
+
+
+def _parents(process: psutil.Process) -> Sequence[psutil.Process]:
+    with suppress(psutil.Error):
+        return list(process.parents())
+    return []
 
 
 def _program(name: str) -> str | None:
