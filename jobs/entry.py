@@ -14,7 +14,7 @@ from typing import Any
 
 import lrag_ray
 from lrag_ray.errors import LragError, RunEnvironmentError
-from lrag_ray.events import Event, Listener, Notice, StageAdvanced, StageBegan, StageEnded, TaskAdvanced, as_json
+from lrag_ray.events import Event, Listener, Notice, StageAdvanced, StageBegan, StageEnded, TaskAdvanced, log_record
 from lrag_ray.printable import json_text, plain, printable
 from lrag_ray.store.records import now_utc
 
@@ -75,7 +75,7 @@ class JsonLog:
             if (task, step) == (event.task, event.step) and now_s - at_s < ADVANCED_EVERY_S:
                 return
             self._advanced[event.worker] = (event.task, event.step, now_s)
-        self._write(short_json({**as_json(event), "at": now_utc()}))
+        self._write(short_json(log_record(event)))
 
 
 def short_json(data: Mapping[str, Any]) -> str:

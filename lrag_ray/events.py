@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from lrag_ray.stages.spec import Result, StageName
-from lrag_ray.store.records import FailureRecord
+from lrag_ray.store.records import FailureRecord, now_utc
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,52 @@ class WorkerLost:
     reason: str
 
 
+@dataclass(frozen=True)
+class CellScored:
+    """Scores of one cell in the report that is written: what its row of the rank table says."""
+
+    backbone: str
+    method: str
+    duration_s: float
+    prompts: int
+    """Prompts that the means are over."""
+    means: Mapping[str, float]
+    """Unrounded mean by dimension."""
+    average_rank: float | None
+    """None where the method is compared with no other."""
+
+
+@dataclass(frozen=True)
+class ReportWritten:
+    """The report of a run was written."""
+
+    folder: str
+    """Its address as it may be shown."""
+    files: tuple[str, ...]
+    """Names in it, the page first."""
+
+
+RunState = Literal["done", "incomplete", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The last event of a start, however it ended."""
+
+    job: str
+    uri: str
+    state: RunState
+    """done: all is made. incomplete: something could not be made. interrupted. failed: an error ended it."""
+    exit_code: int
+    seconds: float
+    missing: int
+    """What could not be made."""
+    reasons: tuple[str, ...]
+    """Title and reason of the first few of them."""
+    error: str | None
+    """What ended it, where `state` is failed."""
+
+
 Event = (
     RunPlanned
     | Notice
@@ -132,6 +178,9 @@ Event = (
     | TaskYielded
     | AttemptFailed
     | WorkerLost
+    | CellScored
+    | ReportWritten
+    | RunEnded
 )
 
 Listener = Callable[[Event], None]
@@ -147,6 +196,11 @@ def as_json(event: Event) -> dict[str, Any]:
     if isinstance(event, AttemptFailed):
         return {"event": "AttemptFailed", **event.failure.model_dump(mode="json")}
     return {"event": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def log_record(event: Event) -> dict[str, Any]:
+    """An event as one record of a structured log: when (UTC), then `as_json`."""
+    return {"at": now_utc(), **as_json(event)}
 
 
 def from_json(data: Mapping[str, Any]) -> Event | None:

@@ -34,7 +34,8 @@ configuration is complete: presets are merged in.
 - **Required** fields have no default.
 - Relative paths are relative to the working directory. `~` and variables are not expanded.
 - A run may grow: prompts, samples, methods, backbones and durations may be added between starts. Everything under
-  `engine`, `storage`, `resume` and `scoring` is free to change. Any other change stops with a list of differences.
+  `engine`, `storage`, `resume`, `scoring` and `watch` is free to change. Any other change stops with a list of
+  differences.
 - Credentials never belong in the file. They come from the environment.
 - The keys of a method are those of its `Settings`; see [the methods](../lrag_ray/context/README.md). A list where such
   a key takes one value is a sweep: `rag: {top_k: [2, 4]}` stands for two methods, `rag_top_k_2` and `rag_top_k_4`.

@@ -22,11 +22,12 @@ DOCUMENTS = sorted(
     for path in [
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("cluster/**/*.md"),
         *ROOT.glob("lrag_ray/**/*.md"),
         *ROOT.glob("tests/**/*.md"),
     ]
 )
-OWN_FOLDERS = ("configs/", "docs/", "tests/", "scripts/", "jobs/")
+OWN_FOLDERS = ("configs/", "docs/", "tests/", "scripts/", "jobs/", "cluster/")
 """A path below these in a command must exist; others are the reader's own."""
 
 

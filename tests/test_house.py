@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"bench", "conformance"},
     {"pipelines"},
-    {"engine", "stages"},
+    {"engine", "stages", "watch"},
     {"report", "scoring", "store", "weights"},
     {"rollout"},
     {"context", "retrieval", "video"},
@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
 the science; `errors`, `interrupts`, `plugins`, `printable` and the package root by everyone."""
 
 SCIENCE = {"wan", "context", "retrieval", "rollout", "video"}
-WITHOUT_RAY = SCIENCE | {"scoring", "store", "weights", "report", "stages", "config"}
+WITHOUT_RAY = SCIENCE | {"scoring", "store", "weights", "report", "stages", "watch", "config"}
 """They work in a notebook."""
 FORBIDDEN_IN_SCIENCE = {"s3fs", "fsspec", "botocore", "aiobotocore", "boto3"}
 NAMES = {"lrag_ray.scoring.registry", "lrag_ray.scoring.vbench_long.names"}

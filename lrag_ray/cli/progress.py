@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -30,23 +28,19 @@ from lrag_ray.events import (
     Listener,
     Notice,
     RunPlanned,
-    StageAdvanced,
     StageBegan,
     StageEnded,
-    TaskAdvanced,
-    TaskFinished,
-    TaskStarted,
     TaskYielded,
     WorkerLost,
-    as_json,
+    log_record,
 )
 from lrag_ray.printable import json_text
 from lrag_ray.stages.spec import StageName
 from lrag_ray.store.records import ROLLOUTS
+from lrag_ray.watch.tally import Tally
 
 ProgressForm = Literal["auto", "log", "json"]
 
-_RATE_WINDOW_S = 120.0
 _PLAIN_EVERY_S = 10.0
 
 STAGE_TITLES: dict[StageName, str] = {
@@ -60,102 +54,30 @@ STAGE_TITLES: dict[StageName, str] = {
 }
 
 
-@dataclass
-class _Flight:
-    task: str
-    step: str = "starting"
-    done: int = 0
-    total: int = 0
-
-
-@dataclass
-class RunView:
-    """The state of a run, built from its events."""
-
-    clock: Callable[[], float] = time.monotonic
-    rollouts_total: int = 0
-    rollouts_done: int = 0
-    blocks_planned: int = 0
-    failed_attempts: int = 0
-    videos_scored: int = 0
-    """Beside the rollouts."""
-    stage: StageName | None = None
-    stage_done: int = 0
-    stage_total: int = 0
-    flights: dict[str, _Flight] = field(default_factory=dict)
-    """What each worker is at."""
-    _blocks_finished: int = 0
-    _history: deque[tuple[float, int]] = field(default_factory=deque)
+class RunView(Tally):
+    """The state of a run, and how it is put into words."""
 
     def take(self, event: Event) -> str | None:
         """Take an event in; returns the line that a person should read at once, if any."""
+        self.count(event)
         match event:
             case RunPlanned():
-                self.rollouts_total, self.blocks_planned = event.rollouts_to_do, event.blocks_to_do
                 return (
                     f"{event.uri}: {count(event.commits_done)} of {count(event.commits_total)} results are there, "
                     f"{count(event.rollouts_to_do)} rollouts ({count(event.blocks_to_do)} blocks) to do"
                 )
             case Notice():
                 return f"{'warning: ' if event.warning else ''}{event.text}"
-            case StageBegan():
-                self.stage, self.stage_done, self.stage_total = event.stage, 0, event.total
-                self._history.clear()
-            case StageAdvanced():
-                self.stage_done, self.stage_total = event.done, event.total
             case StageEnded():
-                self.stage = None
-                self.flights.clear()
                 return f"{STAGE_TITLES[event.stage]}: done in {duration(event.seconds)}"
-            case TaskStarted():
-                self.flights[event.worker] = _Flight(event.task)
-            case TaskAdvanced():
-                self.flights[event.worker] = _Flight(event.task, event.step, event.done, event.total)
-            case TaskFinished(stage="rollouts"):
-                self._blocks_finished += event.result.units
-                self.rollouts_done += 1
-                self._land(event.task)
-            case TaskFinished():
-                if event.stage == "scoring":
-                    self.videos_scored += event.result.made
-                self._land(event.task)
             case TaskYielded():
-                self.flights.pop(event.worker, None)
                 return f"{event.worker} gave {event.task} back: {event.reason}; it continues elsewhere"
             case AttemptFailed(failure):
-                self.failed_attempts += 1
-                self._land(failure.task)
                 then = "quarantined" if failure.quarantined else "will be retried"
                 return f"warning: {failure.task}: {failure.reason} ({then}; {failure.path})"
             case WorkerLost():
-                self.flights.pop(event.worker, None)
                 return f"warning: {event.worker} was lost and is replaced: {event.reason}"
-        self._note_pace()
         return None
-
-    @property
-    def blocks_done(self) -> int:
-        """Blocks of finished rollouts and of those under way."""
-        return self._blocks_finished + sum(flight.done for flight in list(self.flights.values()))
-
-    @property
-    def blocks_total(self) -> int:
-        """Blocks to generate as planned, or more where stored ones are decoded again."""
-        return max(self.blocks_planned, self.blocks_done)
-
-    @property
-    def blocks_per_s(self) -> float | None:
-        """Over the last two minutes, or None while nothing is known."""
-        if len(self._history) < 2:
-            return None
-        (began, before), (now, after) = self._history[0], self._history[-1]
-        return (after - before) / (now - began) if now > began and after > before else None
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until all rollouts are done at this pace."""
-        rate = self.blocks_per_s
-        return max(0, self.blocks_total - self.blocks_done) / rate if rate else None
 
     def headline(self) -> str:
         """One line: stage, how far, how fast, how long."""
@@ -178,17 +100,6 @@ class RunView:
             parts.append(f"{count(self.failed_attempts)} failed attempts")
         return ", ".join(parts)
 
-    def _land(self, task: str) -> None:
-        self.flights = {worker: flight for worker, flight in self.flights.items() if flight.task != task}
-
-    def _note_pace(self) -> None:
-        if self.stage != "rollouts":
-            return
-        now = self.clock()
-        self._history.append((now, self.blocks_done))
-        while now - self._history[0][0] > _RATE_WINDOW_S:
-            self._history.popleft()
-
 
 @contextmanager
 def shown_progress(form: ProgressForm = "auto") -> Iterator[Listener]:
@@ -204,7 +115,7 @@ def shown_progress(form: ProgressForm = "auto") -> Iterator[Listener]:
 
 def json_lines(write: Callable[[str], None]) -> Listener:
     """A listener for other programs: one JSON object per line and event."""
-    return lambda event: write(json_text(as_json(event)))
+    return lambda event: write(json_text(log_record(event)))
 
 
 class PlainProgress:

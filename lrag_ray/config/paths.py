@@ -17,9 +17,9 @@ RANDOM = "random"
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """`config` with relative paths of weights resolved here: workers have working directories of their own."""
+    """`config` with relative paths resolved here, of weights and loggers: workers have other working directories."""
     data = config.model_dump()
-    for path in _weights(config, data):
+    for path in [*_weights(config, data), *_WATCH_FOLDERS]:
         _resolve(_section_of(data, path), str(path[-1]))
     return type(config).model_validate(data)
 
@@ -80,3 +80,10 @@ def _resolve(section: dict[str, Any] | None, key: str) -> None:
     address = section and section.get(key)
     if section and isinstance(address, str) and "://" not in address:
         section[key] = str(Path(address).expanduser().absolute())
+
+
+_WATCH_FOLDERS: list[KeyPath] = [
+    ("watch", "tensorboard", "folder"),
+    ("watch", "wandb", "folder"),
+]
+"""Folders of loggers."""

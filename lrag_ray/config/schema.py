@@ -20,6 +20,8 @@ from pydantic import (
 )
 
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
+from lrag_ray.config.section import CREDENTIALS, Address, Section
+from lrag_ray.config.watch import WatchSection
 from lrag_ray.scoring.registry import check_name
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.wan.config import SamplerConfig, WanConfig
@@ -42,42 +44,6 @@ _WEEK_S = 7 * _DAY_S
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 """Names become path components: letters, digits, ``_ . -``, not starting with a dot."""
-
-
-_CREDENTIALS = (
-    "credentials before an @. They would end up in logs and records: take them out and give them through the "
-    "environment (s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
-)
-
-
-def _literal_address(value: str) -> str:
-    if not value.strip():
-        raise ValueError("is empty")
-    if holds_credentials(value):
-        raise ValueError(f"holds {_CREDENTIALS}")
-    if value.startswith("~") or re.search(r"\$[A-Za-z_{]", value):
-        raise ValueError(
-            f"'{value}' holds ~ or a variable, which configuration files do not expand: write the path out, or give it "
-            "with --set outside quotes, so that the shell expands it"
-        )
-    return value
-
-
-Address = Annotated[str, AfterValidator(_literal_address)]
-"""A path or address without credentials, taken as it is written; a relative path means the working directory."""
-
-
-class Section(BaseModel):
-    """Base of every configuration section."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        # Values may be addresses that hold secrets; our own messages redact them.
-        hide_input_in_errors=True,
-    )
 
 
 class RunSection(Section):
@@ -269,7 +235,7 @@ class MethodConfig(BaseModel):
     def _no_credentials(self) -> MethodConfig:
         for key, value in self.settings.items():
             if isinstance(value, str) and holds_credentials(value):
-                raise ValueError(f"{key} holds {_CREDENTIALS}")
+                raise ValueError(f"{key} holds {CREDENTIALS}")
         return self
 
     @property
@@ -394,7 +360,7 @@ class ScoringSection(Section):
     suite: Annotated[str, AfterValidator(check_name)] = "preview"
     """preview: training-free measures, not VBench. vbench_long: the six dimensions of VBench-Long. none: no scoring.
     ``package.module:Suite``: a suite of your own."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
     """Settings of a suite of your own, checked against its ``Settings``."""
     mode: Mode = "direct"
     """vbench_long: direct cuts clips from the decoded frames, compat re-encodes them as the official splitter does.
@@ -414,7 +380,7 @@ class ScoringSection(Section):
     batch_pairs: int | None = Field(default=None, ge=1, le=100_000)
     """vbench_long: frame pairs per batch of RAFT and AMT-S; None takes 4 on a GPU and 1 on a CPU. Results do not depend
     on it."""
-    controls: list[Literal["frozen"]] = []
+    controls: list[Literal["frozen"]] = Field(default=[])
     """vbench_long: frozen also scores the first frame of each prompt's first method, held for the whole video. It shows
     how far a dimension rewards stillness; it is shown next to the ranks and never ranked."""
     workers: int | None = Field(default=None, ge=1, le=MOST_WORKERS)
@@ -433,7 +399,7 @@ class ScoringSection(Section):
     def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key, setting in value.items():
             if isinstance(setting, str) and holds_credentials(setting):
-                raise ValueError(f"{key} holds {_CREDENTIALS}")
+                raise ValueError(f"{key} holds {CREDENTIALS}")
         return value
 
     @field_validator("gpus_per_worker")
@@ -481,6 +447,8 @@ class RunConfig(Section):
     """Video files."""
     scoring: ScoringSection = ScoringSection()
     """Scores."""
+    watch: WatchSection = WatchSection()
+    """Metrics, loggers and what happens at the end."""
 
     def decoded(self, rollouts: int) -> int:
         """How many of the first `rollouts`, prompt by prompt, get a video."""

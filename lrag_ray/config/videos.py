@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from lrag_ray.config.load import check_suite
 from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.problems import raise_problems, translate
-from lrag_ray.config.schema import EngineSection, ScoringSection, Section, StorageSection
+from lrag_ray.config.schema import EngineSection, ScoringSection, StorageSection
+from lrag_ray.config.section import Section
 from lrag_ray.config.source import Document
 
 

@@ -25,7 +25,7 @@ from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
 from lrag_ray.pipelines.repair import decode_stages, plan_repair
-from lrag_ray.pipelines.scoring import RunScoring
+from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves
 from lrag_ray.report import build_report
@@ -128,10 +128,13 @@ class EvaluateJob(Job[RunOutcome]):
             if videos:
                 with self.stage("scoring", len(videos)):
                     self._scoring.score(videos, self.report)
-        self._compare(former)
-        self.wait_until_listed(self._hidden_scores)
-        with self.stage("report"), self.leased([REPORT], patient=True):
-            made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
+            self._compare(former)
+            self.wait_until_listed(self._hidden_scores)
+            # While Ray is there: its metrics have the scores, too.
+            with self.stage("report"), self.leased([REPORT], patient=True):
+                made = build_report(self._run, suites=[self._scoring.suite] if self._scoring.suite else ())
+                for event in report_events(made):
+                    self.report(event)
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
 
     def outcome(self, exit_code: int) -> RunOutcome:

@@ -9,6 +9,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.evaluate import RunOutcome, evaluate
 from lrag_ray.pipelines.latents import make_latents
+from lrag_ray.pipelines.watching import watching
 
 JOBS: dict[str, Callable[..., RunOutcome]] = {"evaluate": evaluate, "latents": make_latents}
 """What starts a job, by the `job` of its configuration."""
@@ -17,5 +18,12 @@ JOBS: dict[str, Callable[..., RunOutcome]] = {"evaluate": evaluate, "latents": m
 def start(
     config: RunConfig, prompts: Sequence[Prompt] | None = None, listener: Listener = silent, *, repair: bool = False
 ) -> RunOutcome:
-    """Start the job that `config` describes; with `repair` it first makes again what is damaged in its run."""
-    return JOBS[config.job](config, prompts, listener=listener, **({"repair": True} if repair else {}))
+    """Start the job that `config` describes, and let those of `config.watch` see it.
+
+    With `repair` it first makes again what is damaged in its run.
+    """
+    options = {"repair": True} if repair else {}
+    with watching(config, listener) as watched:
+        outcome = JOBS[config.job](config, prompts, listener=watched.report, **options)
+        watched.exit_code, watched.missing = outcome.exit_code, dict(outcome.missing)
+    return outcome

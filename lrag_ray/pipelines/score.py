@@ -12,7 +12,7 @@ from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import ConfigError
 from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.job import Job
-from lrag_ray.pipelines.scoring import RunScoring
+from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.report.build import report
 from lrag_ray.store.lease import REPORT
 from lrag_ray.store.rollouts import RolloutRun
@@ -94,6 +94,8 @@ class ScoreJob(Job[RunScores]):
         with self.leased([REPORT], patient=True):
             made = report([self._run], suite=self._suite)
         self._folder, self._files = made.folder or "", list(made.files)
+        for event in report_events(made):
+            self.report(event)
         self.missing |= self._scoring.missing(made.data.suite, made.data.scores, self.report)
 
     def outcome(self, exit_code: int) -> RunScores:

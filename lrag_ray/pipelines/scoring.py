@@ -6,14 +6,15 @@ and is called once more at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from lrag_ray.config.schema import EngineSection, ScoringSection
 from lrag_ray.engine.fan_out import FanOut
 from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError
-from lrag_ray.events import Listener, Notice, silent
+from lrag_ray.events import CellScored, Event, Listener, Notice, ReportWritten, silent
+from lrag_ray.report.build import Report
 from lrag_ray.scoring.registry import suite_of
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import ScoringTask, Suite
@@ -101,6 +102,23 @@ class RunScoring:
 
     def _stage(self, suite: Suite[Any]) -> ScoringStage:
         return scoring_stage(suite, self.run.storage, self.run.storage, self._scoring)
+
+
+def report_events(report: Report) -> Iterator[Event]:
+    """What a written report says, as events: one per cell with scores, then where it is."""
+    for block in report.blocks:
+        for row in block.rows:
+            if row.means:
+                yield CellScored(
+                    backbone=block.backbone,
+                    method=row.method,
+                    duration_s=report.data.duration_s(block.backbone, block.latent_frames),
+                    prompts=row.prompts,
+                    means=dict(row.means),
+                    average_rank=row.average_rank,
+                )
+    if report.folder is not None:
+        yield ReportWritten(report.folder, tuple(report.files))
 
 
 def scoring_stage(suite: Suite[Any], rows: Storage, videos: Storage | None, scoring: ScoringSection) -> ScoringStage:

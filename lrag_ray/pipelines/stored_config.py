@@ -25,8 +25,11 @@ _DESCRIBES_LATENTS = ("transformer", "sampler", "latent", "dtype")
 
 
 def store_config(run: RolloutRun, config: RunConfig) -> None:
-    """Keep `config`, whose paths are absolute, beside the run, for people and for the scores that it asks for."""
-    data = sealed_json(config.model_dump_json(indent=1))
+    """Keep `config`, whose paths are absolute, beside the run, for people and for the scores that it asks for.
+
+    Without `watch`: that belongs to the start, and addresses of hooks may be secrets.
+    """
+    data = sealed_json(config.model_dump_json(indent=1, exclude={"watch"}))
     if run.storage.read_many([CONFIG_FILE]).get(CONFIG_FILE) != data:
         run.storage.write(CONFIG_FILE, data)
 

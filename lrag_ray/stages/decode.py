@@ -95,6 +95,7 @@ class DecodeWorker:
         there = self._run.storage.sizes([_record_path(payload, commit) for commit in payload.commits])
         commits = {c.latent_frames: c for c in payload.commits if _record_path(payload, c) not in there}
         made = len(payload.commits) - len(commits)
+        stored_bytes = 0
         if not commits:
             return Result(made=made)
         vae = self._held_vae(payload)
@@ -114,13 +115,13 @@ class DecodeWorker:
                     if commit := commits.get(end):
                         if digest.hexdigest() != commit.latents_digest:
                             raise BrokenPartError(f"the first {end} latent frames are not those that were committed")
-                        self._store(payload, commit, videos.finish(end), attempt)
+                        stored_bytes += self._store(payload, commit, videos.finish(end), attempt)
                         made += 1
             except BrokenPartError as error:
                 return Refused(f"{error}. {HOW_TO_REPAIR}")
             finally:
                 videos.abort()
-        return Result(made=made, seconds=time.perf_counter() - began)
+        return Result(made=made, seconds=time.perf_counter() - began, stored_bytes=stored_bytes)
 
     def _held_vae(self, task: DecodeTask) -> WanVae:
         """The VAE of the task's backbone; one at a time is in memory."""
@@ -136,7 +137,8 @@ class DecodeWorker:
             self._vae = load_vae(backbone, self._device)
         return self._vae
 
-    def _store(self, task: DecodeTask, commit: Commit, writer: Mp4Writer, attempt: str) -> None:
+    def _store(self, task: DecodeTask, commit: Commit, writer: Mp4Writer, attempt: str) -> int:
+        """Returns the size of the video in bytes."""
         folder = f"{decoded_folder(task.settings, commit.rollout)}/attempt-{attempt}"
         record = DecodedVideo(
             rollout=commit.rollout,
@@ -151,6 +153,7 @@ class DecodeWorker:
         )
         # Where another attempt was first its video stands; this one is unnamed in the attempt's own folder.
         self._run.storage.create(_record_path(task, commit), record.sealed())
+        return record.video.size_bytes
 
 
 def _record_path(task: DecodeTask, commit: Commit) -> str:

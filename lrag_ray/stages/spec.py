@@ -67,6 +67,10 @@ class Result:
     units: int = 1
     """Work done, in the unit of the display: blocks of a rollout, otherwise tasks."""
     seconds: float = 0.0
+    unit_seconds: float = 0.0
+    """Mean time of one unit that was computed, without loading and replaying; 0 where none was."""
+    stored_bytes: int = 0
+    """Bytes of the files that were stored; 0 where a stage does not count them."""
     notes: tuple[str, ...] = ()
     """What a person should know, such as broken parts that were cut off."""
 

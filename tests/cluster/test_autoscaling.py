@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
@@ -19,17 +20,21 @@ pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def autoscaling(address: str) -> dict[str, object]:
-    """A head without room, and up to two nodes of one CPU."""
+    """A head without room, and up to two nodes of one CPU: cluster/autoscaler/gpu.yaml at the size of this machine."""
+    text = (REPOSITORY / "cluster" / "autoscaler" / "gpu.yaml").read_text(encoding="utf-8")
+    published = yaml.safe_load(text)
+    declared = published["available_node_types"]["gpu"]["resources"]
+    sizes = {"CPU": 1, "memory": 4 * 1024**3}
     store = 150 * 1024**2
     head = {"resources": {"CPU": 0, "object_store_memory": store}, "node_config": {}, "max_workers": 0}
     # Actors reserve memory, so a node type must say how much it has, or no node is ever started for them.
-    room = {"CPU": 1, "memory": 4 * 1024**3, "object_store_memory": store}
+    room = {name: sizes[name] for name in declared if name != "GPU"} | {"object_store_memory": store}
     worker = {"resources": room, "node_config": {}, "max_workers": 2}
     return {
         "cluster_name": "pretended",
         "max_workers": 2,
-        "upscaling_speed": 1.0,
-        "idle_timeout_minutes": 10,
+        "upscaling_speed": published["upscaling_speed"],
+        "idle_timeout_minutes": published["idle_timeout_minutes"],
         "provider": {
             "type": "external",
             "module": f"{PretendedNodes.__module__}.{PretendedNodes.__name__}",

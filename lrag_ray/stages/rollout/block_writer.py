@@ -89,6 +89,8 @@ class BlockWriter:
         """`horizons` are committed when they are reached; a part ends after `part_blocks` blocks."""
         self.notes: list[str] = []
         """What a person should know."""
+        self.stored_bytes = 0
+        """Bytes of the parts and videos written so far."""
         self._run = run
         self._rollout, self._rollout_key, self._attempt = rollout, rollout_key, attempt
         self._folder = f"{rollout.path}/attempt-{attempt}"
@@ -122,9 +124,11 @@ class BlockWriter:
         self._ledger.flush()
 
     def _write_part(self, blocks: Sequence[FinishedBlock]) -> PartRecord:
-        return write_part(
+        part = write_part(
             self._run.storage, self._folder, blocks, rollout_key=self._rollout_key, device_kind=self._device_kind
         )
+        self.stored_bytes += part.latents.size_bytes + part.trace.size_bytes
+        return part
 
     def _commit(self, horizon: int, timings_s: Mapping[str, float]) -> None:
         video, video_frames = None, 0
@@ -132,6 +136,7 @@ class BlockWriter:
             if self._videos is not None:
                 writer = self._videos.finish(horizon)
                 video, video_frames = put_video(self._run.storage, writer.path, self._folder), writer.frames
+                self.stored_bytes += video.size_bytes
         own = self._watch.timings_s
         record = Commit(
             rollout=self._rollout,

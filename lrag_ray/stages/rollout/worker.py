@@ -208,7 +208,7 @@ class _Attempt:
         self._device_kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         self._watch = Stopwatch()
         self._notes: list[str] = []
-        self._blocks_done = 0
+        self._blocks_done = self._stored_bytes = 0
 
     def run(self) -> RolloutResult | Yielded:
         began = time.perf_counter()
@@ -233,11 +233,15 @@ class _Attempt:
             whole = self._commit_all(horizons, chain, stored, scratch)
         if not whole:
             return Yielded(f"its node is about to be taken away; {self._blocks_done} blocks are stored")
+        generated = self._blocks_total - len(stored)
+        generating_s = sum(self._watch.timings_s.get(kind, 0.0) for kind in ("denoise", "context"))
         return RolloutResult(
             made=len(horizons),
             units=self._blocks_total,
+            unit_seconds=generating_s / generated if generated else 0.0,
+            stored_bytes=self._stored_bytes,
             committed=tuple(horizons),
-            blocks_generated=self._blocks_total - len(stored),
+            blocks_generated=generated,
             blocks_resumed=len(stored),
             seconds=time.perf_counter() - began,
             notes=tuple(self._notes),
@@ -319,6 +323,7 @@ class _Attempt:
             if videos is not None:
                 videos.abort()
         self._notes += writer.notes
+        self._stored_bytes = writer.stored_bytes
         return whole
 
     def _blocks(self, stored: Sequence[FinishedBlock]) -> Iterator[FinishedBlock]:
