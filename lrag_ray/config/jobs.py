@@ -7,12 +7,16 @@ from typing import Any
 
 from lrag_ray.config.problems import unknown
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.training import TrainEncoderConfig
 
-JOB_SCHEMAS: Mapping[str, type[RunConfig]] = {"evaluate": RunConfig}
+JobConfig = RunConfig | TrainEncoderConfig
+"""A configuration of any job."""
+
+JOB_SCHEMAS: Mapping[str, type[JobConfig]] = {"evaluate": RunConfig, "train_encoder": TrainEncoderConfig}
 """The discriminated union over `job`."""
 
 
-def schema_of(data: Mapping[str, Any]) -> type[RunConfig]:
+def schema_of(data: Mapping[str, Any]) -> type[JobConfig]:
     """The schema of a configuration as it was read. ValueError for a job that does not exist."""
     job = data.get("job", "evaluate")
     if not isinstance(job, str) or job not in JOB_SCHEMAS:

@@ -8,23 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from lrag_ray.config.methods import resolve_method
+from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
+from lrag_ray.config.training import TrainEncoderConfig
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """`config` with relative paths of weights resolved here: workers have working directories of their own."""
     data = config.model_dump()
     for path in _weights(config, data):
-        _resolve(_section_of(data, path), str(path[-1]))
+        _resolve(_section_of(data, path), path[-1])
     return RunConfig.model_validate(data)
 
 
-def beside_configuration(config: RunConfig, folder: Path) -> Iterator[tuple[KeyPath, str]]:
+def training_with_absolute_paths(config: TrainEncoderConfig) -> TrainEncoderConfig:
+    """The same for the addresses of a training."""
+    data = config.model_dump()
+    for path in _training_addresses(config):
+        section = _section_of(data, path)
+        _resolve(section, path[-1])
+    return TrainEncoderConfig.model_validate(data)
+
+
+def _training_addresses(config: TrainEncoderConfig) -> list[KeyPath]:
+    return [*(("data", "uris", position) for position in range(len(config.data.uris))), ("training", "start_from")]
+
+
+def beside_configuration(config: JobConfig, folder: Path) -> Iterator[tuple[KeyPath, str]]:
     """Relative paths, with their keys, of files that are missing here and are there relative to `folder`."""
     data = config.model_dump()
-    for path in [("prompts", "path"), *_weights(config, data)]:
-        address = (_section_of(data, path) or {}).get(str(path[-1]))
+    paths: list[KeyPath]
+    if isinstance(config, RunConfig):
+        paths = [("prompts", "path"), *_weights(config, data)]
+    else:
+        paths = _training_addresses(config)
+    for path in paths:
+        section = _section_of(data, path)
+        address = section[path[-1]] if isinstance(section, list) else (section or {}).get(path[-1])
         if not isinstance(address, str) or "://" in address or Path(address).is_absolute():
             continue
         if not os.path.lexists(address) and os.path.lexists(folder / address):
@@ -51,11 +72,12 @@ def _weights(config: RunConfig, data: dict[str, Any]) -> Iterator[KeyPath]:
         yield ("scoring", "weights")
 
 
-def _section_of(data: dict[str, Any], path: KeyPath) -> dict[str, Any] | None:
+def _section_of(data: dict[str, Any], path: KeyPath) -> Any:
+    """The section or list of a validated configuration that holds the value at `path`."""
     section: Any = data
     for key in path[:-1]:
         section = section and section[key]
-    return section  # type: ignore[no-any-return]  # sections of a validated configuration
+    return section
 
 
 def with_absolute_weights(scoring: ScoringSection) -> ScoringSection:
@@ -66,7 +88,7 @@ def with_absolute_weights(scoring: ScoringSection) -> ScoringSection:
     return ScoringSection.model_validate(data)
 
 
-def _resolve(section: dict[str, Any] | None, key: str) -> None:
-    address = section and section.get(key)
+def _resolve(section: Any, key: str | int) -> None:
+    address = section and section[key]
     if section and isinstance(address, str) and "://" not in address:
         section[key] = str(Path(address).expanduser().absolute())

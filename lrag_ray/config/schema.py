@@ -310,7 +310,7 @@ def _named(value: Any) -> str:
     return f"text {value!r}" if isinstance(value, str) else repr(value)
 
 
-class EngineSection(Section):
+class WorkersSection(Section):
     """How the work is spread. Free to change between starts of the same run."""
 
     address: str | None = None
@@ -326,8 +326,6 @@ class EngineSection(Section):
     """Torch threads per actor; fixed, because sums change with the thread count."""
     max_attempts: int = Field(default=3, ge=1, le=1000)
     """Counted attempts before a rollout is quarantined."""
-    checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
-    """Blocks per latent part."""
     stall_timeout_s: float | None = Field(default=1800, gt=0, le=_WEEK_S)
     """An actor that finishes no block (and takes no other step, such as loading) in this time is replaced; null: never.
     """
@@ -358,12 +356,19 @@ class EngineSection(Section):
         return None if self.actors == "per_gpu" else self.actors
 
     @model_validator(mode="after")
-    def _gpus_fit(self) -> EngineSection:
+    def _gpus_fit(self) -> WorkersSection:
         if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
             raise ValueError(f"gpus_per_actor {self.gpus_per_actor:g}: a share above 1 must be a whole number of GPUs")
         if self.actors == "per_gpu" and self.gpus_per_actor == 0:
             raise ValueError("actors: per_gpu needs gpus_per_actor above 0; on CPUs use a number or {min: a, max: b}")
         return self
+
+
+class EngineSection(WorkersSection):
+    """How the work is spread. Free to change between starts of the same run."""
+
+    checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
+    """Blocks per latent part."""
 
 
 class ResumeSection(Section):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar, Generic, TypeVar
 
-from lrag_ray.config.schema import EngineSection
+from lrag_ray.config.schema import WorkersSection
 from lrag_ray.engine.pool import ActorPool
 from lrag_ray.engine.sizing import PoolSize
 from lrag_ray.errors import INTERRUPTED
@@ -33,7 +33,7 @@ class Job(ABC, Generic[Outcome]):
     lease: ClassVar[str | None] = None
     """Name under which the run's lease is held while the job works; None for jobs that hold none."""
 
-    def __init__(self, storage: Storage, engine: EngineSection, listener: Listener = silent) -> None:
+    def __init__(self, storage: Storage, engine: WorkersSection, listener: Listener = silent) -> None:
         """`storage` is where results and failure records go; `listener` receives the events."""
         self.storage = storage
         self.engine = engine
