@@ -175,7 +175,7 @@ class LatentDataset:
         if not (start >= 0 and length > 0 and start + length <= frames):
             raise IndexError(f"rollout {rollout_index} has {frames} latent frames, not {start} to {start + length}")
         latents = torch.empty((length, *self.form.shape), dtype=self.dtype)
-        view = memoryview(latents.view(torch.uint8).reshape(-1).numpy())
+        view = latents.view(torch.uint8).reshape(-1).numpy().data
         self._sources[plan.source[rollout_index]].read_into(int(plan.row[rollout_index]), start, length, view)
         return latents
 
@@ -198,7 +198,7 @@ class LatentDataset:
 
     def storage_of(self, rollout_index: int) -> Storage:
         """Where the files of a rollout are."""
-        return self._sources[self._planned().source[rollout_index]].storage
+        return self._sources[int(self._planned().source[rollout_index])].storage
 
     def __len__(self) -> int:
         """Rollouts."""
@@ -413,7 +413,7 @@ class _IndexRows:
                 if at < segment.rollouts:
                     ends = self._file(segment).group_ends
                     group = bisect_right(ends, at)
-                    value = kept.get((segment.path, group), lambda: make(self._file(segment).read_group(group, names)))
+                    value = kept.get((segment.path, group), partial(read, segment, group))
                     return value, at - (ends[group - 1] if group else 0)
                 at -= segment.rollouts
             raise IndexError(f"the index has no row {row}")
