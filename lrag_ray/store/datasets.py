@@ -18,6 +18,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
