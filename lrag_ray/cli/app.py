@@ -38,7 +38,7 @@ def lrag_ray() -> None:
 @app.command()
 @tells_errors
 def run(config: Config, overrides: Overrides = None, progress: Progress = "auto", as_json: AsJson = False) -> None:
-    """Run here: rollouts, scores and report, on a running Ray cluster or a local one.
+    """Run here what CONFIG describes (an evaluation, an encoder training), on a running Ray cluster or a local one.
 
     The same command again continues: what is committed is not done again, what is partial continues, what failed is
     tried again. Prompts, samples, methods, backbones and durations may be added in between.
@@ -46,19 +46,24 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
     \b
     Examples:
       lrag-ray run configs/demo.yaml
+      lrag-ray run configs/encoder.yaml
       lrag-ray run configs/demo.yaml --set run.uri=runs/mine --set prompts.path=prompts.txt --set prompts.limit=8
     """
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
-    from lrag_ray.config.load import load_config
+    from lrag_ray.cli.training import print_training
+    from lrag_ray.config.load import load_job
     from lrag_ray.pipelines.jobs import start
+    from lrag_ray.pipelines.train_encoder import TrainingOutcome
     from lrag_ray.store.rollouts import RolloutRun
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_job(config, overrides or [])
     with shown_progress(progress) as listener:
         outcome = start(loaded, listener=listener)
     if as_json:
         print_json(outcome)
+    elif isinstance(outcome, TrainingOutcome):
+        print_training(console(), outcome)
     else:
         print_outcome(console(), RolloutRun(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
@@ -76,11 +81,21 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
       lrag-ray plan configs/table2.yaml --set durations_s=[30,60]
     """
     from lrag_ray.cli.tables import print_plan
-    from lrag_ray.config.load import load_config
+    from lrag_ray.cli.training import print_training_plan
+    from lrag_ray.config.load import load_job
     from lrag_ray.config.prompts import plan_prompts
+    from lrag_ray.config.training import TrainEncoderConfig
     from lrag_ray.pipelines.plan import make_plan
+    from lrag_ray.pipelines.plan_training import plan_training
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_job(config, overrides or [])
+    if isinstance(loaded, TrainEncoderConfig):
+        planned = plan_training(loaded)
+        if as_json:
+            print_json(planned)
+        else:
+            print_training_plan(console(), planned)
+        return
     made = make_plan(loaded, plan_prompts(loaded.prompts))
     if as_json:
         print_json(made)
@@ -108,20 +123,28 @@ def status(
       lrag-ray status s3://bucket/table2 --watch
     """
     from lrag_ray.cli.tables import print_status
+    from lrag_ray.cli.training import print_training_status
     from lrag_ray.store.rollouts import RolloutRun
-    from lrag_ray.store.status import run_status
+    from lrag_ray.store.status import RunStatus, run_status
+    from lrag_ray.store.training_run import TrainingRun, holds_training
+    from lrag_ray.store.training_status import TrainingStatus, training_status
 
     run_dir = RolloutRun(run_uri)
+    training = holds_training(run_dir.storage)
     while True:
         began_s = time.monotonic()
-        found = run_status(run_dir)
+        found: RunStatus | TrainingStatus
+        found = training_status(TrainingRun(run_uri)) if training else run_status(run_dir)
         if as_json:
             print_json({**found.model_dump(mode="json"), "done": found.done})
         else:
             if watch:
                 # Not before the new look is there: a large run on a bucket takes a while to read.
                 console().clear()
-            print_status(console(), found)
+            if isinstance(found, TrainingStatus):
+                print_training_status(console(), found)
+            else:
+                print_status(console(), found)
         if not watch or found.settled or (found.done and found.held_by is None):
             raise typer.Exit(found.exit_code)
         # At most half of the time is spent on reading: every commit is read at every look.

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrag_ray.cli.output import console, count, duration, natural, write
+from lrag_ray.cli.training import losses_table, training_headline
 from lrag_ray.events import (
     AttemptFailed,
     Event,
@@ -37,6 +38,7 @@ from lrag_ray.events import (
     TaskFinished,
     TaskStarted,
     TaskYielded,
+    TrainingAdvanced,
     WorkerLost,
     as_json,
 )
@@ -55,6 +57,7 @@ STAGE_TITLES: dict[StageName, str] = {
     "rollouts": "rollouts",
     "decode": "decoding",
     "scoring": "scoring videos",
+    "training": "training",
     "report": "writing the report",
 }
 
@@ -81,6 +84,8 @@ class RunView:
     stage: StageName | None = None
     stage_done: int = 0
     stage_total: int = 0
+    training: TrainingAdvanced | None = None
+    """Where a training is."""
     flights: dict[str, _Flight] = field(default_factory=dict)
     """What each worker is at."""
     _blocks_finished: int = 0
@@ -102,6 +107,8 @@ class RunView:
                 self._history.clear()
             case StageAdvanced():
                 self.stage_done, self.stage_total = event.done, event.total
+            case TrainingAdvanced():
+                self.training, self.stage_done, self.stage_total = event, event.step, event.steps
             case StageEnded():
                 self.stage = None
                 self.flights.clear()
@@ -160,6 +167,8 @@ class RunView:
         """One line: stage, how far, how fast, how long."""
         if self.stage is None:
             return ""
+        if self.stage == "training" and self.training is not None:
+            return training_headline(self.training)
         if self.stage != "rollouts":
             of = f" {count(self.stage_done)}/{count(self.stage_total)}" if self.stage_total > 1 else ""
             return f"{STAGE_TITLES[self.stage]}{of}"
@@ -259,4 +268,6 @@ def _drawn(view: RunView) -> RenderableType:
         flights.add_row(Text(worker, style="dim"), Text(where), Text(flight.step), Text(blocks))
     if view.flights:
         lines.append(flights)
+    if view.stage == "training" and view.training is not None:
+        lines.append(losses_table(view.training))
     return Group(*lines)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.jobs import JobConfig
+from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
 from lrag_ray.config.training import TrainEncoderConfig

@@ -77,9 +77,7 @@ class _Trouble:
     """A worker was lost, as opposed to something that a person should know."""
 
 
-def train(
-    work: Work[T], engine: TrainingEngineSection, storage: Storage, name: str, *, listener: Listener
-) -> T:
+def train(work: Work[T], engine: TrainingEngineSection, storage: Storage, name: str, *, listener: Listener) -> T:
     """What `work` returns on the first worker. Needs Ray.
 
     `name` must differ between trainings: Ray does not check what it finds under it. On KeyboardInterrupt the workers

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from lrag_ray.config.schema import WorkersSection, ScoringSection
+from lrag_ray.config.schema import ScoringSection, WorkersSection
 from lrag_ray.engine.fan_out import FanOut
 from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError

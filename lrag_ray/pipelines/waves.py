@@ -22,7 +22,7 @@ from typing import Any
 import ray
 
 from lrag_ray.config.redaction import redact
-from lrag_ray.config.schema import WorkersSection, ScoringSection
+from lrag_ray.config.schema import ScoringSection, WorkersSection
 from lrag_ray.engine.fan_out import FanOut, room_for
 from lrag_ray.errors import LragError
 from lrag_ray.events import (

@@ -24,7 +24,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, NoReturn
 
 from pydantic import Field, ValidationError
 
@@ -137,6 +138,37 @@ def holder(storage: Storage) -> LeaseHolder | None:
     except (KeyError, ValidationError):
         record = None
     return LeaseHolder(epoch, record, found.get(_beat_path(epoch)))
+
+
+class AtWork(NamedTuple):
+    """Who works on a run, for people; both are None where nobody does and the last driver ended properly."""
+
+    held_by: str | None
+    """The driver, since when, and its last sign of life by its own clock."""
+    lost: str | None
+    """The last driver, where it neither ended properly nor showed a sign of life lately: it probably died."""
+
+
+def at_work(storage: Storage) -> AtWork:
+    """Who works on the run."""
+    last = holder(storage)
+    if last is None:
+        return AtWork(None, None)
+    described = f"{last}, last sign of life {last.sign.at if last.sign else 'not yet'}"
+    if not last.is_free and _is_alive(last):
+        return AtWork(described, None)
+    return AtWork(None, None if last.is_released else described)
+
+
+def _is_alive(found: LeaseHolder) -> bool:
+    """Whether a holder of whom no end is known showed a sign of life within its time, by this machine's clock."""
+    last = found.sign.at if found.sign is not None else found.record.started_at if found.record is not None else None
+    if last is None or found.record is None:
+        return True
+    try:
+        return datetime.now(UTC) - datetime.fromisoformat(last) <= timedelta(seconds=2 * found.record.ttl_s)
+    except (ValueError, TypeError):
+        return False
 
 
 class Lease:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Literal, get_args
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from lrag_ray.config.schema import ScoringSection
 from lrag_ray.errors import ConfigError
 from lrag_ray.store.failures import read_failures
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.lease import LeaseHolder, holder
+from lrag_ray.store.lease import at_work
 from lrag_ray.store.records import ROLLOUTS, FailureRecord, Record
 from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
 
@@ -119,9 +119,8 @@ def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
         for method in identity.methods
         for horizon in identity.backbones[backbone].horizons
     ]
-    last = holder(run_dir.storage)
-    working = last is not None and not last.is_free and _is_alive(last)
-    rate = _commits_per_hour(inventory) if working else None
+    held_by, lost = at_work(run_dir.storage)
+    rate = _commits_per_hour(inventory) if held_by is not None else None
     left = sum(cell.total - cell.done - cell.failed for cell in cells)
     return RunStatus(
         uri=run_dir.uri,
@@ -134,24 +133,9 @@ def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
         ],
         problems=[*(f"{state.path}: {state.problem}" for state in inventory.problems()), *broken],
         scores=_scores(run_dir, {task for stage, task in others if stage == "scoring"}) if scores else None,
-        held_by=_described(last) if working else None,
-        lost=_described(last) if not working and last is not None and not last.is_released else None,
+        held_by=held_by,
+        lost=lost,
     )
-
-
-def _described(found: LeaseHolder | None) -> str:
-    return f"{found}, last sign of life {found.sign.at if found is not None and found.sign else 'not yet'}"
-
-
-def _is_alive(found: LeaseHolder) -> bool:
-    """Whether a holder of whom no end is known showed a sign of life within its time, by this machine's clock."""
-    last = found.sign.at if found.sign is not None else found.record.started_at if found.record is not None else None
-    if last is None or found.record is None:
-        return True
-    try:
-        return datetime.now(UTC) - datetime.fromisoformat(last) <= timedelta(seconds=2 * found.record.ttl_s)
-    except (ValueError, TypeError):
-        return False
 
 
 def _scores(run_dir: RolloutRun, quarantined: set[str]) -> ScoreStatus | None:

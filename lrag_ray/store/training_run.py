@@ -201,7 +201,9 @@ class TrainingRun:
             self.storage.write(part, _parquet(pa.table(columns, schema=LOSS_SCHEMA)))
         self.storage.write(LAST, checkpoint_bytes(checkpoint))
         at = checkpoint[OWN_KEY]
-        state = TrainingState(stored_at=now_utc(), **{name: at[name] for name in ("epoch", "step", "best", "best_epoch")})
+        state = TrainingState(
+            stored_at=now_utc(), **{name: at[name] for name in ("epoch", "step", "best", "best_epoch")}
+        )
         self.storage.write(STATE_FILE, state.model_dump_json(indent=1).encode())
 
     def state(self) -> TrainingState | None:

@@ -351,7 +351,9 @@ class Trainer:
             self._at = load_state(content, source, self.model, self._optimizer, self._scaler)
             batches = self._sampler.batches_per_epoch
             if self._at.batch > batches:
-                raise TrainingFailedError(f"{source} is at batch {self._at.batch} of an epoch of {batches}; it is damaged")
+                raise TrainingFailedError(
+                    f"{source} is at batch {self._at.batch} of an epoch of {batches}; it is damaged"
+                )
 
     def _store(self) -> None:
         if self._peers.rank == 0:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from lrag_ray.training.windows import Window
 
+AHEAD = 2
+"""Batches in flight beside the one in use."""
+
 
 class UnusableWindowError(Exception):
     """A window cannot be trained on, and no other try can help; the message names rollout and frames."""
@@ -49,7 +52,7 @@ def read_ahead(
     batches: Iterable[Sequence[Window]],
     *,
     threads: int = 4,
-    ahead: int = 2,
+    ahead: int = AHEAD,
     pin: bool = False,
 ) -> Iterator[Iterator[Batch]]:
     """Batches in order, `ahead` of them in flight beside the one in use. Errors of `read` are raised in their turn."""

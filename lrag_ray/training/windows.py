@@ -74,8 +74,7 @@ class WindowSampler:
         order, draws = _epoch(self.seed, epoch, len(self.training))
         span = slice(position * self.batch_size, (position + 1) * self.batch_size)
         return [
-            self._window(int(self.training[at]), float(draw))
-            for at, draw in zip(order[span], draws[span], strict=True)
+            self._window(int(self.training[at]), float(draw)) for at, draw in zip(order[span], draws[span], strict=True)
         ]
 
     def validation_batches(self) -> list[list[Window]]:
