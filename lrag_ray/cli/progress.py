@@ -56,6 +56,7 @@ STAGE_TITLES: dict[StageName, str] = {
     "decode": "decoding",
     "scoring": "scoring videos",
     "report": "writing the report",
+    "dataset": "indexing the latents",
 }
 
 

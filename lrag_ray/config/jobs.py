@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lrag_ray.config.latents import DEFAULTS as LATENTS_DEFAULTS
+from lrag_ray.config.latents import LatentsConfig
 from lrag_ray.config.problems import unknown
 from lrag_ray.config.schema import RunConfig
 
-JOB_SCHEMAS: Mapping[str, type[RunConfig]] = {"evaluate": RunConfig}
+JOB_SCHEMAS: Mapping[str, type[RunConfig]] = {"evaluate": RunConfig, "latents": LatentsConfig}
 """The discriminated union over `job`."""
+
+JOB_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"latents": LATENTS_DEFAULTS}
+"""Sections of a job that take the place of absent ones before presets are merged in."""
 
 
 def schema_of(data: Mapping[str, Any]) -> type[RunConfig]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
 
+Config = TypeVar("Config", bound=RunConfig)
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+
+def with_absolute_paths(config: Config) -> Config:
     """`config` with relative paths of weights resolved here: workers have working directories of their own."""
     data = config.model_dump()
     for path in _weights(config, data):
         _resolve(_section_of(data, path), str(path[-1]))
-    return RunConfig.model_validate(data)
+    return type(config).model_validate(data)
 
 
 def beside_configuration(config: RunConfig, folder: Path) -> Iterator[tuple[KeyPath, str]]:

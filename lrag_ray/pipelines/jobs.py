@@ -8,8 +8,9 @@ from lrag_ray.config.prompts import Prompt
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.evaluate import RunOutcome, evaluate
+from lrag_ray.pipelines.latents import make_latents
 
-JOBS: dict[str, Callable[..., RunOutcome]] = {"evaluate": evaluate}
+JOBS: dict[str, Callable[..., RunOutcome]] = {"evaluate": evaluate, "latents": make_latents}
 """What starts a job, by the `job` of its configuration."""
 
 
