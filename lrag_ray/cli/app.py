@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli import bench, decode, doctor, gc, import_config, inspect, report, score, weights
+from lrag_ray.cli import bench, dataset, decode, doctor, gc, import_config, inspect, report, score, weights
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
 from lrag_ray.cli.output import console, print_json, tells_errors
 from lrag_ray.errors import INTERRUPTED
@@ -38,7 +38,7 @@ def lrag_ray() -> None:
 @app.command()
 @tells_errors
 def run(config: Config, overrides: Overrides = None, progress: Progress = "auto", as_json: AsJson = False) -> None:
-    """Run here what CONFIG describes (an evaluation, an encoder training), on a running Ray cluster or a local one.
+    """Run a job here, on a running Ray cluster or a local one: an evaluation, a latent corpus, an encoder training.
 
     The same command again continues: what is committed is not done again, what is partial continues, what failed is
     tried again. Prompts, samples, methods, backbones and durations may be added in between.
@@ -49,11 +49,13 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
       lrag-ray run configs/encoder.yaml
       lrag-ray run configs/demo.yaml --set run.uri=runs/mine --set prompts.path=prompts.txt --set prompts.limit=8
     """
+    from lrag_ray.cli.dataset import print_corpus
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
     from lrag_ray.cli.training import print_training
     from lrag_ray.config.load import load_job
     from lrag_ray.pipelines.jobs import start
+    from lrag_ray.pipelines.latents import LatentsOutcome
     from lrag_ray.pipelines.train_encoder import TrainingOutcome
     from lrag_ray.store.rollouts import RolloutRun
 
@@ -64,6 +66,8 @@ def run(config: Config, overrides: Overrides = None, progress: Progress = "auto"
         print_json(outcome)
     elif isinstance(outcome, TrainingOutcome):
         print_training(console(), outcome)
+    elif isinstance(outcome, LatentsOutcome):
+        print_corpus(console(), outcome)
     else:
         print_outcome(console(), RolloutRun(loaded.run.uri, loaded.storage), outcome)
     raise typer.Exit(outcome.exit_code)
@@ -194,6 +198,7 @@ inspect.register(app)
 doctor.register(app)
 gc.register(app)
 weights.register(app)
+dataset.register(app)
 import_config.register(app)
 bench.register(app)
 

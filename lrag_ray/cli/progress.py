@@ -59,6 +59,7 @@ STAGE_TITLES: dict[StageName, str] = {
     "scoring": "scoring videos",
     "training": "training",
     "report": "writing the report",
+    "dataset": "indexing the latents",
 }
 
 

@@ -131,15 +131,7 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
     for ranks in rank_tables(collect([run])):
         console.print(ranks)
         console.print()
-    console.print(
-        f"This start made {count(outcome.commits_made)} of {count(outcome.commits_total)} results and scored "
-        f"{count(outcome.videos_scored)} videos in {duration(outcome.seconds)}."
-    )
-    _print_list(
-        console,
-        "Could not be made; the next start retries them",
-        (f"{title}: {reason}" for title, reason in outcome.missing.items()),
-    )
+    print_made(console, outcome, f" and scored {count(outcome.videos_scored)} videos")
     places = {"state": f"lrag-ray status {shlex.quote(outcome.uri)}"}
     if outcome.exit_code != INTERRUPTED:
         # An interrupted run has not written its summary.
@@ -151,6 +143,19 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
         }
     for what, place in places.items():
         console.print(f"{what + ':':20}{place}", soft_wrap=True)
+
+
+def print_made(console: Console, outcome: RunOutcome, more: str = "") -> None:
+    """What a start made and what it could not make."""
+    console.print(
+        f"This start made {count(outcome.commits_made)} of {count(outcome.commits_total)} results{more} in "
+        f"{duration(outcome.seconds)}."
+    )
+    _print_list(
+        console,
+        "Could not be made; the next start retries them",
+        (f"{title}: {reason}" for title, reason in outcome.missing.items()),
+    )
 
 
 def print_decoded(console: Console, outcome: DecodeOutcome) -> None:

@@ -49,8 +49,8 @@ def print_training(console: Console, outcome: TrainingOutcome) -> None:
     """How far the training is, and where everything is."""
     best = "" if outcome.best is None else f"; best validation total {outcome.best:.6g} in epoch {outcome.best_epoch}"
     console.print(
-        f"{count(outcome.epochs_done)} of {count(outcome.epochs)} epochs are done ({count(outcome.steps)} steps){best}. "
-        f"This start took {duration(outcome.seconds)}."
+        f"{count(outcome.epochs_done)} of {count(outcome.epochs)} epochs are done ({count(outcome.steps)} steps){best}."
+        f" This start took {duration(outcome.seconds)}."
     )
     for reason in outcome.missing.values():
         say(console, f"It cannot go on: {reason}")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from lrag_ray.config.foreign import is_foreign
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
-from lrag_ray.config.jobs import JobConfig, schema_of
+from lrag_ray.config.jobs import JOB_DEFAULTS, JobConfig, schema_of
 from lrag_ray.config.methods import Method, resolve_method, settings_keys
 from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.paths import beside_configuration
@@ -72,6 +72,8 @@ def _complete(document: Document, overrides: Sequence[str]) -> JobConfig:
             f"Fix: lrag-ray import-config {shlex.quote(document.name)} --to mine.yaml, and give mine.yaml"
         )
     refused = [*apply_overrides(document, overrides)]
+    for key, value in JOB_DEFAULTS.get(str(document.data.get("job")), {}).items():
+        document.data.setdefault(key, copy.deepcopy(value))
     problems = [*_name_methods(document), *_merge_presets(document)]
     if document.data.get("preset") == "as_released":
         _merge_released(document.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.methods import resolve_method
@@ -13,13 +13,15 @@ from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
 from lrag_ray.config.training import TrainEncoderConfig
 
+Config = TypeVar("Config", bound=RunConfig)
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+
+def with_absolute_paths(config: Config) -> Config:
     """`config` with relative paths of weights resolved here: workers have working directories of their own."""
     data = config.model_dump()
     for path in _weights(config, data):
         _resolve(_section_of(data, path), path[-1])
-    return RunConfig.model_validate(data)
+    return type(config).model_validate(data)
 
 
 def training_with_absolute_paths(config: TrainEncoderConfig) -> TrainEncoderConfig:

@@ -8,13 +8,15 @@ off. The other columns of a table are kept with the prompt.
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from lrag_ray.config.latents import SampledPromptsSection
 from lrag_ray.config.schema import PromptsSection
 from lrag_ray.config.table_file import SUFFIXES, TableFaultError, parse_json, read_table
 from lrag_ray.errors import PromptError
@@ -54,12 +56,24 @@ def make_prompt(index: int, text: str, line: int = 0, columns: Mapping[str, Any]
 
 
 def load_prompts(section: PromptsSection) -> list[Prompt]:
-    """Prompts of the section's file in file order, at most `limit`.
+    """Prompts of the section's file in file order, a sample of them where the section asks for one, at most `limit`.
 
     Raises:
         PromptError: no file named, file missing or without prompts, bytes that are not UTF-8, control characters, a
             table that does not parse or lacks the column, several prompts for one video.
     """
+    return _sampled(section, _read_pool(section))[: section.limit]
+
+
+class _Pool(NamedTuple):
+    """What a file holds."""
+
+    prompts: list[Prompt]
+    size: int
+    """Lines of a text file, blank ones included; records of a table."""
+
+
+def _read_pool(section: PromptsSection) -> _Pool:
     path = section.path
     if path is None:
         raise PromptError(f"prompts.path is not given: {WHERE_TO_GET}")
@@ -69,23 +83,58 @@ def load_prompts(section: PromptsSection) -> list[Prompt]:
             f"{path}: {suffix} is not read as a prompt file. Fix: write one prompt a line into a .txt file, or a "
             f"column '{section.column}' into {', '.join(sorted(SUFFIXES))}"
         )
-    prompts = list(_of_table(path, section.column) if suffix in SUFFIXES else _of_text(path, section.column))
-    if not prompts:
+    if suffix in SUFFIXES:
+        prompts = list(_of_table(path, section.column))
+        pool = _Pool(prompts, len(prompts))
+    else:
+        pool = _of_text(path, section.column)
+    if not pool.prompts:
         raise PromptError(f"{path}: no prompt in it; write one prompt a line")
-    for prompt in prompts:
+    for prompt in pool.prompts:
         if found := _TIMED.search(prompt.text):
             raise PromptError(
                 f"{path}:{prompt.line}: '{_shortened(found[0])}' begins one of several prompts for one video, and a "
                 "video follows one prompt (prompt switching does not exist yet). Fix: give one prompt without times"
             )
-    return prompts[: section.limit]
+    return pool
+
+
+def draw(size: int, ratio: float, seed: int) -> list[int]:
+    """Positions of a sample of `size` prompts, ascending: Python's own generator, as the released code draws them."""
+    return sorted(random.Random(seed).sample(range(size), max(1, int(size * ratio))))
+
+
+def _sampled(section: PromptsSection, pool: _Pool) -> list[Prompt]:
+    if not isinstance(section, SampledPromptsSection):
+        return pool.prompts
+    chosen = set(draw(pool.size, section.ratio, section.seed))
+    # A table's records are drawn by position, a text file's prompts by line.
+    is_text = pool.size != len(pool.prompts)
+    found = [p for i, p in enumerate(pool.prompts) if (p.index if is_text else i) in chosen]
+    if not found:
+        raise PromptError(f"{section.path}: every line of the sample is blank. Fix: remove the blank lines")
+    return found
+
+
+def sample_notes(section: PromptsSection) -> Iterator[str]:
+    """What a person should know of the sample: how many are drawn of how many, and drawn lines that are blank."""
+    if not isinstance(section, SampledPromptsSection):
+        return
+    if section.path is None or not Path(section.path).exists():
+        return
+    pool = _read_pool(section)
+    chosen = draw(pool.size, section.ratio, section.seed)
+    blank = len(chosen) - len(_sampled(section, pool))
+    yield f"prompts: {len(chosen):,} of {pool.size:,} are drawn (ratio {section.ratio:g}, seed {section.seed})" + (
+        f"; {blank:,} of them are blank lines, which give no rollout" if blank else ""
+    )
 
 
 def plan_prompts(section: PromptsSection) -> list[Prompt]:
     """Prompts to plan with: those of the file, or `count` stand-ins without text where there is no file yet."""
     if section.count is None or (section.path is not None and Path(section.path).exists()):
         return load_prompts(section)
-    return [make_prompt(index, "") for index in range(min(section.count, section.limit or section.count))]
+    return _sampled(section, _Pool([make_prompt(i, "") for i in range(section.count)], section.count))[: section.limit]
 
 
 def duplicate_warnings(prompts: Sequence[Prompt]) -> list[str]:
@@ -129,7 +178,7 @@ def _described(value: Any) -> str:
     return "not text"
 
 
-def _of_text(path: str, column: str) -> Iterable[Prompt]:
+def _of_text(path: str, column: str) -> _Pool:
     if column != PromptsSection.model_fields["column"].default:
         raise PromptError(f"{path}: prompts.column is '{column}', but the file is text with one prompt a line")
     text = read_text(path, "the prompt file", PromptError, missing=_MISSING)
@@ -146,7 +195,8 @@ def _of_text(path: str, column: str) -> Iterable[Prompt]:
             f"suffix {'.csv' if kind == _CSV else '.json or .jsonl'} and each prompt the "
             f"{'column' if kind == _CSV else 'field'} '{column}'"
         )
-    return (make_prompt(index, line) for index, line in enumerate(lines) if line)
+    prompts = [make_prompt(index, line) for index, line in enumerate(lines) if line]
+    return _Pool(prompts, len(lines) - text.endswith("\n"))
 
 
 _MISSING = f"no such prompt file (prompts.path); {WHERE_TO_GET}"

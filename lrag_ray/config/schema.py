@@ -487,6 +487,10 @@ class RunConfig(Section):
     scoring: ScoringSection = ScoringSection()
     """Scores."""
 
+    def decoded(self, rollouts: int) -> int:
+        """How many of the first `rollouts`, prompt by prompt, get a video."""
+        return rollouts if self.video.enabled else 0
+
     @field_validator("durations_s")
     @classmethod
     def _positive(cls, value: list[float]) -> list[float]:

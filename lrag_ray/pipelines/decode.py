@@ -154,7 +154,7 @@ class DecodeJob(Job[DecodeOutcome]):
                     text = f"{path} does not count ({reason}); it is kept as {kept} and made again"
                     self.warn(text)
                 open_commits.append(commit)
-            for group in _prefix_groups(open_commits):
+            for group in prefix_groups(open_commits):
                 rollout = group[-1].rollout
                 self._tasks.append(
                     Task(
@@ -191,7 +191,7 @@ def _without_dtype(pixels: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in pixels["vae"].items() if key != "dtype"}
 
 
-def _prefix_groups(commits: Iterable[Commit]) -> Iterator[tuple[Commit, ...]]:
+def prefix_groups(commits: Iterable[Commit]) -> Iterator[tuple[Commit, ...]]:
     """Commits of a rollout in groups whose latent parts begin with those of the shorter ones: one decode serves all."""
     groups: list[list[Commit]] = []
     for commit in sorted(commits, key=lambda commit: -commit.latent_frames):

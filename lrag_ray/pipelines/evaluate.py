@@ -32,7 +32,7 @@ from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
 from lrag_ray.stages.spec import Task
 from lrag_ray.stages.text import TextStage, TextTask, embedding_path, without_features
 from lrag_ray.store.records import RolloutId
-from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.weights.verify import refuse_misfits
 
 
@@ -81,6 +81,8 @@ class EvaluateJob(Job[RunOutcome]):
         self._run = run
         self._scoring = RunScoring(run, config.scoring, config.engine)
         self._pending = PendingRollouts([], [], 0, 0)
+        self._inventory = Inventory({}, {}, {})
+        """What storage held at the start."""
         for note in make_plan(config, prompts).notes:
             self.note(note)
         self._identity = build_identity(config, prompts)
@@ -94,10 +96,7 @@ class EvaluateJob(Job[RunOutcome]):
         with ExitStack() as cluster:
             videos = self._scoring.pending()
             if self._pending.tasks or videos:
-                with self.stage("connect"):
-                    cluster.enter_context(ray_session(self.engine))
-                    probe_nodes(self._run, self._config, self.report)
-                    self._scoring.refuse_without_room()
+                self._connect(cluster)
             if self._pending.tasks:
                 self._roll_out(self._encode_prompts(self._pending.tasks))
                 videos = self._scoring.pending()
@@ -122,11 +121,18 @@ class EvaluateJob(Job[RunOutcome]):
             seconds=self.seconds,
         )
 
+    def _connect(self, cluster: ExitStack) -> None:
+        """Reach Ray until `cluster` is closed."""
+        with self.stage("connect"):
+            cluster.enter_context(ray_session(self.engine))
+            probe_nodes(self._run, self._config, self.report)
+            self._scoring.refuse_without_room()
+
     def _prepare(self) -> None:
         """Check and grow the run directory, and find out what is open."""
         if not self.storage.probe().create_only:
             self.warn(f"{self._run.uri} does not honour create-only writes: let one driver work at a time")
-        inventory = self._run.inventory()
+        self._inventory = inventory = self._run.inventory()
         self._pending = pending = pending_rollouts(self._identity, inventory, self._history_bytes())
         if pending.tasks:
             # Before the run knows the digests of files that no rollout could load.

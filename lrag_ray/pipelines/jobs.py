@@ -11,9 +11,10 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import UsageError
 from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.evaluate import RunOutcome, evaluate
+from lrag_ray.pipelines.latents import make_latents
 from lrag_ray.pipelines.train_encoder import TrainingOutcome, train_encoder
 
-JOBS: dict[str, Callable[..., Any]] = {"evaluate": evaluate, "train_encoder": train_encoder}
+JOBS: dict[str, Callable[..., Any]] = {"evaluate": evaluate, "latents": make_latents, "train_encoder": train_encoder}
 """What starts a job, by the `job` of its configuration."""
 
 JobOutcome = RunOutcome | TrainingOutcome

@@ -12,7 +12,7 @@ from itertools import groupby
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.presets import CHECKPOINT_NOTES
-from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings
+from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.scoring.flops import vbench_flops
@@ -145,13 +145,17 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
     """Plan of a loaded configuration for these prompts."""
     videos = len(prompts) * config.prompts.samples
     methods, cells = [], []
+    pairs = len(config.backbones) * len(config.methods)
+    decoded = config.decoded(videos * pairs)
     for backbone_name, backbone in config.backbones.items():
         n = backbone.sampler.frames_per_block
         frames_of = {duration_s: latent_frames(duration_s, n) for duration_s in config.durations_s}
         for method_name, section in config.methods.items():
             method = resolve_method(section)
             horizons = tuple(sorted(set(frames_of.values())))
-            methods.append(_method_plan(config, backbone_name, method_name, method, horizons, videos))
+            # The decoded rollouts are the first ones, prompt by prompt.
+            own = len(range(len(methods), decoded, pairs))
+            methods.append(_method_plan(config, backbone_name, method_name, method, horizons, videos, own))
             cells += [
                 Cell(
                     backbone_name,
@@ -226,13 +230,14 @@ def _method_plan(
     method: Method,
     horizons: tuple[int, ...],
     videos: int,
+    decoded: int,
 ) -> MethodPlan:
     backbone = config.backbones[backbone_name]
     sizes, sampler, latent = backbone.transformer, backbone.sampler, backbone.latent
     policy, settings = method
     n, longest = sampler.frames_per_block, horizons[-1]
     value_bytes = _BYTES[backbone.dtype]
-    vae = _VAE_SIZES[backbone.vae.kind] if config.video.enabled else None
+    vae = _VAE_SIZES[backbone.vae.kind] if decoded else None
     nested = policy.horizon_free and not config.independent_durations
     runs = (longest,) if nested else horizons
 
@@ -246,7 +251,7 @@ def _method_plan(
     lengths = [video_frames(frames, config.video.cold_chunk) for frames in horizons] if vae else []
     # Nested durations share their clips.
     scored = [lengths] if nested else [[length] for length in lengths]
-    shown = videos * sum(lengths)
+    shown = decoded * sum(lengths)
     pixels = 64 * latent.height * latent.width
     memory = rollout_memory(
         sizes,
@@ -269,8 +274,8 @@ def _method_plan(
         block_flops=per_block[-1],
         transformer_flops=videos * sum(text_flops(sizes) + sum(per_block[: frames // n]) for frames in runs),
         block_decode_flops=n * frame_decode_flops,
-        decode_flops=generated * frame_decode_flops,
-        scoring_flops=videos
+        decode_flops=decoded * sum(runs) * frame_decode_flops,
+        scoring_flops=decoded
         * sum(vbench_flops(group, config.video.fps, 8 * latent.height, 8 * latent.width) for group in scored),
         video_frames=shown,
         latent_bytes=generated * latent.channels * latent.height * latent.width * value_bytes,
@@ -284,6 +289,7 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     if prompts and not prompts[0].text:
         named = f"{config.prompts.path} is not there yet" if config.prompts.path else "no prompts.path is given"
         yield f"{named}: planned for prompts.count {len(prompts)}. `run` needs the file: {WHERE_TO_GET}"
+    yield from sample_notes(config.prompts)
     yield from duplicate_warnings(prompts)
     yield from cut_notes(list(config.backbones.values()), prompts)
     for name, backbone in config.backbones.items():

@@ -22,7 +22,7 @@ from lrag_ray.store.records import FailureRecord
 Payload = TypeVar("Payload")
 PayloadIn = TypeVar("PayloadIn", contravariant=True)
 
-StageName = Literal["connect", "text", "rollouts", "decode", "scoring", "training", "report"]
+StageName = Literal["connect", "text", "rollouts", "decode", "scoring", "dataset", "training", "report"]
 
 
 class Resources(NamedTuple):

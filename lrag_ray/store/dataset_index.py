@@ -19,7 +19,7 @@ import io
 import json
 import secrets
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
 from typing import Annotated, Any, NamedTuple
@@ -31,7 +31,12 @@ from pydantic import Field, ValidationError
 from lrag_ray.errors import StorageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.parts import BrokenPartError
-from lrag_ray.store.records import Commit, Count, Record
+from lrag_ray.store.records import Count, Record
+
+
+class DamagedIndexError(StorageError):
+    """The index is not what it should be; it can be made again."""
+
 
 FOLDER = "dataset"
 MANIFEST_FILE = f"{FOLDER}/index.json"
@@ -182,7 +187,7 @@ def read_manifest(storage: Storage) -> IndexManifest | None:
             reason = f"it names {misplaced[0]!r}, which is not in {SEGMENT_PREFIX}"
         else:
             reason = f"its format_version is {manifest.format_version}"
-    raise StorageError(
+    raise DamagedIndexError(
         f"{storage.uri}/{MANIFEST_FILE} is not an index of format {FORMAT_VERSION} ({reason}). Fix: delete it; the "
         "command that made the dataset makes it again from the commits"
     )
@@ -321,8 +326,8 @@ class SegmentFile:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(str(error)) from error
 
-    def _damaged(self, reason: str) -> StorageError:
-        return StorageError(
+    def _damaged(self, reason: str) -> DamagedIndexError:
+        return DamagedIndexError(
             f"{self._name} is damaged ({reason}). Fix: delete {MANIFEST_FILE} beside it; the command that made the "
             "dataset makes the index again"
         )
@@ -358,39 +363,3 @@ def part_layout(storage: Storage, path: str, size_bytes: int, frames: int) -> Pa
     if count != frames or end - first != prod(shape) * value_bytes or not 0 <= first <= end <= size_bytes - 8 - length:
         raise BrokenPartError(f"{path} does not hold {frames} latent frames")
     return PartLayout(form, 8 + length + first)
-
-
-def row_of(storage: Storage, commit: Commit, prompt_index: int, prompt: str) -> FormedRow:
-    """The row of a committed rollout. BrokenPartError where a part is not what the commit says."""
-    layouts = [part_layout(storage, part.path, part.size_bytes, part.frames) for part in commit.latent_parts]
-    forms = {layout.form for layout in layouts}
-    if len(forms) != 1:
-        raise BrokenPartError(f"{commit.rollout.path} holds parts of different shapes")
-    parts = commit.latent_parts
-    return FormedRow(
-        IndexRow(
-            key=commit.rollout_key,
-            prompt_index=prompt_index,
-            sample=commit.rollout.sample,
-            frames=commit.latent_frames,
-            part=[part.path for part in parts],
-            part_first_frame=[part.first_frame for part in parts],
-            part_frames=[part.frames for part in parts],
-            part_offset=[layout.offset for layout in layouts],
-            part_bytes=[part.size_bytes for part in parts],
-            part_sha256=[part.sha256 for part in parts],
-            rollout=commit.rollout.path,
-            backbone=commit.rollout.backbone,
-            method=commit.rollout.method,
-            prompt_id=commit.rollout.prompt_id,
-            prompt=prompt,
-            latents_digest=commit.latents_digest,
-        ),
-        layouts[0].form,
-    )
-
-
-def longest(commits: Mapping[int, Commit] | Iterable[Commit]) -> Commit | None:
-    """The commit of the longest horizon: what a dataset holds of a rollout."""
-    found = commits.values() if isinstance(commits, Mapping) else commits
-    return max(found, key=lambda commit: commit.latent_frames, default=None)

@@ -156,13 +156,17 @@ class LatentDataset:
 
         It does not depend on the order of the addresses or on how the latents are cut into parts.
         """
-        plan = self._planned()
-        columns = [source.column("latents_digest") for source in self._sources]
-        lines = sorted(
-            f"{columns[source][row].as_py()} {frames}"
-            for source, row, frames in zip(plan.source, plan.row, plan.frames, strict=True)
-        )
+        digests = self.columns(["latents_digest"])["latents_digest"]
+        lines = sorted(f"{digest} {frames}" for digest, frames in zip(digests, self.frames.tolist(), strict=True))
         return hashlib.sha256("\n".join([str(self.form), *lines]).encode()).hexdigest()
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns of the index (`ROW_SCHEMA`) in the order of the rollouts."""
+        plan = self._planned()
+        tables = [source.columns(names) for source in self._sources]
+        starts = np.cumsum([0, *(table.num_rows for table in tables)])
+        rows = pa.concat_tables(tables).take(pa.array(starts[plan.source] + plan.row))
+        return {name: rows[name].to_pylist() for name in names}
 
     def read(self, rollout_index: int, start: int = 0, length: int | None = None) -> Tensor:
         """Latent frames `start` to `start + length` (None: to the end) of a rollout, [length, C, H, W], on the CPU.
@@ -312,10 +316,6 @@ class _Source:
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Columns of all rows."""
         return self._rows.columns(names)
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        """One column of all rows."""
-        return self._rows.columns([name])[name].combine_chunks()
 
     def row(self, row: int) -> IndexRow:
         """All columns of a row."""

@@ -60,6 +60,8 @@ class RolloutTask:
     """Of the transformer's weights as the driver sees them: another node must not have other files."""
     horizons: tuple[int, ...]
     """Horizons in latent frames that have no commit yet, ascending."""
+    decode: bool = True
+    """Whether its videos are made, where the run makes any."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,7 @@ class _Attempt:
 
     def _open_videos(self, scratch: Path, horizons: Sequence[int]) -> HorizonVideos | None:
         video = self._stage.video
-        if not video.enabled:
+        if not (video.enabled and self._task.decode):
             return None
         with self._watch.measure("load"):
             vae = self._worker.vae()
