@@ -47,7 +47,7 @@ def beside_configuration(config: JobConfig, folder: Path) -> Iterator[tuple[KeyP
         paths = _training_addresses(config)
     for path in paths:
         section = _section_of(data, path)
-        address = section[path[-1]] if isinstance(section, list) else (section or {}).get(path[-1])
+        address = (section or {}).get(path[-1]) if isinstance(section, dict | None) else section[path[-1]]
         if not isinstance(address, str) or "://" in address or Path(address).is_absolute():
             continue
         if not os.path.lexists(address) and os.path.lexists(folder / address):

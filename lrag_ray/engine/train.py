@@ -52,9 +52,14 @@ class Host(Protocol):
 
     device: torch.device
 
-    def leave(self) -> Leave: ...
-    def report(self, progress: Progress) -> None: ...
-    def warn(self, text: str) -> None: ...
+    def leave(self) -> Leave:
+        """What the worker should do soon."""
+
+    def report(self, progress: Progress) -> None:
+        """Show where the training is."""
+
+    def warn(self, text: str) -> None:
+        """Report something that a person should look into."""
 
 
 class Work(Protocol[T]):
@@ -106,7 +111,8 @@ def train(work: Work[T], engine: TrainingEngineSection, storage: Storage, name: 
         raise
     finally:
         ray.kill(board)
-    return fit.result()
+    result: T = fit.result()
+    return result
 
 
 class _Fit(threading.Thread):
@@ -206,7 +212,7 @@ def _environment(engine: TrainingEngineSection) -> dict[str, str]:
     return {name: value for name, value in limits.items() if name not in os.environ}
 
 
-class _Deaths(UserCallback):
+class _Deaths(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Tells the driver why workers ended; runs in the controller's process."""
 
     def __init__(self, board: Any) -> None:

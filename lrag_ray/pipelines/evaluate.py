@@ -195,7 +195,7 @@ class EvaluateJob(Job[RunOutcome]):
             return list(tasks)
         # One worker: it reads the encoder (11 GB for umT5-xxl) once.
         failed = self.run_stage(
-            TextStage(self.storage, self._config.backbones, self.engine), texts, size=PoolSize(1, 1)
+            TextStage(self.storage, self._config.backbones, self._config.engine), texts, size=PoolSize(1, 1)
         )
         lost = {(text.payload.text_digest, text.payload.prompt) for text in failed}
         for task in tasks:

@@ -119,7 +119,7 @@ def _named_preset(identity: TrainingIdentity) -> str:
     losses = identity.settings.get("losses")
     weights = losses if isinstance(losses, Mapping) else {}
     delta, smooth = (weights.get(name) for name in ("delta_weight", "smooth_weight"))
-    rows = {(0, 0): "AE only", (1, 0): "AE + SeqDelta", (1, 1): "AE + SeqDelta + Smooth"}
+    rows: dict[object, str] = {(0, 0): "AE only", (1, 0): "AE + SeqDelta", (1, 1): "AE + SeqDelta + Smooth"}
     named = rows.get((delta, smooth))
     if named is None and (delta, smooth) == (0, 1):
         named = "as released: no delta loss, but the smoothness that the paper's row AE lacks"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from lrag_ray.retrieval.encoder import LatentAutoencoder
 from lrag_ray.retrieval.losses import EncoderLosses, LossConfig, encoder_losses
@@ -70,7 +71,7 @@ def train_step(
     grad_clip: float = 1.0,
     *,
     share: float = 1.0,
-    scaler: torch.amp.GradScaler | None = None,
+    scaler: GradScaler | None = None,
     combine: Combine | None = None,
 ) -> StepReport:
     """One step on `batch` [b, S, C, H, W], this worker's part of the global batch.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
@@ -94,7 +95,7 @@ def load_state(
     source: str,
     model: LatentAutoencoder,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scaler: GradScaler,
 ) -> Position:
     """Put a checkpoint, ours or the released trainer's, into model, optimiser and scaler; returns where it stands.
 

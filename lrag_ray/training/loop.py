@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from lrag_ray.errors import LragError, UsageError, WeightsError
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
@@ -191,7 +192,7 @@ class Trainer:
         self._pace = _Pace()
         self.model = make_model(settings.sizes, settings.seed).to(self._device)
         self._optimizer = make_optimizer(self.model, settings.optimizer)
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.amp and self._cuda)
+        self._scaler = GradScaler(self._device.type, enabled=settings.amp and self._cuda)
 
     def run(self) -> TrainingEnd:
         """Train to the last epoch, or until asked to stop.
@@ -308,7 +309,8 @@ class Trainer:
             windows = sum(map(len, batches))
             self._rows.append(
                 LossRow(
-                    "validation", at.epoch + 1, at.step, *measured, sum(measured), None, windows, self._peers.size,
+                    "validation", at.epoch + 1, at.step, measured[0], measured[1], measured[2], sum(measured),
+                    None, windows, self._peers.size,
                     time.monotonic() - began,
                 )
             )  # fmt: skip

@@ -82,7 +82,7 @@ class WindowSampler:
         chosen = np.flatnonzero(self.rollouts.validation)
         windows = []
         for at in chosen:
-            key = self.rollouts.keys[at]
+            key = self.rollouts.keys[int(at)]
             draw = torch.rand((), generator=keyed_generator("validation window", self.seed, key), dtype=torch.float64)
             windows.append(self._window(int(at), float(draw)))
         return [windows[first : first + self.batch_size] for first in range(0, len(windows), self.batch_size)]
