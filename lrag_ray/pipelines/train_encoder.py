@@ -92,10 +92,7 @@ class TrainEncoderJob(Job[TrainingOutcome]):
         """Train, then write the report."""
         if not self.storage.probe().create_only:
             self.warn(f"{self._run.uri} does not honour create-only writes: let one driver work at a time")
-        if self._run.read() is None:
-            self._run.fix_rollouts(self._rollouts)
-        self._run.ensure(self._identity)
-        self.storage.write(CONFIG_FILE, self._config.model_dump_json(indent=1).encode())
+        self.prepare()
         if not self._done():
             with ExitStack() as cluster:
                 with self.stage("connect"):
@@ -103,6 +100,27 @@ class TrainEncoderJob(Job[TrainingOutcome]):
                 self._train()
         with self.stage("report"):
             write_training_report(self._run)
+
+    def prepare(self) -> None:
+        """Write down what the training is and on which rollouts."""
+        if self._run.read() is None:
+            self._run.fix_rollouts(self._rollouts)
+        self._run.ensure(self._identity)
+        self.storage.write(CONFIG_FILE, self._config.model_dump_json(indent=1).encode())
+
+    def work(self) -> TrainingWork:
+        """What every worker does; needs `prepare`."""
+        config = self._config
+        return TrainingWork(
+            run=self.storage.address,
+            data=config.data.uris,
+            storage=config.storage,
+            settings=_settings(config, self._sizes),
+            batch_size=config.training.batch_size,
+            window_frames=config.data.window_frames,
+            threads=config.engine.threads_per_actor,
+            start_from=config.training.start_from,
+        )
 
     def outcome(self, exit_code: int) -> TrainingOutcome:
         """How far the training is."""
@@ -193,22 +211,12 @@ class TrainEncoderJob(Job[TrainingOutcome]):
 
     def _train(self) -> None:
         config = self._config
-        work = TrainingWork(
-            run=self.storage.address,
-            data=config.data.uris,
-            storage=config.storage,
-            settings=_settings(config, self._sizes),
-            batch_size=config.training.batch_size,
-            window_frames=config.data.window_frames,
-            threads=config.engine.threads_per_actor,
-            start_from=config.training.start_from,
-        )
         steps = -(-int((~self._rollouts.validation).sum()) // config.training.batch_size) * config.training.epochs
         # Ray keeps its state under the name, and does not check that it belongs to the same training.
         name = f"{self._identity.digest[:16]}-{new_attempt_id()}"
         with self.stage("training", steps):
             try:
-                self._end = train(work, config.engine, self.storage, name, listener=self.report)
+                self._end = train(self.work(), config.engine, self.storage, name, listener=self.report)
             except WorkersFailedError as error:
                 self._done()
                 self._fail("exception", str(error), "".join(traceback.format_exception(error)))

@@ -124,7 +124,8 @@ def load_state(
     # The hyper-parameters are those of this training, whatever the file says.
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(dict(content["optimizer"]))
+        # Copied: the optimiser would work in the loaded tensors, which may be mapped to the file.
+        optimizer.load_state_dict(on_host(content["optimizer"]))
         for group, ours in zip(optimizer.param_groups, settings, strict=True):
             group.update(ours)
         scaler_state = content.get("scaler") or {}
