@@ -122,7 +122,7 @@ def retrieval(
     ] = None,
     history: Annotated[
         list[int] | None,
-        typer.Option("--history", min=2, help="Frames to search; may be repeated [default: 120, 480]."),
+        typer.Option("--history", min=2, help="Frames searched; may be repeated [default: 120, 480]."),
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Frames to retrieve.")] = 6,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each is measured; the median counts.")] = 20,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -58,8 +59,9 @@ def inspect_rollout_command(
     that is attended.
 
     \b
-    Example:
-      lrag-ray inspect runs/demo/rollouts/tiny/rag/00000-1f2e3d4c-0 --png map.png
+    Examples:
+      lrag-ray inspect runs/demo/rollouts/tiny/rag/00000-1f2e3d4c-0
+      lrag-ray inspect rollout runs/demo/rollouts/tiny/rag/00000-1f2e3d4c-0 --png map.png
     """
     from rich.text import Text
 
@@ -140,9 +142,13 @@ def embeddings(
         frames_per_block=block, networks=weights,
     )  # fmt: skip
     if as_json:
+
+        def finite(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
         rows = [
             {"rollout": each.rollout, "descriptor": each.descriptor, "by_distance": each.by_distance.tolist(),
-             "bend": each.bend, "retrieval": each.retrieval._asdict()}
+             "bend": finite(each.bend), "retrieval": {k: finite(v) for k, v in each.retrieval._asdict().items()}}
             for each in found.measures
         ]  # fmt: skip
         print_json({"folder": found.folder, "files": list(found.files), "measures": rows})

@@ -75,7 +75,8 @@ def _complete(document: Document, overrides: Sequence[str]) -> JobConfig:
     for key, value in JOB_DEFAULTS.get(str(document.data.get("job")), {}).items():
         document.data.setdefault(key, copy.deepcopy(value))
     problems = [*_name_methods(document), *_merge_presets(document)]
-    if document.data.get("preset") == "as_released":
+    # A training has a preset of the same name, with other meaning.
+    if document.data.get("preset") == "as_released" and document.data.get("job") != "train_encoder":
         _merge_released(document.data)
     config, found = _validated(document)
     problems += found

@@ -1,4 +1,4 @@
-"""Similarity maps, similarity by temporal distance and retrieval of rollouts under several descriptors: page and data."""
+"""Similarity maps, similarity by temporal distance and retrieval under several descriptors: page and data."""
 
 from __future__ import annotations
 

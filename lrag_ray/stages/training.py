@@ -121,8 +121,9 @@ def window_reader(dataset: LatentDataset, rollouts: Rollouts, length: int) -> Wi
     if missing := [key for key in rollouts.keys if key not in places]:
         raise TrainingFailedError(
             f"{len(missing)} of {len(rollouts.keys)} rollouts of this training are not in the dataset any more: "
-            f"{', '.join(key[:12] for key in missing[:8])}. Fix: name all datasets it began with (data.uris), or begin "
-            "a new training (another run.uri)"
+            f"{', '.join(key[:12] for key in missing[:8])}. Fix: `lrag-ray dataset verify` lists damaged ones, and the "
+            "command that made them makes them again; name all datasets it began with (data.uris); or begin a new "
+            "training (another run.uri)"
         )
     at = [places[key] for key in rollouts.keys]
 

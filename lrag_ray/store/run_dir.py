@@ -49,6 +49,11 @@ class RunDirectory:
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'its start'}"
+            if b'"train_encoder"' in data[:200]:
+                raise StorageError(
+                    f"{self.uri} holds an encoder training, which has no rollouts. Fix: `lrag-ray status` and "
+                    "`lrag-ray report` show it; give another address for rollouts"
+                ) from None
         else:
             if identity.format_version == FORMAT_VERSION:
                 return identity
