@@ -160,7 +160,7 @@ class Storage:
 
     def _cat_range(self, full: str, start: int, end: int, options: Mapping[str, Any]) -> bytes:
         try:
-            return bytes(self.fs.cat_file(full, start, end, **options))
+            return bytes(self.fs.cat_file(full, start=start, end=end, **options))
         except Exception as error:
             if error_code(error) == "InvalidRange":
                 return b""
