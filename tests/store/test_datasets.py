@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,17 @@ def test_what_is_no_dataset_is_named(run: RolloutRun, tmp_path: Path) -> None:
     empty.ensure(run.require())
     with pytest.raises(UsageError, match="no finished rollout"):
         LatentDataset.open(empty.uri)
+
+
+def test_many_threads_read_at_once(run: RolloutRun, tmp_path: Path) -> None:
+    copied = copy_of(run, tmp_path)
+    IndexWriter(copied.storage).add(all_rows(run))
+    expected = [LatentDataset.open(run.uri).read(i) for i in range(6)]
+    for _ in range(20):
+        data = LatentDataset.open(copied.uri)
+        with ThreadPoolExecutor(8) as threads:
+            read = list(threads.map(lambda i: (data.rollouts[i % 6].frames, data.read(i % 6)), range(24)))  # noqa: B023
+        assert all(torch.equal(latents, expected[i % 6]) for i, (_, latents) in enumerate(read))
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
