@@ -35,7 +35,7 @@ Kind = Literal[
     "merged index",
 ]
 """unnamed: an attempt wrote it and no commit names it. set aside: a record that did not count. unfinished rollout: its
-next start would continue from this part. merged index: a segment of a dataset's index whose rows are in a larger one."""
+next start would continue from this part. merged index: a part of an index whose rows are in a larger one."""
 
 WITHOUT_LEASE_S = 3600.0
 """What `decode`, `score` and `report` write is left alone for that long at least: they may be at work beside a `gc`."""

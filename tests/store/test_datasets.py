@@ -89,6 +89,16 @@ def test_every_window_is_the_slice_of_the_whole(run: RolloutRun) -> None:
     for start in range(12):
         for length in range(1, 13 - start):
             assert torch.equal(data.read(2, start, length), whole[start : start + length])
+    slot = torch.zeros(2, 3, 16, 4, 6)
+    data.read_into(2, 5, slot[1])
+    assert torch.equal(slot, torch.stack([torch.zeros(3, 16, 4, 6), whole[5:8]]))
+    for wrong in (
+        torch.zeros(3, 16, 4, 5),
+        torch.zeros(3, 16, 4, 6).double(),
+        torch.zeros(3, 16, 6, 4).transpose(2, 3),
+    ):
+        with pytest.raises(ValueError, match=r"expected contiguous frames \[16, 4, 6\] float32"):
+            data.read_into(2, 0, wrong)
     for start, length in ((0, 13), (12, 1), (-1, 2), (3, 0)):
         with pytest.raises(IndexError, match="12 latent frames"):
             data.read(2, start, length)
