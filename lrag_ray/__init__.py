@@ -23,18 +23,23 @@ if TYPE_CHECKING:
     from lrag_ray.api import plan as plan
     from lrag_ray.api import run as run
     from lrag_ray.api import score as score
+    from lrag_ray.dataset import Dataset as Dataset
 
 __version__ = "0.1.0"
 
 NUMERICS_VERSION = 1
 """Raised whenever a change of code changes latents; part of every rollout key."""
 
-__all__ = ["NUMERICS_VERSION", "Run", "__version__", "load_config", "open_run", "plan", "run", "score"]
+__all__ = ["NUMERICS_VERSION", "Dataset", "Run", "__version__", "load_config", "open_run", "plan", "run", "score"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lrag_ray' has no attribute {name!r}")
+    if name == "Dataset":
+        from lrag_ray.dataset import Dataset
+
+        return Dataset
     import lrag_ray.api
 
     return getattr(lrag_ray.api, name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lrag_ray as lr
-from lrag_ray.errors import StorageError
+from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import HORIZONS, make_run
@@ -69,10 +69,31 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
 
 
 def test_the_names_are_frozen() -> None:
-    assert sorted(lr.__all__) == sorted([*FUNCTIONS, "Run", "NUMERICS_VERSION", "__version__"])
+    assert sorted(lr.__all__) == sorted([*FUNCTIONS, "Dataset", "Run", "NUMERICS_VERSION", "__version__"])
     assert dir(lr) == lr.__all__
     public = {name for name, _ in inspect.getmembers(lr.Run) if not name.startswith("_")}
     assert public == {*METHODS, "uri"}
+
+
+def test_a_dataset_of_a_run_is_a_torch_dataset(finished: RolloutRun) -> None:
+    assert str(inspect.signature(lr.Dataset.from_run)) == (
+        "(uri: 'str', *more_uris: 'str', window: 'int | None' = None, storage: 'StorageSection | None' = None) "
+        "-> 'Self'"
+    )
+    whole, windows = lr.Dataset.from_run(finished.uri), lr.Dataset.from_run(finished.uri, window=5)
+    assert isinstance(whole, torch.utils.data.Dataset)
+    frames = whole.latents.frames.tolist()
+    assert len(whole) == len(frames) and len(windows) == sum(each - 4 for each in frames)
+    loader = torch.utils.data.DataLoader(windows, batch_size=7)
+    assert sum(batch.shape[0] for batch in loader) == len(windows)
+    for index in (0, frames[0] - 5, frames[0] - 4, len(windows) - 1):
+        rollout, start = windows.place(index)
+        assert torch.equal(windows[index], whole[rollout][start : start + 5])
+    assert windows.place(frames[0] - 4) == (1, 0) and windows.place(-1) == (len(frames) - 1, frames[-1] - 5)
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+    with pytest.raises(UsageError, match="fewer latent frames than a window of 1000"):
+        lr.Dataset.from_run(finished.uri, window=1000)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

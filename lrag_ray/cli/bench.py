@@ -15,7 +15,7 @@ bench = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measured speed: each command prints one JSON object on stdout.\n\n"
-    "\b\nExamples:\n  lrag-ray bench scoring --weights random\n  lrag-ray bench runner",
+    "\b\nExamples:\n  lrag-ray bench scoring --weights random\n  lrag-ray bench runner\n  lrag-ray bench dataset",
 )
 
 
@@ -149,3 +149,31 @@ def retrieval(
         place, encoder=model, latent=latent, history=history or (120, 480), top_k=top_k, repeats=repeats
     )
     print_json(measured.as_dict())
+
+
+@bench.command()
+@tells_errors
+def dataset(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN…", help="Addresses of runs or imported datasets [default: one made for it]."),
+    ] = None,
+    rollouts: Annotated[int, typer.Option("--rollouts", min=1, help="Size of the made one, 18 MB each.")] = 40,
+    window: Annotated[int, typer.Option("--window", min=1, help="Latent frames per window.")] = 8,
+    readers: Annotated[int, typer.Option("--readers", min=1, help="Threads that read.")] = 4,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows per pass.")] = 400,
+    passes: Annotated[int, typer.Option("--passes", min=1, help="Passes; the median counts.")] = 5,
+) -> None:
+    """Measure how fast windows of latents are read: per second, against raw reads of the same bytes, cold and warm.
+
+    \b
+    Examples:
+      lrag-ray bench dataset runs/latents
+      lrag-ray bench dataset --rollouts 100 --readers 8
+    """
+    from lrag_ray.bench.dataset import bench_dataset, make_dataset
+
+    with TemporaryDirectory() as folder:
+        uris = runs or [make_dataset(Path(folder), rollouts)]
+        found = bench_dataset(uris, window=window, readers=readers, passes=passes, windows=windows)
+    print_json(found.as_dict())

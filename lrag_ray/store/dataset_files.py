@@ -128,12 +128,22 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
                     note = _parsed_note(data.read(_MOST_NOTE_BYTES))
                     continue
                 held = (stem, *_member(member, data, scratch / "member.pt"))
+            end = shard.offset
         if held is not None:
             yield _found(held, note)
+        if not _ends_at(path, end):
+            yield FoundLatent(path.name, None, None, "has no end of a tar archive, so it is truncated")
     except (tarfile.TarError, EOFError, OSError) as error:
         if held is not None:
             yield _found(held, note)
         yield FoundLatent(path.name, None, None, f"is a truncated or damaged tar archive ({error})")
+
+
+def _ends_at(path: Path, offset: int) -> bool:
+    """Whether the empty header that ends an archive is there; Python's reader takes the end of the file for it."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _found(held: tuple[str, Tensor | None, str], note: LatentNote | None) -> FoundLatent:

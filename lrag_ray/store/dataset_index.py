@@ -19,7 +19,8 @@ import io
 import json
 import secrets
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import prod
 from typing import Annotated, Any, NamedTuple
@@ -289,11 +290,13 @@ class RangeFile(io.RawIOBase):
 
 
 class SegmentFile:
-    """A segment whose columns are read by byte range."""
+    """A segment whose columns are read by byte range. Several threads may read; they take turns."""
 
     def __init__(self, storage: Storage, segment: IndexSegment) -> None:
         """FileNotFoundError where the segment is gone; StorageError where it is not what the manifest says."""
         self._name = f"{storage.uri}/{segment.path}"
+        # A ParquetFile over a Python file hangs where two threads read at once.
+        self._lock = threading.Lock()
         self._file = self._checked(
             lambda: pq.ParquetFile(pa.PythonFile(RangeFile(storage, segment.path, segment.size_bytes)))
         )
@@ -318,9 +321,10 @@ class SegmentFile:
         table.validate(full=True)
         return table
 
-    def _checked(self, read: Any) -> Any:
+    def _checked(self, read: Callable[[], Any]) -> Any:
         try:
-            return read()
+            with self._lock:
+                return read()
         except (FileNotFoundError, StorageError):
             raise
         except (pa.ArrowException, OSError, ValueError) as error:

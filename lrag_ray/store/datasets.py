@@ -174,15 +174,27 @@ class LatentDataset:
         May be called from several threads. Raises IndexError for frames that the rollout does not have, StorageError
         for files that are missing or short.
         """
+        frames = int(self._planned().frames[rollout_index])
+        latents = torch.empty(
+            (frames - start if length is None else max(0, length), *self.form.shape), dtype=self.dtype
+        )
+        self.read_into(rollout_index, start, latents)
+        return latents
+
+    def read_into(self, rollout_index: int, start: int, out: Tensor) -> None:
+        """Fill `out` [length, C, H, W], contiguous on the CPU and of this dtype, with latent frames from `start` on.
+
+        What a loop should use that keeps its buffers, such as a slot of a batch: nothing is allocated or copied. May be
+        called from several threads. Errors are those of `read`.
+        """
         plan = self._planned()
-        frames = int(plan.frames[rollout_index])
-        length = frames - start if length is None else length
+        frames, length = int(plan.frames[rollout_index]), out.shape[0]
         if not (start >= 0 and length > 0 and start + length <= frames):
             raise IndexError(f"rollout {rollout_index} has {frames} latent frames, not {start} to {start + length}")
-        latents = torch.empty((length, *self.form.shape), dtype=self.dtype)
-        view = latents.view(torch.uint8).reshape(-1).numpy().data
+        if out.shape[1:] != self.form.shape or out.dtype != self.dtype or not out.is_contiguous():
+            raise ValueError(f"out is {list(out.shape)} {out.dtype}, expected contiguous frames {self.form}")
+        view = out.view(torch.uint8).view(-1).numpy().data
         self._sources[plan.source[rollout_index]].read_into(int(plan.row[rollout_index]), start, length, view)
-        return latents
 
     def parts(self, rollout_index: int) -> list[PartPlace]:
         """The files of a rollout."""

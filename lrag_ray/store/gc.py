@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from lrag_ray.errors import StorageError
 from lrag_ray.store.address import PROBE_PREFIX, FileDetails
 from lrag_ray.store.create_only import TEMPORARY_PREFIX
+from lrag_ray.store.dataset_index import SEGMENT_PREFIX, DamagedIndexError, read_manifest
 from lrag_ray.store.decoded import FOLDER as DECODED
 from lrag_ray.store.decoded import DecodedVideos, read_decoded
 from lrag_ray.store.identity import RunIdentity
@@ -24,10 +25,17 @@ from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
 from lrag_ray.store.uploads import abort_upload, unfinished_uploads
 
 Kind = Literal[
-    "unfinished write", "unfinished upload", "probe", "set aside", "unnamed part", "unnamed video", "unfinished rollout"
+    "unfinished write",
+    "unfinished upload",
+    "probe",
+    "set aside",
+    "unnamed part",
+    "unnamed video",
+    "unfinished rollout",
+    "merged index",
 ]
 """unnamed: an attempt wrote it and no commit names it. set aside: a record that did not count. unfinished rollout: its
-next start would continue from this part."""
+next start would continue from this part. merged index: a part of an index whose rows are in a larger one."""
 
 WITHOUT_LEASE_S = 3600.0
 """What `decode`, `score` and `report` write is left alone for that long at least: they may be at work beside a `gc`."""
@@ -76,6 +84,7 @@ def find_leftovers(run: RolloutRun, *, older_than_s: float, unfinished: bool) ->
         *_by_name(files),
         *_of_attempts(files, inventory, identity, unfinished=unfinished),
         *_of_decoding(files, decoded),
+        *_of_index(files, run),
     ]
     now = time.time()
 
@@ -190,6 +199,19 @@ def _of_decoding(files: Mapping[str, FileDetails], decoded: DecodedVideos) -> It
             continue
         if not path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
             yield Leftover(path=path, kind="unnamed video", size_bytes=details.size_bytes)
+
+
+def _of_index(files: Mapping[str, FileDetails], run: RolloutRun) -> Iterator[Leftover]:
+    """Segments that the index no longer names; a reader that opened the dataset before finds their rows again."""
+    segments = [path for path in files if path.startswith(SEGMENT_PREFIX)]
+    try:
+        manifest = read_manifest(run.storage) if segments else None
+    except DamagedIndexError:
+        return
+    named = {segment.path for segment in manifest.segments} if manifest is not None else set()
+    for path in segments:
+        if manifest is not None and path not in named and not path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX):
+            yield Leftover(path=path, kind="merged index", size_bytes=files[path].size_bytes)
 
 
 def _named_by_commits(inventory: Inventory) -> Iterator[str]:
