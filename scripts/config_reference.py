@@ -1,12 +1,13 @@
-"""Write docs/configuration.md from the configuration schema.
+"""Write docs/configuration.md and configs/schema.json (for editors) from the configuration schema.
 
-Run as ``python scripts/config_reference.py``; with ``--check`` it writes nothing and exits with 1 if the file is stale.
+Run as ``python scripts/config_reference.py``; with ``--check`` it writes nothing and exits with 1 if a file is stale.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lrag_ray.config.jobs import JOB_SCHEMAS
+from lrag_ray.config.json_schema import json_schema
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 HEAD = """# Configuration reference
 
@@ -34,20 +36,25 @@ configuration is complete: presets are merged in.
 - A run may grow: prompts, samples, methods, backbones and durations may be added between starts. Everything under
   `engine`, `storage`, `resume` and `scoring` is free to change. Any other change stops with a list of differences.
 - Credentials never belong in the file. They come from the environment.
-- The keys of a method are those of its `Settings`; see [the methods](../lrag_ray/context/README.md).
+- The keys of a method are those of its `Settings`; see [the methods](../lrag_ray/context/README.md). A list where such
+  a key takes one value is a sweep: `rag: {top_k: [2, 4]}` stands for two methods, `rag_top_k_2` and `rag_top_k_4`.
+- Editors with a YAML language server complete keys by [configs/schema.json](../configs/schema.json).
 """
 
 
 def main() -> int:
-    """Write or check the reference; returns the exit code."""
-    text = reference()
-    if sys.argv[1:] == ["--check"]:
-        stale = not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text
-        if stale:
-            print(f"{TARGET.name} is out of date. Fix: python scripts/config_reference.py", file=sys.stderr)
-        return int(stale)
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    """Write or check the files; returns the exit code."""
+    files = {
+        REPOSITORY / "docs" / "configuration.md": reference(),
+        REPOSITORY / "configs" / "schema.json": json.dumps(json_schema(), indent=1) + "\n",
+    }
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if sys.argv[1:] == ["--check"]:
+            print(f"{path.name} is out of date. Fix: python scripts/config_reference.py", file=sys.stderr)
+        else:
+            path.write_text(files[path], encoding="utf-8")
+    return int(bool(stale) and sys.argv[1:] == ["--check"])
 
 
 def reference() -> str:

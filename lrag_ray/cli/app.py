@@ -11,9 +11,25 @@ from typing import Annotated
 
 import typer
 
-from lrag_ray.cli import bench, dataset, decode, doctor, gc, import_config, inspect, report, score, weights
+from lrag_ray import __version__
+from lrag_ray.cli import (
+    bench,
+    catalogue,
+    dataset,
+    decode,
+    doctor,
+    gc,
+    import_config,
+    init,
+    inspect,
+    report,
+    runs,
+    score,
+    view,
+    weights,
+)
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
-from lrag_ray.cli.output import console, print_json, tells_errors
+from lrag_ray.cli.output import console, print_json, tells_errors, write
 from lrag_ray.errors import INTERRUPTED
 
 _LOOK_EVERY_S = 5.0
@@ -24,15 +40,24 @@ app = typer.Typer(
     "Exit codes: 0 all done; 1 finished, but something failed; 2 wrong use or configuration; 3 the environment "
     "(cluster, storage, weights); 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write(f"lrag-ray {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def lrag_ray() -> None:
-    """Keep commands by name even if there is only one."""
+def lrag_ray(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 @app.command()
@@ -195,12 +220,16 @@ decode.register(app)
 score.register(app)
 report.register(app)
 inspect.register(app)
+runs.register(app)
+view.register(app)
+init.register(app)
 doctor.register(app)
 gc.register(app)
 weights.register(app)
 dataset.register(app)
 import_config.register(app)
 bench.register(app)
+catalogue.register(app)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
 from lrag_ray.config.schema import MOST_ROLLOUTS, RunConfig, ScoringSection
 from lrag_ray.config.source import Document, KeyPath, dotted, read_document
+from lrag_ray.config.sweeps import expand_sweeps
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
@@ -74,7 +75,7 @@ def _complete(document: Document, overrides: Sequence[str]) -> JobConfig:
     refused = [*apply_overrides(document, overrides)]
     for key, value in JOB_DEFAULTS.get(str(document.data.get("job")), {}).items():
         document.data.setdefault(key, copy.deepcopy(value))
-    problems = [*_name_methods(document), *_merge_presets(document)]
+    problems = [*_name_methods(document), *expand_sweeps(document), *_merge_presets(document)]
     # A training has a preset of the same name, with other meaning.
     if document.data.get("preset") == "as_released" and document.data.get("job") != "train_encoder":
         _merge_released(document.data)

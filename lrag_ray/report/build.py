@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -12,6 +13,7 @@ from lrag_ray.report.collect import ReportData, collect
 from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import render_page
+from lrag_ray.report.players import Link, relative_address
 from lrag_ray.report.strips import make_strips, unused_strips
 from lrag_ray.report.tables import terminal_tables, warnings
 from lrag_ray.scoring.ranks import RankBlock
@@ -84,12 +86,12 @@ def report(
     return Report(data, None, []) if to is None and len(run_dirs) > 1 else write_report(data, to=to, strips=strips)
 
 
-def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIPS) -> Report:
-    """Write everything that `data` shows; see `report`."""
+def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIPS, link: Link | None = None) -> Report:
+    """Write everything that `data` shows; see `report`. Without `link` videos are linked to relative to the page."""
     folder = Storage(to) if to is not None else data.sources[0].run_dir.storage.below(SUMMARY)
     sheets = make_strips(data, folder, strips)
     contents = {
-        PAGE: render_page(data, folder, sheets).encode(),
+        PAGE: render_page(data, sheets, link or partial(relative_address, folder)).encode(),
         "ranks.csv": ranks_csv(data).encode(),
         "differences.csv": differences_csv(data).encode(),
         "table.tex": latex_table(data).encode(),

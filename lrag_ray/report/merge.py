@@ -55,7 +55,7 @@ def _refuse_conflicts(one_uri: str, one: RunIdentity, other_uri: str, other: Run
 
 def _comparable(identity: RunIdentity, other: RunIdentity) -> dict[str, Any]:
     """What must be equal in both, by key path. Prompts may differ: they are paired by line and text."""
-    return _flat(
+    return flat(
         {
             "numerics_version": identity.numerics_version,
             "run": {"seed": identity.seed},
@@ -72,10 +72,11 @@ def _comparable(identity: RunIdentity, other: RunIdentity) -> dict[str, Any]:
     )
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted key path."""
     if isinstance(value, Mapping):
         found: dict[str, Any] = {}
         for key, inner in value.items():
-            found |= _flat(inner, f"{path}.{key}" if path else str(key))
+            found |= flat(inner, f"{path}.{key}" if path else str(key))
         return found
     return {path: value}

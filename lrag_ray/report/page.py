@@ -19,11 +19,10 @@ from lrag_ray.report import tables
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.drift_svg import drift_figures
 from lrag_ray.report.environment import asset, page_environment, style_sheet
-from lrag_ray.report.players import MAPS, rows
+from lrag_ray.report.players import MAPS, Link, rows
 from lrag_ray.report.strips import StripSheet
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL
 from lrag_ray.scoring.ranks import RankBlock
-from lrag_ray.store.address import Storage
 
 _FILES = {
     "ranks.csv": "means, places and average ranks of every table",
@@ -70,8 +69,8 @@ def overview(data: ReportData) -> Overview | None:
     return Overview(groups, rows)
 
 
-def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet]) -> str:
-    """HTML of the whole report for a page that is in `folder`."""
+def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> str:
+    """HTML of the whole report; `link` gives the addresses of the videos."""
     style, script = style_sheet(), asset("report.js")
     environment = page_environment()
     suite = data.suite
@@ -109,7 +108,7 @@ def render_page(data: ReportData, folder: Storage, strips: Sequence[StripSheet])
         drift=drift_figures(data),
         files={name: what for name, what in _FILES.items() if data.drift or not name.startswith("drift")},
         strips=strips,
-        rows=rows(data, folder),
+        rows=rows(data, link),
         maps=MAPS,
         samples=data.identity.samples,
         durations=_duration_choices(data),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -49,6 +49,10 @@ class Row:
     """One per method that is compared."""
 
 
+Link = Callable[[Storage, str], str | None]
+"""URL of a video (its storage, its path there) for a page, or None where the page cannot reach it."""
+
+
 def relative_address(page_folder: Storage, storage: Storage, path: str) -> str | None:
     """URL of `path` in `storage` from a page in `page_folder`; None where the two have no common root."""
     target, start = storage.full(path), page_folder.root
@@ -61,7 +65,7 @@ def relative_address(page_folder: Storage, storage: Storage, path: str) -> str |
     return quote(posixpath.relpath(target, start))
 
 
-def rows(data: ReportData, page_folder: Storage) -> Iterator[Row]:
+def rows(data: ReportData, link: Link) -> Iterator[Row]:
     """Rows in prompt-major order; traces are read row by row, so that only one row's are in memory."""
     with_maps = _with_maps(data)
     for prompt_id, sample, backbone in dict.fromkeys((r.prompt_id, r.sample, r.backbone) for r in data.rollouts):
@@ -76,7 +80,7 @@ def rows(data: ReportData, page_folder: Storage) -> Iterator[Row]:
             prompt_index=prompt.index,
             sample=sample,
             backbone=backbone,
-            players=[_player(method, rollout, page_folder, maps) for method, rollout in shown.items()],
+            players=[_player(method, rollout, link, maps) for method, rollout in shown.items()],
         )
 
 
@@ -86,15 +90,13 @@ def _with_maps(data: ReportData) -> set[tuple[str, str]]:
     return {pair for backbone in data.methods for pair in [each for each in found if each[0] == backbone][:MAPS]}
 
 
-def _player(method: str, shown: ShownRollout | None, page_folder: Storage, maps: bool) -> Player:
+def _player(method: str, shown: ShownRollout | None, link: Link, maps: bool) -> Player:
     if shown is None:
         return Player(method, {}, {}, "no video yet", None)
     storage = shown.run_dir.storage
     trace = _trace(shown) if maps else []
     figure = trace_figure(trace) if trace else None
-    addresses = {
-        str(video.latent_frames): relative_address(page_folder, storage, video.video.path) for video in shown.videos
-    }
+    addresses = {str(video.latent_frames): link(storage, video.video.path) for video in shown.videos}
     sources = {frames: address for frames, address in addresses.items() if address is not None}
     return Player(
         method=method,

@@ -256,19 +256,21 @@ class Storage:
         folders, found = [prefix], dict[str, int]()
         with ThreadPoolExecutor(READERS, thread_name_prefix="list") as listers:
             for _ in range(depth):
-                folders = [folder for below in listers.map(self._folders, folders) for folder in below]
+                folders = [folder for below in listers.map(self.folders, folders) for folder in below]
             for share in listers.map(self.list_files, folders):
                 found.update(share)
         return found
 
-    def _folders(self, prefix: str) -> list[str]:
-        """Folders directly below `prefix` of an object store."""
+    def folders(self, prefix: str = "") -> list[str]:
+        """Folders directly below `prefix`, in order of their names; links are none."""
         top = self.full(prefix)
+        if self.is_local:
+            return self._do("list", prefix, lambda: [path[len(self.root) + 1 :] for path in _folders(top)])
         try:
             listed = self._do("list", prefix, lambda: self.fs.ls(top, detail=True))
         except FileNotFoundError:
             return []
-        return [str(info["name"])[len(self.root) + 1 :] for info in listed if info["type"] == "directory"]
+        return sorted(str(info["name"])[len(self.root) + 1 :] for info in listed if info["type"] == "directory")
 
     def list_details(self, prefix: str = "") -> dict[str, FileDetails]:
         """All files below `prefix`, unfinished writes included."""
@@ -363,6 +365,13 @@ def _read_local_range(full: str, start: int, view: memoryview) -> int:
                 break
             done += got
     return done
+
+
+def _folders(folder: str) -> list[str]:
+    try:
+        return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _walk(folder: str) -> Iterator[tuple[str, FileDetails]]:

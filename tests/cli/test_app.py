@@ -80,6 +80,24 @@ SURFACE = {
     "bench retrieval": ["--encoder", "--history", "--top-k", "--repeats", "--device"],
     "weights convert": ["CONFIG", "--to", "--set", "--json"],
     "import-config": ["FILE", "--to"],
+    "runs": ["FOLDER", "--json"],
+    "videos": ["RUN", "--prompt", "--method", "--backbone", "--duration", "--json"],
+    "diff": ["RUN", "RUN", "--json"],
+    "view": ["RUN", "--port", "--browser", "--suite", "--mode", "--strips"],
+    "export": [
+        "RUN... FILE.zip",
+        "--prompt",
+        "--method",
+        "--limit",
+        "--suite",
+        "--mode",
+        "--strips",
+        "--json",
+    ],
+    "init": ["CONFIG", "--uri", "--prompts", "--backbones", "--methods", "--durations", "--gpus"],
+    "methods": ["--json"],
+    "presets": ["--json"],
+    "schema": [],
 }
 
 
@@ -123,7 +141,7 @@ def test_the_public_surface_is_this() -> None:
 def test_every_command_has_an_example(command: str) -> None:
     shown = invoke(*command.split(), "--help")
     assert shown.exit_code == 0
-    assert f"lrag-ray {command} " in shown.output.partition("Example")[2]
+    assert f"lrag-ray {command}" in shown.output.partition("Example")[2]
 
 
 def test_help_is_quick_because_heavy_packages_wait() -> None:

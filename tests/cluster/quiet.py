@@ -59,7 +59,8 @@ def make_config(
     # Methods are begun in the order of the file, which sorts them.
     methods = {f"a_gate_{number}": gate.method for number, gate in enumerate(gates)} | ALL_METHODS
     fields = {"durations_s": [6, 12], "methods": methods, "video": {"enabled": False}, **changes}
-    return make.make_config(folder / "run", prompts={"path": str(folder / "prompts.txt")}, engine=engine, **fields)
+    config = make.make_config(folder / "run", prompts={"path": str(folder / "prompts.txt")}, engine=engine, **fields)
+    return make.store_features(config, load_prompts(config.prompts))
 
 
 def quiet_run(config: RunConfig) -> RolloutRun:

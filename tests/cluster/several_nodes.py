@@ -25,7 +25,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.nodes import PatientCluster
 from tests.cluster.test_pool import Diary, Job, Jobs, Sleeper, tasks_of
 from tests.cluster.test_run import NO_VIDEO, Recorder
-from tests.stages.make import digests, make_config, make_prompts
+from tests.stages.make import digests, make_config, make_prompts, store_features
 
 MB = 1 << 20
 
@@ -153,14 +153,8 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
 
     def config(name: str, method: dict[str, Any]) -> Any:
         engine = {"actors": 1, "checkpoint_every_blocks": 100}
-        return make_config(
-            folder / name,
-            methods={"m": method},
-            video=NO_VIDEO,
-            durations_s=[15],
-            engine=engine,
-            run={"uri": str(folder / name)},
-        )
+        made = make_config(folder / name, methods={"m": method}, video=NO_VIDEO, durations_s=[15], engine=engine)
+        return store_features(made, prompts)
 
     drained: list[str] = []
     recorder = Recorder()
@@ -207,7 +201,8 @@ def a_hanging_rollout_is_taken_from_its_actor(cluster: Cluster, folder: Path) ->
     engine = {"actors": 1, "checkpoint_every_blocks": 2, "stall_timeout_s": 15}
     recorder = Recorder()
     made = make_config(folder / "run", methods={"m": method}, video=NO_VIDEO, durations_s=[3], engine=engine)
-    assert evaluate(made, make_prompts("a river"), listener=recorder).exit_code == 0
+    prompts = make_prompts("a river")
+    assert evaluate(store_features(made, prompts), prompts, listener=recorder).exit_code == 0
     # On a machine that stands still now and then itself, more than the one that hangs.
     assert recorder.of(AttemptFailed)
     for failed in recorder.of(AttemptFailed):

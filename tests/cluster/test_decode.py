@@ -16,14 +16,14 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import ConfigError, IdentityError, StorageError, WeightsError
 from lrag_ray.events import Notice
 from lrag_ray.pipelines.decode import DecodeFailure, decode
-from lrag_ray.pipelines.evaluate import evaluate
+from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.report.build import build_report
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
 from tests.cluster.test_run import NO_VIDEO, Recorder
-from tests.stages.make import BACKBONE, METHODS, make_config, make_prompts
+from tests.stages.make import BACKBONE, METHODS, do_all, make_config, make_prompts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
@@ -41,7 +41,9 @@ def config_of(uri: Path, **changes: Any) -> RunConfig:
 def stored(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run without videos; tests work on copies."""
     folder = tmp_path_factory.mktemp("stored")
-    assert evaluate(config_of(folder, video=NO_VIDEO), PROMPTS).commits_made == 4
+    run, config = RolloutRun(str(folder)), config_of(folder, video=NO_VIDEO)
+    do_all(run, config, PROMPTS)
+    store_config(run, config)
     return folder
 
 
@@ -62,7 +64,7 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
     latents: Path, tmp_path: Path
 ) -> None:
     shown = tmp_path / "shown"
-    evaluate(config_of(shown, video=LOSSLESS), PROMPTS)
+    do_all(RolloutRun(str(shown)), config_of(shown, video=LOSSLESS), PROMPTS)
     directory = RolloutRun(str(latents))
     commits = directory.storage.list_files("rollouts")
     assert frames_of(latents) == {} and PREVIEW.pending_targets(directory) == []
@@ -138,7 +140,7 @@ def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents:
 def test_of_independent_durations_a_broken_one_fails_alone(cluster: None, tmp_path: Path) -> None:
     """Each horizon has parts of its own, so each is decoded by itself."""
     config = config_of(tmp_path, independent_durations=True, video=NO_VIDEO)
-    assert evaluate(config, PROMPTS[:1]).commits_made == 2
+    do_all(RolloutRun(str(tmp_path)), config, PROMPTS[:1])
     short, long = RolloutRun(str(tmp_path)).commits()
     for commit in (short, long):
         part = commit.latent_parts[0]

@@ -40,9 +40,11 @@ NO_VIDEO = {"enabled": False}
 PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
 
 
-def make_config(uri: Path | str, actors: int = 1, **changes: Any) -> RunConfig:
+def make_config(uri: Path | str, actors: int = 1, *, encoded: bool = True, **changes: Any) -> RunConfig:
+    """The configuration of a run that has the text features of its prompts already where `encoded`."""
     engine = {"actors": actors, "checkpoint_every_blocks": 2}
-    return make.make_config(uri, **{"video": NO_VIDEO, "engine": engine, **changes})
+    config = make.make_config(uri, **{"video": NO_VIDEO, "engine": engine, **changes})
+    return make.store_features(config, PROMPTS) if encoded else config
 
 
 class Recorder:
@@ -70,7 +72,7 @@ class Recorder:
 def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     """The run with one actor that nothing disturbed."""
     folder = tmp_path_factory.mktemp("quiet")
-    outcome = evaluate(make_config(folder), PROMPTS)
+    outcome = evaluate(make_config(folder, encoded=False), PROMPTS)
     assert (outcome.exit_code, outcome.commits_total, outcome.commits_made) == (0, 12, 12)
     return RolloutRun(str(folder))
 
@@ -192,17 +194,17 @@ def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
 ) -> None:
     monkeypatch.setattr("lrag_ray.pipelines.evaluate.TextStage", stage)
     with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: {reason}.*The same command continues"):
-        evaluate(make_config(tmp_path), PROMPTS[:1])
+        evaluate(make_config(tmp_path, encoded=False), PROMPTS[:1])
     assert RolloutRun(str(tmp_path)).commits() == []
     monkeypatch.undo()
-    assert evaluate(make_config(tmp_path), PROMPTS[:1]).exit_code == 0
+    assert evaluate(make_config(tmp_path, encoded=False), PROMPTS[:1]).exit_code == 0
     assert read_failures(RolloutRun(str(tmp_path)).storage) == ([], [])
 
 
 def test_a_prompt_that_cannot_be_encoded_costs_its_own_rollouts_alone(
     quiet: RolloutRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, directory = make_config(tmp_path), RolloutRun(str(tmp_path))
+    config, directory = make_config(tmp_path, encoded=False), RolloutRun(str(tmp_path))
     poisoned = PROMPTS[1].prompt_id
     monkeypatch.setattr("lrag_ray.pipelines.evaluate.TextStage", Picky)
     outcome = evaluate(config, PROMPTS)
@@ -290,7 +292,7 @@ def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path:
     (tmp_path / "file").write_text("in the way")
     recorder = Recorder()
     with pytest.raises(StorageError, match=r"cannot read .*Not a directory"):
-        evaluate(make_config(tmp_path / "file" / "run"), PROMPTS, listener=recorder)
+        evaluate(make_config(tmp_path / "file" / "run", encoded=False), PROMPTS, listener=recorder)
     assert recorder.of(StageBegan) == []
 
 

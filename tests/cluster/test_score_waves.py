@@ -24,7 +24,7 @@ from lrag_ray.pipelines.evaluate import evaluate
 from lrag_ray.pipelines.scoring import RunScoring
 from lrag_ray.stages.spec import Result
 from lrag_ray.store.rollouts import RolloutRun
-from tests.stages.make import METHODS, make_config, make_prompts
+from tests.stages.make import METHODS, make_config, make_prompts, store_features
 
 WAITING = {"method": "tests.cluster.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
 PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
@@ -53,7 +53,8 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scored_config(folder: Path, **methods: Any) -> Any:
     engine = {"actors": 1, "checkpoint_every_blocks": 2}
-    return make_config(folder, engine=engine, scoring={"suite": "preview"}, methods={**METHODS, **methods})
+    config = make_config(folder, engine=engine, scoring={"suite": "preview"}, methods={**METHODS, **methods})
+    return store_features(config, PROMPTS)
 
 
 @pytest.mark.cluster

@@ -85,7 +85,7 @@ def test_the_plan_works_before_the_prompts_are_there_and_says_so() -> None:
 
 def test_a_full_retrieval_budget_leaves_no_past_local_frame_and_the_plan_says_so() -> None:
     notes = [note for note in planned(CONFIGS / "ablation_budget.yaml").notes if "no past local frame" in note]
-    assert [note.partition(":")[0] for note in notes] == ["methods.rag_k8"]
+    assert [note.partition(":")[0] for note in notes] == ["methods.rag_top_k_8"]
 
 
 def test_nested_durations_share_their_rollout_and_independent_ones_do_not(tmp_path: Path) -> None:

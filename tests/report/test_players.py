@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_video_out_of_reach_says_where_it_is(tmp_path: Path, s3_bucket: str) -
     remote = RolloutRun(f"{s3_bucket}/players")
     for path in local.storage.list_files():
         remote.storage.write(path, local.storage.read_bytes(path))
-    (row,) = rows(collect([remote]), Storage(str(tmp_path / "here")))
+    (row,) = rows(collect([remote]), partial(relative_address, Storage(str(tmp_path / "here"))))
     (player,) = row.players
     assert player.sources == {}
     assert player.missing.startswith("at s3://runs/players/rollouts/tiny/base/")
@@ -68,7 +69,7 @@ def test_a_map_is_that_of_the_whole_trace(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(maker, "trace_rows", per_layer)
     run = make_run(str(tmp_path / "run"), ["a red fox"], ["base"])
     data = collect([run])
-    (row,) = rows(data, Storage(f"{run.uri}/summary"))
+    (row,) = rows(data, partial(relative_address, Storage(f"{run.uri}/summary")))
     shown = data.rollouts[RolloutId(backbone="tiny", method="base", prompt_id=next(iter(data.identity.prompts)))]
     parts = shown.videos[-1].commit.trace_parts
     whole = [row for part in parts for row in read_trace(run.storage.read_bytes(part.path))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.stages.rollout.pending import pending_rollouts
 from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
 from lrag_ray.stages.spec import LocalHost
-from lrag_ray.stages.text import TextStage, TextTask
-from lrag_ray.store.identity import RunIdentity
+from lrag_ray.stages.text import TextStage, TextTask, embedding_path
+from lrag_ray.store.identity import RunIdentity, canonical_digest
 from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
 
@@ -75,6 +77,28 @@ def part_bytes(run: RolloutRun, commits: Sequence[Commit]) -> dict[tuple[str, st
         ]
         for commit in commits
     }
+
+
+def store_features(config: RunConfig, prompts: Sequence[Prompt]) -> RunConfig:
+    """Store the text features of `prompts`, so that a start needs no worker that imports a text encoder.
+
+    For tests that are not about text.
+    """
+    identity, storage = build_identity(config, prompts), RolloutRun(config.run.uri).storage
+    for backbone in identity.backbones.values():
+        digest = canonical_digest(backbone.latents["text_encoder"])
+        for prompt in prompts:
+            storage.write(embedding_path(digest, prompt.text), _features(digest, prompt.text))
+    return config
+
+
+@cache
+def _features(digest: str, prompt: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        config, storage = make_config(folder), RolloutRun(folder).storage
+        worker = TextStage(storage, config.backbones, config.engine).open(LocalHost())
+        worker.work(TextTask("tiny", digest, prompt), new_attempt_id())
+        return storage.read_bytes(embedding_path(digest, prompt))
 
 
 def encode_texts(run: RolloutRun, config: RunConfig, tasks: Sequence[RolloutTask]) -> None:

@@ -1,0 +1,125 @@
+"""``lrag-ray view | export``: the report in a browser, and as one file to give away."""
+
+from __future__ import annotations
+
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrag_ray.cli.options import AsJson
+from lrag_ray.cli.output import console, print_json, quantity, tells_errors, write
+from lrag_ray.errors import UsageError
+
+Runs = Annotated[list[str], typer.Argument(metavar="RUN", help="Addresses of run directories (run.uri).")]
+Suite = Annotated[str | None, typer.Option("--suite", help="Which scores [default: those that compare best].")]
+Mode = Annotated[str | None, typer.Option("--mode", help="Which scores of vbench_long, compat or direct.")]
+Strips = Annotated[int, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command("view")(view)
+    app.command("export")(export)
+
+
+@tells_errors
+def view(
+    runs: Runs,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of this machine [default: any].")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+    suite: Suite = None,
+    mode: Mode = None,
+    strips: Strips = 0,
+) -> None:
+    """Show the report of one run, or of several as one, in a browser until Ctrl-C.
+
+    The page is made from what the runs hold now and served to this machine alone (127.0.0.1); nothing is written to
+    the runs. On another machine: ssh -L 8000:127.0.0.1:8000 HOST, and --port 8000 there.
+
+    \b
+    Examples:
+      lrag-ray view runs/demo
+      lrag-ray view s3://bucket/table2 --no-browser --port 8000
+    """
+    from lrag_ray.report import collect
+    from lrag_ray.report.view import ReportServer
+    from lrag_ray.store.rollouts import RolloutRun
+
+    data = collect([RolloutRun(uri) for uri in runs], suite, mode, must_have=True)
+    with tempfile.TemporaryDirectory(prefix="lrag-ray-view-") as folder:
+        try:
+            server = ReportServer(data, Path(folder), port=port, strips=strips)
+        except OSError as error:
+            raise UsageError(f"--port {port}: {error.strerror}. Fix: leave it out, or give another one") from error
+        with server:
+            write(f"{server.address}\nCtrl-C ends it")
+            if browser:
+                webbrowser.open(server.address)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                # This is how it is meant to end.
+                return
+
+
+@tells_errors
+def export(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RUN... FILE.zip", help="Addresses of runs, and the file to write.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Videos of prompts that contain this, in any case.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Videos of this method; may be repeated.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=0, help="Videos of the first N prompts alone.")
+    ] = None,
+    suite: Suite = None,
+    mode: Mode = None,
+    strips: Strips = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report with its tables and videos into one archive, to be unpacked and opened anywhere.
+
+    The tables always cover the whole run; the options choose the videos.
+
+    \b
+    Examples:
+      lrag-ray export runs/demo demo.zip
+      lrag-ray export runs/table2 table2.zip --limit 8 --method rag --method infinity_rope
+    """
+    from lrag_ray.report import collect
+    from lrag_ray.report.export import export_report
+    from lrag_ray.store.records import RolloutId
+    from lrag_ray.store.rollouts import RolloutRun
+
+    *runs, file = arguments
+    if not runs or not file.endswith(".zip"):
+        raise UsageError("give the runs and then the file to write, which ends in .zip")
+    data = collect([RolloutRun(uri) for uri in runs], suite, mode, must_have=True)
+    unknown = [name for name in method or () if name not in data.identity.methods]
+    if unknown:
+        raise UsageError(f"--method {unknown[0]}: the runs have {', '.join(data.identity.methods)}")
+    texts = {name: found.text.lower() for name, found in data.identity.prompts.items()}
+    fitting = [name for name, text in texts.items() if prompt is None or prompt.lower() in text]
+    chosen = set(fitting[:limit])
+
+    def wanted(rollout: RolloutId) -> bool:
+        return rollout.prompt_id in chosen and (not method or rollout.method in method)
+
+    made = export_report(data, file, wanted, strips)
+    if as_json:
+        print_json(made)
+    else:
+        out: Any = console()
+        for line in made.missing:
+            out.print(f"Left out: {line}")
+        out.print(
+            f"{made.file}: {made.videos} videos, {quantity(made.size_bytes, 'B')}; unpack it and open report.html"
+        )
+    raise typer.Exit(1 if made.missing else 0)
