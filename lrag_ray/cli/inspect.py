@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -21,7 +20,7 @@ _ROLLOUT = "rollout"
 class _RolloutByDefault(TyperGroup):
     """``inspect ROLLOUT`` is ``inspect rollout ROLLOUT``."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the name in where no other command is named."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = [_ROLLOUT, *args]

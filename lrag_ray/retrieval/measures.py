@@ -6,6 +6,7 @@ map alone, with the history and exclusions that rag has, so no generator is need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def bend(embeddings: Tensor) -> float:
     """
     first = embeddings.double().diff(dim=0)
     if len(first) < 2:
-        return float("nan")
+        return math.nan
     return float(first.diff(dim=0).norm(dim=-1).mean() / first.norm(dim=-1).mean())
 
 
@@ -87,6 +88,6 @@ def played_back(
             changed.append(len(now - before) / top_k)
         before = now
     if not rows:
-        return Retrieval(0, *[float("nan")] * 4)
-    means = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
-    return Retrieval(len(rows), *means, sum(changed) / len(changed) if changed else float("nan"))
+        return Retrieval(0, math.nan, math.nan, math.nan, math.nan)
+    distance, reach, spread = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+    return Retrieval(len(rows), distance, reach, spread, sum(changed) / len(changed) if changed else math.nan)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from lrag_ray.config.load import load_job
 from lrag_ray.config.training import TrainEncoderConfig
@@ -55,7 +55,7 @@ def undisturbed(folder: Path, corpus: str) -> TrainingRun:
     """The same training by two processes that nothing disturbs and that know nothing of Ray."""
     job = TrainEncoderJob(make_config(folder, corpus, str(folder / "quiet")), lambda _: None)
     job.prepare()
-    mp.spawn(plain_worker, (str(folder), job.work()), nprocs=2)
+    spawn(plain_worker, (str(folder), job.work()), nprocs=2)
     return TrainingRun(str(folder / "quiet"))
 
 

@@ -126,7 +126,7 @@ def test_rollouts_that_vanish_are_named(tmp_path: Path, corpus: str) -> None:
     job, _ = job_of(config_of(tmp_path, str(own)))
     job.prepare()
     shutil.rmtree(sorted((own / "rollouts/tiny/base").iterdir())[0])
-    with pytest.raises(IdentityError, match="1 of them are not in data.uris any more"):
+    with pytest.raises(IdentityError, match=r"1 of them are not in data\.uris any more"):
         job_of(config_of(tmp_path, str(own)))
     end = job.work()(LocalTrainingHost(), Alone())
     assert (end.state, "not in the dataset any more" in end.reason) == ("failed", True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
@@ -172,7 +173,7 @@ def test_a_checkpoint_of_the_released_trainer_is_continued(golden: Any) -> None:
     reference = make_optimizer(theirs, OptimizerConfig())
     reference.load_state_dict(on_host(content["optimizer"]))
     optimizer = make_optimizer(ours, OptimizerConfig())
-    position = load_state(content, "their checkpoint", ours, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    position = load_state(content, "their checkpoint", ours, optimizer, GradScaler("cpu", enabled=False))
     assert (position.epoch, position.batch) == (5, 0)
     batch = torch.randn(2, 4, 16, 8, 12, generator=torch.Generator().manual_seed(0))
     for model, each in ((theirs, reference), (ours, optimizer)):
@@ -204,7 +205,7 @@ def test_checkpoints_that_do_not_fit_are_refused_with_a_reason(
     content = torch.load(path, weights_only=True)
     change(content)
     model = LatentAutoencoder(SIZES)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = GradScaler("cpu", enabled=False)
     with pytest.raises(WeightsError, match=problem):
         load_state(content, "RUN/checkpoints/last.pt", model, make_optimizer(model, OptimizerConfig()), scaler)
 

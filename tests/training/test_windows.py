@@ -71,7 +71,7 @@ def test_validation_takes_the_same_windows_every_time_whatever_else_is_there() -
     ]
     assert windows[0]
     assert windows[0].items() <= windows[1].items()
-    held_out = {few.rollouts.keys[at] for at in np.flatnonzero(few.rollouts.validation)}
+    held_out = {few.rollouts.keys[int(at)] for at in np.flatnonzero(few.rollouts.validation)}
     assert set(windows[0]) == held_out
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from lrag_ray.training.peers import ProcessGroup
 from lrag_ray.training.windows import WindowSampler
@@ -67,7 +67,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("workers")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    spawn(worker, (str(folder),), nprocs=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
