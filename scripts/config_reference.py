@@ -60,14 +60,17 @@ def main() -> int:
 def reference() -> str:
     """The whole page."""
     parts = [HEAD]
+    described: set[type[Any]] = set()
     for job, model in JOB_SCHEMAS.items():
         parts.append(f"\n## job: {job}\n")
-        parts += _sections(model)
+        if described:
+            parts.append("\nSections that have no table here are those of the jobs above.\n")
+        parts += _sections(model, described)
     return "".join(parts)
 
 
-def _sections(model: type[Any]) -> Iterator[str]:
-    done: set[type[Any]] = set()
+def _sections(model: type[Any], done: set[type[Any]]) -> Iterator[str]:
+    """Tables of `model` and the sections below it, without those in `done`, which grows."""
     waiting: list[tuple[str, type[Any]]] = [("", model)]
     while waiting:
         path, section = waiting.pop(0)

@@ -1,8 +1,8 @@
 """Windows per second of a latent dataset against raw reads of the same bytes, cold and warm.
 
-Both sides read the same random windows into buffers that they keep, with the same number of threads; the raw side knows
-files and offsets beforehand and does nothing but open, seek and read. Cold means that the files are not in the page cache
-(local files only).
+Both sides read the same random windows into buffers that they keep, with the same number of threads; the raw side
+knows files and offsets beforehand and does nothing but open, seek and read. Cold means that the files are not in the
+page cache (local files only).
 """
 
 from __future__ import annotations

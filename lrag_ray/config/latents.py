@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from lrag_ray.config.schema import PromptsSection, RunConfig, ScoringSection
+from lrag_ray.config.schema import BackboneConfig, MethodConfig, Name, PromptsSection, RunConfig, ScoringSection
 
 DEFAULTS: dict[str, Any] = {
     "backbones": {"longlive": {"preset": "longlive"}},
@@ -32,6 +32,10 @@ class LatentsConfig(RunConfig):
     """What this file describes."""
     prompts: SampledPromptsSection
     """Prompts."""
+    backbones: dict[Name, BackboneConfig] = Field(min_length=1)
+    """Generators by name, whose latents have one shape; a file without this section takes LongLive."""
+    methods: dict[Name, MethodConfig] = Field(min_length=1)
+    """Method settings by name; a file without this section takes base with window 12 and sink 3, LongLive's own."""
     durations_s: list[float] = Field(default=[22.5], min_length=1, max_length=100)
     """Lengths in seconds; the dataset holds the longest. 22.5 s are 90 latent frames."""
     verification_videos: int = Field(default=2, ge=0, le=1_000_000)

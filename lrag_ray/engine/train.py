@@ -146,6 +146,11 @@ class _Fit(threading.Thread):
                     f"Ray Train cannot go on: {first_line(error.controller_failure)}. Fix: `lrag-ray doctor` checks "
                     "the cluster; the same command continues"
                 ) from error
+            case ray.exceptions.RayError() as error:
+                raise ClusterError(
+                    f"the controller of Ray Train ended: {first_line(error)}. Fix: `lrag-ray doctor` checks the cluster; "
+                    "the same command continues"
+                ) from error
             case TrainingFailedError() as error:
                 raise WorkersFailedError(first_line(error)) from error
             case error:

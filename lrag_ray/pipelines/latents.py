@@ -110,7 +110,7 @@ class LatentsJob(EvaluateJob):
             )
             for task in tasks
         ]
-        with index_feed(self._index, self.report) as relay:
+        with index_feed(self._index, self.report, INDEX_EVERY_S) as relay:
             self.run_stage(RolloutStage.of(self._run, self._config), marked, listener=relay)
 
     def _videos_to_make(self) -> list[Task[DecodeTask]]:
@@ -177,7 +177,7 @@ def _refuse_several_forms(config: LatentsConfig) -> None:
 
 
 @contextmanager
-def index_feed(index: RunIndex, listener: Listener, every_s: float = INDEX_EVERY_S) -> Iterator[Listener]:
+def index_feed(index: RunIndex, listener: Listener, every_s: float) -> Iterator[Listener]:
     """Add rollouts to the index in the background for the time of the block, about every `every_s`.
 
     The yielded listener must get the events of the rollouts; it passes them on. `listener` is called in the caller's

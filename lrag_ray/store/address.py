@@ -156,7 +156,13 @@ class Storage:
             data = self._do("read", path, lambda: self._cat_range(full, start, start + len(view), single))
             view[: len(data)] = data
             return len(data)
-        return self._do("read", path, lambda: _read_local_range(full, start, view))
+        try:
+            # Half of the time of a window in the page cache would go into the care for errors.
+            return _read_local_range(full, start, view)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return self._do("read", path, lambda: _read_local_range(full, start, view))
 
     def _cat_range(self, full: str, start: int, end: int, options: Mapping[str, Any]) -> bytes:
         try:
@@ -354,6 +360,13 @@ def _absolute(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(uri))  # noqa: PTH100, PTH111 - the folder need not exist
 
 
+def _folders(folder: str) -> list[str]:
+    try:
+        return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _read_local_range(full: str, start: int, view: memoryview) -> int:
     done = 0
     # Without buffering: a window is read in one call, straight into its tensor.
@@ -365,13 +378,6 @@ def _read_local_range(full: str, start: int, view: memoryview) -> int:
                 break
             done += got
     return done
-
-
-def _folders(folder: str) -> list[str]:
-    try:
-        return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _walk(folder: str) -> Iterator[tuple[str, FileDetails]]:

@@ -99,6 +99,10 @@ class LatentDataset:
             )
         self.form = self._sources[0].form
         """Shape and dtype of every latent frame."""
+        self.shape: tuple[int, int, int] = self.form.shape
+        """(C, H, W) of every latent frame: (16, 60, 104) at 832x480."""
+        self.dtype: torch.dtype = getattr(torch, self.form.dtype)
+        """Of the latents as they are stored and read."""
 
     @classmethod
     def open(cls, uri: str, *more_uris: str, storage: StorageSection | None = None) -> LatentDataset:
@@ -118,16 +122,6 @@ class LatentDataset:
     def uris(self) -> list[str]:
         """The addresses as they may be shown."""
         return [source.uri for source in self._sources]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every latent frame: (16, 60, 104) at 832x480."""
-        return self.form.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the latents as they are stored and read."""
-        return _torch_dtype(self.form)
 
     @property
     def rollouts(self) -> Sequence[RolloutEntry]:
@@ -191,7 +185,7 @@ class LatentDataset:
         frames, length = int(plan.frames[rollout_index]), out.shape[0]
         if not (start >= 0 and length > 0 and start + length <= frames):
             raise IndexError(f"rollout {rollout_index} has {frames} latent frames, not {start} to {start + length}")
-        if out.shape[1:] != self.form.shape or out.dtype != self.dtype or not out.is_contiguous():
+        if out.shape[1:] != self.shape or out.dtype != self.dtype or not out.is_contiguous():
             raise ValueError(f"out is {list(out.shape)} {out.dtype}, expected contiguous frames {self.form}")
         view = out.view(torch.uint8).view(-1).numpy().data
         self._sources[plan.source[rollout_index]].read_into(int(plan.row[rollout_index]), start, length, view)
@@ -321,6 +315,7 @@ class _Source:
         self.storage = storage
         self.form = form
         self.uri = storage.uri
+        self._frame_bytes = form.frame_bytes
         self._rows = rows
         self._places: _Kept[_Places] = _Kept(_GROUPS_OF_PLACES)
         self._entries: _Kept[pa.Table] = _Kept(_GROUPS_OF_ENTRIES)
@@ -337,7 +332,7 @@ class _Source:
     def read_into(self, row: int, start: int, length: int, view: memoryview) -> None:
         """Fill `view` with frames of a row."""
         places, at = self._rows.group_of(row, PLACE_COLUMNS, self._places, _Places)
-        frame_bytes, end, done = self.form.frame_bytes, start + length, 0
+        frame_bytes, end, done = self._frame_bytes, start + length, 0
         for number in range(places.bounds[at], places.bounds[at + 1]):
             first = max(start, places.first_frame[number])
             stop = min(end, places.first_frame[number] + places.frames[number])
@@ -481,8 +476,3 @@ class _Kept(Generic[T]):
 
     def __reduce__(self) -> tuple[type[_Kept[T]], tuple[int]]:
         return _Kept, (self._size,)
-
-
-def _torch_dtype(form: LatentForm) -> torch.dtype:
-    found: torch.dtype = getattr(torch, form.dtype)
-    return found
