@@ -148,8 +148,8 @@ class _Fit(threading.Thread):
                 ) from error
             case ray.exceptions.RayError() as error:
                 raise ClusterError(
-                    f"the controller of Ray Train ended: {first_line(error)}. Fix: `lrag-ray doctor` checks the cluster; "
-                    "the same command continues"
+                    f"the controller of Ray Train ended: {first_line(error)}. Fix: `lrag-ray doctor` checks the "
+                    "cluster; the same command continues"
                 ) from error
             case TrainingFailedError() as error:
                 raise WorkersFailedError(first_line(error)) from error
