@@ -128,12 +128,13 @@ def embeddings(
     Example:
       lrag-ray inspect embeddings runs/latents --descriptor avg_pool --descriptor runs/encoder/checkpoints/best.pt
     """
-    from lrag_ray.context.rag import RagSettings
+    from lrag_ray.context.rag import Rag, RagSettings
     from lrag_ray.errors import UsageError
     from lrag_ray.pipelines.embeddings import inspect_embeddings
 
     try:
         settings = RagSettings(window, sink, top_k, recent)
+        Rag.check(settings, block)
     except ValueError as error:
         raise UsageError(f"{error}") from None
     found = inspect_embeddings(

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from lrag_ray.config.problems import described
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
 from lrag_ray.scoring.registry import check_name
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
@@ -289,7 +290,7 @@ class ActorRange(Section):
 
 def _actors(value: Any) -> Any:
     if isinstance(value, bool) or not (isinstance(value, int | dict | ActorRange) or value == "per_gpu"):
-        raise ValueError(f"expected a whole number, per_gpu or {{min: a, max: b}}, got {_named(value)}")
+        raise ValueError(f"expected a whole number, per_gpu or {{min: a, max: b}}, got {described(value)}")
     if isinstance(value, dict):
         if set(value) != {"min", "max"} or not all(type(bound) is int for bound in value.values()):
             raise ValueError("expected {min: a, max: b} with two whole numbers")
@@ -302,12 +303,6 @@ def _actors(value: Any) -> Any:
     elif isinstance(value, int) and value > MOST_WORKERS:
         raise ValueError(f"must be at most {MOST_WORKERS}, got {value}")
     return value
-
-
-def _named(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"text {value!r}" if isinstance(value, str) else repr(value)
 
 
 class WorkersSection(Section):

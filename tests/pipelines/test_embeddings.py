@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def encoder(path: Path, shape: tuple[int, int, int] = SHAPE) -> str:
     sizes = EncoderConfig(*shape, 8, (8,))
-    config = {
-        "in_channels": shape[0],
-        "spatial_h": shape[1],
-        "spatial_w": shape[2],
-        "latent_dim": 8,
-        "hidden_dims": [8],
-    }
+    config = {**asdict(sizes), "hidden_dims": [8]}
     path.write_bytes(checkpoint_bytes({"config": config, "model": make_model(sizes, 0).state_dict()}))
     return str(path)
 
@@ -49,7 +44,7 @@ def test_every_descriptor_has_a_map_and_numbers(corpus: str, tmp_path: Path) -> 
     for each in found.measures:
         np.testing.assert_allclose(np.diag(each.similarity), 1)
         assert each.by_distance[0] == pytest.approx(1)
-        assert each.by_distance[1] > each.by_distance[8]
+        assert each.by_distance[5] == pytest.approx(np.diag(each.similarity, 5).mean())
         assert 6 <= each.retrieval.distance <= 24
     page = (tmp_path / "out" / found.files[0]).read_text()
     assert page.count('<svg class="map square"') == 4
@@ -115,6 +110,6 @@ def test_the_bench_times_every_part() -> None:
     assert [(cost.descriptor, cost.history_frames) for cost in found.costs] == [
         ("ae", 8), ("ae", 16), ("avg_pool", 8), ("avg_pool", 16),
     ]  # fmt: skip
-    assert all(
-        cost.encode_ms > 0 and cost.search_ms > 0 and cost.transfer_bytes == 2 * 2 * 8 * 2 for cost in found.costs
-    )
+    for cost in found.costs:
+        assert cost.encode_ms > 0 and cost.search_ms > 0
+        assert cost.transfer_bytes == 2 * 2 * 8 * 2

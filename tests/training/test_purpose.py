@@ -1,4 +1,4 @@
-"""What the losses are for: neighbours less alike with the delta loss, smoother trajectories with the smoothness term."""
+"""What the losses are for: neighbours less alike with the delta loss, smoother paths with the smoothness term."""
 
 from __future__ import annotations
 
