@@ -70,7 +70,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
 
 def test_the_names_are_frozen() -> None:
     assert sorted(lr.__all__) == sorted([*FUNCTIONS, "Dataset", "Run", "NUMERICS_VERSION", "__version__"])
-    assert dir(lr) == lr.__all__
+    assert dir(lr) == sorted(lr.__all__)
     public = {name for name, _ in inspect.getmembers(lr.Run) if not name.startswith("_")}
     assert public == {*METHODS, "uri"}
 

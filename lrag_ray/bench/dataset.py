@@ -113,7 +113,7 @@ def bench_dataset(
                 before()
                 started = time.perf_counter()
                 with ThreadPoolExecutor(readers) as threads:
-                    for _ in threads.map(work, items):  # type: ignore[arg-type]
+                    for _ in threads.map(work, items):
                         pass
                 pair.append(windows / (time.perf_counter() - started))
             found.append(pair)
@@ -164,7 +164,8 @@ def _pieces(data: LatentDataset, rollout: int, start: int, length: int) -> list[
 
 def _read_raw(piece: _Piece, view: memoryview) -> None:
     if not piece.storage.is_local:
-        view[:] = piece.storage.fs.cat_file(piece.storage.full(piece.path), piece.offset, piece.offset + piece.size)
+        full, end = piece.storage.full(piece.path), piece.offset + piece.size
+        view[:] = piece.storage.fs.cat_file(full, start=piece.offset, end=end)
         return
     with open(f"{piece.storage.root}/{piece.path}", "rb", buffering=0) as file:  # noqa: PTH123 - as fast as it gets
         file.seek(piece.offset)

@@ -167,15 +167,11 @@ class _Import:
         return local
 
     def _row(self, position: int, found: FoundLatent, form: LatentForm | None) -> FormedRow | None:
+        """The row of a latent that is new; None for one that is there or is left out, which is named."""
         name, latents = found.name, found.latents
-        if latents is None:
-            return self._leave_out(name, found.problem)
-        frames, channels, height, width = latents.shape
-        own = LatentForm(channels=channels, height=height, width=width, dtype=dtype_name(latents))
-        if frames < self._window:
-            return self._leave_out(name, f"has {frames} latent frames, fewer than a window of {self._window}")
-        if form is not None and own != form:
-            return self._leave_out(name, f"holds latents {own}, the others are {form}")
+        problem = found.problem if latents is None else self._unusable(latents, form)
+        if latents is None or problem:
+            return self._leave_out(name, problem)
         digest = values_digest(latents)
         if name in self._known:
             if self._known[name] != digest:
@@ -185,11 +181,20 @@ class _Import:
         if bad := first_not_finite(latents):
             self._listener(Notice(f"{name}: {bad}; it is imported as it is", warning=True))
         note = found.note if found.note is not None and found.note.latents_digest == digest else None
-        return FormedRow(self._stored(position, name, latents, digest, note), own)
+        return FormedRow(self._stored(position, name, latents, digest, note), _form_of(latents))
 
-    def _leave_out(self, name: str, reason: str) -> None:
+    def _unusable(self, latents: Tensor, form: LatentForm | None) -> str:
+        frames = latents.shape[0]
+        if frames < self._window:
+            return f"has {frames} latent frames, fewer than a window of {self._window}"
+        if form is not None and _form_of(latents) != form:
+            return f"holds latents {_form_of(latents)}, the others are {form}"
+        return ""
+
+    def _leave_out(self, name: str, reason: str) -> FormedRow | None:
         self._left_out[name] = reason
         self._listener(Notice(f"{name} {reason}: left out", warning=True))
+        return None
 
     def _stored(self, position: int, name: str, latents: Tensor, digest: str, note: LatentNote | None) -> IndexRow:
         path = f"{IMPORTED}/{position:06d}-{digest[:16]}.safetensors"
@@ -214,6 +219,11 @@ class _Import:
             prompt=note.prompt if note else "",
             latents_digest=digest,
         )
+
+
+def _form_of(latents: Tensor) -> LatentForm:
+    _, channels, height, width = latents.shape
+    return LatentForm(channels=channels, height=height, width=width, dtype=dtype_name(latents))
 
 
 def _exists(storage: Storage, path: str) -> bool:

@@ -55,7 +55,9 @@ def make_latents(
 
     Errors are those of `lrag_ray.pipelines.evaluate.evaluate`.
     """
-    return LatentsJob(config, load_prompts(config.prompts) if prompts is None else prompts, listener).start()
+    outcome = LatentsJob(config, load_prompts(config.prompts) if prompts is None else prompts, listener).start()
+    assert isinstance(outcome, LatentsOutcome), "a job gives its own outcome"
+    return outcome
 
 
 class LatentsJob(EvaluateJob):

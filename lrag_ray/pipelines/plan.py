@@ -144,7 +144,8 @@ class Plan:
 def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
     """Plan of a loaded configuration for these prompts."""
     videos = len(prompts) * config.prompts.samples
-    methods, cells = [], []
+    methods: list[MethodPlan] = []
+    cells: list[Cell] = []
     pairs = len(config.backbones) * len(config.methods)
     decoded = config.decoded(videos * pairs)
     for backbone_name, backbone in config.backbones.items():

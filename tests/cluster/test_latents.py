@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lrag_ray.config.latents import LatentsConfig
 from lrag_ray.config.prompts import Prompt, load_prompts
+from lrag_ray.dataset import Dataset
 from lrag_ray.events import Event, StageBegan, TaskFinished
 from lrag_ray.pipelines.gc import collect_garbage
 from lrag_ray.pipelines.latents import make_latents
@@ -31,10 +33,10 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_config(uri: Path, prompts: Path, **changes: Any) -> LatentsConfig:
+def make_config(uri: Path, file: Path, **changes: Any) -> LatentsConfig:
     fields: dict[str, Any] = {
         "run": {"uri": str(uri)},
-        "prompts": {"path": str(prompts), "ratio": 0.5},
+        "prompts": {"path": str(file), "ratio": 0.5},
         "durations_s": [3],
         "backbones": {"tiny": BACKBONE},
         "methods": {"base": METHODS["base"]},
@@ -111,6 +113,20 @@ def test_nothing_is_decoded_but_the_verification_videos_and_more_may_be_asked_fo
     assert card is not None and card.digest == outcome.dataset_digest
     assert card.seed == 0 and card.prompts["ratio"] == 0.6 and "base" in card.methods
     assert "random_seed" in str(card.backbones["tiny"])
+
+
+def test_ray_data_reads_the_same_windows(quiet: RolloutRun) -> None:
+    data = Dataset.from_run(quiet.uri, window=5)
+    whole = Dataset.from_run(quiet.uri)
+    rows = data.to_ray().take_all()
+    assert len(rows) == len(data)
+    found = {(row["rollout"], row["start"]): torch.as_tensor(row["latents"]) for row in rows}
+    for index in range(len(data)):
+        rollout, start = data.place(index)
+        entry = data.latents.rollouts[rollout]
+        assert torch.equal(found[entry.rollout, start], data[index])
+    assert {row["key"] for row in rows} == set(data.latents.keys)
+    assert sorted(len(row["latents"]) for row in whole.to_ray().take_all()) == sorted(whole.latents.frames.tolist())
 
 
 def test_a_rollout_that_cannot_be_made_is_named_and_the_dataset_holds_the_rest(

@@ -100,7 +100,7 @@ def test_prompts_and_keys_travel_with_an_export(tmp_path: Path) -> None:
     first = LatentDataset.open(run)
     for form in ("pt", "webdataset"):
         exported, back = str(tmp_path / f"exported-{form}"), str(tmp_path / f"back-{form}")
-        assert export_dataset([run], exported, form=form).dtype == "float32"  # type: ignore[arg-type]
+        assert export_dataset([run], exported, form=form).dtype == "float32"
         assert import_dataset(exported, back).digest == first.digest
         second = LatentDataset.open(back)
         for mine, theirs in zip(first.rollouts, second.rollouts, strict=True):

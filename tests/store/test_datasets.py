@@ -348,3 +348,26 @@ def test_a_large_index_is_opened_and_planned_without_reading_it_whole(
     monkeypatch.setattr("lrag_ray.store.datasets._Source._read_piece", lambda *_: None)
     assert read_by(lambda: data.read(12_345, 20, 8)) < size * ROWS_PER_GROUP / rollouts
     assert len(data) == rollouts and data.frames.sum() == 90 * rollouts
+
+
+def test_a_dataset_in_a_bucket_is_read_by_byte_range(run: RolloutRun, s3_bucket: str, tmp_path: Path) -> None:
+    uri = f"{s3_bucket}/{tmp_path.name}"
+    copied = RolloutRun(uri)
+    for path in run.storage.list_files():
+        copied.storage.write(path, run.storage.read_bytes(path))
+    index = RunIndex(copied, copied.require())
+    index.catch_up(copied.inventory(), never)
+    data, local = LatentDataset.open(uri), LatentDataset.open(run.uri)
+    assert data.digest == local.digest
+    assert all(torch.equal(data.read(i, 4, 5), local.read(i, 4, 5)) for i in range(6))
+    part = data.parts(0)[-1]
+    assert copied.storage.read_range(part.path, part.size_bytes - 4, part.size_bytes + 4) == run.storage.read_range(
+        local.parts(0)[-1].path, part.size_bytes - 4, part.size_bytes + 4
+    )
+    assert copied.storage.read_range(part.path, part.size_bytes + 10, part.size_bytes + 20) == b""
+    copied.storage.write(part.path, run.storage.read_bytes(local.parts(0)[-1].path)[:-8])
+    with pytest.raises(StorageError, match="ends 8 bytes before"):
+        data.read(0, 6, 6)
+    copied.storage.remove(part.path)
+    with pytest.raises(StorageError, match="is missing"):
+        data.read(0, 6, 6)
