@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit proofs clean
+.PHONY: help install demo encoder test lint types unit proofs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ install: $(VENV)/.run ## make the environment in .venv
 
 demo: $(VENV)/.run ## the whole job on the embedded tiny backbone: local Ray, CPU, local storage
 	$(BIN)/lrag-ray run configs/demo.yaml
+
+encoder: $(VENV)/.run ## a tiny corpus, an encoder on two workers (one is killed), measures, a rag run with it: minutes
+	$(BIN)/python scripts/encoder_tiny.py
 
 test: lint types unit ## lint, types and tests, as CI runs them
 

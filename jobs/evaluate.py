@@ -31,7 +31,7 @@ def _run() -> None:
 
     import lrag_ray
     from jobs.entry import check_client, listener, report_outcome, reporting_errors
-    from lrag_ray.config.load import load_config
+    from lrag_ray.config.load import load_job
     from lrag_ray.events import Notice
     from lrag_ray.pipelines.jobs import start
 
@@ -40,7 +40,7 @@ def _run() -> None:
         receive = listener(given.progress)
         code = f"lrag-ray {lrag_ray.__version__} from {Path(lrag_ray.__file__).parent}"
         receive(Notice(f"{code} with Python {platform.python_version()} on {socket.gethostname()}"))
-        outcome = start(load_config(given.config, given.overrides), listener=receive)
+        outcome = start(load_job(given.config, given.overrides), listener=receive)
         report_outcome(outcome, given.progress)
         sys.exit(outcome.exit_code)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lrag_ray.config.load import load_config as load_config
+from lrag_ray.config.jobs import JobConfig
+from lrag_ray.config.load import load_job
 from lrag_ray.config.prompts import Prompt, plan_prompts
 from lrag_ray.config.schema import RunConfig, StorageSection
 from lrag_ray.errors import StorageError, UsageError
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from lrag_ray.pipelines.evaluate import RunOutcome
+    from lrag_ray.pipelines.jobs import JobOutcome
     from lrag_ray.pipelines.plan import Plan
+    from lrag_ray.pipelines.plan_training import TrainingPlan
     from lrag_ray.pipelines.score import RunScores
     from lrag_ray.pipelines.score_videos import VideoScores
     from lrag_ray.pipelines.submit.follow import JobEnd as JobEnd
@@ -29,26 +31,34 @@ if TYPE_CHECKING:
     from lrag_ray.report.collect import ReportData
 
 
-def plan(config: RunConfig, prompts: Sequence[Prompt] | None = None) -> Plan:
-    """What a run would come to, from nothing: rollouts, arithmetic, memory, bytes. Reads no weights.
+load_config = load_job
 
-    `prompts` are those of the configuration unless they are given. Raises PromptError.
+
+def plan(config: JobConfig, prompts: Sequence[Prompt] | None = None) -> Plan | TrainingPlan:
+    """What a run would come to, from nothing: rollouts or steps, arithmetic, memory, bytes. Reads no weights.
+
+    `prompts` are those of the configuration unless they are given. Raises PromptError, and for a training UsageError
+    and StorageError for its datasets.
     """
     from lrag_ray.pipelines.plan import make_plan
+    from lrag_ray.pipelines.plan_training import plan_training
+
+    if not isinstance(config, RunConfig):
+        return plan_training(config)
 
     return make_plan(config, plan_prompts(config.prompts) if prompts is None else prompts)
 
 
 def run(
-    config: RunConfig | str | Path, prompts: Sequence[Prompt] | None = None, *, listener: Listener = silent
-) -> RunOutcome:
+    config: JobConfig | str | Path, prompts: Sequence[Prompt] | None = None, *, listener: Listener = silent
+) -> JobOutcome:
     """Run the job that a configuration (or its file) describes, to its end. The same call again continues.
 
     `listener` receives the events of `lrag_ray.events`. Errors and exit code: see `lrag_ray.pipelines.evaluate`.
     """
     from lrag_ray.pipelines.jobs import start
 
-    loaded = config if isinstance(config, RunConfig) else load_config(config)
+    loaded = load_config(config) if isinstance(config, str | Path) else config
     return start(loaded, prompts, listener)
 
 
@@ -78,18 +88,18 @@ def score(
     return score_videos(target, videos_config(overrides), manifest=manifest, to=to, listener=listener)
 
 
-def prepare(config: RunConfig | str | Path) -> Preparation:
+def prepare(config: JobConfig | str | Path) -> Preparation:
     """What `submit` checks without a cluster: prompts, plan, what travels and what every node must have.
 
     Raises ConfigError, PromptError and UsageError.
     """
     from lrag_ray.pipelines.submit.submit import prepare as prepare_config
 
-    return prepare_config(config if isinstance(config, RunConfig) else load_config(config))
+    return prepare_config(load_config(config) if isinstance(config, str | Path) else config)
 
 
 def submit(
-    config: RunConfig | str | Path | Preparation,
+    config: JobConfig | str | Path | Preparation,
     *,
     address: str | None = None,
     upload: bool = True,

@@ -6,7 +6,7 @@ Nothing here is needed for correctness: storage is the truth, and a lost event i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
@@ -84,6 +84,29 @@ class TaskAdvanced:
     """In units of the stage, such as blocks."""
     total: int
     step: str
+
+
+@dataclass(frozen=True)
+class TrainingAdvanced:
+    """Where a training is, about once a second; the fields of `lrag_ray.training.loop.Progress`."""
+
+    epoch: int
+    """The epoch under way, from 1."""
+    epochs: int
+    step: int
+    steps: int
+    workers: int
+    doing: str
+    """loading, training or validating."""
+    train: Sequence[float]
+    """Means of recon, delta and smooth over the epoch so far; empty before the first step."""
+    validation: Sequence[float]
+    """The same of the last validation."""
+    best: float | None
+    """Lowest validation total."""
+    best_epoch: int | None
+    """Its epoch, from 1."""
+    windows_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -174,6 +197,7 @@ Event = (
     | StageEnded
     | TaskStarted
     | TaskAdvanced
+    | TrainingAdvanced
     | TaskFinished
     | TaskYielded
     | AttemptFailed

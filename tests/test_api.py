@@ -18,10 +18,10 @@ from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import HORIZONS, make_run
 
 FUNCTIONS = {
-    "load_config": "(path: 'str | Path', overrides: 'Sequence[str]' = ()) -> 'RunConfig'",
-    "plan": "(config: 'RunConfig', prompts: 'Sequence[Prompt] | None' = None) -> 'Plan'",
-    "run": "(config: 'RunConfig | str | Path', prompts: 'Sequence[Prompt] | None' = None, *, "
-    "listener: 'Listener' = <function silent>) -> 'RunOutcome'",
+    "load_config": "(path: 'str | Path', overrides: 'Sequence[str]' = ()) -> 'JobConfig'",
+    "plan": "(config: 'JobConfig', prompts: 'Sequence[Prompt] | None' = None) -> 'Plan | TrainingPlan'",
+    "run": "(config: 'JobConfig | str | Path', prompts: 'Sequence[Prompt] | None' = None, *, "
+    "listener: 'Listener' = <function silent>) -> 'JobOutcome'",
     "score": "(target: 'str', *, config: 'RunConfig | None' = None, overrides: 'Sequence[str]' = (), "
     "manifest: 'str | None' = None, to: 'str | None' = None, listener: 'Listener' = <function silent>) "
     "-> 'RunScores | VideoScores'",

@@ -17,20 +17,20 @@ LAYERS: list[set[str]] = [
     {"pipelines"},
     {"engine", "stages", "watch"},
     {"report", "scoring", "store", "weights"},
-    {"rollout"},
+    {"rollout", "training"},
     {"context", "retrieval", "video"},
     {"wan"},
 ]
 """From top to bottom: a package imports its own layer and those below. `config` and `events` may be read by all above
 the science; `errors`, `interrupts`, `plugins`, `printable` and the package root by everyone."""
 
-SCIENCE = {"wan", "context", "retrieval", "rollout", "video"}
+SCIENCE = {"wan", "context", "retrieval", "rollout", "training", "video"}
 WITHOUT_RAY = SCIENCE | {"scoring", "store", "weights", "report", "stages", "watch", "config"}
 """They work in a notebook."""
 FORBIDDEN_IN_SCIENCE = {"s3fs", "fsspec", "botocore", "aiobotocore", "boto3"}
 NAMES = {"lrag_ray.scoring.registry", "lrag_ray.scoring.vbench_long.names"}
 """Of scoring, configuration knows the names alone."""
-BARE = {"wan", "context", "retrieval", "rollout"}
+BARE = {"wan", "context", "retrieval", "rollout", "training"}
 """Packages that import with torch, numpy and safetensors alone."""
 
 

@@ -71,7 +71,7 @@ def run(
     progress: Progress = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Run a job here, on a running Ray cluster or a local one: rollouts, scores and report, or a latent corpus.
+    """Run a job here, on a running Ray cluster or a local one: an evaluation, a latent corpus, an encoder training.
 
     The same command again continues: what is committed is not done again, what is partial continues, what failed is
     tried again. Prompts, samples, methods, backbones and durations may be added in between.
@@ -79,22 +79,27 @@ def run(
     \b
     Examples:
       lrag-ray run configs/demo.yaml
+      lrag-ray run configs/encoder.yaml
       lrag-ray run configs/demo.yaml --set run.uri=runs/mine --set prompts.path=prompts.txt --set prompts.limit=8
       lrag-ray run configs/demo.yaml --repair
     """
     from lrag_ray.cli.dataset import print_corpus
     from lrag_ray.cli.progress import shown_progress
     from lrag_ray.cli.tables import print_outcome
-    from lrag_ray.config.load import load_config
+    from lrag_ray.cli.training import print_training
+    from lrag_ray.config.load import load_job
     from lrag_ray.pipelines.jobs import start
     from lrag_ray.pipelines.latents import LatentsOutcome
+    from lrag_ray.pipelines.train_encoder import TrainingOutcome
     from lrag_ray.store.rollouts import RolloutRun
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_job(config, overrides or [])
     with shown_progress(progress) as listener:
         outcome = start(loaded, listener=listener, repair=repair)
     if as_json:
         print_json(outcome)
+    elif isinstance(outcome, TrainingOutcome):
+        print_training(console(), outcome)
     elif isinstance(outcome, LatentsOutcome):
         print_corpus(console(), outcome)
     else:
@@ -114,11 +119,21 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
       lrag-ray plan configs/table2.yaml --set durations_s=[30,60]
     """
     from lrag_ray.cli.tables import print_plan
-    from lrag_ray.config.load import load_config
+    from lrag_ray.cli.training import print_training_plan
+    from lrag_ray.config.load import load_job
     from lrag_ray.config.prompts import plan_prompts
+    from lrag_ray.config.training import TrainEncoderConfig
     from lrag_ray.pipelines.plan import make_plan
+    from lrag_ray.pipelines.plan_training import plan_training
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_job(config, overrides or [])
+    if isinstance(loaded, TrainEncoderConfig):
+        planned = plan_training(loaded)
+        if as_json:
+            print_json(planned)
+        else:
+            print_training_plan(console(), planned)
+        return
     made = make_plan(loaded, plan_prompts(loaded.prompts))
     if as_json:
         print_json(made)
@@ -146,20 +161,28 @@ def status(
       lrag-ray status s3://bucket/table2 --watch
     """
     from lrag_ray.cli.tables import print_status
+    from lrag_ray.cli.training import print_training_status
     from lrag_ray.store.rollouts import RolloutRun
-    from lrag_ray.store.status import run_status
+    from lrag_ray.store.status import RunStatus, run_status
+    from lrag_ray.store.training_run import TrainingRun, holds_training
+    from lrag_ray.store.training_status import TrainingStatus, training_status
 
     run_dir = RolloutRun(run_uri)
+    training = holds_training(run_dir.storage)
     while True:
         began_s = time.monotonic()
-        found = run_status(run_dir)
+        found: RunStatus | TrainingStatus
+        found = training_status(TrainingRun(run_uri)) if training else run_status(run_dir)
         if as_json:
             print_json({**found.model_dump(mode="json"), "done": found.done})
         else:
             if watch:
                 # Not before the new look is there: a large run on a bucket takes a while to read.
                 console().clear()
-            print_status(console(), found)
+            if isinstance(found, TrainingStatus):
+                print_training_status(console(), found)
+            else:
+                print_status(console(), found)
         if not watch or found.settled or (found.done and found.held_by is None):
             raise typer.Exit(found.exit_code)
         # At most half of the time is spent on reading: every commit is read at every look.

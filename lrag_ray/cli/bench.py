@@ -115,6 +115,44 @@ def runner(
 
 @bench.command()
 @tells_errors
+def retrieval(
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", metavar="FILE", help="Checkpoint of an encoder [default: untrained, of full size]."),
+    ] = None,
+    history: Annotated[
+        list[int] | None,
+        typer.Option("--history", min=2, help="Frames searched; may be repeated [default: 120, 480]."),
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Frames to retrieve.")] = 6,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each is measured; the median counts.")] = 20,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda [default: the GPU, where there is one].")
+    ] = None,
+) -> None:
+    """Measure retrieval per block: encoding, search, and the transfer of what was found.
+
+    \b
+    Example:
+      lrag-ray bench retrieval --encoder runs/encoder/checkpoints/best.pt --history 480
+    """
+    import torch
+
+    from lrag_ray.bench.retrieval import bench_retrieval
+    from lrag_ray.retrieval.encoder import load_encoder
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_encoder(encoder) if encoder is not None else None
+    sizes = model.config if model is not None else None
+    latent = (sizes.in_channels, sizes.spatial_h, sizes.spatial_w) if sizes is not None else (16, 60, 104)
+    measured = bench_retrieval(
+        place, encoder=model, latent=latent, history=history or (120, 480), top_k=top_k, repeats=repeats
+    )
+    print_json(measured.as_dict())
+
+
+@bench.command()
+@tells_errors
 def dataset(
     runs: Annotated[
         list[str] | None,

@@ -1,24 +1,50 @@
-"""``lrag-ray inspect``: which frames a rollout attended to."""
+"""``lrag-ray inspect``: which frames a rollout attended to, and what embeddings of its frames are worth."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from lrag_ray.cli.output import console, print_json, tells_errors
+from lrag_ray.cli.options import AsJson
+from lrag_ray.cli.output import console, print_json, say, tells_errors
+from lrag_ray.cli.tables import table
 
 _WIDTH_WITHOUT_TERMINAL = 140
+_ROLLOUT = "rollout"
+
+
+class _RolloutByDefault(TyperGroup):
+    """``inspect ROLLOUT`` is ``inspect rollout ROLLOUT``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the name in where no other command is named."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [_ROLLOUT, *args]
+        return super().parse_args(ctx, args)
+
+
+inspect = typer.Typer(
+    cls=_RolloutByDefault,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look into stored results: what a rollout attended to (ROLLOUT, or rollout ROLLOUT), and embeddings.\n\n"
+    "\b\nExamples:\n  lrag-ray inspect runs/demo/rollouts/tiny/rag/00000-1f2e3d4c-0\n"
+    "  lrag-ray inspect embeddings runs/demo --descriptor avg_pool",
+)
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("inspect")(inspect)
+    """Add the commands to the program."""
+    app.add_typer(inspect, name="inspect")
 
 
+@inspect.command(_ROLLOUT)
 @tells_errors
-def inspect(
+def inspect_rollout_command(
     rollout: Annotated[
         str,
         typer.Argument(metavar="ROLLOUT", help="RUN/rollouts/<backbone>/<method>/<prompt_id>-<sample>."),
@@ -32,8 +58,9 @@ def inspect(
     that is attended.
 
     \b
-    Example:
-      lrag-ray inspect runs/demo/rollouts/tiny/rag/00000-1f2e3d4c-0 --png map.png
+    Examples:
+      lrag-ray inspect runs/demo/rollouts/tiny/rag/00000-1f2e3d4c-0
+      lrag-ray inspect rollout runs/demo/rollouts/tiny/rag/00000-1f2e3d4c-0 --png map.png
     """
     from rich.text import Text
 
@@ -61,3 +88,77 @@ def inspect(
     out.print(Text.assemble(*legend, f"{VALUE_GLYPH} {trace_map(found.rows).value_name}"))
     if png is not None:
         out.print(f"picture: {png}")
+
+
+@inspect.command()
+@tells_errors
+def embeddings(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Address of a run or imported dataset with latents.")],
+    descriptors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--descriptor",
+            metavar="NAME",
+            help="avg_pool, random (an untrained encoder), the checkpoint of an encoder, or dino (features of decoded "
+            "frames); may be repeated [default: avg_pool and random].",
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Only rollouts whose prompt contains this.")
+    ] = None,
+    most: Annotated[int, typer.Option("--rollouts", min=1, help="Rollouts to look at.")] = 2,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FOLDER", help="Where page and data go [default: RUN/summary/embeddings]."),
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Window of the retrieval that is played back.")] = 12,
+    sink: Annotated[int, typer.Option("--sink", help="Its sink.")] = 1,
+    top_k: Annotated[int, typer.Option("--top-k", help="Its retrieved frames.")] = 6,
+    recent: Annotated[int, typer.Option("--recent-exclude", help="Its newest frames that are not eligible.")] = 5,
+    block: Annotated[int, typer.Option("--frames-per-block", min=1, help="Its frames per block.")] = 3,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="DIR", help="dino: folder of VBench-Long's networks, or random."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare descriptors on stored rollouts: similarity over time, and which frames they would retrieve.
+
+    \b
+    Example:
+      lrag-ray inspect embeddings runs/latents --descriptor avg_pool --descriptor runs/encoder/checkpoints/best.pt
+    """
+    from lrag_ray.context.rag import Rag, RagSettings
+    from lrag_ray.errors import UsageError
+    from lrag_ray.pipelines.embeddings import inspect_embeddings
+
+    try:
+        settings = RagSettings(window, sink, top_k, recent)
+        Rag.check(settings, block)
+    except ValueError as error:
+        raise UsageError(f"{error}") from None
+    found = inspect_embeddings(
+        run, descriptors or ["avg_pool", "random"], prompts=prompts or [], most=most, to=to, settings=settings,
+        frames_per_block=block, networks=weights,
+    )  # fmt: skip
+    if as_json:
+
+        def finite(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
+        rows = [
+            {"rollout": each.rollout, "descriptor": each.descriptor, "by_distance": each.by_distance.tolist(),
+             "bend": finite(each.bend), "retrieval": {k: finite(v) for k, v in each.retrieval._asdict().items()}}
+            for each in found.measures
+        ]  # fmt: skip
+        print_json({"folder": found.folder, "files": list(found.files), "measures": rows})
+        return
+    shown = table(
+        "", "rollout", "descriptor", "neighbours", "bend", "back", "reach", "spread", "changed", text_columns=2
+    )
+    for each in found.measures:
+        neighbours = each.by_distance[1] if len(each.by_distance) > 1 else float("nan")
+        numbers = (neighbours, each.bend, *each.retrieval[1:])
+        shown.add_row(each.rollout, each.descriptor, *(f"{number:.3g}" for number in numbers))
+    console().print(shown)
+    say(console(), f"page: {found.folder}/{found.files[0]}; data beside it: {', '.join(found.files[1:])}")

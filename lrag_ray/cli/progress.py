@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrag_ray.cli.output import console, count, duration, natural, write
+from lrag_ray.cli.training import losses_table, training_headline
 from lrag_ray.events import (
     AttemptFailed,
     Event,
@@ -49,6 +50,7 @@ STAGE_TITLES: dict[StageName, str] = {
     "rollouts": "rollouts",
     "decode": "decoding",
     "scoring": "scoring videos",
+    "training": "training",
     "report": "writing the report",
     "dataset": "indexing the latents",
 }
@@ -83,6 +85,8 @@ class RunView(Tally):
         """One line: stage, how far, how fast, how long."""
         if self.stage is None:
             return ""
+        if self.stage == "training" and self.training is not None:
+            return training_headline(self.training)
         if self.stage != "rollouts":
             of = f" {count(self.stage_done)}/{count(self.stage_total)}" if self.stage_total > 1 else ""
             return f"{STAGE_TITLES[self.stage]}{of}"
@@ -171,4 +175,6 @@ def _drawn(view: RunView) -> RenderableType:
         flights.add_row(Text(worker, style="dim"), Text(where), Text(flight.step), Text(blocks))
     if view.flights:
         lines.append(flights)
+    if view.stage == "training" and view.training is not None:
+        lines.append(losses_table(view.training))
     return Group(*lines)

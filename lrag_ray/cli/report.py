@@ -8,6 +8,7 @@ import typer
 
 from lrag_ray.cli.options import AsJson
 from lrag_ray.cli.output import console, notices, print_json, tells_errors, write
+from lrag_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from lrag_ray.report import Report
@@ -53,7 +54,8 @@ def report(
     """Rank methods per backbone and duration, with paired differences, drift over time, strips and side-by-side videos.
 
     Reads storage alone. Several runs are shown as one: they may hold different methods, backbones, durations and
-    prompts, but equal names must mean the same. Methods are compared over the prompts that all of them have.
+    prompts, but equal names must mean the same. Methods are compared over the prompts that all of them have. Of an
+    encoder training it writes the page of its losses.
 
     \b
     Examples:
@@ -66,10 +68,15 @@ def report(
     from lrag_ray.report.build import STRIPS
     from lrag_ray.report.data_files import ranks_csv
     from lrag_ray.report.latex import latex_table
+    from lrag_ray.store.address import Storage
     from lrag_ray.store.rollouts import RolloutRun
+    from lrag_ray.store.training_run import holds_training
 
     if as_csv + as_latex + as_json > 1:
         raise typer.BadParameter("give at most one of --csv, --latex and --json")
+    if any(holds_training(Storage(uri)) for uri in runs):
+        _training_report(runs, as_json, to or suite or mode or as_csv or as_latex)
+        return
     run_dirs = [RolloutRun(uri) for uri in runs]
     if as_csv or as_latex:
         data = collect(run_dirs, suite, mode, must_have=True)
@@ -81,6 +88,20 @@ def report(
         print_json(_plain(made))
     else:
         _print(made)
+
+
+def _training_report(runs: list[str], as_json: bool, other: Any) -> None:
+    from lrag_ray.report.training import write_training_report
+    from lrag_ray.store.training_run import TrainingRun
+
+    if len(runs) > 1 or other:
+        raise UsageError("an encoder training has a page of its own. Fix: give its address alone, without options")
+    made = write_training_report(TrainingRun(runs[0]))
+    if as_json:
+        print_json({"folder": made.folder, "files": made.files, "epochs": [row._asdict() for row in made.epochs]})
+        return
+    console().print(f"page: {made.folder}/{made.files[0]}", soft_wrap=True)
+    console().print(f"data: {', '.join(made.files[1:])} beside it", soft_wrap=True)
 
 
 def _print(made: Report) -> None:

@@ -67,10 +67,10 @@ def submit(
       lrag-ray submit configs/table2.yaml --address http://head:8265 --set run.uri=s3://bucket/table2
       lrag-ray submit configs/table2.yaml --address http://head:8265 --no-follow
     """
-    from lrag_ray.config.load import load_config
+    from lrag_ray.config.load import load_job
     from lrag_ray.pipelines.submit import submit as pipeline
 
-    prepared = pipeline.prepare(load_config(config, overrides or []))
+    prepared = pipeline.prepare(load_job(config, overrides or []))
     _print_prepared(prepared, upload)
     try:
         job = pipeline.submit(prepared, address=address, upload=upload, python=python, listener=_tell)

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel
 
-from lrag_ray.config.schema import Address
+from lrag_ray.config.section import Address
 from lrag_ray.config.source import KeyPath
 
 

@@ -9,15 +9,23 @@ from lrag_ray.config.latents import DEFAULTS as LATENTS_DEFAULTS
 from lrag_ray.config.latents import LatentsConfig
 from lrag_ray.config.problems import unknown
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.training import TrainEncoderConfig
 
-JOB_SCHEMAS: Mapping[str, type[RunConfig]] = {"evaluate": RunConfig, "latents": LatentsConfig}
+JobConfig = RunConfig | TrainEncoderConfig
+"""A configuration of any job."""
+
+JOB_SCHEMAS: Mapping[str, type[JobConfig]] = {
+    "evaluate": RunConfig,
+    "latents": LatentsConfig,
+    "train_encoder": TrainEncoderConfig,
+}
 """The discriminated union over `job`."""
 
 JOB_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"latents": LATENTS_DEFAULTS}
 """Sections of a job that take the place of absent ones before presets are merged in."""
 
 
-def schema_of(data: Mapping[str, Any]) -> type[RunConfig]:
+def schema_of(data: Mapping[str, Any]) -> type[JobConfig]:
     """The schema of a configuration as it was read. ValueError for a job that does not exist."""
     job = data.get("job", "evaluate")
     if not isinstance(job, str) or job not in JOB_SCHEMAS:

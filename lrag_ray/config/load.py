@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from lrag_ray.config.foreign import is_foreign
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
-from lrag_ray.config.jobs import JOB_DEFAULTS, schema_of
+from lrag_ray.config.jobs import JOB_DEFAULTS, JobConfig, schema_of
 from lrag_ray.config.methods import Method, resolve_method, settings_keys
 from lrag_ray.config.overrides import apply_overrides
 from lrag_ray.config.paths import beside_configuration
@@ -28,27 +28,45 @@ from lrag_ray.config.problems import Problem, key_paths, raise_problems, transla
 from lrag_ray.config.schema import MOST_ROLLOUTS, RunConfig, ScoringSection
 from lrag_ray.config.source import Document, KeyPath, dotted, read_document
 from lrag_ray.config.sweeps import expand_sweeps
+from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.registry import NONE, suite_class
 from lrag_ray.scoring.registry import registered as registered_suites
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override, complete and check a run configuration.
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read, override, complete and check the configuration of any job.
 
     Raises:
         ConfigError: names for each problem the file and line (or the override), the key path, and the nearest valid
             name or what was expected.
     """
     document = read_document(path)
-    config = complete(document, overrides)
+    config = _complete(document, overrides)
     raise_problems(document, _misplaced(config, Path(path).parent))
     return config
 
 
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_job` for what needs generators and prompts; ConfigError for a job that has none."""
+    config = load_job(path, overrides)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{path}: job {config.job} has no generators, prompts or videos, which this command needs. Fix: give the "
+            "configuration of an evaluation"
+        )
+    return config
+
+
 def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
-    """What `load_config` does after reading; changes `document`."""
+    """What `load_config` does after reading, of a document that describes rollouts; changes it."""
+    config = _complete(document, overrides)
+    assert isinstance(config, RunConfig), "documents that are made here describe rollouts"
+    return config
+
+
+def _complete(document: Document, overrides: Sequence[str]) -> JobConfig:
     if is_foreign(document.data):
         raise ConfigError(
             f"{document.name}: an inference configuration of Self-Forcing, Causal-Forcing, LongLive or LongLive-RAG. "
@@ -58,10 +76,14 @@ def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
     for key, value in JOB_DEFAULTS.get(str(document.data.get("job")), {}).items():
         document.data.setdefault(key, copy.deepcopy(value))
     problems = [*_name_methods(document), *expand_sweeps(document), *_merge_presets(document)]
-    if document.data.get("preset") == "as_released":
+    # A training has a preset of the same name, with other meaning.
+    if document.data.get("preset") == "as_released" and document.data.get("job") != "train_encoder":
         _merge_released(document.data)
     config, found = _validated(document)
     problems += found
+    if isinstance(config, TrainEncoderConfig):
+        raise_problems(document, problems, refused)
+        return config
     for name, section in _sections(document.data, "methods"):
         problems += _check_settings(("methods", name), section)
     problems += check_suite(document.data)
@@ -72,10 +94,10 @@ def complete(document: Document, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def config_keys() -> list[str]:
+def config_keys(schema: type[JobConfig] = RunConfig) -> list[str]:
     """Every key path that a configuration may have; ``*`` stands for a name of the user's."""
     settings = {key for name in registered() for key in settings_keys(policy_class(name))}
-    return key_paths(RunConfig, lambda section: sorted(settings) if section == "methods.*" else ())
+    return key_paths(schema, lambda section: sorted(settings) if section == "methods.*" else ())
 
 
 def _sections(data: dict[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -131,7 +153,7 @@ def _merge_released(data: dict[str, Any]) -> None:
                 section.setdefault(key, value)
 
 
-def _validated(document: Document) -> tuple[RunConfig | None, list[Problem]]:
+def _validated(document: Document) -> tuple[JobConfig | None, list[Problem]]:
     # Strict JSON takes no quoted number for a number and no true for 1, but lists and sections for tuples, dataclasses.
     try:
         schema = schema_of(document.data)
@@ -140,7 +162,7 @@ def _validated(document: Document) -> tuple[RunConfig | None, list[Problem]]:
     try:
         return schema.model_validate_json(json.dumps(document.data), strict=True), []
     except ValidationError as error:
-        return None, [*translate(error, schema, elsewhere=config_keys())]
+        return None, [*translate(error, schema, elsewhere=config_keys(schema))]
 
 
 def _check_settings(path: KeyPath, section: dict[str, Any]) -> Iterator[Problem]:
@@ -203,7 +225,7 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
             yield from _check_length(path, method, config.durations_s, frames_per_block)
 
 
-def _misplaced(config: RunConfig, folder: Path) -> Iterator[Problem]:
+def _misplaced(config: JobConfig, folder: Path) -> Iterator[Problem]:
     """Relative paths that mean the folder of the configuration, where the program runs in another one."""
     found = list(beside_configuration(config, folder))
     run = f"run lrag-ray in {shlex.quote(str(folder))}"

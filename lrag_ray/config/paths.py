@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import RunConfig, ScoringSection
 from lrag_ray.config.source import KeyPath
+from lrag_ray.config.training import TrainEncoderConfig
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=JobConfig)
 RANDOM = "random"
 """What `scoring.weights` says for weights that are drawn."""
 
@@ -19,25 +21,38 @@ RANDOM = "random"
 def with_absolute_paths(config: Config) -> Config:
     """`config` with relative paths resolved here, of weights and loggers: workers have other working directories."""
     data = config.model_dump()
-    for path in [*_weights(config, data), *_WATCH_FOLDERS]:
-        _resolve(_section_of(data, path), str(path[-1]))
+    files = _weights(config, data) if isinstance(config, RunConfig) else _training_addresses(config)
+    for path in [*files, *_WATCH_FOLDERS]:
+        _resolve(_section_of(data, path), path[-1])
     return type(config).model_validate(data)
 
 
-def beside_configuration(config: RunConfig, folder: Path) -> Iterator[tuple[KeyPath, str]]:
+def _training_addresses(config: TrainEncoderConfig) -> list[KeyPath]:
+    return [*(("data", "uris", position) for position in range(len(config.data.uris))), ("training", "start_from")]
+
+
+def beside_configuration(config: JobConfig, folder: Path) -> Iterator[tuple[KeyPath, str]]:
     """Relative paths, with their keys, of files that are missing here and are there relative to `folder`."""
     data = config.model_dump()
-    for path in [("prompts", "path"), *_weights(config, data)]:
-        address = (_section_of(data, path) or {}).get(str(path[-1]))
+    paths: list[KeyPath]
+    if isinstance(config, RunConfig):
+        paths = [("prompts", "path"), *_weights(config, data)]
+    else:
+        paths = _training_addresses(config)
+    for path in paths:
+        section = _section_of(data, path)
+        address = (section or {}).get(path[-1]) if isinstance(section, dict | None) else section[path[-1]]
         if not isinstance(address, str) or "://" in address or Path(address).is_absolute():
             continue
         if not os.path.lexists(address) and os.path.lexists(folder / address):
             yield path, address
 
 
-def weight_paths(config: RunConfig) -> list[KeyPath]:
-    """Keys of all places of weights that are given, by the configuration or a method's defaults."""
+def weight_paths(config: JobConfig) -> list[KeyPath]:
+    """Keys of all places of weights and datasets that are given, by the configuration or a method's defaults."""
     data = config.model_dump()
+    if not isinstance(config, RunConfig):
+        return [path for path in _training_addresses(config) if _section_of(data, path)[path[-1]] is not None]
     return [path for path in _weights(config, data) if (_section_of(data, path) or {}).get(str(path[-1])) is not None]
 
 
@@ -61,11 +76,12 @@ def _weights(config: RunConfig, data: dict[str, Any]) -> Iterator[KeyPath]:
         yield ("scoring", "weights")
 
 
-def _section_of(data: dict[str, Any], path: KeyPath) -> dict[str, Any] | None:
+def _section_of(data: dict[str, Any], path: KeyPath) -> Any:
+    """The section or list of a validated configuration that holds the value at `path`."""
     section: Any = data
     for key in path[:-1]:
         section = section and section[key]
-    return section  # type: ignore[no-any-return]  # sections of a validated configuration
+    return section
 
 
 def with_absolute_weights(scoring: ScoringSection) -> ScoringSection:
@@ -76,8 +92,8 @@ def with_absolute_weights(scoring: ScoringSection) -> ScoringSection:
     return ScoringSection.model_validate(data)
 
 
-def _resolve(section: dict[str, Any] | None, key: str) -> None:
-    address = section and section.get(key)
+def _resolve(section: Any, key: str | int) -> None:
+    address = section and section[key]
     if section and isinstance(address, str) and "://" not in address:
         section[key] = str(Path(address).expanduser().absolute())
 

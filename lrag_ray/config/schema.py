@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from lrag_ray.config.problems import described
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
 from lrag_ray.config.section import CREDENTIALS, Address, Section
 from lrag_ray.config.watch import WatchSection
@@ -255,7 +256,7 @@ class ActorRange(Section):
 
 def _actors(value: Any) -> Any:
     if isinstance(value, bool) or not (isinstance(value, int | dict | ActorRange) or value == "per_gpu"):
-        raise ValueError(f"expected a whole number, per_gpu or {{min: a, max: b}}, got {_named(value)}")
+        raise ValueError(f"expected a whole number, per_gpu or {{min: a, max: b}}, got {described(value)}")
     if isinstance(value, dict):
         if set(value) != {"min", "max"} or not all(type(bound) is int for bound in value.values()):
             raise ValueError("expected {min: a, max: b} with two whole numbers")
@@ -270,13 +271,7 @@ def _actors(value: Any) -> Any:
     return value
 
 
-def _named(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"text {value!r}" if isinstance(value, str) else repr(value)
-
-
-class EngineSection(Section):
+class WorkersSection(Section):
     """How the work is spread. Free to change between starts of the same run."""
 
     address: str | None = None
@@ -292,8 +287,6 @@ class EngineSection(Section):
     """Torch threads per actor; fixed, because sums change with the thread count."""
     max_attempts: int = Field(default=3, ge=1, le=1000)
     """Counted attempts before a rollout is quarantined."""
-    checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
-    """Blocks per latent part."""
     stall_timeout_s: float | None = Field(default=1800, gt=0, le=_WEEK_S)
     """An actor that finishes no block (and takes no other step, such as loading) in this time is replaced; null: never.
     """
@@ -324,12 +317,19 @@ class EngineSection(Section):
         return None if self.actors == "per_gpu" else self.actors
 
     @model_validator(mode="after")
-    def _gpus_fit(self) -> EngineSection:
+    def _gpus_fit(self) -> WorkersSection:
         if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
             raise ValueError(f"gpus_per_actor {self.gpus_per_actor:g}: a share above 1 must be a whole number of GPUs")
         if self.actors == "per_gpu" and self.gpus_per_actor == 0:
             raise ValueError("actors: per_gpu needs gpus_per_actor above 0; on CPUs use a number or {min: a, max: b}")
         return self
+
+
+class EngineSection(WorkersSection):
+    """How the work is spread. Free to change between starts of the same run."""
+
+    checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
+    """Blocks per latent part."""
 
 
 class ResumeSection(Section):

@@ -151,7 +151,7 @@ def _check_training(
     settings = OptimizerConfig(**known_fields(OptimizerConfig, {**golden["ae_config"], **training}))
     optimizer = make_optimizer(model, settings)
     for step in training["steps"]:
-        before = train_step(model, optimizer, batch, loss_config, settings.grad_clip)
+        before = train_step(model, optimizer, batch, loss_config, settings.grad_clip).losses
         _check_losses(f"step {step['step']} losses before", before, step["before"], sheet)
         with torch.no_grad():
             after = encoder_losses(model, batch, loss_config)

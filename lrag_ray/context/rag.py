@@ -28,7 +28,7 @@ from lrag_ray.context.frames import FramePolicy, FrameRow, check_local_room, che
 from lrag_ray.context.policy import PolicyInputs, Span
 from lrag_ray.context.weights import Loaded, WeightFile
 from lrag_ray.retrieval.encoder import load_encoder
-from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool
+from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool, most_similar
 from lrag_ray.wan.keyed import keyed_generator
 
 RETRIEVED_INDEX = 0
@@ -210,7 +210,7 @@ class Rag(FramePolicy[RagSettings]):
         eligible = len(scores)
         count = min(self.settings.top_k, eligible)
         if self.settings.choose == "similarity":
-            picked = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
+            picked = most_similar(scores, count)
         elif self.settings.choose == "random":
             generator = keyed_generator("retrieve", *self._key, self.block + 1)
             picked = sorted(torch.randperm(eligible, generator=generator)[:count].tolist())

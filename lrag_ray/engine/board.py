@@ -12,8 +12,6 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lrag_ray.stages.spec import WorkerState
-
 WRITE_EVERY_S = 1.0
 """Shortest time between two messages of a worker."""
 
@@ -22,16 +20,25 @@ class ProgressBoard:
     """Latest state per worker; made into an actor by `start_board`."""
 
     def __init__(self) -> None:
-        self._states: dict[str, WorkerState] = {}
+        self._states: dict[str, Any] = {}
+        self._stopping = False
 
-    def write(self, worker: str, state: WorkerState) -> None:
+    def write(self, worker: str, state: Any) -> None:
         """Replace the worker's state."""
         self._states[worker] = state
 
-    def states(self) -> dict[str, WorkerState]:
+    def states(self) -> dict[str, Any]:
         """States written since the last call."""
         new, self._states = self._states, {}
         return new
+
+    def stop(self) -> None:
+        """The driver wants the workers to stop."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether it does."""
+        return self._stopping
 
 
 def start_board() -> Any:
@@ -57,7 +64,7 @@ class BoardWriter:
         self._worker = worker
         self._last_s = 0.0
 
-    def write(self, state: WorkerState) -> None:
+    def write(self, state: Any) -> None:
         """Write the state, or drop it if the last one is less than a second old."""
         now = time.monotonic()
         if now - self._last_s >= WRITE_EVERY_S:
@@ -73,7 +80,7 @@ class BoardReader:
         self._last_s = 0.0
         self._asked: Any = None
 
-    def new_states(self) -> dict[str, WorkerState]:
+    def new_states(self) -> dict[str, Any]:
         """What workers wrote since the last answer; mostly empty."""
         now = time.monotonic()
         if self._asked is None:
@@ -86,7 +93,7 @@ class BoardReader:
             return {}
         asked, self._asked = self._asked, None
         try:
-            states: dict[str, WorkerState] = ray.get(asked)
+            states: dict[str, Any] = ray.get(asked)
         except ray.exceptions.RayActorError:
             # The board's node is gone. The run continues unshown.
             return {}

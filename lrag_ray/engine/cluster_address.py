@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, is_ray_address, redact
-from lrag_ray.config.schema import EngineSection
+from lrag_ray.config.schema import WorkersSection
 from lrag_ray.errors import ClusterError
 
 RAY_PORT = 6379
@@ -24,7 +24,7 @@ class ClusterAddress(NamedTuple):
     port: int
 
 
-def cluster_address(engine: EngineSection | None) -> ClusterAddress | None:
+def cluster_address(engine: WorkersSection | None) -> ClusterAddress | None:
     """The cluster that `engine.address`, else RAY_ADDRESS names; None where a local one is to be started.
 
     Raises ClusterError for an address that a run cannot use; the message shows no credentials.

@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 
 from lrag_ray.config.redaction import redact
-from lrag_ray.config.schema import EngineSection
+from lrag_ray.config.schema import WorkersSection
 from lrag_ray.engine.cluster_address import ClusterAddress, cluster_address
 from lrag_ray.engine.head_watch import head_watch
 from lrag_ray.engine.local_cluster import LOOPBACK, loopback_alone, private_folder
@@ -29,7 +29,7 @@ _START_TRIES = 3
 
 
 @contextmanager
-def ray_session(engine: EngineSection) -> Iterator[None]:
+def ray_session(engine: WorkersSection) -> Iterator[None]:
     """Connect for the time of the block; a connection that exists already is used and left alone.
 
     `engine.address` or RAY_ADDRESS name a cluster; without them a local one is started, with a token that only
@@ -44,7 +44,7 @@ def ray_session(engine: EngineSection) -> Iterator[None]:
         yield from _session(engine, address, folder)
 
 
-def _session(engine: EngineSection, address: ClusterAddress | None, folder: Path | None) -> Iterator[None]:
+def _session(engine: WorkersSection, address: ClusterAddress | None, folder: Path | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a FutureWarning; actors without a GPU must not see one anyway.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -114,7 +114,7 @@ def _require_listener(address: ClusterAddress) -> None:
         socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S).close()
 
 
-def _start_local(engine: EngineSection, folder: Path) -> None:
+def _start_local(engine: WorkersSection, folder: Path) -> None:
     # Other users of this machine reach its ports: it asks for a token unless the user says otherwise (RAY_AUTH_MODE).
     # Without one in the environment Ray would write it into the home folder, which switches later clusters to tokens.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

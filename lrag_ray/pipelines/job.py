@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Generic, TypeVar
 
-from lrag_ray.config.schema import EngineSection
+from lrag_ray.config.schema import WorkersSection
 from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.engine.pool import ActorPool
 from lrag_ray.engine.sizing import PoolSize
@@ -38,7 +38,7 @@ class Job(ABC, Generic[Outcome]):
     command: ClassVar[str]
     """What the job is called where others are told who works."""
 
-    def __init__(self, storage: Storage, engine: EngineSection, listener: Listener = silent) -> None:
+    def __init__(self, storage: Storage, engine: WorkersSection, listener: Listener = silent) -> None:
         """`storage` is where results and failure records go; `listener` receives the events."""
         self.storage = storage
         self.engine = engine

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from lrag_ray.config.schema import EngineSection, ScoringSection
+from lrag_ray.config.schema import ScoringSection, WorkersSection
 from lrag_ray.engine.fan_out import FanOut
 from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError
@@ -27,7 +27,7 @@ from lrag_ray.store.rollouts import RolloutRun
 class RunScoring:
     """Scoring of a run."""
 
-    def __init__(self, run: RolloutRun, scoring: ScoringSection, engine: EngineSection) -> None:
+    def __init__(self, run: RolloutRun, scoring: ScoringSection, engine: WorkersSection) -> None:
         self.run = run
         self.suite = suite_of(scoring)
         """None where scoring is off."""
@@ -135,7 +135,7 @@ def score_tasks(
     stage: ScoringStage,
     tasks: Sequence[Task[Any]],
     scoring: ScoringSection,
-    engine: EngineSection,
+    engine: WorkersSection,
     listener: Listener,
     *,
     most_workers: int | None = None,
@@ -151,7 +151,7 @@ def score_tasks(
     return fan_out.run(tasks)
 
 
-def worker_count(each: Resources, scoring: ScoringSection, engine: EngineSection, listener: Listener) -> int:
+def worker_count(each: Resources, scoring: ScoringSection, engine: WorkersSection, listener: Listener) -> int:
     """How many workers to have: what the configuration says, otherwise as many as fit the cluster. Needs Ray.
 
     Raises ClusterError where not one fits and no node can join; where one can, that is reported and waited for.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.redaction import redact
-from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.watch import WatchSection
 from lrag_ray.engine.metrics import RunMetrics
 from lrag_ray.errors import INTERRUPTED, LragError
@@ -31,7 +31,7 @@ _REASONS = 10
 class Watching:
     """The listeners of one start."""
 
-    def __init__(self, config: RunConfig, listener: Listener) -> None:
+    def __init__(self, config: JobConfig, listener: Listener) -> None:
         """`listener` is the caller's. Raises ConfigError and RunEnvironmentError where something cannot be watched."""
         self.exit_code: int | None = None
         """Of the start, once it is known."""
@@ -88,7 +88,7 @@ class Watching:
 
 
 @contextmanager
-def watching(config: RunConfig, listener: Listener) -> Iterator[Watching]:
+def watching(config: JobConfig, listener: Listener) -> Iterator[Watching]:
     """Everything that `config.watch` asks for, for the time of the block, in which `exit_code` must be set.
 
     Raises ConfigError and RunEnvironmentError, before the block, for what cannot be watched. Afterwards nothing that

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 
 from lrag_ray.config.redaction import redact
-from lrag_ray.config.schema import EngineSection, ScoringSection
+from lrag_ray.config.schema import ScoringSection, WorkersSection
 from lrag_ray.engine.fan_out import FanOut, room_for
 from lrag_ray.errors import LragError
 from lrag_ray.events import (
@@ -52,7 +52,7 @@ _HALT_WITHIN_S = 10.0
 
 @contextmanager
 def scoring_waves(
-    run: RolloutRun, scoring: ScoringSection, engine: EngineSection, listener: Listener
+    run: RolloutRun, scoring: ScoringSection, engine: WorkersSection, listener: Listener
 ) -> Iterator[Listener]:
     """Score in the background for the time of the block; the yielded listener must get the events of the rollouts.
 
@@ -115,7 +115,7 @@ class RolloutWatch:
 class _BackgroundScoring:
     """The thread that begins waves."""
 
-    def __init__(self, scoring: RunScoring, engine: EngineSection, listener: Listener) -> None:
+    def __init__(self, scoring: RunScoring, engine: WorkersSection, listener: Listener) -> None:
         self._scoring = scoring
         self._engine = engine
         self._listener = listener

@@ -6,22 +6,19 @@ without colour too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from lrag_ray.report.chart import STYLES, ticks
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.tables import number
 from lrag_ray.scoring.drift import DriftPoint
 from lrag_ray.scoring.measure import Measure
 
-STYLES = 6
-"""Line styles that the style sheet knows; more methods begin again."""
 _WIDTH, _HEIGHT = 340, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 8, 26
-_TICKS = 4
 
 
 @dataclass(frozen=True)
@@ -83,9 +80,9 @@ def _panel(measure: Measure, curves: Curves, styles: Mapping[str, int]) -> Marku
     points = [point for curve in curves.values() for point in curve]
     low = min(point.in_clip.mean if point.in_clip.lower is None else point.in_clip.lower for point in points)
     high = max(point.in_clip.mean if point.in_clip.upper is None else point.in_clip.upper for point in points)
-    y_ticks = _ticks(low, high, at_least=1e-3)
+    y_ticks = ticks(low, high, at_least=1e-3)
     end = max(point.start_s for point in points)
-    x_ticks = [tick for tick in _ticks(0, end, at_least=1) if tick <= end]
+    x_ticks = [tick for tick in ticks(0, end, at_least=1) if tick <= end]
     bottom, top = min(low, y_ticks[0]), max(high, y_ticks[-1])
 
     def x(seconds: float) -> str:
@@ -118,15 +115,6 @@ def _panel(measure: Measure, curves: Curves, styles: Mapping[str, int]) -> Marku
     return Markup('<svg class="drift" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, _summary(measure, curves), Markup().join(parts)
     )
-
-
-def _ticks(low: float, high: float, *, at_least: float) -> list[float]:
-    """Round numbers around [low, high]."""
-    span = max(high - low, at_least)
-    magnitude = 10.0 ** math.floor(math.log10(span / _TICKS))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude * _TICKS >= span)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
 def _tick_label(tick: float, ticks: Iterable[float], measure: Measure) -> str:

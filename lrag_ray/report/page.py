@@ -11,15 +11,14 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lrag_ray.report import tables
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.drift_svg import drift_figures
+from lrag_ray.report.environment import asset, page_environment, style_sheet
 from lrag_ray.report.players import MAPS, Link, rows
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns
 from lrag_ray.report.strips import StripSheet
@@ -74,14 +73,8 @@ def overview(data: ReportData) -> Overview | None:
 
 def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> str:
     """HTML of the whole report; `link` gives the addresses of the videos."""
-    style, script = _asset("report.css"), _asset("report.js")
-    environment = Environment(
-        loader=PackageLoader("lrag_ray.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    style, script = style_sheet(), asset("report.js")
+    environment = page_environment()
     suite = data.suite
     environment.filters["number"] = tables.number
     environment.filters["signed"] = tables.signed
@@ -134,10 +127,6 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
 def video_means_differ(block: RankBlock) -> bool:
     """Whether the mean of per-video means says anything that the ranked mean does not."""
     return any(abs(row.means[name] - row.video_means[name]) > 1e-9 for row in block.rows for name in row.means)
-
-
-def _asset(name: str) -> str:
-    return files("lrag_ray.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _duration_choices(data: ReportData) -> dict[int, str]:

@@ -56,6 +56,12 @@ class DescriptorIndex:
         return self._unit[first : first + count] @ self._unit[query]
 
 
+def most_similar(scores: Tensor, count: int) -> list[int]:
+    """Positions of the `count` highest of `scores` [n], best first; the earlier one where two are equal."""
+    picked: list[int] = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
+    return picked
+
+
 class HostCopy:
     """A small tensor on its way from the device to the host.
 

@@ -22,7 +22,9 @@ from lrag_ray.store.records import FailureRecord
 Payload = TypeVar("Payload")
 PayloadIn = TypeVar("PayloadIn", contravariant=True)
 
-StageName = Literal["connect", "text", "rollouts", "decode", "scoring", "report", "dataset", "verify"]
+StageName = Literal[
+    "connect", "text", "rollouts", "decode", "scoring", "dataset", "training", "report", "verify"
+]  # fmt: skip
 
 
 class Resources(NamedTuple):

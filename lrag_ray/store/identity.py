@@ -143,17 +143,17 @@ def canonical_digest(value: JsonValue) -> str:
 def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
     """Changes from `stored` to `wanted` that are not growth, one line each, by key path."""
     found = [
-        *_compare("run.seed", stored.seed, wanted.seed),
-        *_compare("numerics_version (of lrag-ray)", stored.numerics_version, wanted.numerics_version),
-        *_compare("video", stored.video, wanted.video),
+        *compare("run.seed", stored.seed, wanted.seed),
+        *compare("numerics_version (of lrag-ray)", stored.numerics_version, wanted.numerics_version),
+        *compare("video", stored.video, wanted.video),
     ]
     for name in stored.backbones.keys() & wanted.backbones.keys():
         old, new = stored.backbones[name], wanted.backbones[name]
         for part in ("latents", "pixels"):
-            found += _compare(f"backbones.{name}", getattr(old, part), getattr(new, part))
+            found += compare(f"backbones.{name}", getattr(old, part), getattr(new, part))
         found += _former_alpha(name, old, new)
     for name in stored.methods.keys() & wanted.methods.keys():
-        found += _compare(
+        found += compare(
             f"methods.{name}",
             stored.methods[name].model_dump(),
             wanted.methods[name].model_dump(),
@@ -161,7 +161,7 @@ def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
     lines = {prompt.index: prompt.text for prompt in stored.prompts.values()}
     for prompt in wanted.prompts.values():
         old_text = lines.get(prompt.index, prompt.text)
-        found += _compare(f"prompts, line {prompt.index + 1}", _shortened(old_text), _shortened(prompt.text))
+        found += compare(f"prompts, line {prompt.index + 1}", _shortened(old_text), _shortened(prompt.text))
         if old_text != prompt.text and _shortened(old_text) == _shortened(prompt.text):
             found.append(f"prompts, line {prompt.index + 1}: the texts differ after their first words")
     return sorted(found)
@@ -203,10 +203,11 @@ def grown(stored: RunIdentity, wanted: RunIdentity) -> RunIdentity:
     )
 
 
-def _compare(path: str, old: JsonValue, new: JsonValue) -> Iterator[str]:
+def compare(path: str, old: JsonValue, new: JsonValue) -> Iterator[str]:
+    """Lines for what differs between a stored and a wanted value, by key path."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
-            yield from _compare(f"{path}.{key}", old.get(key), new.get(key))
+            yield from compare(f"{path}.{key}", old.get(key), new.get(key))
     elif old != new:
         yield f"{path}: {old!r} in the run, {new!r} in the configuration"
 

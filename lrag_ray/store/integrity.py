@@ -115,6 +115,8 @@ class _Verification:
             if not any(path.startswith("rollouts/") for path in self._files):
                 self._run.require()
             yield self._damage(RUN_FILE, "run", "is missing")
+        else:
+            self._run.refuse_training(self._storage.read_bytes(RUN_FILE))
         items: list[Callable[[], Sequence[Damage]]] = []
         rollouts: dict[str, list[str]] = {}
         for path in self._files:

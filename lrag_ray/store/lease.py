@@ -29,8 +29,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from pydantic import Field
 
@@ -203,6 +204,43 @@ def _is_elsewhere(record: LeaseRecord, here: str) -> bool:
         # Another machine may know the same shared folder by other numbers.
         return record.process.is_of_this_machine
     return True
+
+
+class AtWork(NamedTuple):
+    """Who works on a run, for people."""
+
+    held_by: str | None
+    """The drivers, since when, and their last signs of life by their own clocks; None where nobody works."""
+    lost: str | None
+    """The last drivers, where nobody works and they neither ended properly nor showed a sign of life lately: they
+    probably died."""
+    kinds: frozenset[str]
+    """What is worked on."""
+
+
+def at_work(storage: Storage) -> AtWork:
+    """Who works on the run."""
+    last = holders(storage)
+    working = {kind: one for kind, one in last.items() if not one.is_free and _is_alive(one)}
+    lost = [one for kind, one in last.items() if kind not in working and not one.is_released and not one.copied]
+    return AtWork(_described([*working.values()]), None if working else _described(lost), frozenset(working))
+
+
+def _described(found: Sequence[LeaseHolder]) -> str | None:
+    """Who, and the last sign of life; a driver that holds several leases once."""
+    shown = {str(one): one.sign.at if one.sign else "not yet" for one in found}
+    return "; ".join(f"{who}, last sign of life {at}" for who, at in shown.items()) or None
+
+
+def _is_alive(found: LeaseHolder) -> bool:
+    """Whether a holder of whom no end is known showed a sign of life within its time, by this machine's clock."""
+    last = found.sign.at if found.sign is not None else found.record.started_at if found.record is not None else None
+    if last is None or found.record is None:
+        return True
+    try:
+        return datetime.now(UTC) - datetime.fromisoformat(last) <= timedelta(seconds=2 * found.record.ttl_s)
+    except (ValueError, TypeError):
+        return False
 
 
 class Lease:

@@ -53,6 +53,7 @@ class RunDirectory:
         try:
             identity = RunIdentity.opened(data)
         except ValueError as error:
+            self.refuse_training(data)
             reason = why_not(error)
         else:
             if identity.format_version == FORMAT_VERSION:
@@ -63,6 +64,14 @@ class RunDirectory:
             "version of lrag-ray or damaged: use that version, or make the file again from the configuration of the "
             "run (`lrag-ray run CONFIG --repair`)"
         )
+
+    def refuse_training(self, data: bytes) -> None:
+        """StorageError where ``run.json`` with this content is that of an encoder training."""
+        if b'"train_encoder"' in data[:200]:
+            raise StorageError(
+                f"{self.uri} holds an encoder training, which has no rollouts. Fix: `lrag-ray status` and "
+                "`lrag-ray report` show it; give another address for rollouts"
+            )
 
     def require(self) -> RunIdentity:
         """What the run is; StorageError where there is no run."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Literal, get_args
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from lrag_ray.config.schema import ScoringSection
 from lrag_ray.errors import ConfigError
 from lrag_ray.store.failures import read_failures
 from lrag_ray.store.identity import RunIdentity
-from lrag_ray.store.lease import RUN, LeaseHolder, holders
+from lrag_ray.store.lease import RUN, at_work
 from lrag_ray.store.records import ROLLOUTS, FailureRecord, Record
 from lrag_ray.store.rollouts import Inventory, RolloutRun, without_cycle_search
 from lrag_ray.store.run_dir import CONFIG_FILE
@@ -120,10 +120,8 @@ def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
         for method in identity.methods
         for horizon in identity.backbones[backbone].horizons
     ]
-    last = holders(run_dir.storage)
-    at_work = {kind: one for kind, one in last.items() if not one.is_free and _is_alive(one)}
-    lost = [one for kind, one in last.items() if kind not in at_work and not one.is_released and not one.copied]
-    rate = _commits_per_hour(inventory) if RUN in at_work else None
+    workers = at_work(run_dir.storage)
+    rate = _commits_per_hour(inventory) if RUN in workers.kinds else None
     left = sum(cell.total - cell.done - cell.failed for cell in cells)
     return RunStatus(
         uri=run_dir.uri,
@@ -140,26 +138,9 @@ def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
             *_config_problems(run_dir),
         ],
         scores=_scores(run_dir, {task for stage, task in others if stage == "scoring"}) if scores else None,
-        held_by=_described(list(at_work.values())),
-        lost=_described(lost) if not at_work else None,
+        held_by=workers.held_by,
+        lost=workers.lost,
     )
-
-
-def _described(found: Sequence[LeaseHolder]) -> str | None:
-    """Who, and the last sign of life; a driver that holds several leases once."""
-    shown = {str(one): one.sign.at if one.sign else "not yet" for one in found}
-    return "; ".join(f"{who}, last sign of life {at}" for who, at in shown.items()) or None
-
-
-def _is_alive(found: LeaseHolder) -> bool:
-    """Whether a holder of whom no end is known showed a sign of life within its time, by this machine's clock."""
-    last = found.sign.at if found.sign is not None else found.record.started_at if found.record is not None else None
-    if last is None or found.record is None:
-        return True
-    try:
-        return datetime.now(UTC) - datetime.fromisoformat(last) <= timedelta(seconds=2 * found.record.ttl_s)
-    except (ValueError, TypeError):
-        return False
 
 
 def _config_problems(run_dir: RolloutRun) -> list[str]:

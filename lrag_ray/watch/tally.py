@@ -18,6 +18,7 @@ from lrag_ray.events import (
     TaskFinished,
     TaskStarted,
     TaskYielded,
+    TrainingAdvanced,
     WorkerLost,
 )
 from lrag_ray.stages.spec import StageName
@@ -51,6 +52,8 @@ class Tally:
     stage: StageName | None = None
     stage_done: int = 0
     stage_total: int = 0
+    training: TrainingAdvanced | None = None
+    """Where a training is."""
     flights: dict[str, Flight] = field(default_factory=dict)
     """By worker."""
     _blocks_finished: int = 0
@@ -66,6 +69,8 @@ class Tally:
                 self._history.clear()
             case StageAdvanced():
                 self.stage_done, self.stage_total = event.done, event.total
+            case TrainingAdvanced():
+                self.training, self.stage_done, self.stage_total = event, event.step, event.steps
             case StageEnded():
                 self.stage = None
                 self.flights.clear()

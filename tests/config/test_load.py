@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lrag_ray.config.load import config_keys, load_config
+from lrag_ray.config.load import config_keys, load_config, load_job
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.presets import PRESETS
 from lrag_ray.context.rag import RagSettings
@@ -110,7 +110,7 @@ def test_a_preset_can_be_chosen_by_an_override(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml")))
 def test_every_shipped_configuration_loads(name: str) -> None:
-    load_config(REPOSITORY / "configs" / name)
+    load_job(REPOSITORY / "configs" / name)
 
 
 def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:

@@ -106,5 +106,5 @@ def test_smoothness_needs_three_frames_and_a_weight() -> None:
 def test_training_lowers_the_loss(model: LatentAutoencoder) -> None:
     batch = torch.randn(2, 4, 4, 6, 10, generator=torch.Generator().manual_seed(1))
     optimizer = make_optimizer(model, OptimizerConfig(lr=3e-3))
-    totals = [float(train_step(model, optimizer, batch, LossConfig()).total) for _ in range(20)]
+    totals = [float(train_step(model, optimizer, batch, LossConfig()).losses.total) for _ in range(20)]
     assert totals[-1] < 0.7 * totals[0]

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from lrag_ray.config.addresses import addresses_of
+from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.paths import RANDOM, weight_paths, with_absolute_paths
-from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.source import KeyPath, dotted
 from lrag_ray.errors import UsageError
 from lrag_ray.pipelines.submit.plugins import plugin_files, plugin_modules
@@ -43,7 +43,7 @@ class OnNodes(NamedTuple):
 class Bundle:
     """The working directory of a job, before it is written."""
 
-    config: RunConfig
+    config: JobConfig
     """As the job reads it: paths absolute, or relative to the working directory."""
     files: dict[str, Path]
     """What travels, by its path in the working directory."""
@@ -78,7 +78,7 @@ class Bundle:
         return path
 
 
-def make_bundle(config: RunConfig) -> Bundle:
+def make_bundle(config: JobConfig) -> Bundle:
     """What a job of `config` needs. UsageError for a file that is named and cannot be read."""
     absolute = with_absolute_paths(config)
     data = absolute.model_dump(mode="json")
@@ -153,7 +153,7 @@ def _readable(path: KeyPath, address: str) -> Path:
         raise UsageError(f"{dotted(path)} names {address!r}, which cannot be read: {error.strerror}") from None
 
 
-def _plugin_settings(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+def _plugin_settings(config: JobConfig) -> Iterator[tuple[KeyPath, str]]:
     """Settings of plug-ins that name an existing file: text with a slash or a suffix in it."""
     sections: list[tuple[KeyPath, Mapping[str, Any]]] = [
         (("methods", name), method.settings) for name, method in getattr(config, "methods", {}).items()

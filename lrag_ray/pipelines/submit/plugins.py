@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.jobs import JobConfig
 
 _OURS = {"lrag_ray", "jobs"}
 
 
-def plugin_modules(config: RunConfig) -> list[str]:
+def plugin_modules(config: JobConfig) -> list[str]:
     """Modules that `config` names (``module:Class``) beside those of lrag-ray."""
     # Not every job has methods and scores.
     named = [method.method for method in getattr(config, "methods", {}).values()]

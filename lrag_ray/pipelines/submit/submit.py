@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lrag_ray
+from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.prompts import load_prompts
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.ray_jobs.client import JobClient, NoAnswerError, RayJob, TakenIdError, UnknownJobError, connect
@@ -80,7 +81,7 @@ class Preparation(NamedTuple):
         return self.bundle.on_nodes
 
 
-def prepare(config: RunConfig) -> Preparation:
+def prepare(config: JobConfig) -> Preparation:
     """Check here what can be checked without a cluster. Raises PromptError and UsageError."""
     bundle = make_bundle(config)
     return Preparation(

@@ -1,0 +1,101 @@
+"""Encoder trainings on the terminal: live losses, outcome, plan, status."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from lrag_ray.cli.output import count, duration, quantity, say
+from lrag_ray.errors import INTERRUPTED
+
+if TYPE_CHECKING:
+    from lrag_ray.events import TrainingAdvanced
+    from lrag_ray.pipelines.plan_training import TrainingPlan
+    from lrag_ray.pipelines.train_encoder import TrainingOutcome
+    from lrag_ray.store.training_status import TrainingStatus
+
+
+def training_headline(event: TrainingAdvanced) -> str:
+    """One line: how far, the losses, how fast."""
+    parts = [f"epoch {count(event.epoch)}/{count(event.epochs)}", f"step {count(event.step)}/{count(event.steps)}"]
+    if event.doing != "training":
+        parts.append(event.doing)
+    if event.train:
+        parts.append(f"train {sum(event.train):.4g}")
+    if event.validation:
+        parts.append(f"validation {sum(event.validation):.4g}")
+    if event.best is not None:
+        parts.append(f"best {event.best:.4g} in epoch {event.best_epoch}")
+    if event.windows_per_s:
+        parts.append(f"{event.windows_per_s:.3g} windows/s on {event.workers} worker{'s' if event.workers > 1 else ''}")
+    return ", ".join(parts)
+
+
+def losses_table(event: TrainingAdvanced) -> Table:
+    """Losses of both splits."""
+    made = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", "total", "recon", "delta", "smooth"):
+        made.add_column(name, justify="right" if name else "left")
+    for split, values in (("train, this epoch", event.train), ("validation", event.validation)):
+        if values:
+            made.add_row(split, *(f"{value:.5g}" for value in (sum(values), *values)))
+    return made
+
+
+def print_training(console: Console, outcome: TrainingOutcome) -> None:
+    """How far the training is, and where everything is."""
+    best = "" if outcome.best is None else f"; best validation total {outcome.best:.6g} in epoch {outcome.best_epoch}"
+    console.print(
+        f"{count(outcome.epochs_done)} of {count(outcome.epochs)} epochs are done ({count(outcome.steps)} steps){best}."
+        f" This start took {duration(outcome.seconds)}."
+    )
+    for reason in outcome.missing.values():
+        say(console, f"It cannot go on: {reason}")
+    places = {"state": f"lrag-ray status {shlex.quote(outcome.uri)}"}
+    if outcome.exit_code != INTERRUPTED:
+        places = {"page": f"{outcome.uri}/summary/report.html", **places}
+    if outcome.best is not None:
+        places = {"encoder": f"{outcome.uri}/checkpoints/best.pt", **places}
+    for what, place in places.items():
+        console.print(f"{what + ':':20}{place}", soft_wrap=True)
+
+
+def print_training_plan(console: Console, plan: TrainingPlan) -> None:
+    """Data, steps, arithmetic, memory."""
+    rows = {
+        "data": f"{count(plan.rollouts)} rollouts, {count(plan.frames)} latent frames; about "
+        f"{count(plan.training_rollouts)} for training, {count(plan.validation_rollouts)} for validation",
+        "model": f"{quantity(plan.parameters, '')} parameters",
+        "steps": f"{count(plan.steps_per_epoch)} per epoch, {count(plan.steps)} in {count(plan.epochs)} epochs",
+        "work": f"{quantity(plan.flops, 'FLOP')} in all",
+        "read": f"{quantity(plan.read_bytes, 'B')} in all, {quantity(plan.window_bytes, 'B')} per window",
+        "memory per worker": f"{quantity(plan.model_bytes, 'B')} of weights, gradients and optimiser, and "
+        f"{quantity(plan.batch_bytes, 'B')} of windows read ahead",
+        "stored": f"{quantity(plan.checkpoint_bytes, 'B')} per checkpoint, two of them",
+    }
+    console.print(f"{plan.uri}: training of the retrieval encoder\n")
+    for name, text in rows.items():
+        say(console, f"{name + ':':20}{text}", 20)
+    for note in plan.notes:
+        console.print(f"Note: {note}")
+
+
+def print_training_status(console: Console, status: TrainingStatus) -> None:
+    """How far a training is, and who works on it."""
+    best = "" if status.best is None else f", best validation total {status.best:.6g} in epoch {status.best_epoch}"
+    say(
+        console,
+        f"{status.uri}: {count(status.epoch)} of {count(status.epochs)} epochs, {count(status.step)} steps{best}.",
+    )
+    if status.stored_at:
+        say(console, f"Last checkpoint: {status.stored_at}.")
+    if status.held_by is not None:
+        say(console, f"At work: {status.held_by}.")
+    else:
+        lost = f" The last driver did not end properly: {status.lost}." if status.lost else ""
+        say(console, f"Nobody is at work.{lost}{'' if status.done else ' The same `lrag-ray run` continues.'}")
+    for failure in status.failures:
+        say(console, f"Failed: {failure.reason} ({failure.path})")

@@ -1,0 +1,72 @@
+"""Line charts as small inline SVGs that take their colours from the page (CSS classes line0, line1, …)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+STYLES = 6
+"""Line styles that the style sheet knows; more curves begin again."""
+_WIDTH, _HEIGHT = 340, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 26
+_TICKS = 4
+
+
+class Curve(NamedTuple):
+    """A named line; x ascending."""
+
+    name: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+
+def ticks(low: float, high: float, *, at_least: float) -> list[float]:
+    """Round numbers around [low, high]."""
+    span = max(high - low, at_least)
+    magnitude = 10.0 ** math.floor(math.log10(span / _TICKS))
+    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude * _TICKS >= span)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, max(last, first + 1) + 1)]
+
+
+def line_chart(curves: Sequence[Curve], x_name: str, title: str) -> Markup | None:
+    """The chart, or None where no curve has two points."""
+    curves = [curve for curve in curves if len(curve.x) > 1]
+    if not curves:
+        return None
+    low = float(min(curve.y.min() for curve in curves))
+    high = float(max(curve.y.max() for curve in curves))
+    y_ticks = ticks(low, high, at_least=max(abs(high), abs(low), 1e-12) * 1e-3)
+    begin = float(min(curve.x[0] for curve in curves))
+    end = float(max(curve.x[-1] for curve in curves))
+    x_ticks = [tick for tick in ticks(begin, end, at_least=1) if begin <= tick <= end and tick == round(tick)]
+    bottom, top = min(low, y_ticks[0]), max(high, y_ticks[-1])
+
+    def x(value: float) -> str:
+        return f"{_LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - begin) / (end - begin):.1f}"
+
+    def y(value: float) -> str:
+        return f"{_TOP + (_HEIGHT - _TOP - _BOTTOM) * (top - value) / (top - bottom):.1f}"
+
+    parts = [
+        Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="y" x="{}" y="{}">{}</text>').format(
+            _LEFT, _WIDTH - _RIGHT, y(tick), y(tick), _LEFT - 6, y(tick), f"{tick:.4g}"
+        )
+        for tick in y_ticks
+    ]
+    parts += [
+        Markup('<text class="x" x="{}" y="{}">{}</text>').format(x(tick), _HEIGHT - 6, f"{tick:g}") for tick in x_ticks
+    ]
+    for number, curve in enumerate(curves):
+        path = "M" + "L".join(f"{x(float(a))} {y(float(b))}" for a, b in zip(curve.x, curve.y, strict=True))
+        line = Markup('<path class="line line{}" d="{}"><title>{}</title></path>')
+        parts.append(line.format((number + 1) % STYLES, path, curve.name))
+    ends = ", ".join(f"{curve.name} from {curve.y[0]:.4g} to {curve.y[-1]:.4g}" for curve in curves)
+    return Markup('<svg class="drift" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        _WIDTH, _HEIGHT, f"{title} by {x_name}: {ends}.", Markup().join(parts)
+    )

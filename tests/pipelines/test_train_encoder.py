@@ -1,0 +1,256 @@
+"""What an encoder training makes of its data and its run directory, without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrag_ray.config.load import load_config, load_job
+from lrag_ray.config.training import TrainEncoderConfig
+from lrag_ray.errors import ConfigError, IdentityError, LragError, StorageError, UsageError, WeightsError
+from lrag_ray.events import Event, Notice
+from lrag_ray.pipelines.plan_training import plan_training
+from lrag_ray.pipelines.train_encoder import TrainEncoderJob
+from lrag_ray.report.training import write_training_report
+from lrag_ray.retrieval.encoder import load_encoder
+from lrag_ray.stages.training import LocalTrainingHost, TrainingWork
+from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.training_run import BEST, LAST, TrainingRun, holds_training
+from lrag_ray.training.loop import TrainingEnd
+from lrag_ray.training.peers import Alone
+from lrag_ray.wan.state_dict import state_dict_digest
+from tests.training.corpus import SHAPE, make_corpus, scene, training_file
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def config_of(folder: Path, corpus: str, uri: str | None = None, **changes: Any) -> TrainEncoderConfig:
+    loaded = load_job(training_file(folder / "training.yaml", corpus, uri or str(folder / "run"), **changes))
+    assert isinstance(loaded, TrainEncoderConfig)
+    return loaded
+
+
+def job_of(config: TrainEncoderConfig) -> tuple[TrainEncoderJob, list[str]]:
+    """The job, and what it said while it looked at its data."""
+    notes: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Notice):
+            notes.append(event.text)
+
+    return TrainEncoderJob(config, listen), notes
+
+
+def trained(config: TrainEncoderConfig) -> TrainingEnd:
+    """One worker in this process."""
+    job, _ = job_of(config)
+    job.prepare()
+    work = job.work()
+    assert isinstance(work, TrainingWork)
+    return work(LocalTrainingHost(), Alone())
+
+
+def weights(run: TrainingRun, path: str = LAST) -> str:
+    checkpoint = run.checkpoint(path)
+    assert checkpoint is not None
+    return state_dict_digest(checkpoint["model"])
+
+
+def test_a_training_in_a_folder_equals_one_in_a_bucket(tmp_path: Path, corpus: str, s3_bucket: str) -> None:
+    """Data and run on an object store: the same weights, losses and page."""
+    assert trained(config_of(tmp_path, corpus)).state == "done"
+    local = TrainingRun(str(tmp_path / "run"))
+    here, there = RolloutRun(corpus).storage, RolloutRun(f"{s3_bucket}/encoder/corpus").storage
+    for path in here.list_files():
+        there.write(path, here.read_bytes(path))
+    remote = TrainingRun(f"{s3_bucket}/encoder/run")
+    assert trained(config_of(tmp_path, there.address, remote.storage.address)).state == "done"
+    assert weights(local) == weights(remote)
+    assert weights(local, BEST) == weights(remote, BEST)
+    assert local.losses().drop_columns(["seconds"]).equals(remote.losses().drop_columns(["seconds"]))
+    assert write_training_report(remote).files[0] == "report.html"
+
+
+def test_the_report_shows_losses_of_both_splits(tmp_path: Path, corpus: str) -> None:
+    trained(config_of(tmp_path, corpus))
+    run = TrainingRun(str(tmp_path / "run"))
+    made = write_training_report(run)
+    assert {(row.epoch, row.split) for row in made.epochs} == {
+        (epoch, split) for epoch in (1, 2, 3, 4) for split in ("train", "validation")
+    }
+    page = run.storage.read_bytes("summary/report.html").decode()
+    assert page.count("<svg") >= 6
+    assert "AE + SeqDelta + Smooth" in page and "4 of 4 epochs" in page
+    assert run.storage.read_bytes("summary/losses.png").startswith(b"\x89PNG")
+    assert load_encoder(run.storage.full(BEST)).config.latent_dim == 16
+
+
+def test_a_finished_training_may_get_more_epochs_and_nothing_else(tmp_path: Path, corpus: str) -> None:
+    trained(config_of(tmp_path, corpus))
+    longer = config_of(tmp_path, corpus, training={"epochs": 6, "batch_size": 4})
+    assert trained(longer).epoch == 6
+    assert TrainingRun(str(tmp_path / "run")).require().epochs == 6
+    for changes, line in (
+        ({"optimizer": {"lr": 0.1}}, "optimizer.lr: 0.0003 in the run, 0.1 in the configuration"),
+        ({"preset": "ae_only"}, "losses.delta_weight: 1.0 in the run, 0.0"),
+        ({"run": {"seed": 4}}, "run.seed: 3 in the run, 4"),
+        ({"encoder": {"latent_dim": 8}}, "encoder.latent_dim: 16 in the run, 8"),
+    ):
+        with pytest.raises(IdentityError, match="holds a training with other settings") as caught:
+            job_of(config_of(tmp_path, corpus, **changes))
+        assert line in str(caught.value)
+
+
+def test_a_dataset_that_grows_meanwhile_changes_nothing(tmp_path: Path, corpus: str) -> None:
+    own = shutil.copytree(corpus, tmp_path / "corpus")
+    job, _ = job_of(config_of(tmp_path, str(own)))
+    job.prepare()
+    make_corpus(own, count=6, first=12)
+    again, notes = job_of(config_of(tmp_path, str(own)))
+    assert any("6 rollouts of the dataset came after this training began" in note for note in notes)
+    again.prepare()
+    again.work()(LocalTrainingHost(), Alone())
+    trained(config_of(tmp_path, corpus, str(tmp_path / "quiet")))
+    assert weights(TrainingRun(str(tmp_path / "run"))) == weights(TrainingRun(str(tmp_path / "quiet")))
+
+
+def test_rollouts_that_vanish_are_named(tmp_path: Path, corpus: str) -> None:
+    own = shutil.copytree(corpus, tmp_path / "corpus")
+    job, _ = job_of(config_of(tmp_path, str(own)))
+    job.prepare()
+    shutil.rmtree(sorted((own / "rollouts/tiny/base").iterdir())[0])
+    with pytest.raises(IdentityError, match=r"1 of them are not in data\.uris any more"):
+        job_of(config_of(tmp_path, str(own)))
+    end = job.work()(LocalTrainingHost(), Alone())
+    assert (end.state, "not in the dataset any more" in end.reason) == ("failed", True)
+
+
+def test_short_rollouts_are_named_and_refused_or_left_out(tmp_path: Path, corpus: str) -> None:
+    short = make_corpus(tmp_path / "short", count=2, frames=3, first=12)
+    data = {"uris": [corpus, short], "validation_fraction": 0.25, "window_frames": 6}
+    with pytest.raises(UsageError, match=r"2 of 14 rollouts are shorter than data.window_frames 6: .*\(3 frames\)"):
+        job_of(config_of(tmp_path, corpus, data=data))
+    job, notes = job_of(config_of(tmp_path, corpus, data={**data, "short_rollouts": "skip"}))
+    assert any(note.startswith("left out: 2 of 14 rollouts") for note in notes)
+    job.prepare()
+    stored = TrainingRun(str(tmp_path / "run")).rollouts()
+    assert stored is not None and len(stored.keys) == 12
+
+
+def test_a_dataset_smaller_than_a_batch_trains_in_smaller_ones_and_says_so(tmp_path: Path, corpus: str) -> None:
+    config = config_of(tmp_path, corpus, training={"epochs": 2, "batch_size": 128})
+    _, notes = job_of(config)
+    assert any("each epoch is one step with a batch of" in note for note in notes)
+    assert trained(config).step == 2
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(1e-9, "validation"), (0.999999, "training")])
+def test_an_empty_split_is_refused(tmp_path: Path, corpus: str, fraction: float, split: str) -> None:
+    data = {"uris": [corpus], "validation_fraction": fraction, "window_frames": 6}
+    with pytest.raises(UsageError, match=f"falls into the {split} split"):
+        job_of(config_of(tmp_path, corpus, data=data))
+
+
+def test_latents_of_different_shapes_are_refused(tmp_path: Path, corpus: str) -> None:
+    other = make_corpus(tmp_path / "other", count=2, latents=lambda index, frames: scene(index, frames)[..., :6])
+    with pytest.raises(UsageError, match="cannot be joined"):
+        job_of(config_of(tmp_path, corpus, data={"uris": [corpus, other], "window_frames": 6}))
+
+
+def test_a_truncated_part_ends_the_training(tmp_path: Path, corpus: str) -> None:
+    own = shutil.copytree(corpus, tmp_path / "corpus")
+    job, _ = job_of(config_of(tmp_path, str(own)))
+    job.prepare()
+    for part in sorted(own.glob("rollouts/tiny/base/00004-*/attempt-one/*.safetensors")):
+        part.write_bytes(part.read_bytes()[:1000])
+    end = job.work()(LocalTrainingHost(), Alone())
+    assert end.state == "failed"
+    assert "1 of 12 rollouts of this training are not in the dataset any more" in end.reason
+    assert "dataset verify" in end.reason
+
+
+def test_a_damaged_checkpoint_ends_the_training_with_its_name(tmp_path: Path, corpus: str) -> None:
+    trained(config_of(tmp_path, corpus))
+    last = tmp_path / "run" / LAST
+    last.write_bytes(last.read_bytes()[:2000])
+    job, _ = job_of(config_of(tmp_path, corpus, training={"epochs": 5, "batch_size": 4}))
+    end = job.work()(LocalTrainingHost(), Alone())
+    assert end.state == "failed"
+    assert "last.pt" in end.reason
+
+
+def test_a_new_training_may_begin_with_a_checkpoint(tmp_path: Path, corpus: str) -> None:
+    """It goes on from that checkpoint's epoch, with its weights and moments."""
+    trained(config_of(tmp_path, corpus, training={"epochs": 2, "batch_size": 4}))
+    first = str(tmp_path / "run" / LAST)
+    training = {"epochs": 4, "batch_size": 4, "start_from": first}
+    end = trained(config_of(tmp_path, corpus, str(tmp_path / "second"), training=training))
+    whole = config_of(tmp_path, corpus, str(tmp_path / "whole"))
+    assert (end.epoch, trained(whole).epoch) == (4, 4)
+    assert weights(TrainingRun(str(tmp_path / "second"))) == weights(TrainingRun(str(tmp_path / "whole")))
+    with pytest.raises(WeightsError):
+        job_of(config_of(tmp_path, corpus, str(tmp_path / "third"), training={"start_from": "absent.pt"}))
+
+
+def test_trainings_and_runs_of_rollouts_do_not_mix(tmp_path: Path, corpus: str) -> None:
+    with pytest.raises(StorageError, match="not an encoder training"):
+        job_of(config_of(tmp_path, corpus, corpus))
+    job, _ = job_of(config_of(tmp_path, corpus))
+    job.prepare()
+    run = RolloutRun(str(tmp_path / "run"))
+    assert holds_training(run.storage) and not holds_training(RolloutRun(corpus).storage)
+    with pytest.raises(StorageError, match="holds an encoder training"):
+        run.require()
+
+
+def test_a_plan_counts_what_the_training_does(tmp_path: Path, corpus: str) -> None:
+    config = config_of(tmp_path, corpus)
+    plan = plan_training(config)
+    assert trained(config).step == plan.steps
+    assert (plan.rollouts, plan.frames, plan.training_rollouts + plan.validation_rollouts) == (12, 288, 12)
+    encoder = load_encoder(tmp_path / "run" / BEST)
+    assert plan.parameters == sum(parameter.numel() for parameter in encoder.parameters())
+    assert plan.window_bytes == 6 * SHAPE[0] * SHAPE[1] * SHAPE[2] * torch.float32.itemsize
+
+
+def test_presets_are_the_rows_of_the_paper(tmp_path: Path, corpus: str) -> None:
+    found = {
+        preset: config_of(tmp_path, corpus, preset=preset).loss_weights
+        for preset in ("full", "ae_seq_delta", "ae_only", "as_released")
+    }
+    assert {name: tuple(row.values()) for name, row in found.items()} == {
+        "full": (1, 1), "ae_seq_delta": (1, 0), "ae_only": (0, 0), "as_released": (0, 1),
+    }  # fmt: skip
+    own = config_of(tmp_path, corpus, preset="ae_only", losses={"smooth_weight": 0.5})
+    assert own.loss_weights == {"delta_weight": 0, "smooth_weight": 0.5}
+    assert any("as_released keeps the smoothness" in note for note in plan_training(
+        config_of(tmp_path, corpus, preset="as_released")).notes)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"engine": {"gpus_per_actor": 2}}, "one whole GPU"),
+        ({"data": {"uris": []}}, "data.uris"),
+        ({"encoder": {"hidden_dims": [8, 0]}}, "encoder.hidden_dims"),
+        ({"training": {"epoch": 3}}, "did you mean 'epochs'"),
+        ({"preset": "ful"}, "did you mean 'full'"),
+        ({"prompts": {"path": "x"}}, "unknown key"),
+    ],
+)
+def test_wrong_configurations_are_refused(tmp_path: Path, corpus: str, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config_of(tmp_path, corpus, **changes)
+
+
+def test_commands_that_need_generators_refuse_a_training(tmp_path: Path, corpus: str) -> None:
+    path = training_file(tmp_path / "training.yaml", corpus, str(tmp_path / "run"))
+    with pytest.raises(LragError, match="job train_encoder has no generators"):
+        load_config(path)
