@@ -10,6 +10,7 @@ from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.load import load_job
 from lrag_ray.config.prompts import Prompt, plan_prompts
 from lrag_ray.config.schema import RunConfig, StorageSection
+from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.events import Listener, silent
 from lrag_ray.store.records import HOW_TO_REPAIR, Commit, RolloutId
@@ -114,7 +115,7 @@ def submit(
     """
     from lrag_ray.pipelines.submit.submit import submit as submit_prepared
 
-    prepared = prepare(config) if isinstance(config, RunConfig | str | Path) else config
+    prepared = prepare(config) if isinstance(config, RunConfig | TrainEncoderConfig | str | Path) else config
     return submit_prepared(prepared, address=address, upload=upload, python=python, listener=listener)
 
 

@@ -24,7 +24,8 @@ def with_absolute_paths(config: Config) -> Config:
     files = _weights(config, data) if isinstance(config, RunConfig) else _training_addresses(config)
     for path in [*files, *_WATCH_FOLDERS]:
         _resolve(_section_of(data, path), path[-1])
-    return type(config).model_validate(data)
+    made: Config = type(config).model_validate(data)  # type: ignore[assignment]  # of the same type
+    return made
 
 
 def _training_addresses(config: TrainEncoderConfig) -> list[KeyPath]:

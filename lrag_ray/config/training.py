@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lrag_ray.config.schema import Address, RunSection, Section, StorageSection, WorkersSection
+from lrag_ray.config.schema import RunSection, StorageSection, WorkersSection
+from lrag_ray.config.section import Address, Section
 from lrag_ray.config.watch import WatchSection
 
 LossPreset = Literal["full", "ae_seq_delta", "ae_only", "as_released"]

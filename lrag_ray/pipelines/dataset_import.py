@@ -38,6 +38,7 @@ from lrag_ray.store.dataset_index import (
     read_manifest,
 )
 from lrag_ray.store.datasets import LatentDataset
+from lrag_ray.store.lease import RUN
 from lrag_ray.store.records import now_utc
 from lrag_ray.store.run_dir import RUN_FILE
 from lrag_ray.store.scratch import scratch_folder
@@ -84,7 +85,10 @@ def import_dataset(
         raise UsageError(
             f"{target.uri} holds a run, whose dataset is made from its own rollouts. Fix: give another --to"
         )
-    with keep_lease(target, "dataset import", ttl_s=_LEASE_TTL_S, listener=listener), scratch_folder() as scratch:
+    with (
+        keep_lease(target, "dataset import", [RUN], ttl_s=_LEASE_TTL_S, listener=listener),
+        scratch_folder() as scratch,
+    ):
         return _Import(origin, target, window, licence, scratch, listener).run(files)
 
 

@@ -368,7 +368,7 @@ class EvaluateJob(Job[RunOutcome]):
             for order, ((digest, prompt), backbone) in enumerate(texts.items())
         ]
         # One worker: it reads the encoder (11 GB for umT5-xxl) once.
-        stage = TextStage(self.storage, self._config.backbones, self.engine)
+        stage = TextStage(self.storage, self._config.backbones, self._config.engine)
         failed = self.run_stage(stage, tasks, size=PoolSize(1, 1))
         return {(task.payload.text_digest, task.payload.prompt) for task in failed}
 

@@ -14,8 +14,8 @@ from lrag_ray.config.watch import WatchSection
 from lrag_ray.engine.metrics import RunMetrics
 from lrag_ray.errors import INTERRUPTED, LragError
 from lrag_ray.events import Event, Listener, Notice, RunEnded, RunState
-from lrag_ray.report.build import SUMMARY
 from lrag_ray.store.address import Storage
+from lrag_ray.store.run_dir import SUMMARY
 from lrag_ray.watch.background import BackgroundListener
 from lrag_ray.watch.hook import EndHook
 from lrag_ray.watch.logger import LoggedRun, RunLogger

@@ -49,7 +49,7 @@ def training_status(run: TrainingRun) -> TrainingStatus:
     identity = run.require()
     state = run.state()
     failures, _ = read_failures(run.storage)
-    held_by, lost = at_work(run.storage)
+    workers = at_work(run.storage)
     return TrainingStatus(
         uri=run.uri,
         epoch=state.epoch if state else 0,
@@ -59,6 +59,6 @@ def training_status(run: TrainingRun) -> TrainingStatus:
         best_epoch=state.best_epoch if state else None,
         stored_at=state.stored_at if state else None,
         failures=[failure for failure in failures if failure.quarantined],
-        held_by=held_by,
-        lost=lost,
+        held_by=workers.held_by,
+        lost=workers.lost,
     )

@@ -12,6 +12,7 @@ import pytest
 
 import lrag_ray
 from lrag_ray.config.load import load_config
+from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import PromptError, UsageError
 from lrag_ray.pipelines.submit import bundle as bundle_module
 from lrag_ray.pipelines.submit.bundle import CONFIG_NAME, make_bundle, run_address
@@ -110,7 +111,7 @@ def test_prompts_from_elsewhere_travel(folder: Path, how: str, monkeypatch: pyte
     monkeypatch.chdir(folder / "inside")
     made = make_bundle(load_config(path))
     (name,) = made.files
-    assert made.config.prompts.path == name and not name.startswith(("/", ".."))
+    assert isinstance(made.config, RunConfig) and made.config.prompts.path == name and not name.startswith(("/", ".."))
     assert name.endswith("/prompts.txt")
 
 
@@ -191,6 +192,7 @@ def test_a_small_file_in_the_settings_of_a_plugin_travels(folder: Path, monkeypa
     for named, travels in (("table.json", True), (str(folder / "table.json"), False)):
         text = SMALL.replace("base: {}", f'mine: {{method: "settings_of_mine:Mine", table: {named}}}')
         made = make_bundle(load_config(write(folder, text)))
+        assert isinstance(made.config, RunConfig)
         assert made.config.methods["mine"].settings["table"] == named, "it may be part of the identity"
         assert ("table.json" in made.files) == travels
         assert ("methods.mine.table" in dict(made.on_nodes)) != travels
