@@ -178,7 +178,7 @@ class Rag(FramePolicy[RagSettings]):
         """Rows of sink, retrieved and local frames in one layer."""
         sink = [row.frame for row in self.context if row.kind == "sink"]
         local = [row.frame for row in self.context if row.kind == "local"]
-        retrieved = [Span(rows[0, layer], rows[1, layer]) for rows in self._retrieved]
+        retrieved = [Span(rows[:, 0, layer], rows[:, 1, layer]) for rows in self._retrieved]
         return [*self.window.spans(layer, sink), *retrieved, *self.window.spans(layer, local)]
 
     def end_expose(self) -> None:

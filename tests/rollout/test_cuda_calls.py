@@ -85,7 +85,7 @@ def test_the_device_sees_what_the_bank_must_not_forget(
     for frame in range(3):
         bank.append(frame, torch.zeros(2, 1024, device="cuda"))
     bank.prefetch([0, 1])
-    assert [float(rows.sum()) for rows in bank.gather([0, 1])] == [0, 0]
+    assert [float(rows.sum()) for rows in bank.gather([0, 1])] == [0]
     gc.collect()
     assert device.races
 

@@ -25,8 +25,10 @@ from lrag_ray.config.schema import (
     VideoSection,
 )
 from lrag_ray.errors import WeightsError
+from lrag_ray.retrieval.similarity import HostCopy
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.rollout.types import BlockResult
 from lrag_ray.stages.backbone import device_for, load_generator, load_method_weights, load_vae, weights_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
 from lrag_ray.stages.numerics import make_reproducible
@@ -182,6 +184,23 @@ class RolloutWorker:
         return self._vae
 
 
+def _read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
+    """Blocks in host memory. With `behind`, one is read when the next has been launched, so that the device, whose
+    times are known by then, never waits for the host."""
+    waiting: list[tuple[BlockResult, HostCopy]] = []
+    for result in results:
+        waiting.append((result, HostCopy(result.latents[0])))
+        if len(waiting) > behind:
+            yield _finished(*waiting.pop(0))
+    for last in waiting:
+        yield _finished(*last)
+
+
+def _finished(result: BlockResult, latents: HostCopy) -> FinishedBlock:
+    state = {name: value.cpu() for name, value in result.state[0].items()}
+    return FinishedBlock(result.block, latents.read(), result.trace[0], state)
+
+
 class _MustLeaveError(Exception):
     """The worker must go; unwinds the block loop."""
 
@@ -312,14 +331,11 @@ class _Attempt:
             with self._watch.measure("replay"):
                 rollout.replay(block.latents[None], [[block.state]])
         self._report(len(stored), "generating")
-        for result in rollout.blocks(left):
-            # Waits for the device, whose times are then known.
-            latents = result.latents[0].cpu()
+        for block in _read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
             self._watch.timings_s.update(rollout.timings_s)
-            state = {name: value.cpu() for name, value in result.state[0].items()}
-            yield FinishedBlock(result.block, latents, result.trace[0], state)
-            self._report(result.block + 1, "generating")
-            if result.block + 1 < self._blocks_total:
+            yield block
+            self._report(block.block + 1, "generating")
+            if block.block + 1 < self._blocks_total:
                 self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:
