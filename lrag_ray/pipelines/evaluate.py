@@ -83,9 +83,8 @@ class EvaluateJob(Job[RunOutcome]):
         self._pending = PendingRollouts([], [], 0, 0)
         for note in make_plan(config, prompts).notes:
             self.note(note)
-        self._identity = build_identity(config, prompts)
         # Before anything is written: another user's run must not receive our lease.
-        run.refuse_another_run(self._identity)
+        self._identity = run.continued(build_identity(config, prompts))
         self._scoring.check()
 
     def do(self) -> None:

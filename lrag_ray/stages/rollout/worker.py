@@ -26,7 +26,7 @@ from lrag_ray.config.schema import (
 )
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.similarity import HostCopy
-from lrag_ray.rollout.noise import KeyedNoise
+from lrag_ray.rollout.noise import KeyedNoise, NoiseVersion
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.rollout.types import BlockResult
 from lrag_ray.stages.backbone import device_for, load_generator, load_method_weights, load_vae, weights_identity
@@ -82,6 +82,8 @@ class RolloutStage(Stage[RolloutTask]):
     created_at: str
     """Of the run: a worker that does not find it at the address sees other storage."""
     seed: int
+    noise: NoiseVersion
+    """Of the run as it was begun."""
     backbones: Mapping[str, BackboneConfig]
     methods: Mapping[str, MethodConfig]
     video: VideoSection
@@ -91,11 +93,13 @@ class RolloutStage(Stage[RolloutTask]):
     @classmethod
     def of(cls, run: RolloutRun, config: RunConfig) -> RolloutStage:
         """The stage of a run with these settings; `run` exists already."""
+        identity = run.require()
         return cls(
             uri=run.storage.address,
             storage=config.storage,
-            created_at=run.require().created_at,
+            created_at=identity.created_at,
             seed=config.run.seed,
+            noise=identity.noise,
             backbones=config.backbones,
             methods=config.methods,
             video=config.video,
@@ -358,7 +362,7 @@ class _Attempt:
             method.policy,
             method.settings,
             pad_text(rows, config.transformer.text_len)[None],
-            KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape)),
+            KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape), self._stage.noise),
             shape,
             weights=load_method_weights(method, self._device),
             keys=[(seed, task.prompt, sample)],
