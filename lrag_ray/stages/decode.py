@@ -23,6 +23,7 @@ from lrag_ray.store.records import Commit, DecodedVideo, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.video.mp4 import Mp4Writer
+from lrag_ray.wan.devices import device_kind
 from lrag_ray.wan.vae import WanVae
 
 _FRAMES_AT_A_TIME = 3
@@ -146,7 +147,7 @@ class DecodeWorker:
             frames=writer.frames,
             fps=self._stage.video.fps,
             settings=dict(task.settings),
-            device_kind=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
+            device_kind=device_kind(self._device),
             created_at=now_utc(),
         )
         # Where another attempt was first its video stands; this one is unnamed in the attempt's own folder.

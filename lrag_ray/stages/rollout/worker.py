@@ -42,6 +42,7 @@ from lrag_ray.store.records import PartRecord, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
+from lrag_ray.wan.devices import device_kind
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -220,7 +221,7 @@ class _Attempt:
         self._run, self._device = worker.run, worker.device
         self._task = task
         self._id = attempt
-        self._device_kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        self._device_kind = device_kind(self._device)
         self._watch = Stopwatch()
         self._notes: list[str] = []
         self._blocks_done = 0
