@@ -362,7 +362,9 @@ def _bank(bench: Bench, name: str) -> dict[str, Any]:
         SAMPLER.frames_per_block, bench.dtype, bench.device,
     )  # fmt: skip
     bank = BANKS[name](layout)
-    rows = torch.empty((2, config.num_layers, f, config.num_heads, config.head_dim), dtype=bench.dtype, device=bench.device)
+    rows = torch.empty(
+        (2, config.num_layers, f, config.num_heads, config.head_dim), dtype=bench.dtype, device=bench.device
+    )
     busy = bench.draw(512, 512)
     wrong = []
     for frame in range(8):

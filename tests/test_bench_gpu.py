@@ -37,7 +37,14 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert results["bank host"]["pass"]
     assert results["operations"]["self-attention"]["tflops"] > 0
     skipped = {name for name, found in results.items() if isinstance(found, str)}
-    assert skipped == {"bus", "page-locking", "goldens float32", "goldens bfloat16", "memory of rollouts in a row", "decode"}
+    assert skipped == {
+        "bus",
+        "page-locking",
+        "goldens float32",
+        "goldens bfloat16",
+        "memory of rollouts in a row",
+        "decode",
+    }
 
 
 def test_a_part_that_no_longer_fits_is_skipped_and_a_wrong_device_is_refused() -> None:

@@ -359,4 +359,6 @@ def _unpacked(packed: Tensor) -> Tensor:
 
 
 def _places(device: torch.device) -> Tensor:
-    return torch.bitwise_left_shift(torch.ones(8, dtype=torch.uint8, device=device), torch.arange(8, dtype=torch.uint8, device=device))
+    return torch.bitwise_left_shift(
+        torch.ones(8, dtype=torch.uint8, device=device), torch.arange(8, dtype=torch.uint8, device=device)
+    )

@@ -76,7 +76,10 @@ class Rope:
         for index in temporal_indices:
             _check_index(index, index)
         frames = len(temporal_indices)
-        rows = [self._temporal[i : i + 1] if i >= 0 else self._temporal[-i : 1 - i].conj_physical() for i in temporal_indices]
+        rows = [
+            self._temporal[i : i + 1] if i >= 0 else self._temporal[-i : 1 - i].conj_physical()
+            for i in temporal_indices
+        ]
         time = torch.cat(rows) if rows else self._temporal[:0]
         shape = (frames, self.tokens_per_frame, -1)
         turns = torch.cat([time[:, None].expand(shape), self._spatial.expand(shape)], dim=-1)

@@ -62,7 +62,9 @@ def test_the_draws_are_pinned_to_the_bit() -> None:
     assert hashlib.sha256(draws.numpy().tobytes()).hexdigest()[:16] == "a3144d409b6f0ef1"
 
 
-@pytest.mark.skipif(not any(map(__cpu_features__.get, __cpu_dispatch__)), reason="NumPy has no faster instructions here")
+@pytest.mark.skipif(
+    not any(map(__cpu_features__.get, __cpu_dispatch__)), reason="NumPy has no faster instructions here"
+)
 def test_the_bits_do_not_depend_on_the_instructions_of_the_cpu() -> None:
     """The same draws in a process whose NumPy uses the baseline of its processor alone."""
     program = (

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity, differences, grown
+from lrag_ray.store.identity import (
+    BackboneIdentity,
+    Horizon,
+    MethodIdentity,
+    PromptIdentity,
+    RunIdentity,
+    differences,
+    grown,
+)
 from tests.store.make import make_identity, rollout_id
 
 
