@@ -1,13 +1,13 @@
-"""Measure a GPU with nothing but torch, NumPy and safetensors: what it could do, whether we are right, how fast we are.
+"""Measure a GPU with torch, NumPy and safetensors alone: its ceilings, the correctness of rollouts, and their speed.
 
-Three calls of at most nine minutes each; a part that no longer fits is reported as skipped. Weights are random and drawn
+Three calls of at most nine minutes each; parts that no longer fit are reported as skipped. Weights are random and drawn
 on the device. Each call prints a table and, as its last line, one JSON object::
 
     PYTHONPATH=. python scripts/bench_gpu.py ceilings
     PYTHONPATH=. python scripts/bench_gpu.py correctness --golden ../shared/golden/rollout
     PYTHONPATH=. python scripts/bench_gpu.py table --out results.json
 
-`--device cpu --size small` runs all of it in seconds without a GPU. The exit code is 1 if a check of `correctness` fails.
+`--device cpu --size small` runs all of it in seconds without a GPU. The exit code is 1 if a part fails.
 """
 
 from __future__ import annotations

@@ -211,9 +211,10 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
         return state
 
     def selected_rows(self, state: Mapping[str, Tensor], layer: int) -> Tensor | None:
-        """Indices into [cached rows | current rows] that a block's stored state says `layer` selected; None for none.
+        """Indices into [cached rows | current rows] that `layer` selected, from a block's state; None for none.
 
-        A set bit i of ``selected`` (low bits first) is row sink · f + i. Earlier versions stored the indices, as ``selected.<layer>``.
+        A set bit i of ``selected`` (low bits first) is row sink · f + i. Earlier versions stored the indices, as
+        ``selected.<layer>``.
         """
         if f"selected.{layer}" in state:
             return state[f"selected.{layer}"].long()

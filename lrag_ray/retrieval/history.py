@@ -2,7 +2,7 @@
 
 One latent frame is 287.5 MB at full size in bf16, a 120 s rollout evicts 468 of them. So the bank lives off the
 device. Both directions of the bus have a stream of their own beside the compute stream: evicted frames leave during the
-block that evicts them, and the frames that the next block retrieves cross once, while the clean-context pass still runs.
+block that evicts them, and the frames that the next block retrieves cross once, while the clean-context pass runs.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lrag_ray.config.schema import BackboneConfig, EngineSection, StorageSection, VideoSection
 from lrag_ray.errors import WeightsError
 from lrag_ray.stages.backbone import device_for, load_vae, pixels_identity

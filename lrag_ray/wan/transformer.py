@@ -213,9 +213,9 @@ class CausalWanTransformer(nn.Module):
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, rows * ph, columns * pw)
 
     def keep(self, latents: Tensor, time: TimeContext, text: TextContext, context: AttentionContext) -> None:
-        """The clean-context pass over latents [B, F, C, H, W]: all that it is for are the keys and values of each layer.
+        """The clean-context pass over latents [B, F, C, H, W], which is run for the keys and values of each layer.
 
-        So it ends with those of the last layer. The context is handed the same bits as by `forward`.
+        It ends with those of the last layer. The context is handed the same bits as by `forward`.
         """
         x = self._patches(latents)
         *before, last = cast(list[WanBlock], list(self.blocks))

@@ -46,7 +46,7 @@ def test_the_horizon_is_in_the_key_only_where_durations_are_not_nested() -> None
 
 
 def test_a_run_keeps_the_noise_that_it_was_begun_with() -> None:
-    """Given a run.json without a version, its keys are what they were, and a start that would draw anew continues it."""
+    """Given a run.json without a version, its keys are what they were, and a start of a newer program continues it."""
     stored, wanted = make_identity(), make_identity(noise=2)
     assert "noise" not in stored.model_dump() and RunIdentity(**stored.model_dump()).noise == 1
     assert differences(stored, wanted) == [] and grown(stored, wanted).noise == 1

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import (
     BackboneConfig,
