@@ -16,10 +16,12 @@ from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import HostBank
+from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.streams import side_stream
 from tests.pretend_cuda import Device, Stream, pretend_cuda
-from tests.tiny import start, tiny_transformer
+from tests.tiny import LATENT, start, tiny_transformer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: see test_gpu.py")
 
@@ -101,6 +103,21 @@ def test_history_crosses_the_bus_beside_the_compute_stream(device: Device) -> No
     assert large.count(side_stream(torch.device("cuda", 0), "to device")) == 2 * 2
     # The noise of two blocks, two passes each.
     assert large.count(device.stream) == 2 * 2
+
+
+def test_frames_are_described_in_float32_without_rounded_convolutions(device: Device) -> None:
+    encoder = LatentAutoencoder(EncoderConfig(*LATENT, 24, (8, 16)))
+    fill_random(encoder, seed=4)
+    weights = {"encoder": encoder.requires_grad_(False).to("cuda")}
+    rollout = start(
+        tiny_transformer().to("cuda"), Rag, RagSettings(encoder="given", window=8, top_k=2), weights=weights
+    )
+    device.calls.clear()
+    list(rollout.blocks(1))
+    passes = 3
+    assert [call[0] for call in device.calls].count("aten.convolution.default") == passes
+    products = [call for call in device.calls if call[0] == "aten.addmm.default"]
+    assert {tensor[2] for call in products for tensor in call[1:]} == {torch.float32}  # type: ignore[index]
 
 
 def test_the_next_rollout_uses_the_streams_of_the_last(device: Device) -> None:
