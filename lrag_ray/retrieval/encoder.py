@@ -143,7 +143,7 @@ class _ProductConv(nn.Module):
     """A convolution as one matrix product.
 
     By default cuDNN rounds float32 convolutions to TF32, whose 10 bits tie almost like bfloat16's 7. The switch is one
-    for the whole process, and a decoder beside this encoder needs it on; matrix products are exact unless told otherwise.
+    for the whole process, and a decoder beside this encoder needs it on; matrix products are exact by default.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
