@@ -98,7 +98,7 @@ def test_history_crosses_the_bus_beside_the_compute_stream(device: Device) -> No
     device.crossed.clear()
     list(rollout.blocks(2))
     frame_bytes = 2 * 2 * 6 * 24 * 4
-    large = [stream for stream, nbytes in device.crossed if nbytes >= frame_bytes]
+    large: list[object] = [stream for stream, nbytes in device.crossed if nbytes >= frame_bytes]
     assert large.count(side_stream(torch.device("cuda", 0), "to host")) == 2 * 3
     assert large.count(side_stream(torch.device("cuda", 0), "to device")) == 2 * 2
     # The noise of two blocks, two passes each.
@@ -117,7 +117,7 @@ def test_frames_are_described_in_float32_without_rounded_convolutions(device: De
     passes = 3
     assert [call[0] for call in device.calls].count("aten.convolution.default") == passes
     products = [call for call in device.calls if call[0] == "aten.addmm.default"]
-    assert {tensor[2] for call in products for tensor in call[1:]} == {torch.float32}  # type: ignore[index]
+    assert {tensor[2] for call in products for tensor in call[1:]} == {torch.float32}
 
 
 def test_the_next_rollout_uses_the_streams_of_the_last(device: Device) -> None:
