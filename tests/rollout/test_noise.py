@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
 
 from lrag_ray.rollout.noise import KeyedNoise, RecordedNoise
@@ -61,7 +60,6 @@ def test_the_draws_are_pinned_to_the_bit() -> None:
     assert hashlib.sha256(draws.numpy().tobytes()).hexdigest()[:16] == "a3144d409b6f0ef1"
 
 
-@pytest.mark.skipif()
 def test_the_bits_do_not_depend_on_the_instructions_of_the_cpu() -> None:
     """The same draws in a process whose NumPy uses the baseline of its processor alone."""
     program = (
