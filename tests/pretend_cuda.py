@@ -110,6 +110,8 @@ class Device(TorchDispatchMode):
         self.races: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
         """Every kernel: its name, and shapes, strides, types and alignments of what it gets."""
+        self.crossed: list[tuple[Stream, int]] = []
+        """Copies over the bus: their stream and bytes."""
         self._memory: dict[int, _Memory] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -186,6 +188,8 @@ class Device(TorchDispatchMode):
         for host in (x for x in (to, source) if not isinstance(x, OnDevice)):
             if not non_blocking or host.untyped_storage().data_ptr() not in self.locked:
                 self._wait(f"copy of {host.numel()} values")
+        if not (isinstance(to, OnDevice) and isinstance(source, OnDevice)):
+            self.crossed.append((self.stream, to.numel() * to.element_size()))
         self._launch("copy", [x for x in (to, source) if isinstance(x, OnDevice)], [to])
         _held(to).copy_(_held(source))
         return to
@@ -257,6 +261,7 @@ def pretend_cuda() -> Iterator[Device]:
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", device.on)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "current_stream", lambda of=None: device.stream)
         patch.setattr(torch.cuda, "synchronize", lambda of=None: _learn(Stream.host, device.stream.done))
         patch.setattr(torch.cuda, "cudart", lambda: device)

@@ -28,6 +28,7 @@ from lrag_ray.conformance.recording import (
 )
 from lrag_ray.conformance.stored_cache import check_stored_cache
 from lrag_ray.conformance.token_rows import TokenRows, token_rows
+from lrag_ray.context.deep_forcing import DeepForcing
 from lrag_ray.errors import UsageError
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.schedule import FlowMatchSchedule
@@ -194,7 +195,8 @@ def _check_selections(recording: Recording, vectors: Vectors, sheet: Sheet) -> N
     ours, golden = [], []
     for name in sorted(vectors.shapes):
         if match := _SELECTED.fullmatch(name):
-            selected = recording.state[int(match[1])][0].get(f"selected.{match[2]}")
+            (policy, *_), state = recording.policies, recording.state[int(match[1])][0]
+            selected = policy.selected_rows(state, int(match[2])) if isinstance(policy, DeepForcing) else None
             ours.append((name, "no compression" if selected is None else sorted(selected.tolist())))
             golden.append((name, sorted(vectors[name].tolist())))
     if golden:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.recording import Recording
+from lrag_ray.context.deep_forcing import DeepForcing
 from lrag_ray.context.trace import TraceRow
 
 
@@ -41,7 +42,7 @@ def token_rows(recording: Recording, element: int = 0) -> list[list[TokenRows]]:
     for block, states in enumerate(recording.state):
         for layer in range(layers):
             trace = recording.rows(block, element, layer)
-            selected = states[element].get(f"selected.{layer}")
+            selected = policy.selected_rows(states[element], layer) if isinstance(policy, DeepForcing) else None
             if selected is None and all(row.tokens == tokens_per_frame for row in trace):
                 held[layer] = _whole_frames(trace, tokens_per_frame)
             else:

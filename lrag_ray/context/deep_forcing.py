@@ -14,6 +14,10 @@ Deep Sink: at a compression the sink moves so that its first frame has index cs 
 current ones included, / f) - S. The released code moves it at the first compression by the constant 21 - N instead,
 which is the same at M = 21 and misplaces it for good elsewhere (`first_sink_offset: released`).
 
+All of it runs on the device. How many rows a layer keeps decides the shapes of its tensors, so the host must know it:
+the number of eligible rows is settled by the compression before, and is copied to the host a block ahead. Traces and
+stored selections are copied in the first pass of a block and read at its end.
+
 With `compression` off only the sink is deep: oldest rows leave first, and the sink's first index is cs - M, counted
 from the first block that drops rows.
 """
@@ -22,15 +26,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lrag_ray.context.frames import check_local_room, check_window, frames_in_window
 from lrag_ray.context.policy import ContextPolicy, Exposure, Layout, PolicyInputs, Span
 from lrag_ray.context.trace import RowKind, TraceRow
+from lrag_ray.retrieval.similarity import HostCopy
 from lrag_ray.wan.rope import MAX_INDEX, rotate
 from lrag_ray.wan.transfer import to_device
 
@@ -91,12 +98,19 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
         self._layers = [_LayerCache(self.layout, capacity, settings.recent) for _ in range(self.layout.num_layers)]
         self._block, self._start = -1, 0
         self._replayed: dict[str, Tensor] | None = None
+        self._eligible: HostCopy | None = None
+        """Per layer, rows that the next compression may select."""
+        self._selected: HostCopy | None = None
+        """Per layer, which candidates the current block's compression selected: bits, packed."""
+        self._attended: HostCopy | None = None
+        """Per layer, attended rows of each frame before the current block."""
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         """Remember where the block starts; each layer compresses when it is exposed."""
         self._start = block * self.layout.frames_per_block
         self._block = block
         self._replayed = state
+        self._selected = None
 
     def query_indices(self) -> list[int]:
         """Global frame numbers."""
@@ -113,6 +127,10 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
             return None
         return self.settings.window * self.layout.tokens_per_frame - self.layout.tokens_per_block
 
+    def begin_expose(self) -> None:
+        """How many rows each layer's compression may choose among."""
+        self._counts = None if self._eligible is None else self._eligible.read().tolist()
+
     def expose(self, layer: int) -> Exposure:
         """Make room in this layer, then expose everything that is cached."""
         cache = self._layers[layer]
@@ -123,15 +141,38 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
             else:
                 self._drop_oldest(cache)
         cache.exposed = cache.rows
-        index = cache.frame.clone()
-        index[: self._sink_rows(cache)] += cache.sink_start
+        sink = self._sink_rows(cache)
+        index = torch.cat([cache.frame[:sink] + cache.sink_start, cache.frame[sink:]])
         return Exposure([Span(cache.k, cache.v)], self.rope.tokens(index, cache.token))
+
+    def end_expose(self) -> None:
+        """Send to the host what the block's end and the next block need to know."""
+        # Rows are in temporal order, so a frame's are those between two positions.
+        edges = torch.arange(self._start + 1, device=self.layout.device)
+        rows = [torch.searchsorted(cache.frame[: cache.exposed], edges).diff() for cache in self._layers]
+        self._attended = HostCopy(torch.stack(rows))
+        chosen = [cache.selected for cache in self._layers if cache.selected is not None]
+        if chosen:
+            length = max(len(each) for each in chosen)
+            self._selected = HostCopy(_packed(torch.stack([F.pad(each, (0, length - len(each))) for each in chosen])))
+        if self.observes_queries:
+            self._eligible = HostCopy(torch.stack([self._next_eligible(cache) for cache in self._layers]))
+
+    def _next_eligible(self, cache: _LayerCache) -> Tensor:
+        """Rows that may be selected by the compression of the next block, which then holds this one's rows too."""
+        held, f = cache.exposed, self.layout.tokens_per_frame
+        first, end = self.settings.sink * f, held + 2 * self.layout.tokens_per_block - self.settings.recent * f
+        unused = max(0, end - max(first, held))
+        return (cache.reused[first : min(end, held)] < self.settings.max_reuse).sum() + unused
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Append the block's clean rows."""
         f, n = self.layout.tokens_per_frame, self.layout.frames_per_block
-        frame = torch.arange(self._start, self._start + n).repeat_interleave(f)
-        self._layers[layer].append(k, v, frame, torch.arange(f).repeat(n))
+        if layer == 0:
+            device = self.layout.device
+            self._frame = torch.arange(self._start, self._start + n, device=device).repeat_interleave(f)
+            self._token = torch.arange(f, device=device).repeat(n)
+        self._layers[layer].append(k, v, self._frame, self._token)
 
     def end_block(self) -> None:
         """After replay, take over the query sums that clean-context passes alone do not give."""
@@ -142,10 +183,12 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
 
     def trace(self) -> list[TraceRow]:
         """Frames with their number of attended tokens, layer by layer."""
+        assert self._attended is not None, "a block is exposed before it is traced"
         rows = []
-        for layer, cache in enumerate(self._layers):
-            frames, tokens = cache.frame[: cache.exposed].unique(return_counts=True)
-            for frame, count in zip(frames.tolist(), tokens.tolist(), strict=True):
+        for layer, (cache, counts) in enumerate(zip(self._layers, self._attended.read().tolist(), strict=True)):
+            for frame, count in enumerate(counts):
+                if not count:
+                    continue
                 kind: RowKind = "compressed" if frame < cache.compressed_before else "local"
                 index = frame
                 if frame < self.settings.sink:
@@ -156,16 +199,28 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
         return rows
 
     def block_state(self) -> dict[str, Tensor]:
-        """Rows that each layer's compression selected, as indices into [cached rows | current rows].
+        """Rows that each layer's compression selected: ``selected`` [layers, bytes], see `selected_rows`.
 
         They depend on the queries of a noisy pass, which clean latents cannot rebuild.
         """
-        state = {f"selected.{i}": c.selected for i, c in enumerate(self._layers) if c.selected is not None}
+        state = {} if self._selected is None else {"selected": self._selected.read()}
         if self.observes_queries and self.settings.recent > 2 * self.layout.frames_per_block:
             # Scores then reach behind the clean-context pass, into passes that replay does not run.
             for i, cache in enumerate(self._layers):
                 state[f"query_sums.{i}"] = torch.stack(list(cache.query_sums)).cpu()
         return state
+
+    def selected_rows(self, state: Mapping[str, Tensor], layer: int) -> Tensor | None:
+        """Indices into [cached rows | current rows] that `layer` selected, from a block's state; None for none.
+
+        A set bit i of ``selected`` (low bits first) is row sink · f + i. Earlier versions stored the indices, as
+        ``selected.<layer>``.
+        """
+        if f"selected.{layer}" in state:
+            return state[f"selected.{layer}"].long()
+        if "selected" not in state or layer >= len(state["selected"]):
+            return None
+        return _unpacked(state["selected"][layer]).nonzero()[:, 0] + self.settings.sink * self.layout.tokens_per_frame
 
     def _compress(self, layer: int, cache: _LayerCache) -> None:
         """Keep sink, best rows and recent rows of one layer, and move the sink along."""
@@ -173,37 +228,43 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
         total = cache.rows + self.layout.tokens_per_block
         kept = min(max(min(at.budget, at.window), at.sink + at.recent) * f, total)
         first, end = at.sink * f, total - at.recent * f
+        device = self.layout.device
         if self._replayed is not None:
-            selected = self._replayed[f"selected.{layer}"].long()
+            stored = self.selected_rows(self._replayed, layer)
+            if stored is None or not _within(stored, first, end):
+                raise ValueError(f"block {self._block}: its stored state does not fit layer {layer} of this method")
+            selected = to_device(stored, device)
         else:
-            selected = self._best(cache, first, end, kept - (at.sink + at.recent) * f)
-        cache.selected = selected
-        cache.reused[selected] += 1
-        cache.keep(torch.cat([torch.arange(first), selected, torch.arange(end, cache.rows)]))
+            assert self._counts is not None, "a block is exposed before the next one compresses"
+            count = min(kept - (at.sink + at.recent) * f, self._counts[layer])
+            selected = self._best(cache, first, end, count)
+        cache.selected = torch.zeros(end - first, dtype=torch.bool, device=device)
+        cache.selected.index_fill_(0, selected - first, True)
+        cache.reused[first:end] += cache.selected
+        sink, recent = torch.arange(first, device=device), torch.arange(end, cache.rows, device=device)
+        cache.keep(torch.cat([sink, selected, recent]))
         cache.compressed_before = self._start + self.layout.frames_per_block - at.recent
         behind_sink = cache.rows - first + self.layout.tokens_per_block
         first_index = RELEASED_WINDOW - at.budget if at.first_sink_offset == "released" else None
         cache.move_sink(self._start - behind_sink // f - at.sink, first_index)
 
     def _best(self, cache: _LayerCache, first: int, end: int, count: int) -> Tensor:
-        """The `count` best eligible rows of first .. end-1 (fewer if fewer are eligible), ascending, on the CPU.
-
-        The choice decides how many rows the layer keeps, so the host must know it: one small synchronisation.
-        """
+        """The `count` best eligible rows of first .. end-1, ascending."""
         angles = self.rope.tokens(cache.frame[first:end], cache.token[first:end])
         keys = rotate(cache.k[first:end], angles).float()
         queries = torch.stack(list(cache.query_sums)).sum(dim=0)
         scores = (keys * queries).sum(dim=(1, 2)) / (math.sqrt(self.layout.head_dim) * self.layout.num_heads)
-        eligible = cache.reused[first:end] < self.settings.max_reuse
-        scores = scores.cpu().masked_fill(~eligible, -math.inf)
-        best = torch.sort(scores, descending=True, stable=True).indices[: min(count, int(eligible.sum()))]
+        scores = scores.masked_fill(cache.reused[first:end] >= self.settings.max_reuse, -math.inf)
+        best = torch.sort(scores, descending=True, stable=True).indices[:count]
         return best.sort().values + first
 
     def _drop_oldest(self, cache: _LayerCache) -> None:
         """Deep sink without compression: first in, first out behind a sink that moves along."""
         first = self._sink_rows(cache)
         excess = cache.rows + self.layout.tokens_per_block - self._capacity
-        cache.keep(torch.cat([torch.arange(first), torch.arange(first + excess, cache.rows)]))
+        device = self.layout.device
+        behind = torch.arange(first + excess, cache.rows, device=device)
+        cache.keep(torch.cat([torch.arange(first, device=device), behind]))
         # The released code leaves the sink where it is at the first drop and moves it by differences from there.
         cache.move_sink(self._start - self.settings.window, 0)
 
@@ -223,16 +284,17 @@ class _LayerCache:
         self._layout = layout
         self._kv = self._allocate(capacity if capacity is not None else 4 * layout.tokens_per_block)
         self.rows = 0
-        self.frame = torch.empty(0, dtype=torch.long)
-        """Global frame of each row, on the CPU."""
-        self.token = torch.empty(0, dtype=torch.long)
+        none = torch.empty(0, dtype=torch.long, device=layout.device)
+        self.frame = none
+        """Global frame of each row."""
+        self.token = none
         """Position of each row in its frame."""
-        self.reused = torch.empty(0, dtype=torch.long)
+        self.reused = none
         """Compressions that each row was selected in."""
+        self.selected: Tensor | None = None
+        """Whether the current block's compression selected each of its candidates."""
         self.exposed = 0
         """Rows that the current block attends to, its own not counted."""
-        self.selected: Tensor | None = None
-        """Rows that the current block's compression selected."""
         self.compressed_before = 0
         """Frames below this one were candidates of the last compression."""
         self.query_sums: deque[Tensor] = deque(maxlen=recent)
@@ -253,7 +315,7 @@ class _LayerCache:
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows (ascending)."""
-        self._kv[:, : len(rows)] = self._kv[:, to_device(rows, self._kv.device)]
+        self._kv[:, : len(rows)] = self._kv[:, rows]
         self.rows = len(rows)
         self.frame, self.token, self.reused = self.frame[rows], self.token[rows], self.reused[rows]
 
@@ -279,3 +341,25 @@ class _LayerCache:
     def _allocate(self, rows: int) -> Tensor:
         at = self._layout
         return torch.empty((2, rows, at.num_heads, at.head_dim), dtype=at.dtype, device=at.device)
+
+
+def _within(rows: Tensor, first: int, end: int) -> bool:
+    """Whether row indices on the CPU are ascending and in first .. end-1."""
+    return not len(rows) or bool(first <= rows[0] and rows[-1] < end and (rows.diff() > 0).all())
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """Booleans [..., n] as bytes [..., ceil(n / 8)], low bits first."""
+    places = F.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (places * _places(bits.device)).sum(dim=-1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """Booleans [..., 8 · bytes] of bytes [..., bytes]."""
+    return (packed[..., None] & _places(packed.device)).ne(0).flatten(-2)
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.bitwise_left_shift(
+        torch.ones(8, dtype=torch.uint8, device=device), torch.arange(8, dtype=torch.uint8, device=device)
+    )

@@ -12,6 +12,7 @@ weights, memory, notes for the plan. Most methods keep whole frames: derive from
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,10 +83,18 @@ class PolicyInputs:
 
 
 class Span(NamedTuple):
-    """Consecutive rows of unrotated K and V of one layer, each [rows, H, head_dim]."""
+    """Rows of unrotated K and V of one layer, each [rows, H, head_dim] or, of whole frames, [frames, f, H, head_dim].
+
+    Views of any strides will do: the runtime copies every row once, and nothing needs to be contiguous.
+    """
 
     k: Tensor
     v: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return math.prod(self.k.shape[:-2])
 
 
 class Exposure(NamedTuple):

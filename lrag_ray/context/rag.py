@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrag_ray.context.frames import FramePolicy, FrameRow, check_local_room, check_window
 from lrag_ray.context.policy import PolicyInputs, Span
 from lrag_ray.context.weights import Loaded, WeightFile
-from lrag_ray.retrieval.encoder import load_encoder
+from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
 from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool, most_similar
 from lrag_ray.wan.keyed import keyed_generator
 
@@ -35,8 +35,8 @@ RETRIEVED_INDEX = 0
 """Temporal index of every retrieved frame."""
 ENCODER_PARAMETERS = 30_231_696
 """Of the released retrieval encoder, its decoder included."""
-ENCODER_BYTES = ENCODER_PARAMETERS * (4 + 8)
-"""The encoder in float32, and its float64 copy (see `_descriptor`)."""
+ENCODER_BYTES = ENCODER_PARAMETERS * 4
+"""In float32."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Rag(FramePolicy[RagSettings]):
         """Rows of sink, retrieved and local frames in one layer."""
         sink = [row.frame for row in self.context if row.kind == "sink"]
         local = [row.frame for row in self.context if row.kind == "local"]
-        retrieved = [Span(rows[0, layer], rows[1, layer]) for rows in self._retrieved]
+        retrieved = [Span(rows[:, 0, layer], rows[:, 1, layer]) for rows in self._retrieved]
         return [*self.window.spans(layer, sink), *retrieved, *self.window.spans(layer, local)]
 
     def end_expose(self) -> None:
@@ -249,13 +249,10 @@ def _check_whole_block(settings: RagSettings, frames_per_block: int) -> None:
 def _descriptor(settings: RagSettings, weights: Mapping[str, Loaded], dtype: torch.dtype) -> Descriptor:
     if not settings.encodes:
         return average_pool
-    encoder = cast(nn.Module, weights["encoder"])
+    encoder = cast(LatentAutoencoder, weights["encoder"])
     parameter = next(encoder.parameters())
-    if parameter.device.type == "cuda" and dtype == torch.float32:
-        # By default cuDNN rounds float32 convolutions to TF32, whose 10 bits tie almost like bfloat16's 7. The switch
-        # is one for the whole process, and the decoder beside this rollout needs it on; float64 is exact in any case.
-        dtype = torch.float64
     if parameter.dtype != dtype:
         encoder = copy.deepcopy(encoder).to(dtype)
-    encode = cast(Descriptor, encoder.encode)
-    return lambda latents: encode(latents.to(dtype))
+    if parameter.device.type == "cuda" and dtype == torch.float32:
+        encoder = encoder.by_products()
+    return encoder.encode

@@ -15,7 +15,7 @@ from torch import Tensor
 from lrag_ray.context.policy import ContextPolicy, Layout
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.wan.attention import attention
-from lrag_ray.wan.rope import Angles, Rope, rotate
+from lrag_ray.wan.rope import Angles, Rope, rotate, rotate_into
 
 
 class Probe(Protocol):
@@ -84,17 +84,21 @@ class ContextRuntime:
         """Per batch element, what replay cannot rebuild."""
         return [policy.block_state() for policy in self.policies]
 
+    @property
+    def observes_queries(self) -> bool:
+        """A policy looks at the queries of every pass."""
+        return self._observed
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the block's unrotated q, k, v [B, n·f, H, head_dim] over [context | current]."""
         q_rotated = rotate(q, self._current)
         if self._observed:
-            for i, policy in enumerate(self.policies):
-                policy.observe_queries(layer, q[i], q_rotated[i])
+            self._observe(layer, q, q_rotated)
         if not self._exposed:
             self._expose(layer)
         buffer = self._buffers[layer]
         assert buffer is not None
-        buffer.write_current(self._attended(rotate(k, self._current)), self._attended(v))
+        self._write_current(buffer, k, v)
         if self._clean:
             self._store(layer, k, v)
         if self._probe is not None:
@@ -102,12 +106,36 @@ class ContextRuntime:
                 self._probe.on_attention(self._block, self._step, layer, q_rotated[rows.batch], rows.k, rows.v)
         return buffer.attend(q_rotated)
 
-    def _attended(self, rows: Tensor) -> Tensor:
-        """Of the block's rows [B, n·f, H, head_dim] those that it attends to itself."""
-        if self._own is None:
-            return rows
-        frames = rows.split(self.layout.tokens_per_frame, dim=1)
-        return torch.cat([rows[:, :0], *(frames[i] for i in self._own)], dim=1)
+    def keep(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+        """What `attend` does beside attention, for the last layer of a clean-context pass.
+
+        `q` is needed where a policy `observes_queries`.
+        """
+        if self._observed:
+            assert q is not None, "a policy observes queries"
+            self._observe(layer, q, rotate(q, self._current))
+        if not self._exposed:
+            # Nobody will attend to these rows. But a policy may compress its cache here, and a buffer that grows must
+            # grow as it would have without a replay.
+            self._expose(layer)
+        self._store(layer, k, v)
+
+    def _observe(self, layer: int, q: Tensor, q_rotated: Tensor) -> None:
+        for i, policy in enumerate(self.policies):
+            policy.observe_queries(layer, q[i], q_rotated[i])
+
+    def _write_current(self, buffer: _Buffer, k: Tensor, v: Tensor) -> None:
+        """Overwrite the current block's attended rows, behind the context."""
+        f = self.layout.tokens_per_frame
+        pieces = [(0, k.shape[1])] if self._own is None else [(i * f, (i + 1) * f) for i in self._own]
+        for rows in buffer.batches():
+            at = rows.k.shape[1] - buffer.current
+            for start, stop in pieces:
+                end = at + stop - start
+                angles = self._current.of(rows.batch).rows(start, stop)
+                rotate_into(rows.k[:, at:end], k[rows.batch, start:stop], angles)
+                rows.v[:, at:end] = v[rows.batch, start:stop]
+                at = end
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         for i, policy in enumerate(self.policies):
@@ -120,7 +148,7 @@ class ContextRuntime:
             for policy in self.policies:
                 policy.begin_expose()
         exposures = [policy.expose(layer) for policy in self.policies]
-        lengths = [sum(len(span.k) for span in exposure.spans) for exposure in exposures]
+        lengths = [sum(span.rows for span in exposure.spans) for exposure in exposures]
         buffer = self._buffers[layer]
         if buffer is None or buffer.capacity < max(lengths) + self.layout.tokens_per_block:
             buffer = _Buffer(self.layout, len(self.policies), self._context_rows(max(lengths)))
@@ -131,9 +159,11 @@ class ContextRuntime:
         for i, exposure in enumerate(exposures):
             at = 0
             for span in exposure.spans:
-                end = at + len(span.k)
-                buffer.k[i, at:end] = rotate(span.k, exposure.angles.rows(at, end))
-                buffer.v[i, at:end] = span.v
+                end = at + span.rows
+                shape = span.k.shape[:-2]
+                angles = Angles(exposure.angles.rows(at, end).turns.unflatten(0, shape))
+                rotate_into(buffer.k[i, at:end].unflatten(0, shape), span.k, angles)
+                buffer.v[i, at:end].unflatten(0, shape).copy_(span.v)
                 at = end
         if layer == self.layout.num_layers - 1:
             for policy in self.policies:
@@ -165,13 +195,6 @@ class _Buffer:
         self.v = torch.empty(shape, dtype=layout.dtype, device=layout.device)
         self.lengths = [0] * batch
 
-    def write_current(self, k: Tensor, v: Tensor) -> None:
-        """Overwrite the current block's attended rows, behind the context."""
-        for rows in self.batches():
-            context = rows.k.shape[1] - self.current
-            rows.k[:, context:] = k[rows.batch]
-            rows.v[:, context:] = v[rows.batch]
-
     def batches(self) -> list[_Rows]:
         """The whole batch at once where all contexts are equally long (all methods but token-level ones)."""
         if len(set(self.lengths)) == 1:
@@ -191,4 +214,4 @@ class _Buffer:
 def _stack(angles: list[Angles]) -> Angles:
     if len(angles) == 1:
         return angles[0]
-    return Angles(torch.stack([a.cos for a in angles]), torch.stack([a.sin for a in angles]))
+    return Angles(torch.stack([a.turns for a in angles]))

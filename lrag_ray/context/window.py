@@ -61,7 +61,7 @@ class KVWindow:
         return self._slots[self._slot(frame)]
 
     def spans(self, layer: int, frames: list[int]) -> list[Span]:
-        """Rows of `frames`, joined where their slots are neighbours."""
+        """Rows of `frames`, together where their slots are neighbours; views, nothing is copied."""
         spans = []
         slots = [self._slot(frame) for frame in frames]
         start = 0
@@ -69,7 +69,7 @@ class KVWindow:
             if i == len(slots) or slots[i] != slots[i - 1] + 1:
                 if i > start:
                     run = self._slots[slots[start] : slots[i - 1] + 1, :, layer]
-                    spans.append(Span(run[:, 0].flatten(0, 1), run[:, 1].flatten(0, 1)))
+                    spans.append(Span(run[:, 0], run[:, 1]))
                 start = i
         return spans
 

@@ -24,7 +24,7 @@ from lrag_ray.events import Event, Listener, RunPlanned, TaskFinished, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
-from lrag_ray.pipelines.repair import decode_stages, plan_repair
+from lrag_ray.pipelines.repair import decode_stages, identity_of_commits, plan_repair
 from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves
@@ -97,14 +97,11 @@ class EvaluateJob(Job[RunOutcome]):
         """What storage held at the start."""
         for note in make_plan(config, prompts).notes:
             self.note(note)
-        self._identity = build_identity(config, prompts)
         self._repair = repair
         self._connected = False
         # Before anything is written: another user's run must not receive our lease.
-        if repair and run.is_damaged():
-            run.refuse_foreign_commits(self._identity, run.inventory())
-        else:
-            run.refuse_another_run(self._identity)
+        wanted = build_identity(config, prompts)
+        self._identity = identity_of_commits(run, wanted) if repair and run.is_damaged() else run.continued(wanted)
         self._scoring.check()
 
     @property

@@ -11,6 +11,7 @@ from lrag_ray.config.horizons import latent_frames
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.prompts import Prompt
 from lrag_ray.config.schema import MethodConfig, RunConfig
+from lrag_ray.rollout.noise import NOISE_VERSION
 from lrag_ray.stages.backbone import latents_identity, pixels_identity
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.records import now_utc
@@ -23,6 +24,7 @@ def build_identity(config: RunConfig, prompts: Sequence[Prompt]) -> RunIdentity:
     return RunIdentity(
         numerics_version=lrag_ray.NUMERICS_VERSION,
         seed=config.run.seed,
+        noise=NOISE_VERSION,
         samples=config.prompts.samples,
         video=config.video.model_dump(),
         backbones={

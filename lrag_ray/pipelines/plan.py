@@ -17,7 +17,7 @@ from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.scoring.flops import vbench_flops
 from lrag_ray.wan.devices import DEVICES, gpu_hours
-from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, text_flops
+from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, setup_flops
 from lrag_ray.wan.vae import video_frames
 
 UTILISATION = 0.4
@@ -273,7 +273,7 @@ def _method_plan(
         latent_frames=generated,
         passes=generated // n * sampler.passes_per_block,
         block_flops=per_block[-1],
-        transformer_flops=videos * sum(text_flops(sizes) + sum(per_block[: frames // n]) for frames in runs),
+        transformer_flops=videos * sum(setup_flops(sizes, sampler) + sum(per_block[: frames // n]) for frames in runs),
         block_decode_flops=n * frame_decode_flops,
         decode_flops=decoded * sum(runs) * frame_decode_flops,
         scoring_flops=decoded

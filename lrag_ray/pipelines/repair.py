@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrag_ray.config.schema import RunConfig, VideoSection
+from lrag_ray.errors import IdentityError
 from lrag_ray.stages.backbone import pixels_identity
 from lrag_ray.stages.decode import DecodeStage, DecodeTask
 from lrag_ray.stages.rollout.restore import Damaged
@@ -51,6 +52,21 @@ class RepairPlan:
     decoded: list[Damage] = field(default_factory=list)
     beyond: dict[str, str] = field(default_factory=dict)
     """What this configuration cannot make again: the reason, by path."""
+
+
+def identity_of_commits(run: RolloutRun, wanted: RunIdentity) -> RunIdentity:
+    """`wanted` with the noise that the run's commits were made with, where ``run.json`` cannot say it.
+
+    IdentityError where the commits are those of another configuration.
+    """
+    inventory = run.inventory()
+    first = wanted.model_copy(update={"noise": 1})
+    try:
+        run.refuse_foreign_commits(wanted, inventory)
+    except IdentityError:
+        run.refuse_foreign_commits(first, inventory)
+        return first
+    return wanted
 
 
 def plan_repair(

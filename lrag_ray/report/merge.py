@@ -58,7 +58,7 @@ def _comparable(identity: RunIdentity, other: RunIdentity) -> dict[str, Any]:
     return flat(
         {
             "numerics_version": identity.numerics_version,
-            "run": {"seed": identity.seed},
+            "run": {"seed": identity.seed, "noise": identity.noise},
             "video": identity.video,
             "backbones": {
                 name: {**backbone.latents, **backbone.pixels}

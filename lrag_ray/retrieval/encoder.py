@@ -9,6 +9,7 @@ Parameter names are those of the released checkpoints.
 
 from __future__ import annotations
 
+import copy
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -138,6 +139,27 @@ class _Decoder(nn.Module):
         return frames[..., :height, :width]
 
 
+class _ProductConv(nn.Module):
+    """A convolution as one matrix product.
+
+    By default cuDNN rounds float32 convolutions to TF32, whose 10 bits tie almost like bfloat16's 7. The switch is one
+    for the whole process, and a decoder beside this encoder needs it on; matrix products are exact by default.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding = conv.stride[0], int(conv.padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, step = self.weight.shape[-1], self.stride
+        patches = F.pad(x, (self.padding,) * 4).unfold(2, size, step).unfold(3, size, step)
+        frames, _, height, width = patches.shape[:4]
+        rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(frames * height * width, -1)
+        y = F.linear(rows, self.weight.flatten(1), self.bias)
+        return y.view(frames, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
 class LatentAutoencoder(nn.Module):
     """Encoder and decoder of single latent frames [N, C, H, W]."""
 
@@ -151,6 +173,16 @@ class LatentAutoencoder(nn.Module):
         """Embeddings [N, latent_dim] of latent frames [N, C, H, W], of unit length unless `normalize` is false."""
         embedding: Tensor = self.encoder(x)
         return F.normalize(embedding, dim=-1, eps=1e-12) if normalize else embedding
+
+    def by_products(self) -> LatentAutoencoder:
+        """The same auto-encoder, with the same weights in memory, whose encoder is exact in float32 on any device."""
+        made = copy.copy(self)
+        made._modules = {**self._modules, "encoder": copy.deepcopy(self.encoder, {id(p): p for p in self.parameters()})}
+        for module in list(made.encoder.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Conv2d):
+                    setattr(module, name, _ProductConv(child))
+        return made
 
     def decode(self, embedding: Tensor) -> Tensor:
         """Reconstructed frames [N, C, H, W] from un-normalised embeddings [N, latent_dim]."""

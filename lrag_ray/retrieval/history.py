@@ -1,7 +1,8 @@
 """The history bank: K and V of the frames that left the window, kept until the rollout ends.
 
 One latent frame is 287.5 MB at full size in bf16, a 120 s rollout evicts 468 of them. So the bank lives off the
-device; the frames that the next block retrieves cross the bus once, while the clean-context pass still runs.
+device. Both directions of the bus have a stream of their own beside the compute stream: evicted frames leave during the
+block that evicts them, and the frames that the next block retrieves cross once, while the clean-context pass runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.retrieval.slabs import PAGE_LOCKED, PAGEABLE, SlabPool
+from lrag_ray.wan.streams import side_stream
 
 
 class HistoryBank(ABC):
@@ -24,7 +26,14 @@ class HistoryBank(ABC):
 
     @abstractmethod
     def append(self, frame: int, rows: Tensor) -> None:
-        """Keep a copy of `rows`; work queued on the current stream after this call may overwrite them."""
+        """Keep a copy of `rows`, which must stay as they are until `settle`."""
+
+    def settle(self) -> None:
+        """What is queued on the current stream after this call may overwrite the rows of all appends.
+
+        A rollout calls it ahead of each clean-context pass. A policy that overwrites cached rows earlier in a block
+        calls it itself.
+        """
 
     @abstractmethod
     def prefetch(self, frames: Sequence[int]) -> None:
@@ -32,7 +41,8 @@ class HistoryBank(ABC):
 
     @abstractmethod
     def gather(self, frames: Sequence[int]) -> list[Tensor]:
-        """Rows of each frame on the rollout's device; valid until the next `prefetch`. KeyError for an absent one."""
+        """Rows of `frames` in order, on the rollout's device, in as few tensors [n, 2, layers, f, H, head_dim] as
+        their memory allows; valid until the next `prefetch`. KeyError for an absent frame."""
 
     @abstractmethod
     def nbytes(self) -> int:
@@ -53,9 +63,10 @@ class HostBank(HistoryBank):
         self._slabs: dict[int, Tensor] = {}
         self._rows: dict[int, Tensor] = {}
         """The slabs as frames."""
-        self._staged: dict[int, Tensor] = {}
+        self._staged: list[int] = []
+        """Frames that `_arriving` holds."""
+        self._arriving: Tensor | None = None
         if self._cuda:
-            self._stream = torch.cuda.Stream(device)
             self._appended: torch.cuda.Event | None = None
             self._arrived: torch.cuda.Event | None = None
             # At exit the system takes everything; the driver may be gone by then.
@@ -71,35 +82,57 @@ class HostBank(HistoryBank):
         slab = self._pool.take(rows.nbytes)
         self._slabs[frame] = slab
         self._rows[frame] = slab.view(rows.dtype).view(rows.shape)
-        self._rows[frame].copy_(rows, non_blocking=True)
-        if self._cuda:
-            self._appended = torch.cuda.current_stream(self._device).record_event()
+        if not self._cuda:
+            self._rows[frame].copy_(rows)
+            return
+        stream = side_stream(self._device, "to host")
+        stream.wait_event(torch.cuda.current_stream(self._device).record_event())
+        with torch.cuda.stream(stream):
+            self._rows[frame].copy_(rows, non_blocking=True)
+            self._appended = stream.record_event()
+        # The allocator must not hand this memory on while the copy still reads it.
+        rows.record_stream(stream)
+
+    def settle(self) -> None:
+        """The compute stream waits for the appends, which are done long before."""
+        if self._cuda and self._appended is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._appended)
 
     def prefetch(self, frames: Sequence[int]) -> None:
-        """Copy to the device on a stream of its own, behind the appends but beside what was launched since."""
+        """Copy to the device, behind the appends but beside what was launched since."""
         if not self._cuda or self._appended is None:
             return
-        self._stream.wait_event(self._appended)
-        with torch.cuda.stream(self._stream):
-            self._staged = {f: self._rows[f].to(self._device, non_blocking=True) for f in frames if f in self._rows}
-            self._arrived = self._stream.record_event()
+        stream = side_stream(self._device, "to device")
+        stream.wait_event(self._appended)
+        self._staged = [frame for frame in frames if frame in self._rows]
+        self._arriving = None
+        if self._staged:
+            with torch.cuda.stream(stream):
+                self._arriving = self._copied(self._staged)
+                self._arrived = stream.record_event()
 
     def gather(self, frames: Sequence[int]) -> list[Tensor]:
-        """The slabs themselves on the CPU; on a GPU the prefetched copies, or fresh ones."""
+        """The slabs themselves on the CPU; on a GPU the prefetched copy, or a fresh one, in one tensor."""
         if not self._cuda:
-            return [self._rows[frame] for frame in frames]
+            return [self._rows[frame][None] for frame in frames]
+        if not frames:
+            return []
+        # Handed over, not kept: who gathers decides how long the device holds them.
+        rows, self._arriving = self._arriving, None
+        if rows is None or self._staged != list(frames):
+            return [self._copied(frames)]
         current = torch.cuda.current_stream(self._device)
-        if self._arrived is not None:
-            current.wait_event(self._arrived)
-        rows = []
-        for frame in frames:
-            # Handed over, not kept: who gathers decides how long the device holds them.
-            row = self._staged.pop(frame, None)
-            if row is None:
-                row = self._rows[frame].to(self._device, non_blocking=True)
-            # The allocator must not hand this memory on while the compute stream still reads it.
-            row.record_stream(current)
-            rows.append(row)
+        assert self._arrived is not None, "what was prefetched has an event"
+        current.wait_event(self._arrived)
+        rows.record_stream(current)
+        return [rows]
+
+    def _copied(self, frames: Sequence[int]) -> Tensor:
+        """Rows of the frames, on their way to the device on the current stream."""
+        first = self._rows[frames[0]]
+        rows = torch.empty((len(frames), *first.shape), dtype=first.dtype, device=self._device)
+        for row, frame in zip(rows, frames, strict=True):
+            row.copy_(self._rows[frame], non_blocking=True)
         return rows
 
     def nbytes(self) -> int:

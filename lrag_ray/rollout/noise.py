@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lrag_ray.wan.keyed import keyed_generator
+from lrag_ray.rollout.normal import standard_normal
+from lrag_ray.wan.keyed import key_digest, keyed_generator
+
+NoiseVersion = Literal[1, 2]
+"""1: torch.randn, whose bits depend on the instructions of the CPU. 2: `rollout.normal`, the same on every CPU."""
+NOISE_VERSION: NoiseVersion = 2
+"""Of new runs; a run continues with the version that it was begun with."""
 
 
 class NoiseSource(Protocol):
@@ -28,9 +35,15 @@ class KeyedNoise:
     """
 
     def __init__(
-        self, run_seed: int, prompts: Sequence[str], samples: Sequence[int], block_shape: tuple[int, int, int, int]
+        self,
+        run_seed: int,
+        prompts: Sequence[str],
+        samples: Sequence[int],
+        block_shape: tuple[int, int, int, int],
+        version: NoiseVersion = NOISE_VERSION,
     ) -> None:
         """One prompt and sample per batch element; `block_shape` is (n, C, H, W)."""
+        self._version = version
         self._keys = [(run_seed, prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
         self._shape = block_shape
 
@@ -43,8 +56,13 @@ class KeyedNoise:
         return self._draw(block, step + 1)
 
     def _draw(self, block: int, step: int) -> Tensor:
-        draws = [torch.randn(self._shape, generator=keyed_generator("noise", *key, block, step)) for key in self._keys]
-        return torch.stack(draws)
+        return torch.stack([self._normal("noise", *key, block, step) for key in self._keys])
+
+    def _normal(self, *key: str | int) -> Tensor:
+        if self._version == 1:
+            return torch.randn(self._shape, generator=keyed_generator(*key))
+        draws = standard_normal(math.prod(self._shape), key_digest(*key)[:16])
+        return torch.from_numpy(draws).view(self._shape)
 
 
 class RecordedNoise:

@@ -66,6 +66,8 @@ class Rollout:
         self._transformer = transformer
         self._max_frames = policy.max_frames
         self._noise = noise
+        self._draws: list[Tensor] = []
+        """Noise of the next block, where it was drawn ahead."""
         self._probe = probe
         self._n = sampler.frames_per_block
         weight = transformer.patch_embedding.weight
@@ -84,7 +86,13 @@ class Rollout:
         rope = Rope(config.head_dim, layout.grid, self._device)
         batch = len(prompt_embeds)
         keys = keys if keys is not None else [()] * batch
-        policies = [policy(settings, PolicyInputs(layout, rope, tuple(key), weights, make_bank)) for key in keys]
+        self._banks: list[HistoryBank] = []
+
+        def bank(layout: Layout) -> HistoryBank:
+            self._banks.append(make_bank(layout))
+            return self._banks[-1]
+
+        policies = [policy(settings, PolicyInputs(layout, rope, tuple(key), weights, bank)) for key in keys]
         if len(policies) != batch:
             raise ValueError(f"{len(policies)} keys for {batch} prompts")
         self.context = ContextRuntime(layout, rope, policies, probe)
@@ -95,6 +103,8 @@ class Rollout:
         self._sigmas = list(schedule.sigma(torch.tensor(self.timesteps)).unbind(0))
         with torch.no_grad():
             self._text = transformer.embed_text(prompt_embeds.to(self._device, self._dtype))
+            times = [torch.full((batch, self._n), t, device=self._device) for t in self.timesteps]
+            self._times = [transformer.embed_time(t) for t in times]
 
     @property
     def timings_s(self) -> dict[str, float]:
@@ -112,8 +122,11 @@ class Rollout:
                 f"{end} latent frames: this method numbers frames absolutely and the released RoPE table ends at "
                 f"{self._max_frames}; use a shorter duration or a window-relative method (infinity_rope, rag)"
             )
-        for _ in range(count):
-            yield self._generate()
+        for left in range(count, 0, -1):
+            result = self._generate()
+            # The device is still busy with this block: what the next one starts from gets ready meanwhile.
+            self._draws = self._draw(self.block) if left > 1 else []
+            yield result
 
     @torch.no_grad()
     def replay(self, latents: Tensor, states: Sequence[Sequence[dict[str, Tensor]]] | None = None) -> None:
@@ -126,17 +139,23 @@ class Rollout:
             self._keep(x0)
             self.block += 1
 
+    def _draw(self, block: int) -> list[Tensor]:
+        """Noise of every denoising pass of a block, on the device."""
+        draws = [self._noise.initial(block)]
+        draws += [self._noise.renoise(block, step) for step in range(len(self.timesteps) - 2)]
+        return [to_device(draw, self._device, self._dtype) for draw in draws]
+
     @torch.no_grad()
     def _generate(self) -> BlockResult:
         began = self._clock.mark()
         block, last = self.block, len(self.timesteps) - 2
         self.context.begin_block(block)
-        x = to_device(self._noise.initial(block), self._device, self._dtype)
+        x, *renoise = self._draws or self._draw(block)
+        self._draws = []
         for step in range(last + 1):
-            x0 = self._pass(step, x, clean=False)
+            x0 = self._pass(step, x)
             if step < last:
-                renoise = to_device(self._noise.renoise(block, step), self._device, self._dtype)
-                x = add_noise(x0, renoise, self._sigmas[step + 1])
+                x = add_noise(x0, renoise[step], self._sigmas[step + 1])
         denoised = self._clock.mark()
         self._keep(x0)
         self._clock.add("denoise", began, denoised)
@@ -145,16 +164,26 @@ class Rollout:
         return BlockResult(block, block * self._n, x0, self.context.trace(), self.context.block_state())
 
     def _keep(self, x0: Tensor) -> None:
-        """Let the method see the clean latents, then store their K and V with the clean-context pass."""
+        """Let the method see the clean latents, then store their K and V with the clean-context pass.
+
+        No noise is added in it, and what it predicts is of use to a probe alone.
+        """
         self.context.on_latents(x0)
-        self._pass(len(self.timesteps) - 1, x0, clean=True)
+        for bank in self._banks:
+            bank.settle()
+        step = len(self.timesteps) - 1
+        if self._probe is not None:
+            self._pass(step, x0, clean=True)
+        else:
+            self.context.begin_pass(step, clean=True)
+            self._transformer.keep(x0, self._times[step], self._text, self.context)
+            self.context.end_pass()
         self.context.end_block()
 
-    def _pass(self, step: int, x: Tensor, *, clean: bool) -> Tensor:
-        """One transformer call on x [B, n, C, H, W]; returns x0. No noise is added in the clean-context pass."""
+    def _pass(self, step: int, x: Tensor, *, clean: bool = False) -> Tensor:
+        """One transformer call on x [B, n, C, H, W]; returns x0."""
         self.context.begin_pass(step, clean=clean)
-        t = torch.full(x.shape[:2], self.timesteps[step], dtype=torch.float32, device=self._device)
-        flow = self._transformer(x, t, self._text, self.context)
+        flow = self._transformer(x, self._times[step], self._text, self.context)
         self.context.end_pass()
         x0 = x0_from_flow(flow, x, self._sigmas[step])
         if self._probe is not None:

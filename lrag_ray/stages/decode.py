@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lrag_ray.config.schema import BackboneConfig, EngineSection, StorageSection, VideoSection
 from lrag_ray.errors import WeightsError
 from lrag_ray.stages.backbone import device_for, load_vae, pixels_identity
@@ -23,6 +21,7 @@ from lrag_ray.store.records import HOW_TO_REPAIR, Commit, DecodedVideo, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.video.mp4 import Mp4Writer
+from lrag_ray.wan.devices import device_kind
 from lrag_ray.wan.vae import WanVae
 
 _FRAMES_AT_A_TIME = 3
@@ -148,7 +147,7 @@ class DecodeWorker:
             frames=writer.frames,
             fps=self._stage.video.fps,
             settings=dict(task.settings),
-            device_kind=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
+            device_kind=device_kind(self._device),
             created_at=now_utc(),
         )
         # Where another attempt was first its video stands; this one is unnamed in the attempt's own folder.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import Field
 
+from lrag_ray.rollout.noise import NoiseVersion
 from lrag_ray.store.records import Count, JsonValue, Record, RolloutId
 
 FORMAT_VERSION = 1
@@ -64,6 +65,9 @@ class RunIdentity(Record):
     format_version: int = FORMAT_VERSION
     numerics_version: int
     seed: int = Field(ge=-(2**63), lt=2**63)
+    noise: NoiseVersion = Field(default=1, exclude_if=lambda version: version == 1)
+    """How noise is drawn (`rollout.noise`). A run keeps the version that it was begun with; absent in runs that were
+    begun before there were two."""
     samples: int = Field(ge=1, lt=2**31)
     video: dict[str, JsonValue]
     backbones: dict[str, BackboneIdentity]
@@ -81,8 +85,10 @@ class RunIdentity(Record):
         is only where the method is not nested.
         """
         method = self.methods[rollout.method]
+        noise: dict[str, JsonValue] = {} if self.noise == 1 else {"noise": self.noise}
         return canonical_digest(
-            {
+            noise
+            | {
                 "numerics_version": self.numerics_version,
                 "seed": self.seed,
                 "backbone": self.backbones[rollout.backbone].latents,

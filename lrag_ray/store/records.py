@@ -153,7 +153,7 @@ class Commit(Record):
     latents_digest: str
     """SHA-256 over the latent values in frame order."""
     device_kind: str
-    """``cpu`` or the name of the GPU."""
+    """``cpu``, or the GPU with the versions of torch and cuDNN."""
     versions: dict[str, str]
     timings_s: dict[str, float]
     """Seconds spent per stage up to this horizon (load, replay, denoise, context, decode, store)."""
@@ -179,7 +179,7 @@ class DecodedVideo(Record):
     settings: dict[str, JsonValue]
     """What determines the pixels besides the latents: VAE by digest, fps, crf, cold_chunk."""
     device_kind: str
-    """``cpu`` or the name of the GPU."""
+    """``cpu``, or the GPU with the versions of torch and cuDNN."""
     created_at: UtcTime
 
 

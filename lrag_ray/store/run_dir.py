@@ -97,11 +97,16 @@ class RunDirectory:
             self.storage.write(RUN_FILE, union.sealed())
         return union
 
-    def refuse_another_run(self, wanted: RunIdentity) -> None:
-        """IdentityError if the address holds a run that cannot grow to `wanted`; only reads."""
+    def continued(self, wanted: RunIdentity) -> RunIdentity:
+        """`wanted` as the run at this address draws its noise; only reads.
+
+        IdentityError if the address holds a run that cannot grow to `wanted`.
+        """
         stored = self.read()
-        if stored is not None:
-            self._refuse_changes(stored, wanted)
+        if stored is None:
+            return wanted
+        self._refuse_changes(stored, wanted)
+        return wanted.model_copy(update={"noise": stored.noise})
 
     def _refuse_changes(self, stored: RunIdentity, wanted: RunIdentity) -> None:
         changes = differences(stored, wanted)

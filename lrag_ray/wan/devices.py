@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Device(NamedTuple):
     """One kind of GPU."""
@@ -28,6 +30,14 @@ DEVICES = (
     Device("A10G", 70.0),
     Device("L4", 121.0),
 )
+
+
+def device_kind(device: torch.device) -> str:
+    """``cpu``, or the name of a GPU with the libraries whose kernels decide the last bits of what it computes."""
+    if device.type != "cuda":
+        return "cpu"
+    name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    return f"{name}, torch {torch.__version__}, cuDNN {cudnn}"
 
 
 def gpu_hours(flops: float, device: Device, utilisation: float) -> float:

@@ -17,17 +17,28 @@ from lrag_ray.wan.transfer import to_device
 
 MAX_INDEX = 1024
 """Rows of the released table: temporal indices run from 0 to 1023."""
+_KEPT = 2
+"""Results of `Rope.frames` that are kept: those of a block's own frames and of its context."""
+
+
+_VECTOR = 16
+"""Complex numbers that torch computes at once with AVX-512: two registers of 8."""
+_THREAD_GRAIN = 32768
+"""Values below which torch does not split a pointwise operation among threads."""
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of the turning angles of some rows, float32 [..., rows, 1, head_dim / 2]."""
+    """Turning angles of some rows as points of the unit circle, complex64 [..., rows, 1, head_dim / 2]."""
 
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
 
     def rows(self, start: int, end: int) -> Angles:
         """The angles of rows start .. end-1."""
-        return Angles(self.cos[..., start:end, :, :], self.sin[..., start:end, :, :])
+        return Angles(self.turns[..., start:end, :, :])
+
+    def of(self, batch: slice) -> Angles:
+        """The angles of some batch elements, where elements [B, rows, 1, head_dim / 2] have their own."""
+        return Angles(self.turns[batch]) if self.turns.dim() == 4 else self
 
 
 class Rope:
@@ -37,36 +48,67 @@ class Rope:
         pairs = head_dim // 2
         spatial = pairs // 3
         rows, columns = grid
-        temporal = _table(MAX_INDEX, pairs - 2 * spatial)
         by_row = _table(rows, spatial)[:, None].expand(rows, columns, spatial)
         by_column = _table(columns, spatial)[None].expand(rows, columns, spatial)
         space = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
-        self._temporal = Angles(temporal.cos().float().to(device), temporal.sin().float().to(device))
-        self._spatial = Angles(space.cos().float().to(device), space.sin().float().to(device))
+        self._temporal = _turns(_table(MAX_INDEX, pairs - 2 * spatial)).to(device)
+        self._spatial = _turns(space).to(device)
+        self._last: dict[tuple[int, ...], Angles] = {}
         self.tokens_per_frame = rows * columns
 
     def frames(self, temporal_indices: Sequence[int]) -> Angles:
-        """Angles of whole frames, one temporal index each: [frames · tokens_per_frame, 1, head_dim / 2]."""
-        index = torch.tensor(temporal_indices, dtype=torch.long).repeat_interleave(self.tokens_per_frame)
-        token = torch.arange(self.tokens_per_frame).repeat(len(temporal_indices))
-        return self.tokens(index, token)
+        """Angles of whole frames, one temporal index each: [frames · tokens_per_frame, 1, head_dim / 2].
+
+        The newest results are kept: with indices relative to a window, every block asks for the same. Raises
+        IndexError for an index outside the released table.
+        """
+        key = tuple(temporal_indices)
+        angles = self._last.pop(key, None)
+        if angles is None:
+            if len(self._last) == _KEPT:
+                del self._last[next(iter(self._last))]
+            angles = self._frames(key)
+        self._last[key] = angles
+        return angles
+
+    def _frames(self, temporal_indices: tuple[int, ...]) -> Angles:
+        """Made of views of the tables, so that no index crosses the bus."""
+        for index in temporal_indices:
+            _check_index(index, index)
+        frames = len(temporal_indices)
+        rows = [
+            self._temporal[i : i + 1] if i >= 0 else self._temporal[-i : 1 - i].conj_physical()
+            for i in temporal_indices
+        ]
+        time = torch.cat(rows) if rows else self._temporal[:0]
+        shape = (frames, self.tokens_per_frame, -1)
+        turns = torch.cat([time[:, None].expand(shape), self._spatial.expand(shape)], dim=-1)
+        return Angles(turns.flatten(0, 1)[:, None])
 
     def tokens(self, temporal_index: Tensor, token: Tensor) -> Angles:
-        """Angles of single tokens: temporal index [rows] and position in the frame [rows], both on the CPU.
+        """Angles of single tokens: temporal index [rows] and position in the frame [rows].
 
-        Negative indices turn the other way. Raises IndexError for an index outside the released table.
+        Negative indices turn the other way. Indices outside the released table raise IndexError, which is checked
+        where they are on the CPU; a GPU is not waited for.
         """
-        outside = temporal_index[temporal_index.abs() >= MAX_INDEX]
-        if len(outside):
-            raise IndexError(
-                f"temporal RoPE index {int(outside[0])} lies outside the released table 0..{MAX_INDEX - 1}"
-            )
-        device = self._temporal.sin.device
-        sign = to_device(temporal_index.sign()[:, None], device, self._temporal.sin.dtype)
-        temporal_index, token = to_device(temporal_index.abs(), device), to_device(token, device)
-        cos = torch.cat([self._temporal.cos[temporal_index], self._spatial.cos[token]], dim=-1)
-        sin = torch.cat([self._temporal.sin[temporal_index] * sign, self._spatial.sin[token]], dim=-1)
-        return Angles(cos[:, None], sin[:, None])
+        if temporal_index.device.type == "cpu" and len(temporal_index):
+            _check_index(int(temporal_index.min()), int(temporal_index.max()))
+        device = self._temporal.device
+        temporal_index, token = to_device(temporal_index, device), to_device(token, device)
+        time = self._temporal[temporal_index.abs()]
+        time = torch.where(temporal_index[:, None] < 0, time.conj_physical(), time)
+        return Angles(torch.cat([time, self._spatial[token]], dim=-1)[:, None])
+
+
+def _check_index(least: int, greatest: int) -> None:
+    for index in (least, greatest):
+        if abs(index) >= MAX_INDEX:
+            raise IndexError(f"temporal RoPE index {index} lies outside the released table 0..{MAX_INDEX - 1}")
+
+
+def _turns(angles: Tensor) -> Tensor:
+    """Points of the unit circle, complex64, each part rounded from float64."""
+    return torch.complex(angles.cos().float(), angles.sin().float())
 
 
 def _table(indices: int, pairs: int) -> Tensor:
@@ -77,6 +119,39 @@ def _table(indices: int, pairs: int) -> Tensor:
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Turn the channel pairs of x [..., rows, heads, head_dim] by `angles`, in float32, back to x's dtype."""
+    return _turned(x, angles).to(x.dtype)
+
+
+def rotate_into(out: Tensor, x: Tensor, angles: Angles) -> None:
+    """`rotate` into `out`, of the shape and dtype of x: the same bits, without a tensor in between."""
+    if x.dtype == torch.float32 and _one_product(x):
+        torch.mul(_pairs(x), angles.turns, out=_pairs(out))
+    else:
+        out.copy_(_turned(x, angles))
+
+
+def _turned(x: Tensor, angles: Angles) -> Tensor:
+    """In float32. Pairs are complex numbers, and one product turns them all."""
+    if _one_product(x):
+        return torch.view_as_real(_pairs(x.float()) * angles.turns).flatten(-2)
+    cos, sin = angles.turns.real, angles.turns.imag
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * angles.cos - odd * angles.sin, even * angles.sin + odd * angles.cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def _one_product(x: Tensor) -> bool:
+    """Whether a complex product rounds as the four real products do, each on its own.
+
+    On the CPU torch's vectors do. What is left over beside whole vectors, at the end of a row or of a thread's share,
+    is computed with fused multiply-adds, so both must be whole vectors for the bits to be independent of threads.
+    """
+    pairs, values = x.shape[-1] // 2, x.numel() // 2
+    if x.device.type != "cpu":
+        return True
+    threads = min(torch.get_num_threads(), max(1, -(-values // _THREAD_GRAIN)))
+    return pairs % _VECTOR == 0 and -(-values // threads) % _VECTOR == 0
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Channels [..., head_dim] of float32 as complex numbers [..., head_dim / 2]; a view."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

@@ -26,12 +26,39 @@ class AttentionContext(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output for the block's unrotated q, k and v, each [B, L, H, head_dim]."""
 
+    @property
+    def observes_queries(self) -> bool:
+        """Whether `keep` needs the queries."""
+
+    def keep(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+        """Take the rows of a layer whose attention output nobody reads; q as `observes_queries` says."""
+
 
 class TextContext(NamedTuple):
     """Cross-attention keys and values of every layer, each [B, text_len, H, head_dim]; fixed for a rollout."""
 
     k: list[Tensor]
     v: list[Tensor]
+
+
+class Modulation(NamedTuple):
+    """What the time embedding makes of a layer, each [B, F, 1, D]; `scale` is 1 + the learned scale."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+class TimeContext(NamedTuple):
+    """Timesteps [B, F] of a pass, and what they modulate; fixed for a rollout, like the text."""
+
+    timesteps: Tensor
+    layers: list[Modulation]
+    head: tuple[Tensor, Tensor]
+    """Shift and 1 + scale of the head, each [B, F, 1, D]."""
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +71,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., dim]."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).mul_(self.weight)
 
 
 class Attention(nn.Module):
@@ -85,18 +112,29 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def forward(
-        self, x: Tensor, time: Tensor, text_k: Tensor, text_v: Tensor, context: AttentionContext, layer: int
-    ) -> Tensor:
-        """One layer over x [B, L, D] with time modulation [B, F, 6, D]."""
+    def modulated_by(self, time: Tensor) -> Modulation:
+        """The layer's modulation of the time projection [B, F, 6, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time).chunk(6, dim=2)
-        h = _modulate(self.norm1(x), shift1, scale1)
+        return Modulation(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
+
+    def forward(
+        self, x: Tensor, time: Modulation, text_k: Tensor, text_v: Tensor, context: AttentionContext, layer: int
+    ) -> Tensor:
+        """One layer over x [B, L, D], which it overwrites."""
+        h = _modulate(self.norm1(x), time.shift1, time.scale1)
         k, v = self.self_attn.keys_values(h)
         y = context.attend(layer, self.self_attn.queries(h), k, v)
-        x = x + _gate(self.self_attn.o(y.flatten(2)), gate1)
+        x += _gate(self.self_attn.o(y.flatten(2)), time.gate1)
         y = attention(self.cross_attn.queries(self.norm3(x)), text_k, text_v)
-        x = x + self.cross_attn.o(y.flatten(2))
-        return x + _gate(self.ffn(_modulate(self.norm2(x), shift2, scale2)), gate2)
+        x += self.cross_attn.o(y.flatten(2))
+        x += _gate(self.ffn(_modulate(self.norm2(x), time.shift2, time.scale2)), time.gate2)
+        return x
+
+    def keep(self, x: Tensor, time: Modulation, context: AttentionContext, layer: int) -> None:
+        """Hand the rows of x [B, L, D] to the context, and compute nothing that follows from attention."""
+        h = _modulate(self.norm1(x), time.shift1, time.scale1)
+        k, v = self.self_attn.keys_values(h)
+        context.keep(layer, self.self_attn.queries(h) if context.observes_queries else None, k, v)
 
 
 class Head(nn.Module):
@@ -108,9 +146,13 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Patch values [B, L, patch · C] from x [B, L, D] and time embedding [B, F, 1, D]."""
+    def modulated_by(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and 1 + scale of the time embedding [B, F, 1, D]."""
         shift, scale = (self.modulation[:, None] + time).chunk(2, dim=2)
+        return shift, 1 + scale
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Patch values [B, L, patch · C] from x [B, L, D] and `modulated_by`."""
         return self.head(_modulate(self.norm(x), shift, scale))
 
 
@@ -143,22 +185,50 @@ class CausalWanTransformer(nn.Module):
         rows = [cast(WanBlock, block).cross_attn.keys_values(text) for block in self.blocks]
         return TextContext([k for k, _ in rows], [v for _, v in rows])
 
-    def forward(self, latents: Tensor, timesteps: Tensor, text: TextContext, context: AttentionContext) -> Tensor:
-        """Flow [B, F, C, H, W] of noisy latents [B, F, C, H, W] at timesteps [B, F]."""
+    def embed_time(self, timesteps: Tensor) -> TimeContext:
+        """All modulation of a pass at timesteps [B, F]."""
+        sinusoid = sinusoidal_embedding(self.config.freq_dim, timesteps.flatten())
+        time = self.time_embedding(sinusoid.to(self.patch_embedding.weight.dtype))
+        projected = self.time_projection(time).view(*timesteps.shape, 6, -1)
+        layers = [cast(WanBlock, block).modulated_by(projected) for block in self.blocks]
+        return TimeContext(timesteps, layers, self.head.modulated_by(time.view(*timesteps.shape, 1, -1)))
+
+    def forward(
+        self, latents: Tensor, time: TimeContext | Tensor, text: TextContext, context: AttentionContext
+    ) -> Tensor:
+        """Flow [B, F, C, H, W] of noisy latents [B, F, C, H, W] at timesteps [B, F] or what `embed_time` made of them.
+
+        For inference: activations are overwritten.
+        """
+        if isinstance(time, Tensor):
+            time = self.embed_time(time)
         batch, frames = latents.shape[:2]
         _, ph, pw = self.config.patch_size
         rows, columns = self.config.token_grid(*latents.shape[-2:])
-        # A patch is one frame deep: the 3-D convolution is a 2-D one per frame.
-        x = F.conv2d(latents.flatten(0, 1), self.patch_embedding.weight[:, :, 0], self.patch_embedding.bias, (ph, pw))
-        x = x.flatten(2).transpose(1, 2).reshape(batch, frames * rows * columns, -1)
-        sinusoid = sinusoidal_embedding(self.config.freq_dim, timesteps.flatten()).to(x.dtype)
-        time = self.time_embedding(sinusoid)
-        modulation = self.time_projection(time).view(batch, frames, 6, -1)
+        x = self._patches(latents)
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, text.k[layer], text.v[layer], context, layer)
-        x = self.head(x, time.view(batch, frames, 1, -1))
+            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer)
+        x = self.head(x, *time.head)
         x = x.view(batch, frames, rows, columns, ph, pw, self.config.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, rows * ph, columns * pw)
+
+    def keep(self, latents: Tensor, time: TimeContext, text: TextContext, context: AttentionContext) -> None:
+        """The clean-context pass over latents [B, F, C, H, W], which is run for the keys and values of each layer.
+
+        It ends with those of the last layer. The context is handed the same bits as by `forward`.
+        """
+        x = self._patches(latents)
+        *before, last = cast(list[WanBlock], list(self.blocks))
+        for layer, block in enumerate(before):
+            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer)
+        last.keep(x, time.layers[-1], context, len(before))
+
+    def _patches(self, latents: Tensor) -> Tensor:
+        """Tokens [B, L, D] of latents [B, F, C, H, W]."""
+        _, ph, pw = self.config.patch_size
+        # A patch is one frame deep: the 3-D convolution is a 2-D one per frame.
+        x = F.conv2d(latents.flatten(0, 1), self.patch_embedding.weight[:, :, 0], self.patch_embedding.bias, (ph, pw))
+        return x.flatten(2).transpose(1, 2).reshape(len(latents), -1, self.config.dim)
 
 
 def sinusoidal_embedding(dim: int, t: Tensor) -> Tensor:
@@ -170,10 +240,12 @@ def sinusoidal_embedding(dim: int, t: Tensor) -> Tensor:
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, L, D] · (1 + scale) + shift, with scale and shift [B, F, 1, D] per latent frame."""
-    return (x.unflatten(1, (shift.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
+    """x [B, L, D] · scale + shift, in place, with scale and shift [B, F, 1, D] per latent frame."""
+    x.unflatten(1, (shift.shape[1], -1)).mul_(scale).add_(shift)
+    return x
 
 
 def _gate(x: Tensor, gate: Tensor) -> Tensor:
-    """x [B, L, D] · gate [B, F, 1, D] per latent frame."""
-    return (x.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
+    """x [B, L, D] · gate [B, F, 1, D] per latent frame, in place."""
+    x.unflatten(1, (gate.shape[1], -1)).mul_(gate)
+    return x

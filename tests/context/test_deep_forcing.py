@@ -56,6 +56,8 @@ class PlainLayer:
     def __init__(self, settings: DeepForcingSettings) -> None:
         self.at = settings
         self.rows: list[Row] = []
+        self.chosen: dict[int, list[int]] = {}
+        """By block, indices into [cached rows | the block's rows] that its compression selected."""
         self.queries: list[Tensor] = []
         """Sum of the turned queries of each frame of queries seen so far."""
         self.sink_start = 0
@@ -88,6 +90,7 @@ class PlainLayer:
         for row in best:
             row.selected += 1
         best.sort(key=lambda r: (r.frame, r.token))
+        self.chosen[start // N] = [i for i, row in enumerate(self.rows) if row in best]
         self.rows = [*self.rows[: at.sink * F], *best, *self.rows[recent_from:]]
         behind_sink = len(self.rows) - at.sink * F + N * F
         self.move_sink(
@@ -145,7 +148,9 @@ def test_every_block_attends_as_the_rules_say(settings: DeepForcingSettings) -> 
                     rules.store(start, rows)
             runtime.end_pass()
         runtime.end_block()
-        for selected in policy.block_state().values():
-            assert selected.tolist() == sorted(selected.tolist()), "kept rows stay in temporal order"
+        state = policy.block_state()
+        for layer, rules in enumerate(plain):
+            selected = policy.selected_rows(state, layer)
+            assert (None if selected is None else selected.tolist()) == rules.chosen.pop(block, None)
     if settings.compression and settings.window != -1:
         assert plain[0].sink_start > 0

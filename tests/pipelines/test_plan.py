@@ -56,7 +56,7 @@ def test_table_2_comes_to_what_the_paper_ran() -> None:
     assert plan.totals.passes == 1536 * 160 * 5
     assert plan.totals.video_frames == 1536 * (477 + 957 + 1917)
     assert all(each.nested and each.horizons == (120, 240, 480) for each in plan.methods)
-    assert all(each.block_flops == pytest.approx(141.5e12, rel=1e-3) for each in plan.methods)
+    assert all(each.block_flops == pytest.approx(140.58e12, rel=1e-3) for each in plan.methods)
     assert of(plan, "rag").history_bytes == 468 * 287_539_200
     assert {each.history_bytes for each in plan.methods if each.method != "rag"} == {0}
 

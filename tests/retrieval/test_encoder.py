@@ -108,3 +108,16 @@ def test_training_lowers_the_loss(model: LatentAutoencoder) -> None:
     optimizer = make_optimizer(model, OptimizerConfig(lr=3e-3))
     totals = [float(train_step(model, optimizer, batch, LossConfig()).losses.total) for _ in range(20)]
     assert totals[-1] < 0.7 * totals[0]
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (9, 13)])
+def test_convolutions_as_matrix_products_give_the_same_embeddings_from_the_same_weights(size: tuple[int, int]) -> None:
+    encoder = LatentAutoencoder(EncoderConfig(16, *size, 24, (8, 16)))
+    fill_random(encoder, seed=4)
+    encoder.requires_grad_(False)
+    products = encoder.by_products()
+    latents = torch.randn(3, 16, *size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(products.encode(latents), encoder.encode(latents), rtol=0, atol=1e-6)
+    assert not any(isinstance(module, torch.nn.Conv2d) for module in products.encoder.modules())
+    assert {p.data_ptr() for p in products.parameters()} == {p.data_ptr() for p in encoder.parameters()}
+    assert any(isinstance(module, torch.nn.Conv2d) for module in encoder.encoder.modules())

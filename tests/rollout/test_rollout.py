@@ -5,19 +5,19 @@ The generator is real; its head is set to predict the same flow everywhere, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import Exposure, PolicyInputs
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.config import SamplerConfig
-from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.transformer import CausalWanTransformer, TimeContext
 from tests.tiny import CONFIG, LATENT, prompt_embeds, tiny_transformer
 
 N = 3
@@ -103,12 +103,17 @@ def inputs() -> Iterator[tuple[CausalWanTransformer, list[tuple[Tensor, Tensor]]
     model = predicting(1.0)
     passes: list[tuple[Tensor, Tensor]] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        passes.append((args[0].clone(), args[1].clone()))
+    def noted(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(latents: Tensor, time: TimeContext, *rest: Any) -> Any:
+            passes.append((latents.clone(), time.timesteps.clone()))
+            return run(latents, time, *rest)
 
-    handle = model.register_forward_pre_hook(note)
-    yield model, passes
-    handle.remove()
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward", noted(model.forward))
+        patch.setattr(model, "keep", noted(model.keep))
+        yield model, passes
 
 
 def test_each_pass_removes_the_flow_and_adds_less_noise() -> None:

@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, differences, grown
+from lrag_ray.store.identity import (
+    BackboneIdentity,
+    Horizon,
+    MethodIdentity,
+    PromptIdentity,
+    RunIdentity,
+    differences,
+    grown,
+)
 from tests.store.make import make_identity, rollout_id
 
 
@@ -35,6 +43,15 @@ def test_the_horizon_is_in_the_key_only_where_durations_are_not_nested() -> None
     assert nested.rollout_key(rollout_id(), 6) == nested.rollout_key(rollout_id(), 12)
     alone = make_identity(methods={"base": MethodIdentity(method="base", settings={}, nested=False)})
     assert alone.rollout_key(rollout_id(), 6) != alone.rollout_key(rollout_id(), 12)
+
+
+def test_a_run_keeps_the_noise_that_it_was_begun_with() -> None:
+    """Given a run.json without a version, its keys are what they were, and a start of a newer program continues it."""
+    stored, wanted = make_identity(), make_identity(noise=2)
+    assert "noise" not in stored.model_dump() and RunIdentity(**stored.model_dump()).noise == 1
+    assert differences(stored, wanted) == [] and grown(stored, wanted).noise == 1
+    assert grown(wanted, stored).noise == 2
+    assert stored.rollout_key(rollout_id(), 6) != wanted.rollout_key(rollout_id(), 6)
 
 
 def test_growth_is_no_difference() -> None:

@@ -28,9 +28,14 @@ class OwnRows:
     def __init__(self) -> None:
         self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
+    observes_queries = False
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.seen.append((layer, q, k, v))
         return plain_attention(q, k, v)
+
+    def keep(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+        self.seen.append((layer, k if q is None else q, k, v))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,6 +166,20 @@ def test_the_context_answers_for_self_attention(model: CausalWanTransformer, lat
     assert [layer for layer, *_ in context.seen] == [0, 1]
     assert {x.shape for _, *qkv in context.seen for x in qkv} == {(2, tokens, CONFIG.num_heads, CONFIG.head_dim)}
     assert (flow - model(latents, TIMESTEPS, text, OwnRows())).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("queries", [False, True])
+def test_a_pass_that_is_kept_hands_over_the_same_rows_and_ends_with_the_last(
+    model: CausalWanTransformer, latents: Tensor, prompts: Tensor, queries: bool
+) -> None:
+    text, time = model.embed_text(prompts), model.embed_time(TIMESTEPS)
+    whole, kept = OwnRows(), OwnRows()
+    kept.observes_queries = queries
+    model(latents, time, text, whole)
+    model.keep(latents, time, text, kept)
+    for (layer, q, *rows), (other, kept_q, *kept_rows) in zip(whole.seen, kept.seen, strict=True):
+        assert layer == other and all(map(torch.equal, rows, kept_rows))
+        assert torch.equal(q, kept_q) or (layer == 1 and not queries)
 
 
 def test_queries_and_keys_are_normed_over_all_heads_together_and_values_are_not(

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import (
     BackboneConfig,
@@ -26,8 +24,10 @@ from lrag_ray.config.schema import (
     VideoSection,
 )
 from lrag_ray.errors import WeightsError
-from lrag_ray.rollout.noise import KeyedNoise
+from lrag_ray.retrieval.similarity import HostCopy
+from lrag_ray.rollout.noise import KeyedNoise, NoiseVersion
 from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.rollout.types import BlockResult
 from lrag_ray.stages.backbone import device_for, load_generator, load_method_weights, load_vae, weights_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
 from lrag_ray.stages.numerics import make_reproducible
@@ -42,6 +42,7 @@ from lrag_ray.store.records import PartRecord, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
+from lrag_ray.wan.devices import device_kind
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -86,6 +87,8 @@ class RolloutStage(Stage[RolloutTask]):
     created_at: str
     """Of the run: a worker that does not find it at the address sees other storage."""
     seed: int
+    noise: NoiseVersion
+    """Of the run as it was begun."""
     backbones: Mapping[str, BackboneConfig]
     methods: Mapping[str, MethodConfig]
     video: VideoSection
@@ -95,11 +98,13 @@ class RolloutStage(Stage[RolloutTask]):
     @classmethod
     def of(cls, run: RolloutRun, config: RunConfig) -> RolloutStage:
         """The stage of a run with these settings; `run` exists already."""
+        identity = run.require()
         return cls(
             uri=run.storage.address,
             storage=config.storage,
-            created_at=run.require().created_at,
+            created_at=identity.created_at,
             seed=config.run.seed,
+            noise=identity.noise,
             backbones=config.backbones,
             methods=config.methods,
             video=config.video,
@@ -190,6 +195,23 @@ class RolloutWorker:
         return self._vae
 
 
+def _read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
+    """Blocks in host memory. With `behind`, one is read when the next has been launched, so that the device, whose
+    times are known by then, never waits for the host."""
+    waiting: list[tuple[BlockResult, HostCopy]] = []
+    for result in results:
+        waiting.append((result, HostCopy(result.latents[0])))
+        if len(waiting) > behind:
+            yield _finished(*waiting.pop(0))
+    for last in waiting:
+        yield _finished(*last)
+
+
+def _finished(result: BlockResult, latents: HostCopy) -> FinishedBlock:
+    state = {name: value.cpu() for name, value in result.state[0].items()}
+    return FinishedBlock(result.block, latents.read(), result.trace[0], state)
+
+
 class _MustLeaveError(Exception):
     """The worker must go; unwinds the block loop."""
 
@@ -205,7 +227,7 @@ class _Attempt:
         self._run, self._device = worker.run, worker.device
         self._task = task
         self._id = attempt
-        self._device_kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        self._device_kind = device_kind(self._device)
         self._watch = Stopwatch()
         self._notes: list[str] = []
         self._blocks_done = self._stored_bytes = 0
@@ -344,14 +366,11 @@ class _Attempt:
             with self._watch.measure("replay"):
                 rollout.replay(block.latents[None], [[block.state]])
         self._report(len(stored), "generating")
-        for result in rollout.blocks(left):
-            # Waits for the device, whose times are then known.
-            latents = result.latents[0].cpu()
+        for block in _read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
             self._watch.timings_s.update(rollout.timings_s)
-            state = {name: value.cpu() for name, value in result.state[0].items()}
-            yield FinishedBlock(result.block, latents, result.trace[0], state)
-            self._report(result.block + 1, "generating")
-            if result.block + 1 < self._blocks_total:
+            yield block
+            self._report(block.block + 1, "generating")
+            if block.block + 1 < self._blocks_total:
                 self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:
@@ -374,7 +393,7 @@ class _Attempt:
             method.policy,
             method.settings,
             pad_text(rows, config.transformer.text_len)[None],
-            KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape)),
+            KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape), self._stage.noise),
             shape,
             weights=load_method_weights(method, self._device),
             keys=[(seed, task.prompt, sample)],

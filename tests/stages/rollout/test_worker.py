@@ -201,6 +201,19 @@ def test_a_lost_commit_of_another_kind_of_device_is_made_again_from_its_parts(tm
     assert run.commits()[6].latents_digest == lost.latents_digest
 
 
+def test_a_run_begun_with_the_former_noise_goes_on_with_it(tmp_path: Path, quiet: Bench) -> None:
+    begun = bench(tmp_path / "run").config
+    wanted = build_identity(begun, PROMPTS)
+    run = RolloutRun(str(tmp_path / "former"))
+    run.ensure(wanted.model_copy(update={"noise": 1}))
+    former = bench(tmp_path / "former")
+    former.work()
+    assert run.require().noise == 1 and run.continued(wanted).noise == 1
+    assert former.commits()[6].latents_digest != quiet.commits()[6].latents_digest
+    run.refuse_foreign_commits(run.continued(wanted), run.inventory())
+    assert pending_tasks(run, run.continued(wanted)) == []
+
+
 def test_a_failure_behind_has_its_own_traceback_and_commits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,68 @@
+"""scripts/bench_gpu.py, which must work the first time on a card: all of it, small, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_gpu.py"
+REFUSED = ("ray", "pydantic", "diffusers", "transformers", "yaml", "av", "typer", "rich", "pyarrow", "torchvision")
+
+
+def test_every_call_runs_with_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
+    program = f"""
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {REFUSED!r}:
+            raise ImportError("refused: " + name)
+sys.meta_path.insert(0, Refuse())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {REFUSED!r} else found(name, *rest)
+sys.argv = ["bench_gpu.py", "all", "--device", "cpu", "--size", "small", "--out", {str(tmp_path / "out.json")!r}]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    # One thread: small operations on a busy machine wait longer for a second one than they take.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = json.loads(done.stdout.splitlines()[-1])
+    assert whole == json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    results = whole["results"]
+    assert whole["failed"] == []
+    for method in ("base", "infinity_rope", "deep_forcing", "rag"):
+        assert results[f"replay {method}, bank host"]["pass"], method
+        assert results["depth 12 s"][method]["fps"] > 0, method
+    assert results["bank host"]["pass"]
+    assert results["operations"]["self-attention"]["tflops"] > 0
+    skipped = {name for name, found in results.items() if isinstance(found, str)}
+    assert skipped == {
+        "bus",
+        "page-locking",
+        "goldens float32",
+        "goldens bfloat16",
+        "memory of rollouts in a row",
+        "decode",
+    }
+
+
+def test_a_part_that_no_longer_fits_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main(["table", "--size", "small", "--device", "cpu", "--minutes", "0"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert results["operations"] == "skipped: the time of this call is over"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_way_out_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert runpy.run_path(str(SCRIPT))["main"](["ceilings"]) == 3
+    assert "--device cpu --size small" in capsys.readouterr().err
