@@ -135,14 +135,17 @@ def _forward(transformer: CausalWanTransformer, golden: Mapping[str, Tensor], sh
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            kept[name] = output
-            if name == "after_block0":
-                kept["patch_embedding"] = inputs[0]
+            # Clones: the layers overwrite their input.
+            kept[name] = output.clone()
 
         return hook
 
+    def keep_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        kept["patch_embedding"] = inputs[0].clone()
+
     transformer.text_embedding.register_forward_hook(keep("text_embedding"))
     transformer.time_projection.register_forward_hook(keep("time_projection"))
+    transformer.blocks[0].register_forward_pre_hook(keep_input)
     for layer, block in enumerate(transformer.blocks):
         block.register_forward_hook(keep(f"after_block{layer}"))
     context.begin_block(0)

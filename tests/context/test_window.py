@@ -29,7 +29,7 @@ def fill(window: KVWindow, *frames: int) -> None:
 
 def read(window: KVWindow, layer: int, frames: list[int]) -> tuple[Tensor, Tensor]:
     spans = window.spans(layer, frames)
-    return torch.cat([span.k for span in spans]), torch.cat([span.v for span in spans])
+    return torch.cat([span.k.flatten(0, 1) for span in spans]), torch.cat([span.v.flatten(0, 1) for span in spans])
 
 
 def assert_holds(window: KVWindow, frames: list[int]) -> None:
@@ -73,7 +73,10 @@ def test_frames_come_in_the_order_that_is_asked_for_and_neighbours_as_one_span()
     fill(window, 0, 1, 2, 3)
     window.drop_oldest(2)
     fill(window, 4, 5)
-    assert [len(span.k) for span in window.spans(0, [3, 4, 5])] == [TOKENS, 2 * TOKENS]
+    spans = window.spans(0, [3, 4, 5])
+    assert [span.rows for span in spans] == [TOKENS, 2 * TOKENS]
+    stored = window.rows(3).untyped_storage().data_ptr()
+    assert {x.untyped_storage().data_ptr() for span in spans for x in span} == {stored}, "views, not copies"
     for asked in ([5, 3], [0, 5], [4], [3, 4, 5, 0]):
         k, _ = read(window, 1, asked)
         assert torch.equal(k, torch.cat([rows(frame, 1, "k") for frame in asked]))
