@@ -509,12 +509,10 @@ def _newest_rows(bench: Bench, block: int) -> dict[str, Tensor]:
 class _FewSlabs(HostBank):
     """A host bank whose frames share a few slabs: the costs of a long history in the memory of a short one."""
 
-    def append(self, frame: int, rows: Tensor) -> None:
-        """Into the slab of an older frame once there are a dozen."""
-        if frame - 12 in self._slabs:
-            # Keeps the older frame's address: both are read from the same memory.
-            self._slabs[frame], self._rows[frame] = self._slabs[frame - 12], self._rows[frame - 12]
-        super().append(frame, rows)
+    def _place(self, frame: int, rows: Tensor) -> Tensor:
+        """Over an older frame once there are a dozen."""
+        older = self._rows.get(frame - 12)
+        return super()._place(frame, rows) if older is None else older
 
 
 def _decode(bench: Bench) -> dict[str, Any] | str:

@@ -79,9 +79,7 @@ class HostBank(HistoryBank):
 
     def append(self, frame: int, rows: Tensor) -> None:
         """Copy a frame to its slab. MemoryError where the host has no room for one more."""
-        slab = self._pool.take(rows.nbytes)
-        self._slabs[frame] = slab
-        self._rows[frame] = slab.view(rows.dtype).view(rows.shape)
+        self._rows[frame] = self._place(frame, rows)
         if not self._cuda:
             self._rows[frame].copy_(rows)
             return
@@ -92,6 +90,11 @@ class HostBank(HistoryBank):
             self._appended = stream.record_event()
         # The allocator must not hand this memory on while the copy still reads it.
         rows.record_stream(stream)
+
+    def _place(self, frame: int, rows: Tensor) -> Tensor:
+        """Where a frame goes: a slab of its own."""
+        slab = self._slabs[frame] = self._pool.take(rows.nbytes)
+        return slab.view(rows.dtype).view(rows.shape)
 
     def settle(self) -> None:
         """The compute stream waits for the appends, which are done long before."""
