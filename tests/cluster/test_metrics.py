@@ -15,7 +15,7 @@ from tests.cluster.drivers import driver, write_config
 from tests.cluster.nodes import free_port, private_folder, ray_start
 from tests.cluster.quiet import Gate, make_config
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana" / "lrag-ray.json"
 
