@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-STYLES = 6
+STYLES = 12
 """Line styles that the style sheet knows; more curves begin again."""
 _WIDTH, _HEIGHT = 340, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 26
