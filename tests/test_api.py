@@ -25,8 +25,8 @@ FUNCTIONS = {
     "score": "(target: 'str', *, config: 'RunConfig | None' = None, overrides: 'Sequence[str]' = (), "
     "manifest: 'str | None' = None, to: 'str | None' = None, listener: 'Listener' = <function silent>) "
     "-> 'RunScores | VideoScores'",
-    "prepare": "(config: 'RunConfig | str | Path') -> 'Preparation'",
-    "submit": "(config: 'RunConfig | str | Path | Preparation', *, address: 'str | None' = None, "
+    "prepare": "(config: 'JobConfig | str | Path') -> 'Preparation'",
+    "submit": "(config: 'JobConfig | str | Path | Preparation', *, address: 'str | None' = None, "
     "upload: 'bool' = True, python: 'str' = 'python', listener: 'Listener' = <function silent>) -> 'SubmittedJob'",
     "jobs": "(address: 'str | None' = None, *, listener: 'Listener' = <function silent>) -> 'list[SubmittedJob]'",
     "find_job": "(name: 'str', *, address: 'str | None' = None, listener: 'Listener' = <function silent>) "

@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 IMPATIENT = """
 import atexit, os, signal, sys
 from lrag_ray.cli import app as module
+from lrag_ray.__main__ import main
 
 def interrupted():
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
+from lrag_ray.store.seal import opened_json
 from tests.report.make_run import make_run
 
 
@@ -80,14 +81,14 @@ def test_equal_runs_are_equal_and_every_difference_is_named(folder: Path, tmp_pa
     same = ask("diff", one, str(two))
     assert same["equal"] and {(cell["equal"], cell["different"]) for cell in same["cells"]} == {(2, 0)}
 
-    identity = json.loads((two / "run.json").read_text())
+    identity = json.loads(opened_json((two / "run.json").read_bytes()))
     identity["seed"] = 8
     identity["methods"]["rag"]["settings"]["window"] = 7
     identity["backbones"]["tiny"]["latents"]["sha256"] = "x" * 64
     identity["prompts"]["00002-abc"] = {"index": 2, "text": "a whale"}
     (two / "run.json").write_text(json.dumps(identity))
     commit = next((two / "rollouts/tiny/base").rglob("commit-*.json"))
-    record = json.loads(commit.read_text())
+    record = json.loads(opened_json(commit.read_bytes()))
     commit.write_text(json.dumps({**record, "latents_digest": "0" * 64}))
 
     found = ask("diff", one, str(two))

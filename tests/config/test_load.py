@@ -47,6 +47,10 @@ scoring scoring.suite scoring.settings scoring.settings.*
 scoring.mode scoring.dimensions scoring.weights scoring.precision scoring.early_stop
 scoring.batch_frames scoring.batch_pairs scoring.controls scoring.workers scoring.cpus_per_worker
 scoring.gpus_per_worker scoring.during_generation
+watch watch.metrics watch.metrics_linger_s watch.tensorboard watch.tensorboard.folder watch.wandb watch.wandb.project
+watch.wandb.entity watch.wandb.name watch.wandb.mode watch.wandb.folder watch.mlflow watch.mlflow.tracking_uri
+watch.mlflow.experiment watch.mlflow.name watch.on_end watch.on_end.webhook watch.on_end.webhook_from
+watch.on_end.token_from watch.on_end.command watch.on_end.timeout_s watch.on_end.attempts
 """
 
 

@@ -13,8 +13,11 @@ from jobs.entry import ADVANCED_EVERY_S, LONGEST_LINE, JsonLog, check_client, sh
 from lrag_ray.errors import RunEnvironmentError
 from lrag_ray.events import (
     AttemptFailed,
+    CellScored,
     Event,
     Notice,
+    ReportWritten,
+    RunEnded,
     RunPlanned,
     StageAdvanced,
     StageBegan,
@@ -23,6 +26,7 @@ from lrag_ray.events import (
     TaskFinished,
     TaskStarted,
     TaskYielded,
+    TrainingAdvanced,
     WorkerLost,
     as_json,
     from_json,
@@ -54,6 +58,10 @@ EVENTS: list[Event] = [
     TaskYielded("rollouts", "t", "w", "drains"),
     AttemptFailed(FAILURE),
     WorkerLost("w", "gone"),
+    TrainingAdvanced(2, 3, 40, 60, 2, "training", [0.5, 0.1, 0.0], [0.6, 0.2, 0.0], 0.8, 1, 12.5),
+    CellScored("tiny", "rag", 9.0, 2, {"flicker": 0.5}, None),
+    ReportWritten("s3://b/r/summary", ("report.html", "ranks.csv")),
+    RunEnded("evaluate", "s3://b/r", "incomplete", 1, 2.5, 1, ("t: why",), None),
 ]
 
 

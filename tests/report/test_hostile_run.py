@@ -49,7 +49,7 @@ def test_a_trace_that_is_none_leaves_the_page_without_its_map(run: Path) -> None
     page = (run / "summary" / "report.html").read_text()
     assert "<video" in page and 'class="map"' not in page
     (commit,) = run.rglob("commit-12.json")
-    with pytest.raises(StorageError, match="missing or damaged"):
+    with pytest.raises(StorageError, match="does not have the recorded checksum"):
         inspect_rollout(str(commit.parent))
 
 

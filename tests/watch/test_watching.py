@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,7 +33,7 @@ def start(
     """Events of a start of `config` whose work is `ends`, and what it raised."""
     events: list[Event] = []
 
-    def work(config: RunConfig, prompts: Any, *, listener: Callable[[Event], None]) -> Outcome:
+    def work(config: RunConfig, *, listener: Callable[[Event], None]) -> Outcome:
         for event in start_of():
             listener(event)
         return ends()
