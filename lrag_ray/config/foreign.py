@@ -126,6 +126,7 @@ class _Import:
         if steps[-1] == 0:
             steps = steps[:-1]
             self._notes.append("denoising_step_list: its last step 0 is dropped, as their inference does")
+        first = self._take("denoising_step_list_first_chunk")
         shift = self._left_model.pop("timestep_shift", None)
         if shift is None:
             shift = self._left.get("timestep_shift", _DEFAULT_SHIFT)
@@ -136,6 +137,7 @@ class _Import:
             "shift": float(shift),
             "context_timestep": float(self._take("context_noise", 0.0)),
             "frames_per_block": self._number("num_frame_per_block", 1),
+            **({"first_block_denoising_steps": first} if first else {}),
         }
 
     def _backbone(self, sampler: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from lrag_ray.config.jobs import JOB_SCHEMAS
 from lrag_ray.config.presets import PRESETS
+from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.registry import policy_class, registered
 
 TITLE = "lrag-ray configuration"
@@ -66,10 +67,14 @@ def _method_definitions() -> dict[str, dict[str, Any]]:
         found[name] = {
             "type": ["object", "null"],
             "description": inspect.getdoc(inspect.getmodule(policy)) or "",
-            "properties": {"method": {"const": name}, **settings},
+            "properties": {"method": {"const": name}, "preset": {"enum": _presets(policy)}, **settings},
             "additionalProperties": False,
         }
     return found
+
+
+def _presets(policy: type[ContextPolicy[Any]]) -> list[str | None]:
+    return ["released", None] if policy.released else [None]
 
 
 def _sweep(value: dict[str, Any]) -> dict[str, Any]:

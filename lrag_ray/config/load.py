@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,15 @@ def _merge_presets(document: Document) -> Iterator[Problem]:
             document.data["backbones"][name] = overlay(PRESETS["tiny"], section)
         else:
             document.data["backbones"][name] = overlay(copy.deepcopy(PRESETS[preset]), section)
+    for name, section in _sections(document.data, "methods"):
+        if section.get("preset") != "released":
+            continue
+        with suppress(ValueError):
+            if not (released := policy_class(str(section["method"])).released):
+                yield Problem(
+                    ("methods", name, "preset"), f"method '{section['method']}' has no released settings here"
+                )
+            _put_under(section, released)
 
 
 def _merge_released(data: dict[str, Any]) -> None:
@@ -122,11 +131,15 @@ def _merge_released(data: dict[str, Any]) -> None:
     for _, backbone in _sections(data, "backbones"):
         if isinstance(backbone.setdefault("vae", {}), dict):
             backbone["vae"] = AS_RELEASED["vae"] | backbone["vae"]
-    for name, section in _sections(data, "methods"):
+    for _, section in _sections(data, "methods"):
         # A method that there is not is reported where the settings are checked.
         with suppress(ValueError):
-            for key, value in policy_class(str(section.get("method", name))).as_released.items():
-                section.setdefault(key, value)
+            _put_under(section, policy_class(str(section["method"])).as_released)
+
+
+def _put_under(section: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    for key, value in defaults.items():
+        section.setdefault(key, value)
 
 
 def _validated(document: Document) -> tuple[RunConfig | None, list[Problem]]:
@@ -151,7 +164,7 @@ def _check_settings(path: KeyPath, section: dict[str, Any]) -> Iterator[Problem]
     except ValueError as error:
         yield Problem((*path, "method"), str(error))
         return
-    given = {key: value for key, value in section.items() if key != "method"}
+    given = {key: value for key, value in section.items() if key not in ("method", "preset")}
     try:
         settings_model(policy.Settings).model_validate_json(json.dumps({"settings": given}), strict=True)
     except ValidationError as error:

@@ -2,8 +2,9 @@
 
 The real ones are Wan2.1-T2V-1.3B generators; their files are looked for under ``weights/`` in the working directory
 unless the configuration names other paths. File names are those of the releases: the generators come from the Hub
-repository qixinhu11/LongLive-RAG (``checkpoints/``), Causal-Forcing's model for long video from zhuhz22/Causal-Forcing,
-text encoder, tokenizer and VAE from Wan-AI/Wan2.1-T2V-1.3B.
+repository qixinhu11/LongLive-RAG (``checkpoints/``), Causal-Forcing's other models from zhuhz22/Causal-Forcing (the
+4-step frame-wise one is renamed, because two of its files are called causal_forcing.pt), text encoder, tokenizer and
+VAE from Wan-AI/Wan2.1-T2V-1.3B.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ _WAN_1_3B: dict[str, Any] = {
     },
     "vae": {"kind": "wan", "path": "weights/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"},
 }
+
+
+def _framewise(label: str, file: str, steps: list[int]) -> dict[str, Any]:
+    """A Causal-Forcing generator of single frames; all of them denoise the first frame in four steps."""
+    four = _WAN_1_3B["sampler"]["denoising_steps"]
+    own = {"denoising_steps": steps, "first_block_denoising_steps": four} if steps != four else {}
+    return {
+        **_WAN_1_3B,
+        "label": f"Causal-Forcing ({label})",
+        "sampler": {**_WAN_1_3B["sampler"], "frames_per_block": 1, **own},
+        "weights": {"path": f"weights/{file}", "use_ema": True},
+    }
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -75,6 +89,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label": "Causal-Forcing (long-video checkpoint)",
         "weights": {"path": "weights/longvideo.pt", "use_ema": True},
     },
+    "causal_forcing_framewise": _framewise("frame by frame, 4 steps", "framewise-4step.pt", [1000, 750, 500, 250]),
+    "causal_forcing_2step": _framewise("frame by frame, 2 steps", "framewise-2step.pt", [1000, 500]),
+    "causal_forcing_1step": _framewise("frame by frame, 1 step", "framewise-1step.pt", [1000]),
     "longlive": {
         **_WAN_1_3B,
         "label": "LongLive",
@@ -86,7 +103,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values by preset name."""
 
+_FIVE_SECONDS = (
+    "{} is a frame-wise Causal-Forcing checkpoint trained on 21 latent frames (5 s). Its authors do not claim longer "
+    "videos for it and publish longvideo.pt for them: preset causal_forcing_long"
+)
+
 CHECKPOINT_NOTES: dict[str, str] = {
+    **{name: _FIVE_SECONDS.format(name) for name in ("framewise-4step.pt", "framewise-2step.pt", "framewise-1step.pt")},
     "causal_forcing.pt": (
         "causal_forcing.pt is Causal-Forcing's checkpoint for videos of 5 s, as the LongLive-RAG paper used it. Its "
         "authors call that baseline extremely unfair for long video and publish longvideo.pt for it: preset "

@@ -221,7 +221,8 @@ class BackboneConfig(Section):
 
     preset: str | None = None
     """Preset whose values are the defaults of this section: tiny, self_forcing, causal_forcing (the 5 s checkpoint, as
-    the paper used it), causal_forcing_long (its authors' checkpoint for long video) or longlive."""
+    the paper used it), causal_forcing_long (its authors' checkpoint for long video), causal_forcing_framewise,
+    causal_forcing_2step, causal_forcing_1step (blocks of one frame) or longlive."""
     label: str = ""
     """Shown in tables and pages beside the name, e.g. ``tiny, untrained``."""
     transformer: WanConfig = WanConfig()
@@ -262,8 +263,11 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     method: str
-    """Registered name (base, infinity_rope, deep_forcing, rag) or ``package.module:Policy``; may be left out where the
-    setting itself is called like a registered method."""
+    """Registered name (`lrag-ray methods` lists them) or ``package.module:Policy``; may be left out where the setting
+    itself is called like a registered method."""
+    preset: Literal["released"] | None = None
+    """released: the settings of the method's own release as defaults, whatever budget they spend. None: the equal
+    budget of 12 latent frames."""
 
     @model_validator(mode="after")
     def _no_credentials(self) -> MethodConfig:

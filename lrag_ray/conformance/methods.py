@@ -1,7 +1,8 @@
 """Golden rollouts in the format of golden/methods: all context methods on shared inputs stored near the cases.
 
-Compared are latents, predictions, the final cache, the attended rows and Deep Forcing's selections. The scores behind
-those selections are not: a different choice shows, an equal one needs no further proof.
+Compared are latents, predictions, the final cache or the rows that attention received, traces, and what Deep Forcing
+and MemFlow selected. The scores behind Deep Forcing's selections are not: a different choice shows, an equal one needs
+no further proof.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.schedule import FlowMatchSchedule
 
 LATENTS = Bound(absolute=1e-4)
+"""Allowed difference, where the case states no smaller one."""
 TIMESTEPS = Bound(relative=1e-6)
 LEVELS_UP = 3
 """How far above a case its inputs are looked for."""
@@ -42,8 +44,14 @@ SETTING_NAMES = {"K": "top_k", "R": "recent_exclude", "history_admission": "admi
 """Golden settings that we call otherwise."""
 NOT_SETTINGS = {"method", "frames_per_block", "frames", "optional"}
 """Entries of the golden settings that are not the policy's."""
+IMPLIED = {"rolling_sink": {"sink": 0}, "ema_sink": {"update": "ema"}}
+"""Golden settings that are none of ours, because the method has them in this one way."""
+UNMENTIONED = {"memrope": {"first_overflow": "released"}}
+"""Behaviour of the released code that the golden settings do not mention, and that is not our default."""
 
 _SELECTED = re.compile(r"pc\.block(\d+)\.layer(\d+)\.selected_aug_index")
+_ATTENDED = re.compile(r"attended\.block(\d+)\.pass(\d+)\.layer(\d+)\.([kv])")
+_BANK = re.compile(r"memflow\.block(\d+)\.layer(\d+)\.(scores|kept_slots)")
 _TOKENS = re.compile(r"ctx\.block(\d+)\.pass(\d+)\.layer(\d+)\.(origin_token|temporal_index)")
 
 
@@ -112,36 +120,47 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
     if settings.get("optional"):
         sheet.add("latents", "skip", "optional: true in its settings (prompt switches inside a rollout are left out)")
         return
+    try:
+        method, own = settings["method"], _policy_settings(settings)
+    except _RefusedError as refused:
+        sheet.add("latents", "skip", str(refused))
+        return
     inputs = find_inputs(folder.path, vectors.shapes["latents"])
-    sampler = _sampler(inputs, settings)
+    sampler = _sampler(inputs.sampler, settings)
     if "warped_timesteps" in inputs.sampler:
         shared = torch.tensor(_timesteps(sampler)[:-1])
         sheet.close("timesteps of the inputs", shared, torch.tensor(inputs.sampler["warped_timesteps"]), TIMESTEPS)
+    sampler = _sampler({**inputs.sampler, **golden.get("sampler", {})}, settings)
     if "timesteps" in golden:
-        sampler = _own_timesteps(sampler, golden["timesteps"], vectors.shapes.get("x0_pred"))
-    own = {SETTING_NAMES.get(name, name): value for name, value in settings.items() if name not in NOT_SETTINGS}
+        sampler = _own_timesteps(sampler, golden, vectors.shapes.get("x0_pred"))
     frames = int(settings.get("frames", golden.get("frames", vectors.shapes["latents"][1])))
     step_noise = inputs.tensors["step_noise"]
-    blocks, last = frames // sampler.frames_per_block, len(sampler.denoising_steps)
+    draws = max(len(sampler.steps_of(0)), len(sampler.denoising_steps)) - 1
+    last = frames // sampler.frames_per_block - 1, len(sampler.denoising_steps)
+    attended = {place: name for name in vectors.shapes if (place := _attended(name))}
+    wanted = {last} | {(block, step) for block, step, _, _ in attended}
     recording = record(
         golden_transformer(inputs.weights, inputs.config),
         sampler,
-        settings["method"],
-        with_local_weights(settings["method"], own, folder),
+        method,
+        with_local_weights(method, own, folder),
         inputs.tensors["prompt_embeds"],
         inputs.tensors["noise"][:, :frames],
         # Batch and frames may be stored as one axis or as two; a case may use fewer passes than the inputs provide for.
-        (step_noise.flatten(2, 3) if step_noise.dim() == 7 else step_noise)[:, : last - 1],
-        wanted=lambda block, step, layer: (block, step) == (blocks - 1, last),
+        (step_noise.flatten(2, 3) if step_noise.dim() == 7 else step_noise)[:, :draws],
+        wanted=lambda block, step, layer: (block, step) in wanted,
     )
-    sheet.close("latents", recording.latents, vectors["latents"], LATENTS)
-    if "timesteps" in golden:
-        ours = torch.tensor(recording.timesteps[: len(golden["timesteps"])])
-        sheet.close("timesteps", ours, torch.tensor(golden["timesteps"]), TIMESTEPS)
+    sheet.close("latents", recording.latents, vectors["latents"], _bound(golden))
+    for name, block in (("timesteps_first_block", 0), ("timesteps", -1)):
+        if name in golden:
+            ours = torch.tensor(recording.timesteps[block][: len(golden[name])])
+            sheet.close(name, ours, torch.tensor(golden[name]), TIMESTEPS)
     _check_passes(recording, vectors, sheet)
+    _check_attended(recording, attended, vectors, sheet)
     rows = token_rows(recording)
-    check_stored_cache(recording, rows[-1], vectors, settings["method"], golden.get("local_end_index"), sheet)
+    check_stored_cache(recording, rows[-1], vectors, method, golden.get("local_end_index"), sheet)
     _check_selections(recording, vectors, sheet)
+    _check_bank(recording, vectors, sheet)
     for companion in folder.records:
         if case_stem(companion.path) == case_stem(vectors.path) and isinstance(companion.content, list):
             _check_trace(recording, rows, companion.content, sheet)
@@ -150,44 +169,125 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
             _check_tokens(rows, file, sheet)
 
 
-def _sampler(inputs: Inputs, settings: Mapping[str, Any]) -> SamplerConfig:
-    golden = inputs.sampler
+class _RefusedError(Exception):
+    """The case asks for something that is refused here."""
+
+
+def _policy_settings(golden: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of our policy from those of a case."""
+    method = golden["method"]
+    implied = IMPLIED.get(method, {})
+    own = {SETTING_NAMES.get(name, name): value for name, value in golden.items() if name not in NOT_SETTINGS}
+    for name in implied.keys() & own.keys():
+        if own.pop(name) != implied[name]:
+            raise _RefusedError(f"{name} {golden[name]!r} is not done by {method}, which has {implied[name]!r} alone")
+    return UNMENTIONED.get(method, {}) | own
+
+
+def _bound(golden: Mapping[str, Any]) -> Bound:
+    """Allowed difference of latents: the case's own, but never more than ours."""
+    stated = golden.get("tolerance")
+    return Bound(min(LATENTS.absolute, stated["latents"])) if stated and "latents" in stated else LATENTS
+
+
+def _attended(name: str) -> tuple[int, int, int, str] | None:
+    """Block, pass, layer and k or v of a stored tensor of attended rows."""
+    match = _ATTENDED.fullmatch(name)
+    return (int(match[1]), int(match[2]), int(match[3]), match[4]) if match else None
+
+
+def _sampler(golden: Mapping[str, Any], settings: Mapping[str, Any]) -> SamplerConfig:
+    first = golden.get("first_block_denoising_step_list")
     return SamplerConfig(
         denoising_steps=tuple(golden["denoising_step_list"]),
         warp=golden.get("warp_denoising_step", True),
         shift=golden["timestep_shift"],
         context_timestep=golden.get("context_noise_timestep", 0.0),
         frames_per_block=settings.get("frames_per_block", golden.get("num_frame_per_block", 3)),
+        first_block_denoising_steps=tuple(first) if first else None,
     )
 
 
-def _timesteps(sampler: SamplerConfig) -> list[float]:
+def _timesteps(sampler: SamplerConfig, block: int = 1) -> list[float]:
     """Timestep of every pass of a block, the clean-context pass last."""
-    steps = sampler.denoising_steps
+    steps = sampler.steps_of(block)
     warped = FlowMatchSchedule(sampler.shift).warp(steps) if sampler.warp else [float(t) for t in steps]
     return [*warped, sampler.context_timestep]
 
 
-def _own_timesteps(sampler: SamplerConfig, golden: list[Any], passes: tuple[int, ...] | None) -> SamplerConfig:
-    """The sampler with the case's own timesteps, where they are not those of the shared inputs.
+def _own_timesteps(sampler: SamplerConfig, golden: Mapping[str, Any], passes: tuple[int, ...] | None) -> SamplerConfig:
+    """The sampler with the case's own timesteps, where they are not those of its step lists.
 
     The clean-context pass's comes last; it may be left out, as the number of stored passes [blocks, passes, …] shows.
     """
-    shared = _timesteps(sampler)
-    whole = golden if passes is None or passes[1] == len(golden) else [*golden, sampler.context_timestep]
-    if len(whole) == len(shared) and torch.allclose(torch.tensor(whole), torch.tensor(shared), rtol=1e-6, atol=0):
+    stated = golden["timesteps"]
+    whole = stated if passes is None or passes[1] == len(stated) else [*stated, sampler.context_timestep]
+    first = golden.get("timesteps_first_block", _timesteps(sampler, 0) if sampler.first_block_denoising_steps else None)
+    if _equal(whole, _timesteps(sampler)) and (first is None or _equal(first, _timesteps(sampler, 0))):
         return sampler
-    return replace(sampler, denoising_steps=tuple(whole[:-1]), warp=False, context_timestep=float(whole[-1]))
+    return replace(
+        sampler,
+        denoising_steps=tuple(whole[:-1]),
+        first_block_denoising_steps=tuple(first[:-1]) if first else None,
+        warp=False,
+        context_timestep=float(whole[-1]),
+    )
+
+
+def _equal(stated: list[float], ours: list[float]) -> bool:
+    return len(stated) == len(ours) and torch.allclose(torch.tensor(stated), torch.tensor(ours), rtol=1e-6, atol=0)
 
 
 def _check_passes(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:
-    """Network output and prediction of every pass, [blocks, passes, n, C, H, W] for a batch of one."""
+    """Network output and prediction of every pass, [blocks, passes, n, C, H, W] for a batch of one.
+
+    Where the first block has more passes than the others, it is stored by itself: [passes, n, C, H, W], or with a
+    block axis of 1.
+    """
+    count = len(recording.trace)
     for name, values in (("x0_pred", recording.x0), ("flow_pred", recording.flow)):
-        if name in vectors:
-            blocks = range(len(recording.trace))
-            ours = torch.stack([torch.stack([values[b, p] for p in range(len(recording.timesteps))]) for b in blocks])
-            golden = vectors[name]
-            sheet.close(name, ours[:, :, 0] if golden.dim() == 6 else ours, golden, LATENTS)
+        for suffix, blocks in (("", range(count)), ("_first_block", range(1)), ("_other_blocks", range(1, count))):
+            if name + suffix not in vectors:
+                continue
+            golden = vectors[name + suffix]
+            ours = torch.stack(
+                [torch.stack([values[b, p] for p in range(len(recording.timesteps[b]))]) for b in blocks]
+            )
+            ours = ours if golden.dim() == 7 else ours[:, :, 0]
+            sheet.close(name + suffix, ours[0] if golden.dim() == 5 else ours, golden, LATENTS)
+
+
+def _check_attended(
+    recording: Recording, places: Mapping[tuple[int, int, int, str], str], vectors: Vectors, sheet: Sheet
+) -> None:
+    """Rotated keys and values that attention received, [rows, H, head_dim] or with a batch axis."""
+    for which in ("k", "v"):
+        pairs = {}
+        for (block, step, layer, stored), name in places.items():
+            if stored == which:
+                golden, ours = vectors[name], getattr(recording.attended[block, step, layer], which)
+                pairs[name] = (ours[0] if golden.dim() == 3 else ours, golden, LATENTS)
+        sheet.close_all(f"attended {which}", pairs)
+
+
+def _check_bank(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:
+    """What MemFlow's bank was scored with and which of its slots were kept, best first, in each stored selection."""
+    scores, ours, golden = {}, [], []
+    for name in sorted(vectors.shapes):
+        if match := _BANK.fullmatch(name):
+            block, layer = int(match[1]), int(match[2])
+            before, after = (
+                [row for row in recording.rows(b, 0, layer) if row.kind == "memory"] for b in (block - 1, block)
+            )
+            if match[3] == "scores":
+                scores[name] = (torch.tensor([row.similarity for row in before]), vectors[name], LATENTS)
+            else:
+                slots = [row.frame for row in before]
+                ours.append((name, [slots.index(row.frame) if row.frame in slots else None for row in after[:-1]]))
+                golden.append((name, vectors[name].tolist()))
+    sheet.close_all("bank scores", scores)
+    if golden:
+        sheet.same(f"kept bank frames ({len(golden)})", ours, golden)
 
 
 def _check_selections(recording: Recording, vectors: Vectors, sheet: Sheet) -> None:

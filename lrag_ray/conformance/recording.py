@@ -34,8 +34,8 @@ class Attended(NamedTuple):
 class Recording:
     """A finished rollout with its insides. Passes are numbered per block, the clean-context pass last."""
 
-    timesteps: list[float]
-    """Timestep of every pass."""
+    timesteps: list[list[float]]
+    """Timestep of every pass, by block."""
     policies: list[ContextPolicy[Any]]
     """Policy of every batch element, as the rollout left it."""
     latents: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -88,7 +88,7 @@ def record(
     *,
     wanted: Callable[[int, int, int], bool] = lambda block, step, layer: False,
 ) -> Recording:
-    """Roll out all frames of `noise` [B, F, C, H, W] with `renoise` [blocks, steps - 1, B·n, C, H, W].
+    """Roll out all frames of `noise` [B, F, C, H, W] with `renoise` [blocks, steps - 1 or more, B·n, C, H, W].
 
     `settings` name the method's own weights by local paths. `wanted(block, pass, layer)` says where to keep attention
     rows. Raises ValueError for impossible settings.
@@ -110,7 +110,7 @@ def record(
         weights={file.key: file.read(Path(path)) for file, path in named if path is not None},
         probe=recorder,
     )
-    recording = Recording(rollout.timesteps, rollout.context.policies)
+    recording = Recording([rollout.timesteps(block) for block in range(frames // n)], rollout.context.policies)
     latents = []
     for result in rollout.blocks(frames // n):
         latents.append(result.latents)

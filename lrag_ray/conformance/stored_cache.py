@@ -36,7 +36,7 @@ def check_stored_cache(
     """
     policy = recording.policies[0]
     rope = Rope(policy.layout.head_dim, policy.layout.grid, policy.layout.device)
-    block, last = len(recording.trace) - 1, len(recording.timesteps) - 1
+    block, last = len(recording.trace) - 1, len(recording.timesteps[-1]) - 1
     keys, values = {}, {}
     for layer in sorted({int(match[1]) for name in vectors.shapes if (match := _TENSOR.fullmatch(name))}):
         golden_k, golden_v = vectors[f"kv_cache.{layer}.k"], vectors[f"kv_cache.{layer}.v"]

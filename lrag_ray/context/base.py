@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lrag_ray.context.frames import FramePolicy, check_window
+from lrag_ray.context.policy import Origin
 from lrag_ray.wan.rope import MAX_INDEX
 
 
@@ -33,6 +34,9 @@ class Base(FramePolicy[BaseSettings]):
 
     Settings = BaseSettings
     max_frames: ClassVar[int | None] = MAX_INDEX
+    origin = Origin(
+        "sink", "Self-Forcing, arXiv 2506.08009", "thu-ml/Causal-Forcing, as in Self-Forcing and LongLive", "Apache-2.0"
+    )
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         """Everything in the cache is attended to, at its global frame number."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrag_ray.context.frames import check_local_room, check_window, frames_in_window
-from lrag_ray.context.policy import ContextPolicy, Exposure, Layout, PolicyInputs, Span
+from lrag_ray.context.policy import ContextPolicy, Exposure, Layout, Origin, PolicyInputs, Span
 from lrag_ray.context.trace import RowKind, TraceRow
 from lrag_ray.retrieval.similarity import HostCopy
 from lrag_ray.wan.rope import MAX_INDEX, rotate
@@ -78,6 +78,7 @@ class DeepForcing(ContextPolicy[DeepForcingSettings]):
 
     Settings = DeepForcingSettings
     max_frames: ClassVar[int | None] = MAX_INDEX
+    origin = Origin("compression", "Deep Forcing, arXiv 2512.05081", "cvlab-kaist/DeepForcing", "Apache-2.0")
 
     @classmethod
     def check(cls, settings: DeepForcingSettings, frames_per_block: int) -> None:

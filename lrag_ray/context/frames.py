@@ -43,6 +43,14 @@ def check_window(window: int, sink: int) -> None:
         raise ValueError(f"sink {sink} must not be negative")
 
 
+def check_limited(window: int) -> None:
+    """Raise ValueError where every frame would be kept, so that a method that summarises the others has none."""
+    if window == -1:
+        raise ValueError(
+            "window -1 keeps all frames, and this method acts on those that leave the window: give a number"
+        )
+
+
 def check_local_room(window: int, frames_per_block: int, **taken: int) -> None:
     """Raise ValueError where the window leaves less than one block for local frames.
 
@@ -68,13 +76,17 @@ class FramePolicy(ContextPolicy[W]):
 
     def __init__(self, settings: W, inputs: PolicyInputs) -> None:
         super().__init__(settings, inputs)
-        window = settings.window
-        self.window = KVWindow(self.layout, settings.sink, None if window == -1 else window)
+        self.window = self.make_window()
         self.block = -1
         self.context: list[FrameRow] = []
         """Frames before the current block, in attention order."""
         self.current: list[FrameRow] = []
         """Frames of the current block."""
+
+    def make_window(self) -> KVWindow:
+        """The cache, empty: the sink, and as many frames behind it as the window has left."""
+        window = self.settings.window
+        return KVWindow(self.layout, self.settings.sink, None if window == -1 else window)
 
     @classmethod
     def check(cls, settings: W, frames_per_block: int) -> None:
@@ -115,6 +127,12 @@ class FramePolicy(ContextPolicy[W]):
     def current_rows(self, temporal_indices: list[int]) -> list[FrameRow]:
         """The block's own frames with their temporal indices."""
         return [FrameRow("current", f, i) for f, i in zip(self.block_frames(), temporal_indices, strict=True)]
+
+    def at_slots(self, context: list[FrameRow]) -> None:
+        """Attend to `context`, then to the block, with temporal indices 0, 1, 2, … in this order."""
+        past = len(context)
+        self.context = [row._replace(temporal_index=i) for i, row in enumerate(context)]
+        self.current = self.current_rows(list(range(past, past + self.layout.frames_per_block)))
 
     def query_indices(self) -> list[int]:
         """Temporal index of each frame of the current block."""

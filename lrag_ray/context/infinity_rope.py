@@ -10,17 +10,17 @@ from torch import Tensor
 
 from lrag_ray.context.base import BaseSettings
 from lrag_ray.context.frames import FramePolicy
+from lrag_ray.context.policy import Origin
 
 
 class InfinityRope(FramePolicy[BaseSettings]):
     """Sink and window with window-relative temporal indices."""
 
     Settings = BaseSettings
+    origin = Origin("positions", "Infinity-RoPE, arXiv 2511.20649", "yesiltepe-hidir/infinity-rope", "none stated")
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         """Everything in the cache is attended to, at its slot number."""
         self.make_room(block)
         cached = list(self.window.frames)
-        past = len(cached)
-        self.context = self.cached_rows(cached, list(range(past)))
-        self.current = self.current_rows(list(range(past, past + self.layout.frames_per_block)))
+        self.at_slots(self.cached_rows(cached, cached))

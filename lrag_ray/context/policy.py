@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,13 +24,28 @@ from torch import Tensor
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.context.weights import Loaded, WeightFile
 from lrag_ray.retrieval.history import HistoryBank, HostBank
-from lrag_ray.wan.rope import Angles, Rope
+from lrag_ray.wan.rope import MAX_INDEX, Angles, Rope
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 S = TypeVar("S")
 """Settings of a method: an instance of its `Settings`."""
+
+Family = Literal["sink", "positions", "compression", "memory", "retrieval", "per head", "other"]
+"""What a method changes about the context; reports group methods by it, in this order."""
+
+
+class Origin(NamedTuple):
+    """Where a method comes from, for people who choose one."""
+
+    family: Family = "other"
+    paper: str = ""
+    """Title and arXiv number."""
+    code: str = ""
+    """Repository of the released code that it follows."""
+    licence: str = ""
+    """Licence of that code; ours follows its behaviour and copies none of it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,9 @@ class PolicyInputs:
     all policies of a batch, so not to be changed."""
     make_bank: Callable[[Layout], HistoryBank] = host_bank
     """Where history is kept; see `bank`."""
+    text_keys: Sequence[Tensor] = ()
+    """Cross-attention keys of the prompt in every layer, each [text_len, H, head_dim], padding rows included; fixed for
+    the rollout and not to be changed."""
 
     def bank(self) -> HistoryBank:
         """An empty history bank for this policy alone. Ask for one only if the method keeps history."""
@@ -117,9 +135,20 @@ class ContextPolicy(ABC, Generic[S]):
     horizon_free: ClassVar[bool] = True
     """The first blocks do not depend on how long the rollout will be, so shorter durations are prefixes."""
     max_frames: ClassVar[int | None] = None
-    """Longest possible rollout in latent frames (absolute temporal indices end at 1023), or None."""
+    """Longest possible rollout in latent frames (absolute indices end with the table of rotations), or None."""
+    temporal_indices: ClassVar[int] = MAX_INDEX
+    """Rows of the table of temporal rotations: indices run from 0 to this minus 1. The generators were released with
+    1024; a method that may count further asks for more."""
     as_released: ClassVar[Mapping[str, Any]] = {}
-    """Settings that the run preset ``as_released`` puts in place of the defaults."""
+    """Settings that the run preset ``as_released`` puts in place of the defaults: what the released code does at any
+    budget."""
+    released: ClassVar[Mapping[str, Any]] = {}
+    """Settings that a method's preset ``released`` puts in place of the defaults: those of its release, whatever budget
+    they spend. Defaults spend the same one for every method."""
+    origin: ClassVar[Origin] = Origin()
+    """Family, paper, and licence of the released code."""
+    restrictions: ClassVar[Sequence[str]] = ()
+    """What settings and rollouts must keep to besides `max_frames`, in a few words each; `check` holds them to it."""
     observes_queries: bool = False
     """Call `observe_queries` in every pass."""
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.context.frames import FramePolicy, FrameRow, check_local_room, check_window
-from lrag_ray.context.policy import PolicyInputs, Span
+from lrag_ray.context.policy import Origin, PolicyInputs, Span
 from lrag_ray.context.weights import Loaded, WeightFile
 from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
 from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool
@@ -87,6 +87,7 @@ class Rag(FramePolicy[RagSettings]):
 
     Settings = RagSettings
     as_released: ClassVar[Mapping[str, Any]] = {"descriptor_dtype": "bfloat16"}
+    origin = Origin("retrieval", "LongLive-RAG", "qixinhu11/LongLive-RAG", "Apache-2.0")
 
     @classmethod
     def check(cls, settings: RagSettings, frames_per_block: int) -> None:

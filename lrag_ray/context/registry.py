@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from typing import Any
+from typing import Any, get_args
 
 from lrag_ray.context.base import Base
 from lrag_ray.context.deep_forcing import DeepForcing
+from lrag_ray.context.ema_sink import EmaSink
 from lrag_ray.context.infinity_rope import InfinityRope
-from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.context.memflow import MemFlow
+from lrag_ray.context.memrope import MemRope
+from lrag_ray.context.policy import ContextPolicy, Family
 from lrag_ray.context.rag import Rag
+from lrag_ray.context.rolling_sink import RollingSink
 
 _REGISTERED: dict[str, type[ContextPolicy[Any]]] = {
     "base": Base,
+    "rolling_sink": RollingSink,
+    "ema_sink": EmaSink,
     "infinity_rope": InfinityRope,
     "deep_forcing": DeepForcing,
+    "memrope": MemRope,
+    "memflow": MemFlow,
     "rag": Rag,
 }
 
@@ -23,6 +31,19 @@ _REGISTERED: dict[str, type[ContextPolicy[Any]]] = {
 def registered() -> list[str]:
     """Names of the methods that come with the package."""
     return list(_REGISTERED)
+
+
+def family(name: str) -> Family:
+    """Family of the method of this name; ``other`` for one that does not come with the package.
+
+    Nothing is imported for it: the name may come out of a stranger's run.
+    """
+    return _REGISTERED[name].origin.family if name in _REGISTERED else "other"
+
+
+def by_family(method: str) -> int:
+    """Sort key of a registered name or any other: families in their order."""
+    return get_args(Family).index(family(method))
 
 
 def policy_class(name: str) -> type[ContextPolicy[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-RowKind = Literal["sink", "retrieved", "local", "compressed", "current"]
+RowKind = Literal["sink", "memory", "retrieved", "local", "compressed", "current"]
 
 ALL_LAYERS = -1
 """Value of `TraceRow.layer` when every layer attends to the same rows."""
@@ -18,12 +18,13 @@ class TraceRow(NamedTuple):
     layer: int
     """Transformer layer, or `ALL_LAYERS`."""
     kind: RowKind
-    """Which part of the context [sink | retrieved | local | current] the rows belong to."""
+    """Which part of the context the rows belong to; ``memory`` is what a method made or chose of frames that left."""
     frame: int
-    """Global latent frame that the rows come from."""
+    """Global latent frame that the rows come from, or a negative number for rows that are made of many frames."""
     temporal_index: int
     """Temporal RoPE index that its keys are rotated with."""
     tokens: int
     """Attended tokens of that frame (all of them unless a method keeps single tokens)."""
     similarity: float | None
-    """Cosine similarity to the query frame's descriptor where the frame was retrieved, else None."""
+    """What the frame was chosen by, else None: of retrieved frames the cosine similarity to the query frame's
+    descriptor, of MemFlow's memory the score against the prompt."""

@@ -238,8 +238,8 @@ def _method_plan(
 
     # Operations of block i do not depend on how long its rollout is.
     per_block = [
-        block_flops(sizes, sampler, latent.height, latent.width, policy.attended_frames(settings, n, first))
-        for first in range(0, longest, n)
+        block_flops(sizes, sampler, latent.height, latent.width, policy.attended_frames(settings, n, i * n), i)
+        for i in range(longest // n)
     ]
     generated = videos * sum(runs)
     frame_decode_flops = decode_flops(vae, latent.height, latent.width) if vae else 0
@@ -265,7 +265,7 @@ def _method_plan(
         nested=nested,
         rollouts=videos * len(runs),
         latent_frames=generated,
-        passes=generated // n * sampler.passes_per_block,
+        passes=videos * sum(sampler.passes(frames // n) for frames in runs),
         block_flops=per_block[-1],
         transformer_flops=videos * sum(setup_flops(sizes, sampler) + sum(per_block[: frames // n]) for frames in runs),
         block_decode_flops=n * frame_decode_flops,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
+from lrag_ray.context.policy import Family
+from lrag_ray.context.registry import family
 from lrag_ray.errors import UsageError
 from lrag_ray.report.choice import choose_suite
 from lrag_ray.report.differences import BlockStatistics, block_statistics
@@ -71,6 +74,13 @@ class ReportData:
     def drift(self) -> Sequence[DriftPoint]:
         """Curves over the time of the video, where the suite has clips."""
         return drift(self.scores.clips, self.blocks)
+
+    def families(self, methods: Iterable[str]) -> list[tuple[Family, list[str]]]:
+        """Methods of the run by family, in the order in which they are given, in which families stand together."""
+        return [
+            (name, list(group))
+            for name, group in groupby(methods, lambda method: family(self.identity.methods[method].method))
+        ]
 
     def duration_s(self, backbone: str, latent_frames: int) -> float:
         """The duration as the configuration names it."""

@@ -17,7 +17,7 @@ from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock, Unit, VideoScore
 from lrag_ray.store.identity import MethodIdentity
 
-_WITHOUT_MEMORY = frozenset({"base", "infinity_rope", "deep_forcing"})
+_WITHOUT_MEMORY = frozenset({"base", "rolling_sink", "infinity_rope", "deep_forcing"})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lrag_ray.report.tables import number
 from lrag_ray.scoring.drift import DriftPoint
 from lrag_ray.scoring.measure import Measure
 
-STYLES = 6
+STYLES = 12
 """Line styles that the style sheet knows; more methods begin again."""
 _WIDTH, _HEIGHT = 340, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 8, 26

@@ -46,8 +46,17 @@ _ESCAPES = {
 _LAST_OF_LATIN = "\u017f"
 """LaTeX prints letters with accents up to here without a package, and this punctuation."""
 _PUNCTUATION = frozenset("‘’“”—…")
-_NAMES = {"base": "Base", "infinity_rope": r"$\infty$-RoPE", "deep_forcing": "Deep Forcing", "rag": "RAG"}
-"""Methods as the paper calls them, where the setting is named like its policy."""
+_NAMES = {
+    "base": "Base",
+    "rolling_sink": "Rolling Sink",
+    "ema_sink": "EMA Sink",
+    "infinity_rope": r"$\infty$-RoPE",
+    "deep_forcing": "Deep Forcing",
+    "memrope": "MemRoPE",
+    "memflow": "MemFlow",
+    "rag": "RAG",
+}
+"""Methods as their papers call them, where the setting is named like its policy."""
 
 
 def latex_table(data: ReportData) -> str:

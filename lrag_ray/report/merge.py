@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lrag_ray.context.registry import by_family
 from lrag_ray.errors import IdentityError
 from lrag_ray.store.identity import RunIdentity, grown
 from lrag_ray.store.rollouts import RolloutRun
@@ -21,7 +22,7 @@ class MergedIdentity(NamedTuple):
 
 
 def merged_identity(run_dirs: Sequence[RolloutRun]) -> MergedIdentity:
-    """The union of the runs' backbones, methods, prompts and durations.
+    """The union of the runs' backbones, methods, prompts and durations; methods of a family stand together.
 
     Raises:
         StorageError: an address holds no run.
@@ -33,11 +34,15 @@ def merged_identity(run_dirs: Sequence[RolloutRun]) -> MergedIdentity:
         for before, earlier in zip(run_dirs[:i], identities[:i], strict=True):
             _refuse_conflicts(before.uri, earlier, run_dirs[i].uri, other)
         union = grown(union, other)
-    methods: dict[str, dict[str, None]] = {}
+    ordered = sorted(union.methods.items(), key=lambda item: by_family(item[1].method))
+    compared: dict[str, set[str]] = {}
     for identity in identities:
         for backbone in identity.backbones:
-            methods.setdefault(backbone, {}).update(dict.fromkeys(identity.methods))
-    return MergedIdentity(union, {backbone: list(names) for backbone, names in methods.items()})
+            compared.setdefault(backbone, set()).update(identity.methods)
+    return MergedIdentity(
+        union.model_copy(update={"methods": dict(ordered)}),
+        {backbone: [name for name, _ in ordered if name in names] for backbone, names in compared.items()},
+    )
 
 
 def _refuse_conflicts(one_uri: str, one: RunIdentity, other_uri: str, other: RunIdentity) -> None:

@@ -180,6 +180,8 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
         table.add_column(_name(row.method), justify="right", overflow="fold")
     if frozen:
         table.add_column(Text("frozen", style="italic"), justify="right", overflow="fold")
+    families = data.families(row.method for row in block.rows)
+    table.add_row("family", *(family for family, methods in families for _ in methods), end_section=True)
     marks = places(block, data.suite.measures)
     for measure in data.suite.measures:
         name = measure.name

@@ -2,7 +2,8 @@
 
 Query blocks run from left to right, attended latent frames from bottom to top: the diagonal is the block itself, the
 band below it the local window, the bottom rows the sink, and everything between is history. Retrieved frames are
-coloured by their similarity to the query frame, compressed ones by the share of their tokens that is attended.
+coloured by their similarity to the query frame, compressed ones by the share of their tokens that is attended. Rows
+that are made of many frames are below frame 0.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 
 from lrag_ray.context.trace import TraceRow
 
-KIND_COLOURS = {"sink": "#8c6d31", "local": "#9aa0a6", "current": "#3c4043"}
+KIND_COLOURS = {"sink": "#8c6d31", "memory": "#a34a86", "local": "#9aa0a6", "current": "#3c4043"}
 """Colours of the rows that carry no value of their own."""
-KIND_GLYPHS = {"sink": "░", "local": "▒", "current": "▓"}
+KIND_GLYPHS = {"sink": "░", "memory": "▚", "local": "▒", "current": "▓"}
 VALUE_GLYPH = "█"
 COLOUR_MAP = "viridis"
-_KIND_ORDER = ("sink", "local", "current")
+_KIND_ORDER = ("sink", "memory", "local", "current")
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class TraceMap:
     """A trace as arrays over [attended frame, query block]."""
 
     kinds: NDArray[np.int8]
-    """Index into sink, local, current; -1 where the frame is not attended or has a value."""
+    """Index into sink, memory, local, current; -1 where the frame is not attended or has a value."""
     values: NDArray[np.float64]
     """Similarity of retrieved frames, or attended share of compressed ones (mean over layers); NaN elsewhere."""
     value_name: str
     """What `values` holds."""
     frames_per_block: int
     """Latent frames per block."""
+    first_frame: int = 0
+    """Frame of the first row: 0, or the least of the negative numbers of rows that are made of many frames."""
 
     @property
     def blocks(self) -> int:
@@ -48,24 +51,26 @@ def trace_map(rows: Sequence[TraceRow]) -> TraceMap:
     if not rows:
         raise ValueError("the trace is empty: the rollout has no finished block")
     blocks = max(row.block for row in rows) + 1
+    first = min(0, *(row.frame for row in rows))
     frames = max(row.frame for row in rows) + 1
     layers = len({row.layer for row in rows})
     full = max(row.tokens for row in rows if row.kind == "current")
-    kinds = np.full((frames, blocks), -1, dtype=np.int8)
-    values = np.full((frames, blocks), np.nan)
-    compressed = np.zeros((frames, blocks))
+    kinds = np.full((frames - first, blocks), -1, dtype=np.int8)
+    values = np.full(kinds.shape, np.nan)
+    compressed = np.zeros(kinds.shape)
     for row in rows:
+        at = row.frame - first, row.block
         if row.kind in _KIND_ORDER:
-            kinds[row.frame, row.block] = _KIND_ORDER.index(row.kind)
+            kinds[at] = _KIND_ORDER.index(row.kind)
         elif row.kind == "compressed":
-            compressed[row.frame, row.block] += row.tokens / (full * layers)
+            compressed[at] += row.tokens / (full * layers)
         else:
-            values[row.frame, row.block] = np.nan if row.similarity is None else row.similarity
+            values[at] = np.nan if row.similarity is None else row.similarity
     values[compressed > 0] = compressed[compressed > 0]
     name = (
         "share of the frame's tokens that is attended" if compressed.any() else "cosine similarity to the query frame"
     )
-    return TraceMap(kinds, values, name, frames // blocks)
+    return TraceMap(kinds, values, name, frames // blocks, first)
 
 
 def draw_png(rows: Sequence[TraceRow], path: Path, title: str) -> None:
@@ -77,7 +82,7 @@ def draw_png(rows: Sequence[TraceRow], path: Path, title: str) -> None:
 
     drawn = trace_map(rows)
     frames, blocks = drawn.kinds.shape
-    extent = (0, blocks * drawn.frames_per_block, 0, frames)
+    extent = (0, blocks * drawn.frames_per_block, drawn.first_frame, frames + drawn.first_frame)
     figure = Figure(figsize=(8, 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -20,7 +20,7 @@ from lrag_ray.report.trace_map import TraceMap, trace_map
 
 LEVELS = 5
 """Colour steps of a value; CSS classes v0 (least) .. v4."""
-_KIND_CLASSES = ("sink", "local", "current")
+_KIND_CLASSES = ("sink", "memory", "local", "current")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TraceFigure:
     """A drawn map and what to say about it."""
 
     svg: Markup
-    """An <svg> element; classes sink, local, current, v0 .. v4."""
+    """An <svg> element; classes sink, memory, local, current, v0 .. v4."""
     summary: str
     """The map in one sentence, for those who cannot see it."""
     value_range: str
@@ -41,7 +41,9 @@ def trace_figure(rows: Sequence[TraceRow]) -> TraceFigure:
     frames, blocks = drawn.kinds.shape
     shapes = [(name, drawn.kinds == i) for i, name in enumerate(_KIND_CLASSES)]
     shapes += [(f"v{level}", mask) for level, mask in enumerate(_levels(drawn))]
-    paths = Markup().join(Markup('<path class="{}" d="{}"/>').format(name, _cells(mask)) for name, mask in shapes)
+    paths = Markup().join(
+        Markup('<path class="{}" d="{}"/>').format(name, _cells(mask, drawn.frames_per_block)) for name, mask in shapes
+    )
     summary = _summary(rows, drawn)
     svg = Markup(
         '<svg class="map" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
@@ -62,10 +64,9 @@ def _levels(drawn: TraceMap) -> list[NDArray[np.bool_]]:
     return [known & (level == i) for i in range(LEVELS)]
 
 
-def _cells(mask: NDArray[np.bool_]) -> str:
-    """Path data of the cells of a mask [frame, block]; runs of frames in a block become one rectangle."""
+def _cells(mask: NDArray[np.bool_], width: int) -> str:
+    """Path data of the cells of a mask [frame, block], a block `width` wide; runs of frames in a block become one rectangle."""
     frames, blocks = mask.shape
-    width = frames // blocks
     parts = []
     for block in range(blocks):
         # A run begins and ends where the padded column changes.

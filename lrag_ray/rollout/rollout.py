@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,16 @@ from lrag_ray.wan.config import SamplerConfig
 from lrag_ray.wan.rope import Rope
 from lrag_ray.wan.schedule import FlowMatchSchedule, add_noise, x0_from_flow
 from lrag_ray.wan.transfer import to_device
-from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.transformer import CausalWanTransformer, TimeContext
+
+
+class _Pass(NamedTuple):
+    """One transformer call of a block."""
+
+    timestep: float
+    sigma: Tensor
+    """Noise level, a scalar on the CPU."""
+    time: TimeContext
 
 
 class Rollout:
@@ -83,8 +93,10 @@ class Rollout:
             dtype=self._dtype,
             device=self._device,
         )
-        rope = Rope(config.head_dim, layout.grid, self._device)
+        rope = Rope(config.head_dim, layout.grid, self._device, policy.temporal_indices)
         batch = len(prompt_embeds)
+        with torch.no_grad():
+            self._text = transformer.embed_text(prompt_embeds.to(self._device, self._dtype))
         keys = keys if keys is not None else [()] * batch
         self._banks: list[HistoryBank] = []
 
@@ -92,24 +104,29 @@ class Rollout:
             self._banks.append(make_bank(layout))
             return self._banks[-1]
 
-        policies = [policy(settings, PolicyInputs(layout, rope, tuple(key), weights, bank)) for key in keys]
-        if len(policies) != batch:
-            raise ValueError(f"{len(policies)} keys for {batch} prompts")
+        if len(keys) != batch:
+            raise ValueError(f"{len(keys)} keys for {batch} prompts")
+        policies = [
+            policy(settings, PolicyInputs(layout, rope, tuple(key), weights, bank, [k[i] for k in self._text.k]))
+            for i, key in enumerate(keys)
+        ]
         self.context = ContextRuntime(layout, rope, policies, probe)
-        schedule = FlowMatchSchedule(sampler.shift)
-        steps = schedule.warp(sampler.denoising_steps) if sampler.warp else [float(t) for t in sampler.denoising_steps]
-        self.timesteps = [*steps, sampler.context_timestep]
-        """Timestep of every pass of a block, the clean-context pass last."""
-        self._sigmas = list(schedule.sigma(torch.tensor(self.timesteps)).unbind(0))
-        with torch.no_grad():
-            self._text = transformer.embed_text(prompt_embeds.to(self._device, self._dtype))
-            times = [torch.full((batch, self._n), t, device=self._device) for t in self.timesteps]
-            self._times = [transformer.embed_time(t) for t in times]
+        clean, *usual = self._passes([sampler.context_timestep, *_timesteps(sampler, 1)], sampler, batch)
+        first = (
+            usual
+            if sampler.first_block_denoising_steps is None
+            else self._passes(_timesteps(sampler, 0), sampler, batch)
+        )
+        self._first_block, self._other_blocks = [*first, clean], [*usual, clean]
 
     @property
     def timings_s(self) -> dict[str, float]:
         """Seconds in denoising and in clean-context passes; on a GPU its own, of the blocks that it has finished."""
         return self._clock.totals_s()
+
+    def timesteps(self, block: int) -> list[float]:
+        """Timestep of every pass of a block, the clean-context pass last."""
+        return [each.timestep for each in self._passes_of(block)]
 
     def blocks(self, count: int) -> Iterator[BlockResult]:
         """Generate the next `count` blocks.
@@ -119,8 +136,8 @@ class Rollout:
         end = (self.block + count) * self._n
         if self._max_frames is not None and end > self._max_frames:
             raise ValueError(
-                f"{end} latent frames: this method numbers frames absolutely and the released RoPE table ends at "
-                f"{self._max_frames}; use a shorter duration or a window-relative method (infinity_rope, rag)"
+                f"{end} latent frames: this method numbers frames absolutely and its table of temporal rotations ends "
+                f"at {self._max_frames}; use a shorter duration or a window-relative method (infinity_rope, rag)"
             )
         for left in range(count, 0, -1):
             result = self._generate()
@@ -139,23 +156,35 @@ class Rollout:
             self._keep(x0)
             self.block += 1
 
+    def _passes_of(self, block: int) -> list[_Pass]:
+        """The denoising passes of a block, then its clean-context pass."""
+        return self._first_block if block == 0 else self._other_blocks
+
+    @torch.no_grad()
+    def _passes(self, timesteps: list[float], sampler: SamplerConfig, batch: int) -> list[_Pass]:
+        """Passes at these timesteps, with all that is fixed for the rollout computed once."""
+        sigmas = FlowMatchSchedule(sampler.shift).sigma(torch.tensor(timesteps)).unbind(0)
+        times = [torch.full((batch, self._n), t, device=self._device) for t in timesteps]
+        embedded = [self._transformer.embed_time(t) for t in times]
+        return [_Pass(*each) for each in zip(timesteps, sigmas, embedded, strict=True)]
+
     def _draw(self, block: int) -> list[Tensor]:
         """Noise of every denoising pass of a block, on the device."""
         draws = [self._noise.initial(block)]
-        draws += [self._noise.renoise(block, step) for step in range(len(self.timesteps) - 2)]
+        draws += [self._noise.renoise(block, step) for step in range(len(self._passes_of(block)) - 2)]
         return [to_device(draw, self._device, self._dtype) for draw in draws]
 
     @torch.no_grad()
     def _generate(self) -> BlockResult:
         began = self._clock.mark()
-        block, last = self.block, len(self.timesteps) - 2
+        block, denoising = self.block, self._passes_of(self.block)[:-1]
         self.context.begin_block(block)
         x, *renoise = self._draws or self._draw(block)
         self._draws = []
-        for step in range(last + 1):
+        for step in range(len(denoising)):
             x0 = self._pass(step, x)
-            if step < last:
-                x = add_noise(x0, renoise[step], self._sigmas[step + 1])
+            if step + 1 < len(denoising):
+                x = add_noise(x0, renoise[step], denoising[step + 1].sigma)
         denoised = self._clock.mark()
         self._keep(x0)
         self._clock.add("denoise", began, denoised)
@@ -171,21 +200,28 @@ class Rollout:
         self.context.on_latents(x0)
         for bank in self._banks:
             bank.settle()
-        step = len(self.timesteps) - 1
+        step = len(self._passes_of(self.block)) - 1
         if self._probe is not None:
             self._pass(step, x0, clean=True)
         else:
             self.context.begin_pass(step, clean=True)
-            self._transformer.keep(x0, self._times[step], self._text, self.context)
+            self._transformer.keep(x0, self._other_blocks[-1].time, self._text, self.context)
             self.context.end_pass()
         self.context.end_block()
 
     def _pass(self, step: int, x: Tensor, *, clean: bool = False) -> Tensor:
         """One transformer call on x [B, n, C, H, W]; returns x0."""
         self.context.begin_pass(step, clean=clean)
-        flow = self._transformer(x, self._times[step], self._text, self.context)
+        at = self._passes_of(self.block)[step]
+        flow = self._transformer(x, at.time, self._text, self.context)
         self.context.end_pass()
-        x0 = x0_from_flow(flow, x, self._sigmas[step])
+        x0 = x0_from_flow(flow, x, at.sigma)
         if self._probe is not None:
             self._probe.on_pass(self.block, step, flow, x0)
         return x0
+
+
+def _timesteps(sampler: SamplerConfig, block: int) -> list[float]:
+    """Timesteps of a block's denoising passes."""
+    steps = sampler.steps_of(block)
+    return FlowMatchSchedule(sampler.shift).warp(steps) if sampler.warp else [float(t) for t in steps]

@@ -12,6 +12,7 @@ from lrag_ray.config.schema import BackboneConfig, WeightsConfig
 from lrag_ray.context.weights import Loaded, on_device
 from lrag_ray.errors import ConfigError
 from lrag_ray.wan.checkpoint import load_transformer
+from lrag_ray.wan.config import SamplerConfig
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.text import TextEncoder, load_text_encoder, tiny_text_encoder
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -29,12 +30,19 @@ def latents_identity(config: BackboneConfig) -> dict[str, Any]:
     return {
         "transformer": dataclasses.asdict(config.transformer) | {"patch_size": list(config.transformer.patch_size)},
         "weights": weights_identity(config.weights),
-        "sampler": dataclasses.asdict(config.sampler) | {"denoising_steps": list(config.sampler.denoising_steps)},
+        "sampler": _sampler_identity(config.sampler),
         "latent": config.latent.model_dump(),
         "dtype": config.dtype,
         "attention": ATTENTION_BACKEND,
         "text_encoder": text_identity(config),
     }
+
+
+def _sampler_identity(sampler: SamplerConfig) -> dict[str, Any]:
+    """The sampler as JSON; steps that the first block does not have of its own are left out, so that keys of rollouts
+    that were begun before there were any stay the same."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(sampler).items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def weights_identity(weights: WeightsConfig) -> dict[str, Any]:

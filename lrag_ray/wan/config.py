@@ -98,18 +98,29 @@ class SamplerConfig:
     """Timestep given to the network in the clean-context pass (no noise is added)."""
     frames_per_block: int = 3
     """Latent frames denoised together (n)."""
+    first_block_denoising_steps: tuple[int, ...] | None = None
+    """Denoising steps of the first block, where they are others; None takes `denoising_steps`."""
 
     def __post_init__(self) -> None:
-        if not self.denoising_steps:
-            raise ValueError("denoising_steps is empty")
-        if any(not 0 <= step <= 1000 for step in self.denoising_steps):
-            raise ValueError(f"denoising_steps {list(self.denoising_steps)} must be in 0..1000")
+        for name in ("denoising_steps", "first_block_denoising_steps"):
+            steps = getattr(self, name)
+            if steps is None:
+                continue
+            if not steps:
+                raise ValueError(f"{name} is empty")
+            if any(not 0 <= step <= 1000 for step in steps):
+                raise ValueError(f"{name} {list(steps)} must be in 0..1000")
         if not 0 < self.shift <= _MOST:
             raise ValueError(f"shift {self.shift} must be above 0 and at most {_MOST}")
         if not 1 <= self.frames_per_block <= _MOST:
             raise ValueError(f"frames_per_block {self.frames_per_block} must be at least 1 and at most {_MOST}")
 
-    @property
-    def passes_per_block(self) -> int:
-        """Transformer passes of one block: the denoising passes and the clean-context pass."""
-        return len(self.denoising_steps) + 1
+    def steps_of(self, block: int) -> tuple[int, ...]:
+        """Denoising steps of a block."""
+        if block == 0 and self.first_block_denoising_steps is not None:
+            return self.first_block_denoising_steps
+        return self.denoising_steps
+
+    def passes(self, blocks: int) -> int:
+        """Transformer passes of the first `blocks` blocks: the denoising passes, and a clean-context pass for each."""
+        return sum(len(self.steps_of(block)) + 1 for block in range(blocks))

@@ -45,17 +45,23 @@ def _layer_flops(config: WanConfig, height: int, width: int, frames: int, attend
     return linear + 4 * queries * d * (keys + config.text_len)
 
 
-def block_flops(config: WanConfig, sampler: SamplerConfig, height: int, width: int, attended_frames: int) -> int:
-    """Operations of all passes of one block (140.6 TFLOP at full size and 12 attended frames)."""
+def block_flops(
+    config: WanConfig, sampler: SamplerConfig, height: int, width: int, attended_frames: int, block: int = 1
+) -> int:
+    """Operations of all passes of one block (140.6 TFLOP at full size and 12 attended frames).
+
+    `block` matters where the first one, 0, has denoising steps of its own.
+    """
     at = (height, width, sampler.frames_per_block, attended_frames)
-    return len(sampler.denoising_steps) * pass_flops(config, *at) + clean_pass_flops(config, *at)
+    return len(sampler.steps_of(block)) * pass_flops(config, *at) + clean_pass_flops(config, *at)
 
 
 def setup_flops(config: WanConfig, sampler: SamplerConfig) -> int:
     """Operations once per rollout: text embedding, cross-attention keys and values, and time embeddings."""
     d = config.dim
     text = 2 * config.text_len * (config.text_dim * d + d * d + config.num_layers * 2 * d * d)
-    return text + sampler.passes_per_block * 2 * sampler.frames_per_block * d * (config.freq_dim + d + 6 * d)
+    timesteps = len(sampler.denoising_steps) + len(sampler.first_block_denoising_steps or ()) + 1
+    return text + timesteps * 2 * sampler.frames_per_block * d * (config.freq_dim + d + 6 * d)
 
 
 @dataclass(frozen=True)

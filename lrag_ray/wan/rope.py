@@ -16,7 +16,7 @@ from torch import Tensor
 from lrag_ray.wan.transfer import to_device
 
 MAX_INDEX = 1024
-"""Rows of the released table: temporal indices run from 0 to 1023."""
+"""Rows of the generators' released temporal table: indices run from 0 to 1023."""
 _KEPT = 2
 """Results of `Rope.frames` that are kept: those of a block's own frames and of its context."""
 
@@ -44,14 +44,17 @@ class Angles(NamedTuple):
 class Rope:
     """Angles for the tokens of latent frames with a grid of (rows, columns) tokens."""
 
-    def __init__(self, head_dim: int, grid: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, head_dim: int, grid: tuple[int, int], device: torch.device, temporal_indices: int = MAX_INDEX
+    ) -> None:
+        """`temporal_indices` are the rows of the temporal table; a longer one begins with the same values."""
         pairs = head_dim // 2
         spatial = pairs // 3
         rows, columns = grid
         by_row = _table(rows, spatial)[:, None].expand(rows, columns, spatial)
         by_column = _table(columns, spatial)[None].expand(rows, columns, spatial)
         space = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
-        self._temporal = _turns(_table(MAX_INDEX, pairs - 2 * spatial)).to(device)
+        self._temporal = _turns(_table(temporal_indices, pairs - 2 * spatial)).to(device)
         self._spatial = _turns(space).to(device)
         self._last: dict[tuple[int, ...], Angles] = {}
         self.tokens_per_frame = rows * columns
@@ -60,7 +63,7 @@ class Rope:
         """Angles of whole frames, one temporal index each: [frames · tokens_per_frame, 1, head_dim / 2].
 
         The newest results are kept: with indices relative to a window, every block asks for the same. Raises
-        IndexError for an index outside the released table.
+        IndexError for an index outside the table.
         """
         key = tuple(temporal_indices)
         angles = self._last.pop(key, None)
@@ -74,7 +77,7 @@ class Rope:
     def _frames(self, temporal_indices: tuple[int, ...]) -> Angles:
         """Made of views of the tables, so that no index crosses the bus."""
         for index in temporal_indices:
-            _check_index(index, index)
+            self._check_index(index, index)
         frames = len(temporal_indices)
         rows = [
             self._temporal[i : i + 1] if i >= 0 else self._temporal[-i : 1 - i].conj_physical()
@@ -88,22 +91,22 @@ class Rope:
     def tokens(self, temporal_index: Tensor, token: Tensor) -> Angles:
         """Angles of single tokens: temporal index [rows] and position in the frame [rows].
 
-        Negative indices turn the other way. Indices outside the released table raise IndexError, which is checked
+        Negative indices turn the other way. Indices outside the table raise IndexError, which is checked
         where they are on the CPU; a GPU is not waited for.
         """
         if temporal_index.device.type == "cpu" and len(temporal_index):
-            _check_index(int(temporal_index.min()), int(temporal_index.max()))
+            self._check_index(int(temporal_index.min()), int(temporal_index.max()))
         device = self._temporal.device
         temporal_index, token = to_device(temporal_index, device), to_device(token, device)
         time = self._temporal[temporal_index.abs()]
         time = torch.where(temporal_index[:, None] < 0, time.conj_physical(), time)
         return Angles(torch.cat([time, self._spatial[token]], dim=-1)[:, None])
 
-
-def _check_index(least: int, greatest: int) -> None:
-    for index in (least, greatest):
-        if abs(index) >= MAX_INDEX:
-            raise IndexError(f"temporal RoPE index {index} lies outside the released table 0..{MAX_INDEX - 1}")
+    def _check_index(self, least: int, greatest: int) -> None:
+        end = len(self._temporal)
+        for index in (least, greatest):
+            if abs(index) >= end:
+                raise IndexError(f"temporal RoPE index {index} lies outside the table of rotations, 0..{end - 1}")
 
 
 def _turns(angles: Tensor) -> Tensor:

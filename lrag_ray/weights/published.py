@@ -1,6 +1,7 @@
 """Where the weights are published: Hub repository, file, size, digest and licence, as far as they are known.
 
-A configured address is matched by its last name alone (``anything/self_forcing.pt``), so keep the published names.
+A configured address is matched by its last name alone (``anything/self_forcing.pt``), so keep the names of this table;
+they are the published ones but for framewise-4step.pt.
 Sizes and digests are those of the Hub's own records at the named revision.
 """
 
@@ -20,11 +21,13 @@ class HubFile(NamedTuple):
     """Size, or None where it is not known."""
     sha256: str | None = None
     """Digest, or None where it is not known."""
+    saved_as: str = ""
+    """Its name here, where another published file has the last component of its path."""
 
     @property
     def name(self) -> str:
-        """Last component of the path."""
-        return self.path.rsplit("/", 1)[-1]
+        """Its name here: the last component of the path, unless it is saved under another."""
+        return self.saved_as or self.path.rsplit("/", 1)[-1]
 
 
 class Published(NamedTuple):
@@ -67,6 +70,12 @@ def _rag(name: str) -> Published:
     return Published(name, _RAG, (HubFile(f"checkpoints/{name}"),), licence="Apache-2.0 (code); see the model card")
 
 
+def _causal(name: str, path: str) -> Published:
+    return Published(
+        name, _CAUSAL_FORCING, (HubFile(path, saved_as=name),), licence="Apache-2.0 (code); see the model card"
+    )
+
+
 def _wan(name: str, *files: HubFile, is_folder: bool = False) -> Published:
     return Published(name, _WAN, files, _WAN_REVISION, "Apache-2.0", is_folder)
 
@@ -87,6 +96,9 @@ PUBLISHED: dict[str, Published] = {
             (HubFile("chunkwise/longvideo.pt"),),
             licence="Apache-2.0 (code; its long_video folder is for academic use only); see the model card",
         ),
+        _causal("framewise-4step.pt", "framewise/causal_forcing.pt"),
+        _causal("framewise-2step.pt", "causal-forcing++/framewise-2step.pt"),
+        _causal("framewise-1step.pt", "causal-forcing++/framewise-1step.pt"),
         _wan(
             "models_t5_umt5-xxl-enc-bf16.pth",
             HubFile(

@@ -29,7 +29,8 @@ def test_parameters_are_counted_as_the_model_has_them() -> None:
 
 
 def test_a_block_takes_one_pass_more_than_denoising_steps() -> None:
-    assert SamplerConfig(denoising_steps=(1000, 500)).passes_per_block == 3
+    assert SamplerConfig(denoising_steps=(1000, 500)).passes(4) == 12
+    assert SamplerConfig(denoising_steps=(1000,), first_block_denoising_steps=(1000, 500, 250)).passes(4) == 4 + 3 * 2
 
 
 @pytest.mark.parametrize(
