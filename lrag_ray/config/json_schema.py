@@ -32,6 +32,7 @@ def json_schema() -> dict[str, Any]:
         _complete_backbones(definitions["BackboneConfig"])
     methods = _method_definitions()
     definitions |= {f"method-{name}": section for name, section in methods.items()}
+    definitions["method"] = _any_method()
     for job in JOB_SCHEMAS:
         if (section := definitions[job]["properties"].get("methods")) is not None:
             names = section.pop("patternProperties")
@@ -83,16 +84,21 @@ def _sweep(value: dict[str, Any]) -> dict[str, Any]:
 
 def _methods(name_pattern: str) -> dict[str, Any]:
     """A section that names a method has its keys; so has one that is called like it and names none."""
-    named = [
-        {"if": {"properties": {"method": {"const": name}}, "required": ["method"]}, "then": _method(name)}
-        for name in registered()
-    ]
-    free = {"type": "object", "required": ["method"], "properties": {"method": {"type": "string"}}, "allOf": named}
+    free = {"$ref": "#/$defs/method"}
     own = {
         name: {"if": {"type": "object", "required": ["method"]}, "then": free, "else": _method(name)}
         for name in registered()
     }
     return {"propertyNames": {"pattern": name_pattern}, "properties": own, "additionalProperties": free}
+
+
+def _any_method() -> dict[str, Any]:
+    """A section that names a method, registered or not."""
+    named = [
+        {"if": {"properties": {"method": {"const": name}}, "required": ["method"]}, "then": _method(name)}
+        for name in registered()
+    ]
+    return {"type": "object", "required": ["method"], "properties": {"method": {"type": "string"}}, "allOf": named}
 
 
 def _method(name: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def test_our_own_files_fit_and_name_it(validator: Draft202012Validator, path: Pa
         {"mine": {"method": "rag", "top_k": 2}},
         {"base": {"method": "infinity_rope", "sink": 2}},
         {"mine": {"method": "my_methods:Mine", "anything": 1}},
+        {"memrope": {"preset": "released", "sink": 2}},
     ],
 )
 def test_methods_that_load_fit(validator: Draft202012Validator, methods: dict[str, Any]) -> None:
@@ -51,6 +52,8 @@ def test_methods_that_load_fit(validator: Draft202012Validator, methods: dict[st
         {"methods": {"mine": {"top_k": 2}}},
         {"methods": {"mine": {"method": "rag", "top_k": "many"}}},
         {"methods": {"base": {"method": "rag", "windw": 2}}},
+        {"methods": {"rag": {"preset": "released"}}},
+        {"methods": {"ema_sink": {"update": "replace"}}},
         {"backbones": {"tiny": {"preset": "tyny"}}},
         {"engine": {"actors": "per_gpus"}},
     ],

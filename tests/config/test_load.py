@@ -9,6 +9,7 @@ import pytest
 from lrag_ray.config.load import config_keys, load_config
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.presets import PRESETS
+from lrag_ray.context.memrope import MemRopeSettings
 from lrag_ray.context.rag import RagSettings
 from lrag_ray.errors import ConfigError
 from tests.config.make import SMALL, write
@@ -24,13 +25,16 @@ backbones.*.transformer.text_len backbones.*.transformer.in_dim backbones.*.tran
 backbones.*.transformer.num_heads backbones.*.transformer.num_layers backbones.*.transformer.patch_size
 backbones.*.transformer.eps backbones.*.sampler backbones.*.sampler.denoising_steps backbones.*.sampler.warp
 backbones.*.sampler.shift backbones.*.sampler.context_timestep backbones.*.sampler.frames_per_block
+backbones.*.sampler.first_block_denoising_steps
 backbones.*.weights backbones.*.weights.path backbones.*.weights.use_ema backbones.*.weights.lora
 backbones.*.weights.lora.path backbones.*.weights.lora.rank backbones.*.weights.lora.alpha
 backbones.*.weights.random_seed backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
 backbones.*.latent.width backbones.*.dtype backbones.*.text_encoder backbones.*.text_encoder.kind
 backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae backbones.*.vae.kind
 backbones.*.vae.path backbones.*.vae.dtype backbones.*.fail_on_prompt
-methods methods.* methods.*.method methods.*.admission methods.*.budget methods.*.choose methods.*.compression
+methods methods.* methods.*.method methods.*.preset methods.*.adaptive methods.*.alpha methods.*.alpha_long
+methods.*.alpha_short methods.*.bank methods.*.first_overflow methods.*.record_interval
+methods.*.admission methods.*.budget methods.*.choose methods.*.compression
 methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
 engine engine.address engine.actors engine.actors.min engine.actors.max engine.cpus_per_actor engine.gpus_per_actor
@@ -78,6 +82,27 @@ def test_as_released_is_a_default_everywhere_and_what_is_given_wins(tmp_path: Pa
     assert resolve_method(config.methods["rag"]).settings.descriptor_dtype == "float32"
     plain = load_config(write(tmp_path))
     assert (plain.video.cold_chunk, plain.backbones["tiny"].vae.dtype) == (None, "float32")
+
+
+def test_a_method_takes_the_settings_of_its_own_release(tmp_path: Path) -> None:
+    """Given preset: released, they are the defaults of that method alone, and what is given wins."""
+    own = ["methods.memrope={preset: released}", "methods.mine={method: memrope, preset: released, sink: 2}"]
+    config = load_config(write(tmp_path), own)
+    assert resolve_method(config.methods["memrope"]).settings == MemRopeSettings(12, 3, first_overflow="released")
+    assert resolve_method(config.methods["mine"]).settings == MemRopeSettings(12, 2, first_overflow="released")
+    budget = load_config(write(tmp_path), ["preset=as_released", "methods.memrope={}", "methods.rolling_sink={}"])
+    assert resolve_method(budget.methods["memrope"]).settings == MemRopeSettings(first_overflow="released")
+    assert resolve_method(budget.methods["rolling_sink"]).settings.window == 12, "the budget is the paper's"
+    assert problems(tmp_path, SMALL, "methods.rag.preset=released") == [
+        "--set methods.rag.preset=released: methods.rag.preset: method 'rag' has no released settings here"
+    ]
+
+
+def test_steps_of_the_first_block_are_checked_like_the_others(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["backbones.tiny.sampler.first_block_denoising_steps=[1000, 500]"])
+    assert config.backbones["tiny"].sampler.first_block_denoising_steps == (1000, 500)
+    (line,) = problems(tmp_path, SMALL, "backbones.tiny.sampler.first_block_denoising_steps=[2000]")
+    assert "first_block_denoising_steps [2000] must be in 0..1000" in line
 
 
 def test_a_small_file_is_completed_by_its_preset(tmp_path: Path) -> None:
@@ -247,14 +272,14 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "base: {}",
             "basic: {}",
-            "run.yaml:8: methods.basic.method: is missing; 'basic' is none of the methods base, infinity_rope, "
-            "deep_forcing, rag",
+            "run.yaml:8: methods.basic.method: is missing; 'basic' is none of the methods base, rolling_sink, "
+            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag",
         ),
         (
             "base: {}",
             "b: {method: bass}",
-            "run.yaml:8: methods.b.method: unknown method 'bass'; did you mean 'base'? Known: base, infinity_rope, "
-            "deep_forcing, rag, or package.module:Policy",
+            "run.yaml:8: methods.b.method: unknown method 'bass'; did you mean 'base'? Known: base, rolling_sink, "
+            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, or package.module:Policy",
         ),
         (
             "base: {}",
@@ -354,8 +379,8 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path: Path) -> No
         "run.yaml:6: backbones.tiny.dtyp: unknown key; did you mean 'dtype'?",
         "--set engine.actors=none: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got text "
         "'none'",
-        "run.yaml:8: methods.b.method: unknown method 'rags'; did you mean 'rag'? Known: base, infinity_rope, "
-        "deep_forcing, rag, or package.module:Policy",
+        "run.yaml:8: methods.b.method: unknown method 'rags'; did you mean 'rag'? Known: base, rolling_sink, "
+        "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, or package.module:Policy",
         "run.yaml:9: methods.rag.topk: unknown key; did you mean 'top_k'?",
     ]
 

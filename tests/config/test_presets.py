@@ -33,6 +33,18 @@ def test_causal_forcing_is_the_papers_checkpoint_and_says_so() -> None:
     assert (published.repository, published.files[0].path) == ("zhuhz22/Causal-Forcing", "chunkwise/longvideo.pt")
 
 
+@pytest.mark.parametrize(("name", "steps"), [("framewise", 4), ("2step", 2), ("1step", 1)])
+def test_frame_wise_generators_denoise_the_first_frame_in_four_steps(name: str, steps: int) -> None:
+    backbone = BackboneConfig.model_validate(PRESETS[f"causal_forcing_{name}"])
+    sampler = backbone.sampler
+    assert (sampler.frames_per_block, len(sampler.steps_of(0)), len(sampler.steps_of(1))) == (1, 4, steps)
+    assert (sampler.first_block_denoising_steps is None) == (steps == 4), "equal steps are not stated twice"
+    assert backbone.weights.use_ema
+    file = str(backbone.weights.path).removeprefix("weights/")
+    assert "5 s" in CHECKPOINT_NOTES[file]
+    assert [hub_file.name for hub_file in PUBLISHED[file].files] == [file], "the name under which it is looked for"
+
+
 @pytest.mark.parametrize("name", ["ablation_budget", "ablation_embedding"])
 def test_the_ablations_are_those_of_table_3(name: str) -> None:
     config = load_config(REPOSITORY / "configs" / f"{name}.yaml")

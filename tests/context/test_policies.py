@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
+from lrag_ray.context.ema_sink import EmaSink, EmaSinkSettings
 from lrag_ray.context.infinity_rope import InfinityRope
+from lrag_ray.context.memflow import MemFlow, MemFlowSettings
+from lrag_ray.context.memrope import MemRope, MemRopeSettings
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import ENCODER_PARAMETERS, Rag, RagSettings
 from lrag_ray.context.registry import policy_class, registered
+from lrag_ray.context.rolling_sink import RollingSink, RollingSinkSettings
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.wan.config import SamplerConfig
@@ -34,6 +38,12 @@ CASES: list[tuple[type[ContextPolicy[Any]], Any]] = [
     (DeepForcing, DeepForcingSettings(recent=8, budget=11)),
     (DeepForcing, DeepForcingSettings(window=9, sink=2, compression=False)),
     (DeepForcing, DeepForcingSettings(window=11, sink=1, budget=8, first_sink_offset="released")),
+    (RollingSink, RollingSinkSettings(window=9)),
+    (EmaSink, EmaSinkSettings(window=9, sink=3, alpha=0.9)),
+    (MemRope, MemRopeSettings()),
+    (MemRope, MemRopeSettings(window=10, sink=2, adaptive=True, first_overflow="released")),
+    (MemFlow, MemFlowSettings(record_interval=1)),
+    (MemFlow, MemFlowSettings(window=7, sink=3, bank=2, record_interval=2)),
 ]
 
 
@@ -358,7 +368,7 @@ def test_exposing_and_storing_begin_once_before_the_first_layer(
 
 
 def test_registry_names_the_nearest_method() -> None:
-    assert registered() == ["base", "infinity_rope", "deep_forcing", "rag"]
+    assert {"base", "infinity_rope", "deep_forcing", "rag", "memrope", "rolling_sink"} <= set(registered())
     assert policy_class("lrag_ray.context.rag:Rag") is Rag
     with pytest.raises(ValueError, match="did you mean 'deep_forcing'"):
         policy_class("deep_forsing")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lrag_ray.config.horizons import latent_frames
 from lrag_ray.config.load import load_config
 from lrag_ray.config.prompts import plan_prompts
+from lrag_ray.context.registry import registered
 from lrag_ray.pipelines.plan import MethodPlan, Plan, make_plan
 from lrag_ray.scoring.flops import vbench_flops
 from tests.config.make import write
@@ -59,6 +60,32 @@ def test_table_2_comes_to_what_the_paper_ran() -> None:
     assert all(each.block_flops == pytest.approx(140.58e12, rel=1e-3) for each in plan.methods)
     assert of(plan, "rag").history_bytes == 468 * 287_539_200
     assert {each.history_bytes for each in plan.methods if each.method != "rag"} == {0}
+
+
+def test_every_method_costs_what_it_declares() -> None:
+    """Given all methods at one budget, each attends to 12 frames; float32 sinks and retrieved frames come on top."""
+    config = load_config(CONFIGS / "methods_all.yaml")
+    assert sorted(config.methods) == sorted(registered())
+    plan = make_plan(config, plan_prompts(config.prompts))
+    frame = plan.backbones[0].kv_bytes_per_frame
+    assert {each.passes for each in plan.methods} == {128 * 160 * 5}
+    assert all(each.nested and each.block_flops == of(plan, "base").block_flops for each in plan.methods)
+    beside = {each.method: each.gpu_bytes - of(plan, "base").gpu_bytes for each in plan.methods}
+    assert beside.pop("rag") > 6 * frame
+    assert beside.pop("ema_sink") == 2 * frame, "one frame in float32"
+    assert set(beside.values()) == {0}
+
+
+def test_a_first_block_of_more_steps_is_counted_once_per_rollout(tmp_path: Path) -> None:
+    plain = small(tmp_path, "backbones.tiny.sampler.denoising_steps=[1000]", "durations_s=[3]")
+    longer = [
+        f"backbones.tiny.sampler.{key}"
+        for key in ("denoising_steps=[1000]", "first_block_denoising_steps=[1000, 500, 250]")
+    ]
+    plan = small(tmp_path, *longer, "durations_s=[3]")
+    assert of(plan, "base").passes - of(plain, "base").passes == 2 * of(plan, "base").rollouts
+    assert of(plan, "base").transformer_flops > of(plain, "base").transformer_flops
+    assert of(plan, "base").block_flops == of(plain, "base").block_flops, "of the last block"
 
 
 def test_generation_decoding_and_scoring_are_counted_apart() -> None:

@@ -46,6 +46,25 @@ def test_two_runs_make_one_table_over_their_common_prompts(runs: list[RolloutRun
     assert data.uris == [run.uri for run in runs]
 
 
+def test_methods_of_a_family_stand_together(tmp_path: Path) -> None:
+    """Given methods in any order, and one of a stranger's that is not imported, families come in their order."""
+    names = ["rag", "memflow", "mine", "infinity_rope", "ema_sink", "memrope", "base"]
+    identity = make_identity(PROMPTS, names)
+    methods = dict(identity.methods)
+    methods["mine"] = methods["mine"].model_copy(update={"method": "no_such_module:Mine"})
+    run = RolloutRun(str(tmp_path / "run"))
+    run.ensure(identity.model_copy(update={"methods": methods}))
+    data = collect([run])
+    assert data.families(data.methods["tiny"]) == [
+        ("sink", ["ema_sink", "base"]),
+        ("positions", ["infinity_rope"]),
+        ("memory", ["memflow", "memrope"]),
+        ("retrieval", ["rag"]),
+        ("other", ["mine"]),
+    ]
+    assert list(data.identity.methods) == list(data.methods["tiny"])
+
+
 def test_the_page_of_two_runs_plays_from_both(runs: list[RolloutRun], tmp_path: Path) -> None:
     written = report(runs, to=str(tmp_path / "both"), strips=1)
     page = (tmp_path / "both" / "report.html").read_text()

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from lrag_ray.context.deep_forcing import DeepForcing
+from lrag_ray.context.memrope import MemRope
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.report.trace_map import draw_png, draw_text, trace_map
+from lrag_ray.report.trace_svg import trace_figure
 from tests.tiny import start, tiny_transformer
 
 
@@ -54,6 +56,19 @@ def test_it_is_drawn(rag: list[TraceRow], tmp_path: Path) -> None:
     assert {len(line) for line in lines} == {5}
     assert lines[0][0][0] == "·", "the newest frames are on top and the first block has not seen them"
     assert lines[-1][0][0] != "·"
+
+
+def test_rows_made_of_many_frames_are_below_frame_0(tmp_path: Path) -> None:
+    rows = [row for result in start(tiny_transformer(), MemRope).blocks(6) for row in result.trace[0]]
+    drawn = trace_map(rows)
+    assert (drawn.kinds.shape, drawn.first_frame, drawn.frames_per_block) == ((20, 6), -2, 3)
+    made = [[kind >= 0 for kind in line] for line in drawn.kinds[:2]]
+    assert made == [[False] * 4 + [True] * 2] * 2, "from the first overflow on"
+    assert (drawn.kinds >= 0).sum() == len(rows)
+    draw_png(rows, tmp_path / "map.png", "memrope")
+    assert len(draw_text(rows)) == 20
+    figure = trace_figure(rows)
+    assert 'viewBox="0 0 18 20"' in figure.svg and "2 memory" in figure.summary
 
 
 def test_an_empty_trace_is_refused() -> None:

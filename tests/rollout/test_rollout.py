@@ -6,6 +6,7 @@ The generator is real; its head is set to predict the same flow everywhere, so t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,9 +140,36 @@ def test_the_network_sees_each_timestep_and_then_the_clean_latents(
 
 def test_steps_are_warped_by_the_shift_unless_they_are_timesteps_already() -> None:
     model = predicting(1.0)
-    assert rollout(model, SamplerConfig()).timesteps == pytest.approx([1000, 937.5, 2500 / 3, 625, 0], rel=1e-6)
+    assert rollout(model, SamplerConfig()).timesteps(0) == pytest.approx([1000, 937.5, 2500 / 3, 625, 0], rel=1e-6)
     plain = SamplerConfig(denoising_steps=(900, 100), warp=False, context_timestep=40.0)
-    assert rollout(model, plain).timesteps == [900.0, 100.0, 40.0]
+    assert rollout(model, plain).timesteps(0) == [900.0, 100.0, 40.0]
+
+
+def test_the_first_block_may_have_steps_of_its_own(
+    inputs: tuple[CausalWanTransformer, list[tuple[Tensor, Tensor]]],
+) -> None:
+    """Given three steps for the first block and one for the others, passes, draws and resuming follow."""
+    model, passes = inputs
+    sampler = SamplerConfig((1000,), shift=1.0, frames_per_block=N, first_block_denoising_steps=(1000, 500, 250))
+    whole = list(rollout(model, sampler).blocks(3))
+    timesteps = [float(t[0, 0]) for _, t in passes]
+    assert timesteps == [1000.0, 500.0, 250.0, 0.0, *[1000.0, 0.0] * 2]
+    assert rollout(model, sampler).timesteps(0) == timesteps[:4]
+    assert rollout(model, sampler).timesteps(2) == [1000.0, 0.0]
+    four = next(
+        rollout(model, replace(sampler, denoising_steps=(1000, 500, 250), first_block_denoising_steps=None)).blocks(1)
+    )
+    assert torch.equal(whole[0].latents, four.latents)
+    assert not torch.equal(whole[0].latents, whole[1].latents)
+
+    passes.clear()
+    resumed = rollout(model, sampler)
+    resumed.replay(whole[0].latents)
+    assert [torch.equal(a.latents, b.latents) for a, b in zip(whole[1:], resumed.blocks(2), strict=True)] == [
+        True,
+        True,
+    ]
+    assert [float(t[0, 0]) for _, t in passes] == [0.0, *[1000.0, 0.0] * 2]
 
 
 def test_one_step_needs_no_second_draw() -> None:
