@@ -116,17 +116,8 @@ class _Import:
         }
 
     def _sampler(self) -> dict[str, Any]:
-        steps = self._take("denoising_step_list")
-        if not isinstance(steps, list) or not steps or not all(type(step) is int for step in steps):
-            raise ConfigError(
-                f"{self._name}: denoising_step_list is {steps!r}, expected a list of whole numbers. Only few-step "
-                "generators are run here; a file without this list is that of a many-step model. Fix: give the "
-                "configuration of a distilled generator"
-            )
-        if steps[-1] == 0:
-            steps = steps[:-1]
-            self._notes.append("denoising_step_list: its last step 0 is dropped, as their inference does")
-        first = self._take("denoising_step_list_first_chunk")
+        steps = self._steps("denoising_step_list")
+        first = self._steps("denoising_step_list_first_chunk") if self._left.get("denoising_step_list_first_chunk") else []
         shift = self._left_model.pop("timestep_shift", None)
         if shift is None:
             shift = self._left.get("timestep_shift", _DEFAULT_SHIFT)
@@ -139,6 +130,20 @@ class _Import:
             "frames_per_block": self._number("num_frame_per_block", 1),
             **({"first_block_denoising_steps": first} if first else {}),
         }
+
+    def _steps(self, key: str) -> list[int]:
+        """A step list, without a last 0."""
+        steps = self._take(key)
+        if not isinstance(steps, list) or not steps or not all(type(step) is int for step in steps):
+            raise ConfigError(
+                f"{self._name}: {key} is {steps!r}, expected a list of whole numbers. Only few-step generators are run "
+                "here; a file without this list is that of a many-step model. Fix: give the configuration of a "
+                "distilled generator"
+            )
+        if steps[-1] == 0:
+            steps = steps[:-1]
+            self._notes.append(f"{key}: its last step 0 is dropped, as their inference does")
+        return steps
 
     def _backbone(self, sampler: dict[str, Any]) -> dict[str, Any]:
         model = str(self._left_model.pop("model_name", None) or self._take("model_name") or _DEFAULT_MODEL)

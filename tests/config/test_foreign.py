@@ -101,13 +101,12 @@ def test_a_training_file_of_self_forcing_says_what_is_not_carried_over() -> None
     config, text = imported(SELF_FORCING)
     backbone = config.backbones["generator"]
     # Their defaults: one frame a block, steps as they are, 21 latent frames; the last step 0 is never sampled.
-    assert backbone.sampler == SamplerConfig((1000, 500), False, 4.0, 0.0, 1)
+    assert backbone.sampler == SamplerConfig((1000, 500), False, 4.0, 0.0, 1, (1000, 750))
     assert (backbone.latent.height, backbone.latent.width) == (44, 78)
     assert config.durations_s == [21 / 4]
     assert config.methods["base"].settings == {"window": -1, "sink": 0}
     comments = [line for line in text.splitlines() if line.startswith("#")]
     assert any("training begins from" in line and "ode_init.pt" in line for line in comments)
-    assert "#   denoising_step_list_first_chunk: [1000, 750]" in comments
     assert "#   model_kwargs.mla_attn_layers: 0,1" in comments
     assert not any("independent_first_frame" in line for line in comments)
     training = next(line for line in comments if "training alone" in line)

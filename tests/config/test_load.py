@@ -161,7 +161,7 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
             "{preset: tiny}",
             "{preset: tiny, sampler: {steps: 2}}",
             "run.yaml:6: backbones.tiny.sampler.steps: unknown key; valid: denoising_steps, warp, shift, "
-            "context_timestep, frames_per_block",
+            "context_timestep, frames_per_block, first_block_denoising_steps",
         ),
         (
             "{descriptor: avg_pool}",

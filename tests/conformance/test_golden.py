@@ -19,7 +19,10 @@ from lrag_ray.conformance.files import Folder, case_stem
 from lrag_ray.conformance.verify import find_cases, run_case
 from tests.conftest import GOLDEN, REPOSITORY
 
-KINDS = ("checkpoints", "encoder", "lora", "methods", "rollout", "scheduler", "text_encoder", "vae")
+KINDS = (
+    *("checkpoints", "encoder", "lora", "methods", "rollout", "scheduler", "text_encoder", "vae"),
+    *(f"methods2/{name}" for name in ("framewise", "memflow", "memrope", "reward_forcing", "rolling_sink")),
+)
 """Folders of the larger set that must hold at least one case; others are searched too."""
 TRAVELLING = REPOSITORY / "tests" / "golden"
 """The subset that is part of the repository."""

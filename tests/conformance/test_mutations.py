@@ -77,6 +77,8 @@ UNITS = "rollout/units.* rollout/weights_dim*"
 BASE = "methods/self_forcing/sf_window12_sink0.* methods/tiny/*"
 INFINITY = "methods/infinity_rope/inf_window6_sink1.* methods/tiny/*"
 DEEP = "methods/deep_forcing/df_native_w21_s10_n16_r4.* methods/tiny/*"
+MEMFLOW = "methods2/memflow/mf_w9_s1_b3_r1.* methods2/tiny/*"
+FRAMEWISE = "methods2/framewise/fw_2step_first4_w12_s1.* methods2/framewise/tiny/*"
 CHECKPOINTS = "checkpoints/*"
 LORA = "lora/*"
 VAE = "vae/tiny_vae.*"
@@ -111,6 +113,17 @@ def method_tensor(stem: str, name: str, by: float = 1e-2) -> Change:
     return tensor(f"methods/{stem}.safetensors", name, nudge(by))
 
 
+FRAMEWISE_STEM = "methods2/framewise/fw_2step_first4_w12_s1"
+
+
+def memflow(name: str, by: float) -> Change:
+    return tensor("methods2/memflow/mf_w9_s1_b3_r1.safetensors", name, nudge(by))
+
+
+def framewise(name: str) -> Change:
+    return tensor(f"{FRAMEWISE_STEM}.safetensors", name, nudge(1e-2))
+
+
 BASE_STEM = "self_forcing/sf_window12_sink0"
 INFINITY_STEM = "infinity_rope/inf_window6_sink1"
 DEEP_STEM = "deep_forcing/df_native_w21_s10_n16_r4"
@@ -134,6 +147,27 @@ MUTATIONS = {
             "training_weight_at_t": shift_tensor("training_weight_at_t", nudge(1e-4)),
             "warped [1000, 500]": entry("scheduler/shift5.json", [1000.0, 833.4], "warped", "[1000, 500]"),
         },
+    ),
+    "memflow": Mutation(
+        MEMFLOW,
+        {
+            "attended k": memflow("attended.block11.pass4.layer2.k", 1e-2),
+            "attended v": memflow("attended.block11.pass4.layer0.v", 1e-2),
+            "bank scores": memflow("memflow.block9.layer1.scores", 1e-2),
+            "kept bank frames": memflow("memflow.block9.layer1.kept_slots", 1),
+        },
+    ),
+    "frame-wise": Mutation(
+        FRAMEWISE,
+        {
+            "x0_pred_first_block": framewise("x0_pred_first_block"),
+            "x0_pred_other_blocks": framewise("x0_pred_other_blocks"),
+            "attended k": framewise("attended.block35.pass2.layer0.k"),
+        },
+    ),
+    "frame-wise steps": Mutation(
+        FRAMEWISE,
+        {"latents": entry(f"{FRAMEWISE_STEM}.meta.json", 900.0, "timesteps_first_block", 1)},
     ),
     "scheduler shift": Mutation(SHIFT, {"timesteps": entry("scheduler/shift5.json", 5.01, "shift")}),
     "scheduler variant": Mutation(SHIFT, {"sigma_min": entry("scheduler/shift5.json", 0.003, "sigma_min")}),

@@ -93,7 +93,7 @@ def test_other_settings_agree_with_the_plain_rollout(tmp_path: Path, name: str) 
 def test_a_case_of_methods_may_have_timesteps_of_its_own(
     golden: list[float], passes: int, steps: tuple[float, ...], context: float
 ) -> None:
-    sampler = _own_timesteps(SamplerConfig(), golden, (12, passes, 3, 16, 8, 12))
+    sampler = _own_timesteps(SamplerConfig(), {"timesteps": golden}, (12, passes, 3, 16, 8, 12))
     assert (sampler.denoising_steps, sampler.context_timestep) == (steps, context)
     assert _timesteps(sampler) == pytest.approx([*golden, context][:passes])
 
