@@ -117,7 +117,8 @@ class _Import:
 
     def _sampler(self) -> dict[str, Any]:
         steps = self._steps("denoising_step_list")
-        first = self._steps("denoising_step_list_first_chunk") if self._left.get("denoising_step_list_first_chunk") else []
+        first_key = "denoising_step_list_first_chunk"
+        first = self._steps(first_key) if self._left.get(first_key) else []
         shift = self._left_model.pop("timestep_shift", None)
         if shift is None:
             shift = self._left.get("timestep_shift", _DEFAULT_SHIFT)

@@ -46,7 +46,7 @@ SETTING_NAMES = {"K": "top_k", "R": "recent_exclude", "history_admission": "admi
 """Golden settings that we call otherwise."""
 NOT_SETTINGS = {"method", "frames_per_block", "frames", "optional"}
 """Entries of the golden settings that are not the policy's."""
-IMPLIED = {"rolling_sink": {"sink": 0}, "ema_sink": {"update": "ema"}}
+IMPLIED: dict[str, dict[str, Any]] = {"rolling_sink": {"sink": 0}, "ema_sink": {"update": "ema"}}
 """Golden settings that are none of ours, because the method has them in this one way."""
 UNMENTIONED = {"memrope": {"first_overflow": "released"}}
 """Behaviour of the released code that the golden settings do not mention, and that is not our default."""

@@ -65,7 +65,7 @@ def _levels(drawn: TraceMap) -> list[NDArray[np.bool_]]:
 
 
 def _cells(mask: NDArray[np.bool_], width: int) -> str:
-    """Path data of the cells of a mask [frame, block], a block `width` wide; runs of frames in a block become one rectangle."""
+    """Path data of the cells of a mask [frame, block], a block `width` wide; runs of frames become one rectangle."""
     frames, blocks = mask.shape
     parts = []
     for block in range(blocks):

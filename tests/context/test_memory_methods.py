@@ -129,10 +129,10 @@ def test_memrope_s_memories_are_moving_averages(adaptive: bool, overflow: Any) -
 
 
 def test_a_memory_in_bfloat16_is_kept_in_float32() -> None:
-    """Given 80 updates of 0.001 in a bfloat16 cache, the sink has moved as far as in float64; in bfloat16 it had not."""
+    """Given 81 updates of 0.001 in a bfloat16 cache, the sink has moved as far as in float64."""
     at = EmaSinkSettings(window=9, sink=3)
     last = list(drive(EmaSink, at, 84, dtype=torch.bfloat16))[-1]
-    sink = frames = last.frames
+    frames = last.frames
     sink = frames[:3].clone()
     for block in range(1, 82):
         sink = 0.999 * sink + 0.001 * frames[3 * block : 3 * block + 3]
@@ -163,7 +163,7 @@ def test_the_ema_sink_takes_over_what_leaves(window: int, sink: int) -> None:
 
 @pytest.mark.parametrize(("window", "n"), [(12, 3), (9, 3), (21, 3), (4, 2), (5, 1)])
 def test_the_rolling_sink_runs_to_and_fro(window: int, n: int) -> None:
-    """Given any window, the content at index p is a triangle wave of p with period 2 (W - n), but for the newest block."""
+    """Given any window, the content at index p is a triangle wave of period 2 (W - n), but for the newest block."""
     rolling = window - n
     for step in drive(RollingSink, RollingSinkSettings(window), 24, n=n):
         start = step.block * n

@@ -13,9 +13,13 @@ import torch
 
 from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
+from lrag_ray.context.ema_sink import EmaSink, EmaSinkSettings
 from lrag_ray.context.infinity_rope import InfinityRope
+from lrag_ray.context.memflow import MemFlow, MemFlowSettings
+from lrag_ray.context.memrope import MemRope, MemRopeSettings
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.context.rolling_sink import RollingSink, RollingSinkSettings
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import HostBank
 from lrag_ray.wan.random_weights import fill_random
@@ -30,6 +34,10 @@ METHODS = [
     (Base, BaseSettings(window=6)),
     (InfinityRope, BaseSettings(window=-1)),
     (DeepForcing, DeepForcingSettings(window=8, budget=8)),
+    (RollingSink, RollingSinkSettings(window=6)),
+    (EmaSink, EmaSinkSettings(window=6, sink=2)),
+    (MemRope, MemRopeSettings(window=8, adaptive=True)),
+    (MemFlow, MemFlowSettings(window=6, bank=2, record_interval=1)),
     (Rag, SMALL_RAG),
     (Rag, replace(SMALL_RAG, admission="local")),
 ]

@@ -12,7 +12,7 @@ STEPS = "backbones.tiny.sampler.first_block_denoising_steps"
 
 
 def test_steps_that_a_first_block_does_not_have_leave_keys_as_they_were(tmp_path: Path) -> None:
-    """Given a sampler without them, its identity is that of versions that did not know them; with them it is another."""
+    """Given a sampler without them, its identity is that of versions that did not know them."""
     plain = latents_identity(load_config(write(tmp_path)).backbones["tiny"])["sampler"]
     assert plain == {
         "denoising_steps": [1000, 750, 500, 250],

@@ -44,7 +44,7 @@ def test_negative_indices_turn_back() -> None:
 
 
 def test_indices_outside_the_released_table_are_refused() -> None:
-    with pytest.raises(IndexError, match=r"1024 lies outside the released table 0\.\.1023"):
+    with pytest.raises(IndexError, match=r"1024 lies outside the table of rotations, 0\.\.1023"):
         Rope(24, (1, 1), torch.device("cpu")).frames([1024])
 
 
