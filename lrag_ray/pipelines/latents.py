@@ -234,14 +234,19 @@ class _Feed:
     def _work(self) -> None:
         waiting: set[str] = set()
         while not self._ended.wait(self._every_s):
-            waiting.update(_drained(self._finished))
-            try:
-                rollouts = [rollout for path in sorted(waiting) if (rollout := RolloutId.at(path))]
-                self._index.add(rollouts, self._notices.put)
-            except StorageError as error:
-                self._notices.put(f"the index of the dataset is behind, and will be brought up to date: {error}")
-            else:
-                waiting.clear()
+            self._add(waiting)
+        # An interrupted start leaves no finished rollout out.
+        self._add(waiting)
+
+    def _add(self, waiting: set[str]) -> None:
+        waiting.update(_drained(self._finished))
+        try:
+            rollouts = [rollout for path in sorted(waiting) if (rollout := RolloutId.at(path))]
+            self._index.add(rollouts, self._notices.put)
+        except StorageError as error:
+            self._notices.put(f"the index of the dataset is behind, and will be brought up to date: {error}")
+        else:
+            waiting.clear()
 
     def _pass_notices(self) -> None:
         for text in _drained(self._notices):

@@ -120,7 +120,7 @@ def test_ray_data_reads_the_same_windows(quiet: RolloutRun) -> None:
     whole = Dataset.from_run(quiet.uri)
     rows = data.to_ray().take_all()
     assert len(rows) == len(data)
-    found = {(row["rollout"], row["start"]): torch.as_tensor(row["latents"]) for row in rows}
+    found = {(row["rollout"], row["start"]): torch.tensor(row["latents"]) for row in rows}
     for index in range(len(data)):
         rollout, start = data.place(index)
         entry = data.latents.rollouts[rollout]
