@@ -19,7 +19,9 @@ from lrag_ray.pipelines.decode import DecodeFailure, decode
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.report.build import build_report
 from lrag_ray.scoring.preview.suite import PREVIEW
+from lrag_ray.store.records import HOW_TO_REPAIR
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.seal import opened_json
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.video.mp4 import read_video
 from tests.cluster.test_run import NO_VIDEO, Recorder
@@ -112,7 +114,7 @@ def test_a_run_that_was_moved_is_decoded_by_its_address_alone(latents: Path) -> 
     assert (again.exit_code, told["videos_made"], told["videos_there"]) == (0, 0, 4)
 
     # The place of a VAE that is a file is the caller's to say.
-    identity = json.loads((latents / "run.json").read_text())
+    identity = json.loads(opened_json((latents / "run.json").read_bytes()))
     identity["backbones"]["tiny"]["pixels"]["vae"] = {"kind": "wan", "sha256": "ab" * 32, "dtype": "float32"}
     (latents / "run.json").write_text(json.dumps(identity))
     placeless = CliRunner().invoke(app, ["decode", str(latents)])
@@ -125,7 +127,7 @@ def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents:
     part = corrupt.latent_parts[-1]
     (latents / part.path).write_bytes(b"\0" * part.size_bytes)
     outcome = decode(config_of(latents))
-    reason = f"{part.path} does not have the recorded checksum"
+    reason = f"{part.path} does not have the recorded checksum. {HOW_TO_REPAIR}"
     assert outcome.failed == (DecodeFailure(corrupt.rollout.path, (12,), reason),)
     assert (outcome.exit_code, outcome.videos_made) == (1, 3)
 
@@ -147,14 +149,14 @@ def test_of_independent_durations_a_broken_one_fails_alone(cluster: None, tmp_pa
         original = (tmp_path / part.path).read_bytes()
         (tmp_path / part.path).write_bytes(b"\0" * part.size_bytes)
         outcome = decode(config_of(tmp_path, video={"crf": commit.latent_frames}))
-        reason = f"{part.path} does not have the recorded checksum"
+        reason = f"{part.path} does not have the recorded checksum. {HOW_TO_REPAIR}"
         assert outcome.failed == (DecodeFailure(commit.rollout.path, (commit.latent_frames,), reason),)
         assert (outcome.exit_code, outcome.videos_made) == (1, 1)
         (tmp_path / part.path).write_bytes(original)
 
 
 def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Path) -> None:
-    identity = json.loads((latents / "run.json").read_text())
+    identity = json.loads(opened_json((latents / "run.json").read_bytes()))
     identity["backbones"]["tiny"]["pixels"]["vae"] = {"kind": "wan", "sha256": "ab" * 32, "dtype": "float32"}
     (latents / "run.json").write_text(json.dumps(identity))
     half = config_of(latents, backbones={"tiny": {**BACKBONE, "vae": {"kind": "tiny", "dtype": "bfloat16"}}})

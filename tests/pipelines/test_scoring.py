@@ -20,6 +20,7 @@ from lrag_ray.scoring.preview.measures import MEASURES, measures
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.video_rows import VideoRow, from_parquet, to_parquet
 from lrag_ray.stages.spec import Task
+from lrag_ray.store.local_copy import DamagedVideoError
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
@@ -139,13 +140,14 @@ def test_a_broken_video_is_one_failed_row(run: RolloutRun) -> None:
     (failed,) = score(run, seen)
     assert finished(seen) == 7
     assert failed.title == f"{broken.rollout_path} at {broken.latent_frames} latent frames"
-    (failure,) = [event.failure for event in seen if isinstance(event, AttemptFailed)]
-    assert (failure.stage, failure.task, failure.kind) == ("scoring", failed.title, "refused")
-    assert failure.quarantined
-    row = stored_rows(run)[broken.prompt_id, broken.method, broken.latent_frames]
-    assert row.values == {} and row.reason is not None
-    assert row.reason == f"{broken.video_path} does not have the checksum of its commit"
-    assert scoring_of(run).pending() == [], "a broken video stays broken; it is not tried forever"
+    failures = [event.failure for event in seen if isinstance(event, AttemptFailed)]
+    assert {(failure.stage, failure.task, failure.kind) for failure in failures} == {
+        ("scoring", failed.title, "exception")
+    }
+    assert [failure.quarantined for failure in failures] == [False, False, True]
+    assert f"{broken.video_path} does not have the checksum of its commit. Fix: `lrag-ray run" in failures[-1].reason
+    assert (broken.prompt_id, broken.method, broken.latent_frames) not in stored_rows(run)
+    assert [task.title for task in scoring_of(run).pending()] == [failed.title], "once it is repaired, it is scored"
 
 
 def test_without_work_ray_is_not_needed(tmp_path: Path) -> None:
@@ -178,7 +180,8 @@ def test_a_bucket_is_scored_like_a_folder(run: RolloutRun) -> None:
         assert ours == [preview_row(run.storage, target).values for target in PREVIEW.pending_targets(run)[:2]]
         gone = PREVIEW.pending_targets(bucket)[0]
         bucket.storage.remove(gone.video_path)
-        assert preview_row(bucket.storage, gone).reason == f"{gone.video_path} is missing"
+        with pytest.raises(DamagedVideoError, match=f"{gone.video_path} is missing. Fix: "):
+            preview_row(bucket.storage, gone)
     finally:
         bucket.storage.fs.rm(bucket.storage.root, recursive=True)
 

@@ -89,7 +89,7 @@ def store_features(config: RunConfig, prompts: Sequence[Prompt]) -> RunConfig:
     for backbone in identity.backbones.values():
         digest = canonical_digest(backbone.latents["text_encoder"])
         for prompt in prompts:
-            storage.write(embedding_path(digest, prompt.text), _features(digest, prompt.text))
+            storage.create(embedding_path(digest, prompt.text), _features(digest, prompt.text))
     return config
 
 
