@@ -86,6 +86,7 @@ class Killer(threading.Thread):
             time.sleep(0.05)
 
 
+@pytest.mark.proof
 def test_a_training_that_loses_a_worker_equals_an_undisturbed_one(tmp_path: Path) -> None:
     """Two workers on Ray, one killed in the middle of an epoch, against two plain processes: the same bits."""
     corpus = make_corpus(tmp_path / "corpus")
