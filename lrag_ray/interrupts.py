@@ -23,7 +23,7 @@ from types import FrameType
 from lrag_ray.errors import INTERRUPTED
 
 CLEAN_UP_S = 10.0
-"""After a signal, others are ignored for so long: whoever presses Ctrl-C again and again must not tear up the end."""
+"""Seconds after a signal in which others are ignored: pressing Ctrl-C again must not cut the clean-up short."""
 _IMPORT_S = 5.0
 """Longest time for which an import keeps a signal waiting."""
 _ABOVE_WORK = tuple(
@@ -76,7 +76,7 @@ def ends_with_130() -> Iterator[None]:
 
 
 def take_next() -> None:
-    """Raise the next signal even if it comes soon after the first: what is waited for may be given up."""
+    """Raise the next signal even if it comes soon after the first: the user may end the wait."""
     _State.raised_s = None
 
 

@@ -109,7 +109,7 @@ run_worker() {
     done
     wait_for "$ray_pid"
     say "ray start ended with $code"
-    # Not in step with the others, who may have the same trouble.
+    # Not in step with the others, which may have the same problem.
     sleep $((2 + RANDOM % 10))
   done
 }

@@ -36,7 +36,7 @@ class Job(ABC, Generic[Outcome]):
     """One start of a job. `start` does it all."""
 
     command: ClassVar[str]
-    """What the job is called where others are told who works."""
+    """Name of the job in messages about who is at work."""
 
     def __init__(self, storage: Storage, engine: WorkersSection, listener: Listener = silent) -> None:
         """`storage` is where results and failure records go; `listener` receives the events."""

@@ -136,7 +136,7 @@ def window_reader(dataset: LatentDataset, rollouts: Rollouts, length: int) -> Wi
             return dataset.read(at[window.rollout], window.start, length)
         except StorageError as error:
             if error.__cause__ is not None:
-                # The storage gave up on an error that may pass: another start of the workers may do better.
+                # Transient storage errors outlasted the retries: another start of the workers may succeed.
                 raise
             raise UnusableWindowError(f"{name(window)} cannot be read: {error}") from error
         except IndexError as error:

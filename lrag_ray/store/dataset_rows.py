@@ -44,7 +44,7 @@ class RunIndex:
     def catch_up(self, inventory: Inventory, warn: Callable[[str], None]) -> None:
         """Bring the index to what `inventory` shows; it is made anew where it says something else than the commits.
 
-        `warn` is told of commits whose parts are damaged: they are not in the dataset.
+        `warn` receives a message for each commit whose parts are damaged: these are not in the dataset.
         """
         commits = {commit.rollout.path: commit for commit in committed(self._identity, inventory)}
         try:
@@ -101,7 +101,7 @@ def committed(identity: RunIdentity, inventory: Inventory) -> list[Commit]:
 def rows_of(
     storage: Storage, identity: RunIdentity, commits: Sequence[Commit], broken: Callable[[str], None]
 ) -> list[FormedRow]:
-    """Rows of committed rollouts, in order; `broken` is told of those whose parts are damaged."""
+    """Rows of committed rollouts, in order; `broken` receives a message for each whose parts are damaged."""
     with ThreadPoolExecutor(1 if storage.is_local else READERS, thread_name_prefix="header") as readers:
         made = list(readers.map(partial(_row_or_reason, storage, identity), commits))
     for reason in made:

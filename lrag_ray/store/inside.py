@@ -24,7 +24,7 @@ _DESCRIPTORS = "/proc/self/fd"
 def opened_file(path: str, root: str | None) -> Iterator[BufferedReader]:
     """A regular file, open for reading, inside `root` where that is given.
 
-    StorageError for what is outside, and for what is no regular file: a pipe would be waited for without end.
+    StorageError for paths outside, and for anything but a regular file: reading a pipe would block for ever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

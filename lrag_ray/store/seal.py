@@ -2,7 +2,7 @@
 
 Commits name the checksums of latents, traces and videos. Records (JSON) and score tables (parquet) are named by nobody,
 so each carries the SHA-256 of its own content, and a single changed bit is noticed by whoever reads it. A seal finds
-damage; it is no protection against somebody who changes a file on purpose. Files of versions before seals have none and
+damage; it does not protect against deliberate changes. Files of versions before seals have none and
 are read as they are.
 """
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 class CuttingProxy:
-    """Listens on a port of its own and passes bytes on until it is told otherwise."""
+    """Listens on a port of its own and passes bytes on until its behaviour is changed."""
 
     def __init__(self, port: int) -> None:
         self._to = port

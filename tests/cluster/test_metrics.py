@@ -78,7 +78,7 @@ def test_a_run_exports_its_metrics(tmp_path: Path) -> None:
         assert seen["lrag_blocks_done{}"] == 32
         assert seen["lrag_videos_scored_total{}"] == 4
         assert seen["lrag_stored_bytes_total{stage=rollouts}"] == stored_bytes(config.run.uri)
-        assert not any("take" in name or "prompt" in name for name in seen), "a prompt is no tag"
+        assert not any("take" in name or "prompt" in name for name in seen), "prompts must not become tags"
         assert started.wait() == 0, started.text
     shown = {name.partition("{")[0] for name in seen}
     asked = set(re.findall(r"ray_(lrag_[a-z_]+)", DASHBOARD.read_text(encoding="utf-8")))

@@ -97,7 +97,7 @@ def test_a_run_survives_its_nodes_and_its_head(tmp_path: Path) -> None:
         # Of each prompt a rollout waits at the gate with a part behind it.
         jobs.until("parts are stored", lambda: len(open_parts(run)) >= 2)
 
-        # One is told to leave; another one is out of time and is queued again.
+        # One receives TERM and leaves; another reaches its time limit and is requeued.
         running.run("scancel", "--batch", "--signal=TERM", f"{workers}_1")
         jobs.until("it left", lambda: running.states(workers).get(f"{workers}_1") == "COMPLETED")
         running.run("scancel", "--batch", "--signal=USR1", f"{workers}_2")

@@ -97,9 +97,9 @@ def test_the_environment_overrides_the_address_and_is_named(monkeypatch: pytest.
         ("ray://head:10001", "is a Ray Client address"),
         ("http://me:hunter2@head:8265", "credentials"),
         ("me:hunter2@head:8265", "credentials"),
-        ("ftp://head", "no address of a dashboard"),
-        ("head", "no address of a dashboard"),
-        ("local", "no address of a dashboard"),
+        ("ftp://head", "is not the address of a dashboard"),
+        ("head", "is not the address of a dashboard"),
+        ("local", "is not the address of a dashboard"),
     ],
 )
 def test_what_is_no_dashboard_is_refused(address: str, said: str) -> None:

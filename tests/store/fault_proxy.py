@@ -84,7 +84,7 @@ class FaultProxy:
     def __init__(self, endpoint: str) -> None:
         self.choose: Choose = lambda *_: None
         self.lag_s = 0.0
-        """Listings do not show a name for so long after it was first written."""
+        """Seconds after its first write during which listings do not show a name."""
         self.hidden = 0
         """Names that listings left out."""
         self._born: dict[str, float] = {}

@@ -264,7 +264,7 @@ def test_readers_say_what_is_damaged_and_how_to_repair_it(run: RolloutRun) -> No
     worker = PREVIEW.worker(run.storage, run.storage, threads=1, device="cpu")
     with pytest.raises(DamagedVideoError, match=repair):
         worker.score(task.payload, lambda: True)
-    assert not scored.exists(), "damage of the store is no property of the video"
+    assert not scored.exists(), "storage damage must not become a score row"
     flip(run, "run.json")
     with pytest.raises(StorageError, match=repair):
         run.require()

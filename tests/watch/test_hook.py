@@ -22,7 +22,7 @@ from tests.watch.make import ended
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with `codes` in turn, the last one for ever; a negative code: so many seconds of a slow answer."""
+    """Answers with `codes` in turn, the last one repeatedly; a negative code -n delays the answer by n seconds."""
 
     daemon_threads = True
 

@@ -1,7 +1,7 @@
 """The dashboard of a cluster, which takes jobs: its address, the token that it asks for, and whether it suits us.
 
 Ray's own clients let RAY_API_SERVER_ADDRESS and RAY_ADDRESS override an address that is given; so does this one, and
-the caller is told which one counts.
+the caller learns which one counts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Token(NamedTuple):
 def find_dashboard(given: str | None = None) -> Dashboard:
     """The dashboard that RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else `given` names, else that of this machine.
 
-    Raises UsageError for what is no such address, and ClusterError where Ray cannot say where the dashboard is.
+    Raises UsageError for any other address, and ClusterError where Ray cannot say where the dashboard is.
     """
     named = [(name, os.environ.get(name)) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
     named.append(("--address", given))
@@ -118,7 +118,7 @@ def _url(text: str, source: str) -> str:
             "http://host:8265 (on Kubernetes: kubectl port-forward service/NAME-head-svc 8265)"
         )
     if not is_ray_address(text) or text == "local":
-        raise UsageError(f"{source} {redact(text)!r} is no address of a dashboard; expected http://host:8265")
+        raise UsageError(f"{source} {redact(text)!r} is not the address of a dashboard; expected http://host:8265")
     if text != "auto" and source == "--address":
         return f"http://{text}"
     return _asked(text, source)

@@ -32,7 +32,7 @@ _POLL_S = 1.0
 _MOST_POLL_S = 60.0
 _MOST_PAUSE_S = 10.0
 OUTAGE_S = 600.0
-"""A cluster that does not answer for so long, while nothing else shows life, is given up."""
+"""Seconds without an answer, and without any other sign of life, after which following ends."""
 
 OnOutage = Callable[[float, str], bool]
 """Called during an outage with its seconds and the error; whether the job shows life elsewhere."""
