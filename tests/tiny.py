@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,3 +65,16 @@ def start(
 def generate(rollout: Rollout, blocks: int) -> Tensor:
     """Latents [B, F, C, H, W] of the next blocks."""
     return torch.cat([result.latents for result in rollout.blocks(blocks)], dim=1)
+
+
+def tiny_layout(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Layout:
+    """Shapes of the rollouts that `start` makes."""
+    grid = CONFIG.token_grid(*LATENT[1:])
+    n = SAMPLER.frames_per_block
+    return Layout(CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim, grid, n, dtype, torch.device(device))
+
+
+def gathered(bank: HistoryBank, frames: Sequence[int], layers: int = CONFIG.num_layers) -> Tensor:
+    """Rows of frames in all layers [n, 2, layers, f, H, head_dim]."""
+    found = bank.gather(frames)
+    return torch.stack([torch.cat(found.layer(layer)) for layer in range(layers)], dim=2)

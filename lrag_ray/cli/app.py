@@ -31,6 +31,7 @@ from lrag_ray.cli import (
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
 from lrag_ray.cli.output import console, print_json, tells_errors, write
 from lrag_ray.printable import plain
+from lrag_ray.retrieval.bank_types import BankType
 
 _LOOK_EVERY_S = 5.0
 
@@ -202,6 +203,12 @@ def verify(
     sample: Annotated[
         int | None, typer.Option("--sample", metavar="N", min=1, help="With --bytes: only N rollouts or other files.")
     ] = None,
+    bank: Annotated[
+        BankType | None,
+        typer.Option(
+            "--bank", help="Store the history of golden rollouts so, and judge latents and choices: a quality gate."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare our numbers with golden vectors: one row per case and tensor, exit code 1 if any is off.
@@ -214,6 +221,7 @@ def verify(
     \b
     Examples:
       lrag-ray verify golden/rollout
+      lrag-ray verify golden/rollout --bank int4
       lrag-ray verify --run runs/table2
       lrag-ray verify --run s3://bucket/table2 --bytes --sample 500
     """
@@ -227,7 +235,9 @@ def verify(
         raise typer.BadParameter("--bytes needs --run RUN, and --sample needs --bytes")
     if stored:
         raise typer.Exit(_verify_bytes(run_uri or "", sample, as_json=as_json))
-    results = check_run(run_uri) if run_uri is not None else iter_results(folder or "")
+    if bank is not None and folder is None:
+        raise typer.BadParameter("--bank needs a folder of golden vectors")
+    results = check_run(run_uri) if run_uri is not None else iter_results(folder or "", bank)
     found = []
     if as_json:
         found = list(results)

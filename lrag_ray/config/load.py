@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lrag_ray.config.foreign import is_foreign
+from lrag_ray.config.histories import history_frames, history_places
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.jobs import JOB_DEFAULTS, JobConfig, schema_of
 from lrag_ray.config.methods import Method, resolve_method, settings_keys
@@ -25,7 +26,7 @@ from lrag_ray.config.paths import beside_configuration
 from lrag_ray.config.plugin_settings import settings_model
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
-from lrag_ray.config.schema import MOST_ROLLOUTS, RunConfig, ScoringSection
+from lrag_ray.config.schema import MOST_ROLLOUTS, BackboneConfig, RunConfig, ScoringSection
 from lrag_ray.config.source import Document, KeyPath, dotted, read_document
 from lrag_ray.config.sweeps import expand_sweeps
 from lrag_ray.config.training import TrainEncoderConfig
@@ -33,6 +34,9 @@ from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.registry import NONE, suite_class
 from lrag_ray.scoring.registry import registered as registered_suites
+
+LONGEST_FRAMES = 10_000
+"""Latent frames after which every method that keeps a history has one."""
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -188,7 +192,7 @@ def _check_settings(path: KeyPath, section: dict[str, Any]) -> Iterator[Problem]
     except ValueError as error:
         yield Problem((*path, "method"), str(error))
         return
-    given = {key: value for key, value in section.items() if key not in ("method", "preset")}
+    given = {key: value for key, value in section.items() if key not in ("method", "preset", "history")}
     try:
         settings_model(policy.Settings).model_validate_json(json.dumps({"settings": given}), strict=True)
     except ValidationError as error:
@@ -236,6 +240,26 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
             except ValueError as error:
                 yield Problem(path, str(error))
             yield from _check_length(path, method, config.durations_s, frames_per_block)
+            yield from _check_history(path, method, config, backbone)
+
+
+def _check_history(path: KeyPath, method: Method, config: RunConfig, backbone: BackboneConfig) -> Iterator[Problem]:
+    """Storage types for methods without a history, and histories beyond the budgets of `engine.bank`."""
+    n = backbone.sampler.frames_per_block
+    if method.history != "exact" and not history_frames(backbone, method, LONGEST_FRAMES):
+        yield Problem(
+            (*path, "history"), f"is {method.history}, but this method keeps no history with these settings: leave it out"
+        )
+    longest = max(latent_frames(duration_s, n) for duration_s in config.durations_s)
+    bank, on_gpu = config.engine.bank, config.engine.gpus_per_actor > 0
+    found = history_places(backbone, method, longest, bank, on_gpu=on_gpu)
+    if found.homeless:
+        smaller = "" if method.history.startswith("int4") else f", or set {dotted((*path, 'history'))}: int4"
+        yield Problem(
+            ("engine", "bank", "host_gb"),
+            f"{bank.host_gb:g} leave {found.homeless / 1e9:.1f} GB of the {found.total / 1e9:.1f} GB of history of "
+            f"{dotted(path)} without a place: raise host_gb, name a folder in engine.bank.disk{smaller}",
+        )
 
 
 def _misplaced(config: JobConfig, folder: Path) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from lrag_ray.config.schema import MethodConfig
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.registry import policy_class
 from lrag_ray.context.weights import WeightFile
+from lrag_ray.retrieval.bank_types import BankType
 
 
 class NamedWeights(NamedTuple):
@@ -25,6 +26,8 @@ class Method(NamedTuple):
     policy: type[ContextPolicy[Any]]
     settings: Any
     """Instance of `policy.Settings`."""
+    history: BankType = "exact"
+    """How its history is stored."""
 
     @property
     def weights(self) -> list[NamedWeights]:
@@ -37,7 +40,7 @@ class Method(NamedTuple):
 def resolve_method(method: MethodConfig) -> Method:
     """Policy and settings of a loaded configuration's method (`load_config` has checked them)."""
     policy = policy_class(method.method)
-    return Method(policy, parse_settings(policy.Settings, method.settings))
+    return Method(policy, parse_settings(policy.Settings, method.settings), method.history)
 
 
 def settings_keys(policy: type[ContextPolicy[Any]]) -> list[str]:

@@ -23,6 +23,7 @@ from lrag_ray.config.problems import described
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
 from lrag_ray.config.section import CREDENTIALS, Address, Section
 from lrag_ray.config.watch import WatchSection
+from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.scoring.registry import check_name
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.wan.config import SamplerConfig, WanConfig
@@ -235,6 +236,10 @@ class MethodConfig(BaseModel):
     preset: Literal["released"] | None = None
     """released: the settings of the method's own release as defaults, whatever budget they spend. None: the equal
     budget of 12 latent frames."""
+    history: BankType = "exact"
+    """How a method that keeps a history (rag) stores its keys and values: exact, the backbone's precision; bf16; int8 and
+    int4, a half and a quarter of bfloat16; int8_hadamard and int4_hadamard rotate keys first. Part of the rollout's
+    identity: `lrag-ray verify --bank` and `bench rollout` show what it changes."""
 
     @model_validator(mode="after")
     def _no_credentials(self) -> MethodConfig:
@@ -329,11 +334,30 @@ class WorkersSection(Section):
         return self
 
 
+class BankSection(Section):
+    """Where each rollout keeps its history; results do not depend on it. Free to change between starts."""
+
+    device_gb: float = Field(default=0, ge=0, le=1e6)
+    """GPU memory per rollout; filled first."""
+    host_gb: float | None = Field(default=None, gt=0, le=1e6)
+    """Host memory per rollout, which its actor reserves; None for all that is left."""
+    disk: str | None = Field(default=None, min_length=1)
+    """Folder on a local disk of every node for what exceeds `host_gb`. Its file vanishes with the rollout."""
+
+    @model_validator(mode="after")
+    def _disk_is_used(self) -> BankSection:
+        if self.disk is not None and self.host_gb is None:
+            raise ValueError("disk takes what exceeds host_gb: give host_gb, or leave disk out")
+        return self
+
+
 class EngineSection(WorkersSection):
     """How the work is spread. Free to change between starts of the same run."""
 
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
+    bank: BankSection = BankSection()
+    """Where histories are kept."""
 
 
 class ResumeSection(Section):

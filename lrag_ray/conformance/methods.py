@@ -28,9 +28,11 @@ from lrag_ray.conformance.recording import (
     with_local_weights,
 )
 from lrag_ray.conformance.stored_cache import check_stored_cache
+from lrag_ray.conformance.stored_history import check_stored_history, keeps_history
 from lrag_ray.conformance.token_rows import TokenRows, token_rows
 from lrag_ray.context.deep_forcing import DeepForcing
 from lrag_ray.errors import UsageError
+from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.schedule import FlowMatchSchedule
 
@@ -57,12 +59,13 @@ _BANK = re.compile(r"memflow\.block(\d+)\.layer(\d+)\.(scores|kept_slots)")
 _TOKENS = re.compile(r"ctx\.block(\d+)\.pass(\d+)\.layer(\d+)\.(origin_token|temporal_index)")
 
 
-def cases(folder: Folder) -> list[GoldenCase]:
-    """A case per JSON with the settings of a method, and its latents."""
+def cases(folder: Folder, bank: BankType | None = None) -> list[GoldenCase]:
+    """A case per JSON with the settings of a method, and its latents; `bank` judges histories stored so instead."""
     records = [r for r in folder.records if r.holds("settings") and "method" in r.content["settings"]]
     vectors = [file for file in folder.vectors if "latents" in file]
     return [
-        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors)) for case in pair(records, vectors)
+        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors, bank=bank))
+        for case in pair(records, vectors)
     ]
 
 
@@ -114,7 +117,14 @@ def _near(folder: Path) -> Iterator[Folder]:
                 yield Folder(place)
 
 
-def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | None, sheet: Sheet) -> None:
+def _check(
+    folder: Folder,
+    golden_record: CaseRecord | None,
+    vectors: Vectors | None,
+    sheet: Sheet,
+    *,
+    bank: BankType | None = None,
+) -> None:
     if golden_record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with settings.method and a safetensors file with latents")
         return
@@ -141,7 +151,8 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
     last = frames // sampler.frames_per_block - 1, len(sampler.denoising_steps)
     attended = {place: name for name in vectors.shapes if (place := _attended(name))}
     wanted = {last} | {(block, step) for block, step, _, _ in attended}
-    recording = record(
+    roll_out = partial(
+        record,
         golden_transformer(inputs.weights, inputs.config),
         sampler,
         method,
@@ -150,8 +161,12 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
         inputs.tensors["noise"][:, :frames],
         # Batch and frames may be stored as one axis or as two; a case may use fewer passes than the inputs provide for.
         (step_noise.flatten(2, 3) if step_noise.dim() == 7 else step_noise)[:, :draws],
-        wanted=lambda block, step, layer: (block, step) in wanted,
     )
+    if bank is not None:
+        if keeps_history(method, own, sampler.frames_per_block, sheet):
+            check_stored_history(lambda kind: roll_out(bank=kind), vectors["latents"], bank, sheet)
+        return
+    recording = roll_out(wanted=lambda block, step, layer: (block, step) in wanted)
     sheet.close("latents", recording.latents, vectors["latents"], _bound(golden))
     for name, block in (("timesteps_first_block", 0), ("timesteps", -1)):
         if name in golden:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lrag_ray.conformance.files import Folder, Vectors
-from lrag_ray.context.policy import ContextPolicy
+from lrag_ray.context.policy import ContextPolicy, bank_of
 from lrag_ray.context.registry import policy_class
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.retrieval.encoder import known_fields
+from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.rollout.noise import RecordedNoise
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.checkpoint import load_transformer
@@ -87,11 +88,12 @@ def record(
     renoise: Tensor,
     *,
     wanted: Callable[[int, int, int], bool] = lambda block, step, layer: False,
+    bank: BankType = "exact",
 ) -> Recording:
     """Roll out all frames of `noise` [B, F, C, H, W] with `renoise` [blocks, steps - 1 or more, B·n, C, H, W].
 
     `settings` name the method's own weights by local paths. `wanted(block, pass, layer)` says where to keep attention
-    rows. Raises ValueError for impossible settings.
+    rows, `bank` how history is stored. Raises ValueError for impossible settings.
     """
     policy = policy_class(method)
     own = policy.Settings(**settings)
@@ -108,6 +110,7 @@ def record(
         RecordedNoise(noise, renoise.unflatten(2, (batch, n)), n),
         (noise.shape[2], noise.shape[3], noise.shape[4]),
         weights={file.key: file.read(Path(path)) for file, path in named if path is not None},
+        make_bank=bank_of(bank),
         probe=recorder,
     )
     recording = Recording([rollout.timesteps(block) for block in range(frames // n)], rollout.context.policies)

@@ -13,9 +13,11 @@ from torch import Tensor
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, pair
 from lrag_ray.conformance.recording import Recording, golden_transformer, record, wan_config, with_local_weights
+from lrag_ray.conformance.stored_history import check_stored_history, keeps_history
 from lrag_ray.context.rag import Rag
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.retrieval.encoder import load_encoder
+from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.similarity import Descriptor, average_pool
 from lrag_ray.wan.config import SamplerConfig
 
@@ -28,12 +30,13 @@ _LATE = re.compile(
 )
 
 
-def cases(folder: Folder) -> list[GoldenCase]:
-    """A case per JSON with case settings and a model, and its tensors."""
+def cases(folder: Folder, bank: BankType | None = None) -> list[GoldenCase]:
+    """A case per JSON with case settings and a model, and its tensors; `bank` judges histories stored so instead."""
     records = [record for record in folder.records if record.holds("case", "model")]
     vectors = [file for file in folder.vectors if file.has("noise", "output", "prompt_embeds")]
     return [
-        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors)) for case in pair(records, vectors)
+        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors, bank=bank))
+        for case in pair(records, vectors)
     ]
 
 
@@ -65,7 +68,14 @@ def _plan(case: Mapping[str, Any], folder: Folder) -> _Plan:
     return _Plan(sampler, "rag", with_local_weights("rag", settings, folder))
 
 
-def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | None, sheet: Sheet) -> None:
+def _check(
+    folder: Folder,
+    golden_record: CaseRecord | None,
+    vectors: Vectors | None,
+    sheet: Sheet,
+    *,
+    bank: BankType | None = None,
+) -> None:
     if golden_record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with case and model and a safetensors file with its tensors")
         return
@@ -78,7 +88,8 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
     noise = vectors["noise"][:, : case.get("frames")]
     blocks, n = noise.shape[1] // plan.sampler.frames_per_block, plan.sampler.frames_per_block
     no_draws = torch.empty(blocks, steps - 1, noise.shape[0] * n, *noise.shape[2:])
-    recording = record(
+    roll_out = partial(
+        record,
         golden_transformer(folder.path / case["model_weights"], wan_config(golden["model"])),
         plan.sampler,
         plan.method,
@@ -86,8 +97,12 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
         vectors["prompt_embeds"],
         noise,
         vectors["renoise"] if "renoise" in vectors or steps > 1 else no_draws,
-        wanted=lambda *place: place in places,
     )
+    if bank is not None:
+        if keeps_history(plan.method, plan.settings, n, sheet):
+            check_stored_history(lambda kind: roll_out(bank=kind), vectors["output"], bank, sheet)
+        return
+    recording = roll_out(wanted=lambda *place: place in places)
     sheet.close("output", recording.latents, vectors["output"], LATENTS)
     if "timesteps" in golden:
         ours = torch.tensor(recording.timesteps[-1][:-1])

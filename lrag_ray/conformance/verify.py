@@ -28,6 +28,7 @@ from lrag_ray.conformance import (
 from lrag_ray.conformance.case import CaseResult, GoldenCase, Sheet, one_line
 from lrag_ray.conformance.files import Folder
 from lrag_ray.errors import LragError, UsageError
+from lrag_ray.retrieval.bank_types import BankType
 
 KINDS: tuple[Callable[[Folder], list[GoldenCase]], ...] = (
     rollout.cases,
@@ -56,8 +57,14 @@ def failed(results: Iterable[CaseResult]) -> bool:
     return any(result.status == "fail" for result in results)
 
 
-def iter_results(path: str | Path) -> Iterator[CaseResult]:
+BANK_KINDS: tuple[Callable[[Folder, BankType], list[GoldenCase]], ...] = (rollout.cases, methods.cases)
+"""Kinds with rollouts, whose history can be stored otherwise."""
+
+
+def iter_results(path: str | Path, bank: BankType | None = None) -> Iterator[CaseResult]:
     """Run all cases in a folder and the folders under it, row by row as they finish.
+
+    With `bank`, run the rollouts that keep a history alone, store it so, and judge how far that leads away.
 
     A file that cannot be read and a case that raises are rows that fail; folders of tensors in no known format, and
     slow cases below the given folder, are rows that are skipped. Raises UsageError if the path is not a folder, or
@@ -71,7 +78,10 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
         )
     recognised = False
     for folder in _folders(root):
-        cases, slow = find_cases(folder), [case for find in SLOW_KINDS for case in find(folder)]
+        if bank is not None:
+            cases, slow = [case for each in BANK_KINDS for case in each(folder, bank)], []
+        else:
+            cases, slow = find_cases(folder), [case for find in SLOW_KINDS for case in find(folder)]
         if folder.path == root:
             cases, slow = [*cases, *slow], []
         recognised = recognised or bool(cases or slow or folder.broken)
@@ -83,9 +93,14 @@ def iter_results(path: str | Path) -> Iterator[CaseResult]:
         for case in slow:
             reason = f"full-size networks, minutes of CPU: verify {folder.path} by itself"
             yield CaseResult(name, case.name, "*", None, None, "skip", reason)
-        if not (cases or slow) and (folder.vectors or folder.torch_files) and not methods.holds_inputs(folder):
+        if bank is None and not (cases or slow) and (folder.vectors or folder.torch_files) and not methods.holds_inputs(folder):
             reason = "holds tensors, but no golden vectors of a format that is known here"
             yield CaseResult(name, "*", "*", None, None, "skip", reason)
+    if not recognised and bank is not None:
+        raise UsageError(
+            f"no golden rollouts are recognised in {root} or the folders under it: {_contents(root)}. Fix: give a "
+            "folder with rollouts or methods for --bank, such as golden/rollout"
+        )
     if not recognised:
         raise UsageError(
             f"no golden vectors are recognised in {root} or the folders under it: {_contents(root)}. "

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.context.weights import Loaded, WeightFile
-from lrag_ray.retrieval.history import HistoryBank, HostBank
+from lrag_ray.retrieval.bank_types import BankType
+from lrag_ray.retrieval.history import HistoryBank, TieredBank, Tiers
+from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.wan.rope import MAX_INDEX, Angles, Rope
 
 if TYPE_CHECKING:
@@ -73,9 +75,18 @@ class Layout:
         return self.frames_per_block * self.tokens_per_frame
 
 
-def host_bank(layout: Layout) -> HistoryBank:
-    """A history bank in host memory."""
-    return HostBank(layout.device)
+def bank_of(kind: BankType = "exact", tiers: Tiers = Tiers()) -> Callable[[Layout], HistoryBank]:  # noqa: B008 - frozen
+    """Maker of history banks that store frames as `kind` in these tiers."""
+
+    def make(layout: Layout) -> HistoryBank:
+        shape = FrameShape(layout.num_layers, layout.tokens_per_frame, layout.num_heads, layout.head_dim)
+        return TieredBank(layout.device, make_payload(kind, shape, layout.dtype), tiers)
+
+    return make
+
+
+host_bank = bank_of()
+"""A history bank that keeps frames as they are, in host memory."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +190,7 @@ class ContextPolicy(ABC, Generic[S]):
     def device_bytes(cls, settings: S, frames_per_block: int, total_frames: int, kv_bytes_per_frame: int) -> int:
         """Device memory at the end of a rollout beside the attended frames: weights, retrieved frames, statistics.
 
-        `kv_bytes_per_frame` are the keys and values of one latent frame over all layers.
+        `kv_bytes_per_frame` are the keys and values of one latent frame over all layers, as the history stores them.
         """
         return 0
 

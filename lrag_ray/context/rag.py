@@ -28,6 +28,7 @@ from lrag_ray.context.frames import FramePolicy, FrameRow, check_local_room, che
 from lrag_ray.context.policy import Origin, PolicyInputs, Span
 from lrag_ray.context.weights import Loaded, WeightFile
 from lrag_ray.retrieval.encoder import LatentAutoencoder, load_encoder
+from lrag_ray.retrieval.history import Retrieved
 from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool, most_similar
 from lrag_ray.wan.keyed import keyed_generator
 
@@ -125,8 +126,8 @@ class Rag(FramePolicy[RagSettings]):
     def device_bytes(
         cls, settings: RagSettings, frames_per_block: int, total_frames: int, kv_bytes_per_frame: int
     ) -> int:
-        """The encoder, and the retrieved frames from their prefetch until every layer has copied them."""
-        return settings.top_k * kv_bytes_per_frame + (ENCODER_BYTES if settings.encodes else 0)
+        """The encoder, and the frames retrieved last, which the bank keeps on the device."""
+        return 2 * settings.top_k * kv_bytes_per_frame + (ENCODER_BYTES if settings.encodes else 0)
 
     @classmethod
     def notes(cls, settings: RagSettings, frames_per_block: int) -> Iterator[str]:
@@ -148,6 +149,7 @@ class Rag(FramePolicy[RagSettings]):
         self._scores: HostCopy | None = None
         self._chosen: list[FrameRow] = []
         """Retrieved frames of the next block, in attention order."""
+        self._retrieved: Retrieved | None = None
 
     def begin_block(self, block: int, state: dict[str, Tensor] | None = None) -> None:
         """Lay out sink, retrieved and local frames, and move what left to the history bank."""
@@ -179,12 +181,13 @@ class Rag(FramePolicy[RagSettings]):
         """Rows of sink, retrieved and local frames in one layer."""
         sink = [row.frame for row in self.context if row.kind == "sink"]
         local = [row.frame for row in self.context if row.kind == "local"]
-        retrieved = [Span(rows[:, 0, layer], rows[:, 1, layer]) for rows in self._retrieved]
+        rows = self._retrieved.layer(layer) if self._retrieved is not None else []
+        retrieved = [Span(each[:, 0], each[:, 1]) for each in rows]
         return [*self.window.spans(layer, sink), *retrieved, *self.window.spans(layer, local)]
 
     def end_expose(self) -> None:
-        """All layers have theirs: the device needs room for these frames once, not again beside the next ones."""
-        self._retrieved = []
+        """All layers have theirs."""
+        self._retrieved = None
 
     def on_latents(self, latents: Tensor) -> None:
         """Describe the block's frames and compare the last one with what the next block may retrieve."""
@@ -197,14 +200,19 @@ class Rag(FramePolicy[RagSettings]):
         if eligible > 0:
             self._scores = HostCopy(self.index.similarities(query, self.settings.sink, eligible))
         # The device still has the denoising passes to do.
-        self.bank.reserve(self._bank_end(self.block + 1) - self._banked, self.window.frame_bytes)
+        self.bank.reserve(self._bank_end(self.block + 1) - self._banked)
 
     def end_block(self) -> None:
         """Choose for the next block; the clean-context pass is running, so the transfer hides behind it."""
         self._chosen = []
         if self._scores is not None:
-            self._chosen = self._choose(self._scores.read().float())
+            scores = self._scores.read().float()
+            self._chosen = self._choose(scores)
             self.bank.prefetch([row.frame for row in self._chosen])
+            if self.settings.choose == "similarity":
+                # Neighbouring blocks resemble each other: what came close now may be chosen next.
+                close = most_similar(scores, min(2 * self.settings.top_k, len(scores)))
+                self.bank.expect([self.settings.sink + i for i in close])
 
     def _choose(self, scores: Tensor) -> list[FrameRow]:
         """Retrieved rows from the similarities [eligible] of frames S, S+1, … to the query frame."""

@@ -324,7 +324,7 @@ class EvaluateJob(Job[RunOutcome]):
 
         @cache
         def need(backbone: str, method: str, latent_frames: int) -> int:
-            return history_bytes(backbones[backbone], methods[method], latent_frames)
+            return history_bytes(self._config, backbones[backbone], methods[method], latent_frames)
 
         return need
 

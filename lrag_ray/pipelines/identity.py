@@ -58,4 +58,4 @@ def _method(method: MethodConfig, independent: bool) -> MethodIdentity:
     settings: dict[str, Any] = dataclasses.asdict(found.settings)
     settings |= {file.key: {"sha256": weights_digest(address)} for file, address in found.weights}
     nested = found.policy.horizon_free and not independent
-    return MethodIdentity(method=method.method, settings=settings, nested=nested)
+    return MethodIdentity(method=method.method, settings=settings, nested=nested, history=method.history)

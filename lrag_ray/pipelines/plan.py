@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from lrag_ray.config.histories import HistoryPlaces, history_places, stored_frame_bytes
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.presets import CHECKPOINT_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.text_cuts import cut_notes
+from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.scoring.flops import vbench_flops
 from lrag_ray.wan.devices import DEVICES, gpu_hours
 from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, setup_flops
@@ -90,8 +92,12 @@ class MethodPlan:
     """Stored latents."""
     video_bytes: int
     """Stored videos, roughly."""
+    history: BankType
+    """How the history is stored."""
     history_bytes: int
     """Host memory of one rollout's history at its end."""
+    history_disk_bytes: int
+    """Local disk of the same; what is in GPU memory is part of `gpu_bytes`."""
     gpu_bytes: int
     """GPU memory of one rollout actor, without the CUDA context."""
 
@@ -202,10 +208,14 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
     )
 
 
-def history_bytes(backbone: BackboneConfig, method: Method, total_frames: int) -> int:
+def history_bytes(config: RunConfig, backbone: BackboneConfig, method: Method, total_frames: int) -> int:
     """Host memory of the history of one rollout of `total_frames` latent frames at its end."""
-    frames = method.policy.history_frames(method.settings, backbone.sampler.frames_per_block, total_frames)
-    return frames * _kv_bytes_per_frame(backbone)
+    return _places(config, backbone, method, total_frames).host
+
+
+def _places(config: RunConfig, backbone: BackboneConfig, method: Method, total_frames: int) -> HistoryPlaces:
+    engine = config.engine
+    return history_places(backbone, method, total_frames, engine.bank, on_gpu=engine.gpus_per_actor > 0)
 
 
 def _kv_bytes_per_frame(backbone: BackboneConfig) -> int:
@@ -235,7 +245,9 @@ def _method_plan(
 ) -> MethodPlan:
     backbone = config.backbones[backbone_name]
     sizes, sampler, latent = backbone.transformer, backbone.sampler, backbone.latent
-    policy, settings = method
+    policy, settings = method.policy, method.settings
+    places = _places(config, backbone, method, horizons[-1])
+    stored_frame = stored_frame_bytes(backbone, method.history)
     n, longest = sampler.frames_per_block, horizons[-1]
     value_bytes = _BYTES[backbone.dtype]
     vae = _VAE_SIZES[backbone.vae.kind] if decoded else None
@@ -260,7 +272,7 @@ def _method_plan(
         latent.width,
         frames_per_block=n,
         window_frames=policy.attended_frames(settings, n, longest - n),
-        method_bytes=policy.device_bytes(settings, n, longest, _kv_bytes_per_frame(backbone)),
+        method_bytes=policy.device_bytes(settings, n, longest, stored_frame) + places.device,
         bytes_per_value=value_bytes,
         vae=vae,
     )
@@ -281,7 +293,9 @@ def _method_plan(
         video_frames=shown,
         latent_bytes=generated * latent.channels * latent.height * latent.width * value_bytes,
         video_bytes=round(shown * pixels * VIDEO_BITS_PER_PIXEL / 8),
-        history_bytes=history_bytes(backbone, method, longest),
+        history=method.history,
+        history_bytes=places.host,
+        history_disk_bytes=places.disk,
         gpu_bytes=memory.total,
     )
 

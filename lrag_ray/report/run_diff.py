@@ -83,7 +83,7 @@ def _shared(identity: RunIdentity, other: RunIdentity) -> dict[str, Any]:
                 if name in other.backbones
             },
             "methods": {
-                name: {"method": method.method, "nested": method.nested, **method.settings}
+                name: {"method": method.method, "nested": method.nested, "history": method.history, **method.settings}
                 for name, method in identity.methods.items()
                 if name in other.methods
             },

@@ -24,9 +24,21 @@ class SlabPool:
     def __init__(
         self, lock: Callable[[Tensor], None] | None = None, unlock: Callable[[Tensor], None] = lambda slab: None
     ) -> None:
-        """`lock` raises MemoryError where it cannot; slabs of another size than requested are released by `unlock`."""
+        """`lock` raises MemoryError where it cannot: then the slab stays pageable and is counted.
+
+        Slabs of another size than requested are released by `unlock`.
+        """
         self._lock, self._unlock = lock, unlock
         self._free: list[Tensor] = []
+        self._pageable: set[int] = set()
+        """Addresses of slabs that could not be locked."""
+        self.refusal = ""
+        """Why the last of them could not."""
+
+    @property
+    def pageable(self) -> int:
+        """Slabs that should have been locked and could not be."""
+        return len(self._pageable)
 
     def take(self, nbytes: int) -> Tensor:
         """A slab uint8 [nbytes] of any content. MemoryError where there is no room for one."""
@@ -35,7 +47,7 @@ class SlabPool:
             slab = self._free.pop()
             if len(slab) == nbytes:
                 return slab
-            self._unlock(slab)
+            self._release(slab)
         return self._made(nbytes)
 
     def reserve(self, nbytes: int, count: int) -> None:
@@ -61,8 +73,18 @@ class SlabPool:
             memory.madvise(mmap.MADV_HUGEPAGE)
         slab = torch.frombuffer(memory, dtype=torch.uint8)
         if self._lock is not None:
-            self._lock(slab)
+            try:
+                self._lock(slab)
+            except MemoryError as error:
+                self._pageable.add(slab.data_ptr())
+                self.refusal = str(error)
         return slab
+
+    def _release(self, slab: Tensor) -> None:
+        if slab.data_ptr() in self._pageable:
+            self._pageable.remove(slab.data_ptr())
+        else:
+            self._unlock(slab)
 
 
 def _page_lock(slab: Tensor) -> None:
@@ -72,10 +94,7 @@ def _page_lock(slab: Tensor) -> None:
         with suppress(RuntimeError):
             # CUDA keeps the error, and torch would blame the next kernel of this thread for it: this one takes it.
             torch.ones((), device="cuda")
-        raise MemoryError(
-            f"cannot page-lock {len(slab):,} bytes of host memory for the history bank (CUDA error {status}). "
-            "Fix: fewer actors on a node, shorter durations, or nodes with more memory"
-        )
+        raise MemoryError(f"CUDA error {status} for {len(slab):,} bytes")
 
 
 def _page_unlock(slab: Tensor) -> None:

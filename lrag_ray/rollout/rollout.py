@@ -124,6 +124,16 @@ class Rollout:
         """Seconds in denoising and in clean-context passes; on a GPU its own, of the blocks that it has finished."""
         return self._clock.totals_s()
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about how histories are kept."""
+        return [note for bank in self._banks for note in bank.notes()]
+
+    def expect(self, frames: Sequence[int]) -> None:
+        """A guess at what the block after next retrieves, such as a stored trace tells ahead of `replay`."""
+        for bank in self._banks:
+            bank.expect(frames)
+
     def timesteps(self, block: int) -> list[float]:
         """Timestep of every pass of a block, the clean-context pass last."""
         return [each.timestep for each in self._passes_of(block)]

@@ -46,6 +46,9 @@ class MethodIdentity(Record):
     settings: dict[str, JsonValue]
     nested: bool
     """Shorter durations are prefixes of the longest rollout; otherwise each horizon is a rollout of its own."""
+    history: str = Field(default="exact", exclude_if=lambda kind: kind == "exact")
+    """How the history is stored (`retrieval.payload`). Absent where it is exact, as it always was before there was a
+    choice."""
 
 
 class PromptIdentity(Record):
@@ -85,9 +88,11 @@ class RunIdentity(Record):
         is only where the method is not nested.
         """
         method = self.methods[rollout.method]
-        noise: dict[str, JsonValue] = {} if self.noise == 1 else {"noise": self.noise}
+        later: dict[str, JsonValue] = {} if self.noise == 1 else {"noise": self.noise}
+        if method.history != "exact":
+            later["history"] = method.history
         return canonical_digest(
-            noise
+            later
             | {
                 "numerics_version": self.numerics_version,
                 "seed": self.seed,

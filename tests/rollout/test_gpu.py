@@ -16,10 +16,11 @@ from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
-from lrag_ray.retrieval.history import HostBank
+from lrag_ray.retrieval.history import TieredBank
+from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.slabs import PAGE_LOCKED, SlabPool
 from lrag_ray.wan.random_weights import fill_random
-from tests.tiny import LATENT, generate, start, tiny_transformer
+from tests.tiny import LATENT, gathered, generate, start, tiny_transformer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +96,7 @@ def test_a_frame_in_the_bank_is_what_it_was_when_it_was_appended() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     busy = torch.randn(2048, 2048, device=device)
     for seed in range(3):
-        bank = HostBank(device)
+        bank = TieredBank(device, make_payload("exact", FrameShape(4, 64, 12, 128), torch.bfloat16))
         rows = torch.empty(2, 4, 64, 12, 128, dtype=torch.bfloat16, device=device)
         for frame in range(12):
             for _ in range(8):
@@ -107,7 +108,7 @@ def test_a_frame_in_the_bank_is_what_it_was_when_it_was_appended() -> None:
             rows.fill_(-1)
             wanted = [frame, frame // 2, 0]
             bank.prefetch(wanted[:2])
-            for held, found in zip(wanted, torch.cat(bank.gather(wanted)), strict=True):
+            for held, found in zip(wanted, gathered(bank, wanted, layers=4), strict=True):
                 assert bool((found == 100 * seed + held).all())
         del bank
         gc.collect()
@@ -124,10 +125,10 @@ def test_the_next_bank_takes_the_slabs_of_the_last(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(SlabPool, "_made", counted)
     device = torch.device("cuda", torch.cuda.current_device())
     for _ in range(3):
-        bank = HostBank(device)
-        bank.reserve(2, 4096 * 3)
+        bank = TieredBank(device, make_payload("exact", FrameShape(1, 64, 1, 48), torch.bfloat16))
+        bank.reserve(2)
         for frame in range(4):
-            bank.append(frame, torch.zeros(4096 * 3, dtype=torch.uint8, device=device))
+            bank.append(frame, torch.zeros(2, 1, 64, 1, 48, dtype=torch.bfloat16, device=device))
         del bank
         gc.collect()
     assert made == [4096 * 3] * 4

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lrag_ray.config.histories import history_frames, tiers_of
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import (
     BackboneConfig,
@@ -23,6 +24,7 @@ from lrag_ray.config.schema import (
     StorageSection,
     VideoSection,
 )
+from lrag_ray.context.policy import bank_of
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.similarity import HostCopy
 from lrag_ray.rollout.noise import KeyedNoise, NoiseVersion
@@ -360,11 +362,14 @@ class _Attempt:
         self._leave_if_asked()
         with self._watch.measure("load"):
             rollout = self._start()
-        for block in stored:
+        for block, following in zip(stored, [*stored[1:], None], strict=True):
             self._leave_if_asked()
             self._report(block.block, "replaying")
             with self._watch.measure("replay"):
+                if following is not None:
+                    rollout.expect([row.frame for row in following.trace if row.kind == "retrieved"])
                 rollout.replay(block.latents[None], [[block.state]])
+        self._notes += rollout.notes
         self._report(len(stored), "generating")
         for block in _read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
             self._watch.timings_s.update(rollout.timings_s)
@@ -387,6 +392,7 @@ class _Attempt:
         latent = config.latent
         shape = (latent.channels, latent.height, latent.width)
         seed, sample = self._stage.seed, task.rollout.sample
+        expected = history_frames(config, method, self._blocks_total * self._n)
         return Rollout(
             self._worker.generator(task.weights_digest),
             config.sampler,
@@ -396,6 +402,7 @@ class _Attempt:
             KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape), self._stage.noise),
             shape,
             weights=load_method_weights(method, self._device),
+            make_bank=bank_of(method.history, tiers_of(self._stage.engine.bank, expected)),
             keys=[(seed, task.prompt, sample)],
         )
 
