@@ -42,7 +42,9 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     for method in ("base", "infinity_rope", "deep_forcing", "rag"):
         assert results[f"replay {method}, bank host"]["pass"], method
         assert results["depth 12 s"][method]["fps"] > 0, method
-    assert results["bank host"]["pass"]
+    for bank in ("host", "device", "all tiers", "bf16", "int8", "int4", "int8_hadamard", "int4_hadamard"):
+        assert results[f"bank {bank}"]["pass"], bank
+        assert results[f"replay rag, bank {bank}"]["pass"], bank
     assert results["operations"]["self-attention"]["tflops"] > 0
     skipped = {name for name, found in results.items() if isinstance(found, str)}
     assert skipped == {

@@ -7,6 +7,7 @@ device (`lrag_ray.retrieval.history`). All three overlap with generation in a ro
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
-from lrag_ray.retrieval.history import HostBank
+from lrag_ray.retrieval.history import TieredBank
+from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.similarity import Descriptor, DescriptorIndex, HostCopy, average_pool, most_similar
 from lrag_ray.training.loop import make_model
 
@@ -105,15 +107,18 @@ def _transfer(device: torch.device, kv_shape: tuple[int, int, int, int], top_k: 
     nbytes = top_k * 2 * layers * tokens * heads * width * torch.bfloat16.itemsize
     if device.type != "cuda":
         return 0.0, nbytes
-    bank = HostBank(device)
-    rows = torch.zeros(2, layers, 1, tokens, heads, width, dtype=torch.bfloat16, device=device)
-    for frame in range(top_k):
+    bank = TieredBank(device, make_payload("exact", FrameShape(*kv_shape), torch.bfloat16))
+    rows = torch.zeros(2, *kv_shape, dtype=torch.bfloat16, device=device)
+    # The device keeps what it got in the last two turns.
+    turns = itertools.cycle([range(top_k * i, top_k * (i + 1)) for i in range(3)])
+    for frame in range(3 * top_k):
         bank.append(frame, rows)
-    chosen = list(range(top_k))
 
     def fetch() -> list[Tensor]:
+        chosen = next(turns)
         bank.prefetch(chosen)
-        return bank.gather(chosen)
+        found = bank.gather(chosen)
+        return [each for layer in range(layers) for each in found.layer(layer)]
 
     return _median_ms(fetch, device, repeats), nbytes
 

@@ -248,7 +248,8 @@ def _check_history(path: KeyPath, method: Method, config: RunConfig, backbone: B
     n = backbone.sampler.frames_per_block
     if method.history != "exact" and not history_frames(backbone, method, LONGEST_FRAMES):
         yield Problem(
-            (*path, "history"), f"is {method.history}, but this method keeps no history with these settings: leave it out"
+            (*path, "history"),
+            f"is {method.history}, but this method keeps no history with these settings: leave it out",
         )
     longest = max(latent_frames(duration_s, n) for duration_s in config.durations_s)
     bank, on_gpu = config.engine.bank, config.engine.gpus_per_actor > 0

@@ -237,8 +237,8 @@ class MethodConfig(BaseModel):
     """released: the settings of the method's own release as defaults, whatever budget they spend. None: the equal
     budget of 12 latent frames."""
     history: BankType = "exact"
-    """How a method that keeps a history (rag) stores its keys and values: exact, the backbone's precision; bf16; int8 and
-    int4, a half and a quarter of bfloat16; int8_hadamard and int4_hadamard rotate keys first. Part of the rollout's
+    """How a method that keeps a history (rag) stores its keys and values: exact, in the backbone's precision; bf16;
+    int8 and int4, half and a quarter of bfloat16; int8_hadamard and int4_hadamard rotate keys first. Part of the rollout's
     identity: `lrag-ray verify --bank` and `bench rollout` show what it changes."""
 
     @model_validator(mode="after")

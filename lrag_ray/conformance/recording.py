@@ -14,8 +14,8 @@ from lrag_ray.conformance.files import Folder, Vectors
 from lrag_ray.context.policy import ContextPolicy, bank_of
 from lrag_ray.context.registry import policy_class
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
-from lrag_ray.retrieval.encoder import known_fields
 from lrag_ray.retrieval.bank_types import BankType
+from lrag_ray.retrieval.encoder import known_fields
 from lrag_ray.rollout.noise import RecordedNoise
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.checkpoint import load_transformer

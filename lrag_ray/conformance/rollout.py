@@ -16,8 +16,8 @@ from lrag_ray.conformance.recording import Recording, golden_transformer, record
 from lrag_ray.conformance.stored_history import check_stored_history, keeps_history
 from lrag_ray.context.rag import Rag
 from lrag_ray.context.trace import TraceRow
-from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.retrieval.bank_types import BankType
+from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.retrieval.similarity import Descriptor, average_pool
 from lrag_ray.wan.config import SamplerConfig
 

@@ -93,7 +93,12 @@ def iter_results(path: str | Path, bank: BankType | None = None) -> Iterator[Cas
         for case in slow:
             reason = f"full-size networks, minutes of CPU: verify {folder.path} by itself"
             yield CaseResult(name, case.name, "*", None, None, "skip", reason)
-        if bank is None and not (cases or slow) and (folder.vectors or folder.torch_files) and not methods.holds_inputs(folder):
+        if (
+            bank is None
+            and not (cases or slow)
+            and (folder.vectors or folder.torch_files)
+            and not methods.holds_inputs(folder)
+        ):
             reason = "holds tensors, but no golden vectors of a format that is known here"
             yield CaseResult(name, "*", "*", None, None, "skip", reason)
     if not recognised and bank is not None:

@@ -15,6 +15,7 @@ from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.presets import CHECKPOINT_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
 from lrag_ray.config.schema import BackboneConfig, RunConfig
+from lrag_ray.pipelines.history_choice import HistoryNeed, Machine, check_machine
 from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.scoring.flops import vbench_flops
@@ -147,8 +148,11 @@ class Plan:
     """What a person should know: roundings, duplicates, settings with side effects."""
 
 
-def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
-    """Plan of a loaded configuration for these prompts."""
+def make_plan(config: RunConfig, prompts: Sequence[Prompt], machine: Machine | None = None) -> Plan:
+    """Plan of a loaded configuration for these prompts.
+
+    With `machine`, what the notes say of histories is about such a node; ConfigError for those that do not fit on it.
+    """
     videos = len(prompts) * config.prompts.samples
     methods: list[MethodPlan] = []
     cells: list[Cell] = []
@@ -204,7 +208,7 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt]) -> Plan:
         },
         utilisation=UTILISATION,
         scoring_utilisation=SCORING_UTILISATION,
-        notes=tuple(dict.fromkeys(_notes(config, prompts))),
+        notes=tuple(dict.fromkeys([*_notes(config, prompts), *_history_notes(config, methods, machine)])),
     )
 
 
@@ -321,6 +325,19 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         for backbone in config.backbones.values():
             for note in method.policy.notes(method.settings, backbone.sampler.frames_per_block):
                 yield f"methods.{name}: {note}"
+
+
+def _history_notes(config: RunConfig, methods: Sequence[MethodPlan], machine: Machine | None) -> Iterator[str]:
+    needs = []
+    for each in methods:
+        backbone, method = config.backbones[each.backbone], resolve_method(config.methods[each.method])
+        places = _places(config, backbone, method, each.horizons[-1])
+        if places.total:
+            where, key = f"{each.backbone}/{each.method}", f"methods.{each.method}.history"
+            actor_bytes = each.gpu_bytes - places.device
+            needs.append(HistoryNeed(where, key, backbone, method, each.horizons[-1], actor_bytes))
+    if machine is not None:
+        yield from check_machine(needs, config, machine)
 
 
 def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:

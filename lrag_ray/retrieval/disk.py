@@ -73,8 +73,8 @@ class SpillFile:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{self._folder}: no room for {end - begin:,} more bytes of history beside {begin:,}; {free:,} are free "
-                f"({error.strerror}). Fix: free space, set engine.bank.disk to a larger local disk, or store less with "
-                "methods.<name>.history: int4",
+                f"{self._folder}: no room for {end - begin:,} more bytes of history beside {begin:,}; {free:,} are "
+                f"free ({error.strerror}). Fix: free space, set engine.bank.disk to a larger local disk, or store less "
+                "with methods.<name>.history: int4",
             ) from error
         self._allocated = slots

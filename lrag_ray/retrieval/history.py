@@ -60,21 +60,21 @@ class BankUsage(NamedTuple):
 class HistoryBank(ABC):
     """Frames by global index. A frame's rows are unrotated K and V of all layers [2, layers, f, H, head_dim]."""
 
-    def reserve(self, frames: int) -> None:  # noqa: B027 - nothing is to be done by default
+    def reserve(self, frames: int) -> None:
         """Called while the device is busy: `frames` appends will follow in the next block."""
 
     @abstractmethod
     def append(self, frame: int, rows: Tensor) -> None:
         """Keep a copy of `rows`, which must stay as they are until `settle`."""
 
-    def settle(self) -> None:  # noqa: B027 - as above
+    def settle(self) -> None:
         """What is queued on the current stream after this call may overwrite the rows of all appends.
 
         A rollout calls it ahead of each clean-context pass. A policy that overwrites cached rows earlier in a block
         calls it itself.
         """
 
-    def expect(self, frames: Sequence[int]) -> None:  # noqa: B027 - as above
+    def expect(self, frames: Sequence[int]) -> None:
         """A guess at what will be prefetched in the block after next; those that are not held are ignored."""
 
     @abstractmethod
@@ -120,7 +120,7 @@ class TieredBank(HistoryBank):
     without a copy.
     """
 
-    def __init__(self, device: torch.device, payload: Payload, tiers: Tiers = Tiers()) -> None:  # noqa: B008 - frozen
+    def __init__(self, device: torch.device, payload: Payload, tiers: Tiers = Tiers()) -> None:
         """MemoryError or OSError where there is no room for the frames that are expected."""
         self._device_of, self._payload, self._tiers = device, payload, tiers
         self._cuda = device.type == "cuda"
@@ -359,13 +359,13 @@ class TieredBank(HistoryBank):
         return slab.view(self._payload.shape.layers, self._payload.layer_bytes)
 
 
-def _give_back(
-    device: torch.device, pool: SlabPool, host: OrderedDict[int, Tensor], *others: list[Tensor]
-) -> None:
+def _give_back(device: torch.device, pool: SlabPool, host: OrderedDict[int, Tensor], *others: list[Tensor]) -> None:
     """Return the slabs of a bank that is gone, once no copy from or to them is under way."""
     try:
         torch.cuda.synchronize(device)
     except RuntimeError:
         # The device failed: nothing is known of its copies, so this memory is never used again.
         return
-    pool.give_back([*host.values(), *(slab for slabs in others for slab in slabs)])
+    slabs = [*host.values(), *(slab for each in others for slab in each)]
+    # A bank may let frames share a slab; the pool must not hand one out twice.
+    pool.give_back({slab.data_ptr(): slab for slab in slabs}.values())

@@ -70,7 +70,7 @@ class Payload(ABC):
 
     @abstractmethod
     def pack_into(self, packed: Tensor, rows: Tensor) -> None:
-        """Write the bytes of `rows` [2, layers, f, H, head_dim] to `packed` [layers, layer_bytes] on the same device."""
+        """Write the bytes of `rows` [2, layers, f, H, head_dim] to `packed` [layers, layer_bytes], on one device."""
 
     @abstractmethod
     def unpack(self, packed: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""The table: where a pass spends its time, then blocks of every method at every depth."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrag_ray.context.policy import Layout
+from lrag_ray.retrieval.history import TieredBank
+from lrag_ray.retrieval.payload import FrameShape, make_payload
+from lrag_ray.wan.attention import attention
+from lrag_ray.wan.devices import DEVICES
+from lrag_ray.wan.flops import block_flops
+from lrag_ray.wan.rope import Rope, rotate
+from lrag_ray.wan.transformer import CausalWanTransformer
+from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
+
+
+def table(bench: Bench, golden: Path | None) -> None:
+    """Where a pass spends its time, then blocks of every method at every depth."""
+    bench.part("operations", lambda: _operations(bench))
+    for depth_s in bench.size.depths_s:
+        bench.part(f"depth {depth_s} s", lambda depth_s=depth_s: _depth(bench, depth_s))  # type: ignore[misc]
+    bench.part("decode", lambda: _decode(bench))
+
+
+def _operations(bench: Bench) -> dict[str, dict[str, float]]:
+    """Milliseconds of each operation of a pass with 12 attended frames, with its arithmetic or traffic."""
+    config = bench.size.model
+    f, n = config.tokens_per_frame(*bench.size.latent[1:]), SAMPLER.frames_per_block
+    rows, keys, heads, d = n * f, 12 * f, config.num_heads, config.dim
+    x, q = bench.draw(1, rows, d), bench.draw(1, rows, heads, config.head_dim)
+    k, text_k = bench.draw(1, keys, heads, config.head_dim), bench.draw(1, config.text_len, heads, config.head_dim)
+    model = bench.filled(CausalWanTransformer, config)
+    layer: Any = model.blocks[0]
+    angles = Rope(config.head_dim, config.token_grid(*bench.size.latent[1:]), bench.device).frames(range(n))
+    time_context = model.embed_time(torch.full((1, n), 500.0, device=bench.device)).layers[0]
+    hidden, traffic = bench.draw(1, rows, config.ffn_dim), x.nbytes
+    runs: dict[str, tuple[Callable[[], object], float, float]] = {
+        "projection (4 + 2 of them)": (lambda: layer.self_attn.q(x), 2 * rows * d * d, 0),
+        "feed-forward in": (lambda: layer.ffn[0](x), 2 * rows * d * config.ffn_dim, 0),
+        "GELU": (lambda: layer.ffn[1](hidden), 0, 2 * hidden.nbytes),
+        "feed-forward out": (lambda: layer.ffn[2](hidden), 2 * rows * d * config.ffn_dim, 0),
+        "self-attention": (lambda: attention(q, k, k), 4 * rows * keys * d, 0),
+        "cross-attention": (lambda: attention(q, text_k, text_k), 4 * rows * config.text_len * d, 0),
+        "query/key norm": (lambda: layer.self_attn.norm_q(x), 0, 2 * traffic),
+        "rotation": (lambda: rotate(q, angles), 0, 2 * traffic),
+        "layer norm": (lambda: layer.norm1(x), 0, 2 * traffic),
+        "modulation": (lambda: x.unflatten(1, (n, -1)) * time_context.scale1, 0, 2 * traffic),
+    }
+    found = {}
+    for name, (run, flops, nbytes) in runs.items():
+        seconds = bench.seconds(run)
+        found[name] = {"ms": 1e3 * seconds} | ({"tflops": flops / seconds / 1e12} if flops else {})
+        found[name] |= {"gb_per_s": nbytes / seconds / GIGA} if nbytes else {}
+    return found
+
+
+def _depth(bench: Bench, depth_s: int) -> dict[str, dict[str, Any]]:
+    """Blocks of all methods in turn, each rebuilt to just before the depth; FPS of video, without decoding."""
+    model, n = bench.filled(CausalWanTransformer, bench.size.model), SAMPLER.frames_per_block
+    before = max(5, round(depth_s * 16 / VIDEO_FRAMES_PER_LATENT) // n - bench.size.blocks)
+    rollouts = {method: bench.rollout(model, method, _few_slabs) for method in METHODS}
+    for method, rollout in rollouts.items():
+        for block in range(before):
+            generator = torch.Generator(bench.device).manual_seed(block)
+            latents = torch.randn(1, n, *bench.size.latent, generator=generator, device=bench.device)
+            rollout.replay(latents, [[_newest_rows(bench, block)]] if method == "deep_forcing" else None)
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    streams = {method: rollout.blocks(bench.size.blocks + 1) for method, rollout in rollouts.items()}
+    for turn in range(bench.size.blocks + 1):
+        for method, blocks in streams.items():
+            bench.wait()
+            began = time.perf_counter()
+            next(blocks)
+            bench.wait()
+            if turn:
+                times[method].append(time.perf_counter() - began)
+    peak = next((d.bf16_tflops for d in DEVICES if bench.cuda and d.name in torch.cuda.get_device_name()), None)
+    plain = statistics.median(times["infinity_rope"])
+    found: dict[str, dict[str, Any]] = {}
+    for method, taken in times.items():
+        median = statistics.median(taken)
+        tflops = block_flops(bench.size.model, SAMPLER, *bench.size.latent[1:], 12) / median / 1e12
+        found[method] = {
+            "ms per block": 1e3 * median,
+            "spread": (max(taken) - min(taken)) / median,
+            "fps": n * VIDEO_FRAMES_PER_LATENT / median,
+            "over infinity_rope": median / plain - 1,
+            "mfu": tflops / peak if peak else None,
+        }
+    if bench.cuda:
+        found["all"] = {"peak_gb": torch.cuda.max_memory_allocated(bench.device) / GIGA}
+    return found
+
+
+def _newest_rows(bench: Bench, block: int) -> dict[str, Tensor]:
+    """A stored choice of Deep Forcing that keeps its newest candidates."""
+    at, n = METHODS["deep_forcing"], SAMPLER.frames_per_block
+    if block * n + n <= at.window:
+        return {}
+    f = bench.size.model.tokens_per_frame(*bench.size.latent[1:])
+    candidates, kept = (at.window + n - at.sink - at.recent) * f, (at.budget - at.sink - at.recent) * f
+    bits = np.zeros((bench.size.model.num_layers, candidates), dtype=np.uint8)
+    bits[:, candidates - kept :] = 1
+    return {"selected": torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))}
+
+
+class _FewSlabs(TieredBank):
+    """A host bank whose frames share a dozen slabs: the costs of a long history in the memory of a short one."""
+
+    def _slab(self) -> Tensor:
+        slabs = list(self._host.values())
+        return super()._slab() if len(slabs) < _SLABS else slabs[len(slabs) % _SLABS]
+
+
+_SLABS = 12
+
+
+def _few_slabs(layout: Layout) -> TieredBank:
+    shape = FrameShape(layout.num_layers, layout.tokens_per_frame, layout.num_heads, layout.head_dim)
+    return _FewSlabs(layout.device, make_payload("exact", shape, layout.dtype))
+
+
+def _decode(bench: Bench) -> dict[str, Any] | str:
+    if importlib.util.find_spec("diffusers") is None:
+        return "skipped: the VAE needs diffusers, which is not installed"
+    from diffusers import AutoencoderKLWan
+
+    from lrag_ray.wan.vae import WanVae
+
+    vae: Any = AutoencoderKLWan() if bench.size is SIZES["full"] else AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+    decoder = WanVae(vae.to(bench.device).eval().requires_grad_(False))
+    latents = bench.draw(SAMPLER.frames_per_block, *bench.size.latent, dtype=torch.float32)
+    seconds = bench.seconds(lambda: decoder.decode(latents), 5)
+    return {"ms per block": 1e3 * seconds, "fps": len(latents) * VIDEO_FRAMES_PER_LATENT / seconds}
