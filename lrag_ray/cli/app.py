@@ -118,7 +118,7 @@ def plan(
     ] = None,
     gpu_memory_gb: Annotated[
         float | None,
-        typer.Option("--gpu-memory-gb", min=1, help="With --node-memory-gb: and such GPUs [default: none]."),
+        typer.Option("--gpu-memory-gb", min=1, help="With --node-memory-gb: and such GPUs."),
     ] = None,
     rollouts_per_node: Annotated[
         int | None,

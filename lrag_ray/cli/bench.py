@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -10,12 +11,14 @@ import typer
 
 from lrag_ray.cli.output import print_json, tells_errors
 from lrag_ray.errors import UsageError
+from lrag_ray.retrieval.bank_types import BANK_TYPES
 
 bench = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measured speed: each command prints one JSON object on stdout.\n\n"
-    "\b\nExamples:\n  lrag-ray bench scoring --weights random\n  lrag-ray bench runner\n  lrag-ray bench dataset",
+    "\b\nExamples:\n  lrag-ray bench scoring --weights random\n  lrag-ray bench runner\n  lrag-ray bench dataset"
+    "\n  lrag-ray bench rollout --compare infinity_rope",
 )
 
 
@@ -177,3 +180,85 @@ def dataset(
         uris = runs or [make_dataset(Path(folder), rollouts)]
         found = bench_dataset(uris, window=window, readers=readers, passes=passes, windows=windows)
     print_json(found.as_dict())
+
+
+@bench.command()
+@tells_errors
+def rollout(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="Backbone, methods and weights of a configuration [default: random]."),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", help="Of CONFIG, else a preset [default: the first; tiny, on a GPU self_forcing]."),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="Method to measure, of CONFIG if one is given.")] = "rag",
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", metavar="METHOD", help="Another method, block by block in turn; may be repeated."),
+    ] = None,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks that are timed.")] = 6,
+    depth_s: Annotated[float, typer.Option("--depth-s", min=0, help="Seconds of video before them.")] = 12.0,
+    bank: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bank", metavar="TYPE", help="Storage type to roll out beside an exact history; may be repeated."
+        ),
+    ] = None,
+    bank_blocks: Annotated[int, typer.Option("--bank-blocks", min=1, help="Blocks of these rollouts.")] = 40,
+    decode: Annotated[bool, typer.Option("--decode/--no-decode", help="Decode every block too.")] = True,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda [default: the GPU, where there is one].")
+    ] = None,
+) -> None:
+    """Measure a rollout: ms per part, FPS, MFU, launches, bytes over the bus, peak memory; methods and storage types.
+
+    \b
+    Examples:
+      lrag-ray bench rollout --compare infinity_rope
+      lrag-ray bench rollout --bank int8 --bank int4 --bank-blocks 160
+      lrag-ray bench rollout configs/table2.yaml --backbone longlive --method rag --depth-s 120
+    """
+    import torch
+
+    from lrag_ray.bench.rollout import bench_rollout, random_backbone
+    from lrag_ray.config.histories import tiers_of
+    from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND
+    from lrag_ray.config.load import load_config
+    from lrag_ray.config.methods import resolve_method
+    from lrag_ray.config.presets import PRESETS
+    from lrag_ray.config.schema import BankSection, MethodConfig
+    from lrag_ray.context.registry import registered
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_config(config) if config is not None else None
+    if loaded is not None:
+        name = _one_of(backbone or next(iter(loaded.backbones)), loaded.backbones, "backbone")
+        chosen, known = loaded.backbones[name], loaded.methods
+        tiers = tiers_of(loaded.engine.bank)
+    else:
+        name = _one_of(backbone or ("self_forcing" if place.type == "cuda" else "tiny"), PRESETS, "backbone")
+        chosen, known = random_backbone(name), {each: MethodConfig(method=each) for each in registered()}
+        tiers = tiers_of(BankSection())
+    wanted = [_one_of(each, BANK_TYPES, "storage type") for each in bank or []]
+    names = dict.fromkeys([method, *(compare or [])])
+    methods = {each: resolve_method(known[_one_of(each, known, "method")]) for each in names}
+    measured = bench_rollout(
+        chosen,
+        methods,
+        place,
+        blocks=blocks,
+        depth_frames=round(depth_s * LATENT_FRAMES_PER_SECOND),
+        banks=[kind for kind in BANK_TYPES if kind in wanted],
+        bank_blocks=bank_blocks,
+        tiers=tiers,
+        decode=decode,
+    )
+    print_json(measured.as_dict())
+
+
+def _one_of(name: str, known: Iterable[str], what: str) -> str:
+    if name not in known:
+        raise UsageError(f"no {what} is called {name}. Fix: of {', '.join(known)}")
+    return name

@@ -63,17 +63,16 @@ def print_plan(console: Console, plan: Plan) -> None:
     both = ("backbone", "method")
     rollouts = table("Rollouts", *both, "rollouts", "latent frames", "passes", "stored", text_columns=2)
     work = table("Work of these rollouts", *both, "last block", "decoding it", "all passes", text_columns=2)
-    memory = table(
-        "Memory at the end of a rollout", *both, "history", "in host memory", "on disk", "actor (GPU)", text_columns=3
-    )
+    tiers = ("history", "in host memory", "on disk", "actor (GPU)")
+    memory = table("Memory at the end of a rollout", *both, *tiers, text_columns=3)
     for each in plan.methods:
         names = (each.backbone, each.method)
         stored = quantity(each.latent_bytes + each.video_bytes, "B")
         rollouts.add_row(*names, count(each.rollouts), count(each.latent_frames), count(each.passes), stored)
         flops = (each.block_flops, each.block_decode_flops, each.transformer_flops)
         work.add_row(*names, *(quantity(value, "FLOP") for value in flops))
-        tiers = (each.history_bytes, each.history_disk_bytes, each.gpu_bytes)
-        memory.add_row(*names, each.history, *(quantity(value, "B") for value in tiers))
+        held = (each.history_bytes, each.history_disk_bytes, each.gpu_bytes)
+        memory.add_row(*names, each.history, *(quantity(value, "B") for value in held))
     for shown in (backbones, cells, rollouts, work, memory):
         console.print(shown)
         console.print()

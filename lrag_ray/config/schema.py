@@ -238,8 +238,8 @@ class MethodConfig(BaseModel):
     budget of 12 latent frames."""
     history: BankType = "exact"
     """How a method that keeps a history (rag) stores its keys and values: exact, in the backbone's precision; bf16;
-    int8 and int4, half and a quarter of bfloat16; int8_hadamard and int4_hadamard rotate keys first. Part of the rollout's
-    identity: `lrag-ray verify --bank` and `bench rollout` show what it changes."""
+    int8, int4: half and a quarter of bfloat16; int8_hadamard, int4_hadamard: keys are rotated first. Part of the
+    rollout's identity; `lrag-ray verify --bank` and `bench rollout` show what it changes."""
 
     @model_validator(mode="after")
     def _no_credentials(self) -> MethodConfig:
