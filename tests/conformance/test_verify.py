@@ -12,10 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 from lrag_ray.conformance.methods import _own_timesteps, _timesteps
-from lrag_ray.conformance.verify import failed, verify_path
+from lrag_ray.conformance.verify import failed, iter_results, verify_path
 from lrag_ray.errors import UsageError
+from lrag_ray.retrieval.bank_types import BankType
+from lrag_ray.retrieval.payload import _Int4
 from lrag_ray.wan.config import SamplerConfig
 from tests.conformance.plain_rollout import make_case
+from tests.conftest import REPOSITORY
+
+TRAVELLING = REPOSITORY / "tests" / "golden"
 
 
 class HeldBack(NamedTuple):
@@ -194,3 +199,27 @@ def test_a_path_without_golden_vectors_is_wrong_use(tmp_path: Path) -> None:
         verify_path(file)
     with pytest.raises(UsageError, match=r"it holds notes\.txt"):
         verify_path(tmp_path)
+
+
+@pytest.mark.parametrize(("bank", "difference"), [("exact", 1e-5), ("int8", 5e-3), ("int4", 5e-2)])
+def test_golden_rollouts_judge_how_history_is_stored(bank: BankType, difference: float) -> None:
+    rows = list(iter_results(TRAVELLING / "methods" / "longlive_rag", bank))
+    latents, changed = [row for row in rows if "history" in row.tensor]
+    assert latents.tensor == f"latents, history {bank}"
+    assert latents.max_abs_diff is not None and latents.max_abs_diff < difference
+    assert (latents.max_abs_diff < 1e-5) == (bank == "exact"), "nothing was quantised"
+    assert changed.tensor == f"changed selections, history {bank}" and " of " in changed.reason
+    assert not failed(rows)
+
+
+def test_a_storage_type_that_is_too_coarse_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Int4, "_LEVELS", 1)
+    rows = list(iter_results(TRAVELLING / "methods" / "longlive_rag", "int4"))
+    assert failed(rows)
+
+
+def test_methods_without_a_history_are_skipped_for_a_storage_type() -> None:
+    *_, row = iter_results(TRAVELLING / "methods" / "infinity_rope", "int8")
+    assert (row.status, row.reason) == ("skip", "infinity_rope keeps no history with these settings")
+    with pytest.raises(UsageError, match="no golden rollouts are recognised"):
+        list(iter_results(TRAVELLING / "scheduler", "int8"))

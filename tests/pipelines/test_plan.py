@@ -12,6 +12,8 @@ from lrag_ray.config.horizons import latent_frames
 from lrag_ray.config.load import load_config
 from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.context.registry import registered
+from lrag_ray.errors import ConfigError
+from lrag_ray.pipelines.history_choice import Machine
 from lrag_ray.pipelines.plan import MethodPlan, Plan, make_plan
 from lrag_ray.scoring.flops import vbench_flops
 from tests.config.make import write
@@ -60,6 +62,70 @@ def test_table_2_comes_to_what_the_paper_ran() -> None:
     assert all(each.block_flops == pytest.approx(140.58e12, rel=1e-3) for each in plan.methods)
     assert of(plan, "rag").history_bytes == 468 * 287_539_200
     assert {each.history_bytes for each in plan.methods if each.method != "rag"} == {0}
+
+
+def test_histories_are_counted_as_they_are_stored_and_where_they_are_kept() -> None:
+    table2 = CONFIGS / "table2.yaml"
+    plain, packed = planned(table2), planned(table2, "methods.rag.history=int4")
+    assert of(packed, "rag").history == "int4"
+    assert of(packed, "rag").history_bytes == 468 * 74_315_520
+    assert of(packed, "rag").history_bytes < 36e9
+    # The frames retrieved last are packed on the device too.
+    assert of(packed, "rag").gpu_bytes == of(plain, "rag").gpu_bytes - 12 * (287_539_200 - 74_315_520)
+
+    bank = ("engine.bank.device_gb=10", "engine.bank.host_gb=20", "engine.bank.disk=/fast")
+    spread = planned(table2, "methods.rag.history=int4", *bank)
+    device = 134 * 74_315_520
+    assert of(spread, "rag").gpu_bytes - of(packed, "rag").gpu_bytes == device
+    assert of(spread, "rag").history_bytes == 269 * 74_315_520
+    assert of(spread, "rag").history_disk_bytes == (468 - 134 - 269) * 74_315_520
+    with pytest.raises(
+        ConfigError, match=r"leave 114\.7 GB of the 134\.6 GB of history of methods\.rag without a place"
+    ):
+        planned(table2, "engine.bank.host_gb=20")
+
+
+def test_six_rollouts_of_120_s_fit_on_256_gb_at_int4() -> None:
+    node = Machine(256_000_000_000, 80_000_000_000, 6)
+    config = load_config(CONFIGS / "table2.yaml", ["methods.rag.history=int4"])
+    notes = make_plan(config, plan_prompts(config.prompts), node).notes
+    expected = (
+        "self_forcing/rag: 6 rollouts of 120 s with 34.8 GB of history each (int4) on a node with 256 GB and 80 GB"
+    )
+    assert any(
+        note.startswith(expected) and note.endswith("fits, 34.8 GB in page-locked host memory each") for note in notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("node", "chosen"),
+    [
+        (Machine(256_000_000_000, 0, 6), "--set methods.rag.history=int4 ("),
+        (Machine(512_000_000_000, 0, 6), "--set methods.rag.history=int8 ("),
+        (
+            Machine(256_000_000_000, 80_000_000_000, 6),
+            "--set methods.rag.history=int8 --set engine.bank.device_gb=49.0 (",
+        ),
+        (Machine(64_000_000_000, 141_000_000_000, 1), "--set engine.bank.device_gb=104.0 ("),
+        (Machine(32_000_000_000, 24_000_000_000, 4), "fewer actors on a node, shorter durations"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_settings_that_do(node: Machine, chosen: str) -> None:
+    config = load_config(CONFIGS / "table2.yaml")
+    with pytest.raises(ConfigError) as raised:
+        make_plan(config, plan_prompts(config.prompts), node)
+    assert f"does not fit. Fix: {chosen}" in str(raised.value)
+
+
+def test_what_is_proposed_is_accepted() -> None:
+    node = Machine(256_000_000_000, 80_000_000_000, 6)
+    config = load_config(CONFIGS / "table2.yaml", ["methods.rag.history=int8", "engine.bank.device_gb=49.0"])
+    assert make_plan(config, plan_prompts(config.prompts), node).notes
+
+
+def test_a_method_without_a_history_has_no_storage_type(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"methods\.base\.history.*keeps no history"):
+        planned(CONFIGS / "table2.yaml", "methods.base.history=int8")
 
 
 def test_every_method_costs_what_it_declares() -> None:

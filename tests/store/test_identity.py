@@ -104,3 +104,17 @@ def test_a_run_of_the_former_default_strength_does_not_go_on_at_another() -> Non
     assert compared == "backbones.tiny.weights.lora.alpha: 256.0 in the run, 4.0 in the configuration"
     assert "an absent alpha used to mean 256" in explained and "`lora.alpha: 256` continues this run" in explained
     assert differences(stored, make_identity(backbones={"tiny": with_lora(4, 256.0)})) == []
+
+
+def test_how_history_is_stored_is_part_of_the_key_unless_it_is_exact() -> None:
+    """Runs that were begun before there was a choice keep their keys."""
+    method = MethodIdentity(method="rag", settings={}, nested=True)
+    packed = method.model_copy(update={"history": "int4"})
+    exact, int4 = (make_identity(methods={"rag": each}) for each in (method, packed))
+    assert "history" not in exact.model_dump()["methods"]["rag"]
+    assert RunIdentity.model_validate_json(exact.model_dump_json()).methods["rag"].history == "exact"
+    assert int4.model_dump()["methods"]["rag"]["history"] == "int4"
+    rollout = next(exact.rollouts())
+    assert exact.rollout_key(rollout, 3) != int4.rollout_key(rollout, 3)
+    (line,) = differences(exact, int4)
+    assert line.startswith("methods.rag.history: None in the run, 'int4' in the configuration")

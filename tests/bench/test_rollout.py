@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lrag_ray.cli import bench as cli
+from lrag_ray.errors import UsageError
+
+
+def program() -> typer.Typer:
+    app = typer.Typer()
+    cli.register(app)
+    return app
+
+
+def test_every_part_is_measured_and_methods_are_compared() -> None:
+    arguments = ["bench", "rollout", "--compare", "infinity_rope", "--blocks", "2", "--depth-s", "6", "--device", "cpu"]
+    done = CliRunner().invoke(program(), [*arguments, "--bank", "int4", "--bank-blocks", "8"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    rag, rope = found["methods"]
+    assert (rag["method"], rope["method"], found["depth_frames"], found["device"]) == (
+        "rag",
+        "infinity_rope",
+        24,
+        "cpu",
+    )
+    for part in ("denoise", "context", "encode", "search", "gather", "decode", "admit"):
+        assert rag["parts_ms"][part] > 0, part
+    # The method's own parts are within the passes.
+    own = sum(rag["parts_ms"][part] for part in ("encode", "search", "gather", "admit"))
+    assert own < rag["parts_ms"]["denoise"] + rag["parts_ms"]["context"]
+    assert rag["fps"] == pytest.approx(12 / rag["ms_per_block"] * 1e3)
+    assert rag["fps_decoded"] < rag["fps"]
+    assert rag["mfu"] is None
+    assert rag["launches"] > rope["launches"] > 100
+    assert (rag["history_frames"], rope["history_frames"]) == (24 + 9 - 12, 0)
+    assert rag["history_bytes"] == rag["history_frames"] * 2 * 3 * 64 * 64 * 4
+    (compared,) = found["compared"]
+    assert compared["low"] <= compared["ratio"] <= compared["high"]
+    (int4,) = found["banks"]
+    assert (int4["history"], int4["frames"]) == ("int4", 24)
+    assert 0 < int4["latent_rms"] < int4["latent_max"] < 0.1
+    assert 0 <= int4["changed"] <= 1
+    assert found["peak_host_bytes"] > 1e7
+
+
+@pytest.mark.parametrize("wrong", ["--backbone", "--method", "--bank"])
+def test_unknown_names_are_refused_with_the_known_ones(wrong: str) -> None:
+    done = CliRunner().invoke(program(), ["bench", "rollout", wrong, "none"])
+    assert done.exit_code == 2 or isinstance(done.exception, UsageError)
