@@ -220,7 +220,8 @@ class ActorPool(Generic[Payload]):
                 text = (
                     f"{self._queue.example(need).title}: {self._stage.memory_use} grows to {need / 1e9:.1f} GB of host "
                     f"memory, and the largest node lets actors reserve {largest / 1e9:.1f} GB. Use nodes with more "
-                    "memory (or a larger --memory of `ray start`), shorter durations, or a method without a history"
+                    "memory (or a larger --memory of `ray start`), shorter durations, or less of it there "
+                    "(methods.<name>.history, engine.bank)"
                 )
                 if cannot_grow(self._address, self._nodes):
                     raise ClusterError(text)

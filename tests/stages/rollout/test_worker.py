@@ -112,6 +112,30 @@ def test_an_attempt_that_dies_is_continued_from_its_parts_with_the_same_result(
     assert len({part.path.split("/")[-2] for part in found.latent_parts}) == 2
 
 
+def test_where_a_history_is_kept_changes_no_result_and_how_it_is_stored_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised, spread over tiers, killed and continued from its parts."""
+    digests = {}
+    engine = {"checkpoint_every_blocks": 2}
+    bank = {"host_gb": 4e-6, "disk": str(tmp_path)}
+    for history, places in (("exact", {}), ("int4", {}), ("int4", {"bank": bank})):
+        method = {**METHODS["rag"], "history": history}
+        folder, video = tmp_path / f"{history}{len(places)}", {"enabled": False}
+        made = bench(folder, method, durations_s=[4.5], video=video, engine={**engine, **places})
+        if places:
+            with monkeypatch.context() as patch:
+                die_after(patch, parts=2)
+                with pytest.raises(OSError, match="the disk is gone"):
+                    made.work()
+            assert made.work().blocks_resumed == 4
+        else:
+            made.work()
+        (commit,) = made.commits().values()
+        digests[history, bool(places)] = commit.latents_digest
+    assert digests["int4", False] == digests["int4", True] != digests["exact", False]
+
+
 def die_after(patch: pytest.MonkeyPatch, parts: int) -> None:
     """Let the storage fail when more than `parts` parts are to be written."""
     import lrag_ray.stages.rollout.block_writer as module
