@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from lrag_ray.config.histories import history_frames, tiers_of
@@ -362,7 +363,7 @@ class _Attempt:
         self._leave_if_asked()
         with self._watch.measure("load"):
             rollout = self._start()
-        for block, following in zip(stored, [*stored[1:], None], strict=True):
+        for block, following in zip_longest(stored, stored[1:]):
             self._leave_if_asked()
             self._report(block.block, "replaying")
             with self._watch.measure("replay"):
