@@ -162,7 +162,7 @@ def test_its_memory_and_its_notes_are_in_the_plan(config_file: Path) -> None:
     base, own = plan.methods
     (backbone,) = plan.backbones
     assert own.history_bytes == (24 - 8) * backbone.kv_bytes_per_frame
-    assert own.gpu_bytes - base.gpu_bytes == 2 * backbone.kv_bytes_per_frame
+    assert own.gpu_bytes - base.gpu_bytes == 2 * 2 * backbone.kv_bytes_per_frame
     assert not any("recall" in note for note in plan.notes)
     narrow = ["methods.recall.window=9", "methods.recall.recalled=5"]
     notes = make_plan(load_config(config_file, narrow), PROMPTS).notes
