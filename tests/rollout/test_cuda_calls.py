@@ -145,7 +145,8 @@ def test_tiers_change_no_bit_wait_for_nothing_and_race_with_nothing(
         found = next(blocks)
         assert torch.equal(found.latents.held, result.latents.held)  # type: ignore[attr-defined]
         after = bank.usage()
-        to_device = sum(nbytes for stream, nbytes in device.crossed if stream is side_stream(CUDA, "to device"))
+        side: object = side_stream(CUDA, "to device")
+        to_device = sum(nbytes for stream, nbytes in device.crossed if stream is side)
         assert to_device == after.to_device_bytes - before.to_device_bytes
         # Each retrieved frame crosses whole, or not at all; what the device keeps does not.
         assert to_device <= (after.fetched - before.fetched) * frame
@@ -171,7 +172,7 @@ def test_layers_arrive_in_order_and_are_awaited_one_by_one(device: Device) -> No
     bank = host_bank(tiny_layout("cuda"))
     bank.append(0, torch.ones(2, 2, 6, 2, 12, device="cuda"))
     bank.prefetch([0])
-    side = side_stream(CUDA, "to device")
+    side: Any = side_stream(CUDA, "to device")
     found = bank.gather([0])
     known = []
     for layer in range(2):
