@@ -46,8 +46,8 @@ class Found(NamedTuple):
 def trained(data: list[Tensor], delta: float, smooth: float) -> Found:
     rollouts = Rollouts([f"{i:02d}" for i in range(COUNT)], np.full(COUNT, FRAMES), np.arange(COUNT) < HELD_OUT)
     reader = WindowReader(
-        lambda w: data[w.rollout][w.start : w.start + LENGTH], (LENGTH, *SHAPE), torch.float32, str
-    )  # fmt: skip
+        lambda w, out: out.copy_(data[w.rollout][w.start : w.start + LENGTH]), (LENGTH, *SHAPE), torch.float32, str
+    )
     settings = TrainingSettings(
         sizes=EncoderConfig(*SHAPE, 8, (16,)), losses=LossConfig(delta_weight=delta, smooth_weight=smooth),
         optimizer=OptimizerConfig(lr=1e-2), epochs=50, seed=3,
