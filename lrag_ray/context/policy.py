@@ -119,7 +119,10 @@ class Exposure(NamedTuple):
     """The rows that a block attends to before its own, in attention order, and their turning angles."""
 
     spans: list[Span]
+    """Rows of all heads, also where `heads` names some."""
     angles: Angles
+    heads: tuple[int, ...] | None = None
+    """Heads that attend to these rows, ascending; None: all of them."""
 
 
 class ContextPolicy(ABC, Generic[S]):
@@ -150,11 +153,15 @@ class ContextPolicy(ABC, Generic[S]):
     restrictions: ClassVar[Sequence[str]] = ()
     """What settings and rollouts must keep to besides `max_frames`, in a few words each; `check` holds them to it."""
     observes_queries: bool = False
-    """Call `observe_queries` in every pass."""
+    """Call `observe_queries` in every pass; asked at the beginning of each block."""
 
     @classmethod
     def check(cls, settings: S, frames_per_block: int) -> None:
         """Raise ValueError where a rollout in blocks of `frames_per_block` latent frames cannot be computed."""
+
+    @classmethod
+    def check_model(cls, settings: S, layers: int, heads: int, tokens_per_frame: int) -> None:
+        """Raise ValueError where the settings do not fit a generator of these sizes."""
 
     @classmethod
     def check_run(cls, settings: S, frames_per_block: int) -> None:
@@ -219,8 +226,11 @@ class ContextPolicy(ABC, Generic[S]):
         """The first layer is about to be exposed: the place to fetch what all layers share."""
 
     @abstractmethod
-    def expose(self, layer: int) -> Exposure:
-        """Rows to attend to before the current block's own; called once per layer, in the block's first pass."""
+    def expose(self, layer: int) -> Exposure | Sequence[Exposure]:
+        """Rows to attend to before the current block's own; called once per layer, in the block's first pass.
+
+        Where heads attend to different rows, one exposure per group of heads; every head is in one of them.
+        """
 
     def end_expose(self) -> None:
         """The rows of all layers have been copied: the place to let go of what `begin_expose` fetched."""

@@ -28,3 +28,5 @@ class TraceRow(NamedTuple):
     similarity: float | None
     """What the frame was chosen by, else None: of retrieved frames the cosine similarity to the query frame's
     descriptor, of MemFlow's memory the score against the prompt."""
+    heads: tuple[int, ...] | None = None
+    """Heads that attend to the row, ascending; None where all heads of the layer do."""

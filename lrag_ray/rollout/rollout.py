@@ -84,11 +84,13 @@ class Rollout:
         self._device, self._dtype = weight.device, weight.dtype
         self._clock = PassClock(self._device, "denoise", "context")
         config = transformer.config
+        grid = config.token_grid(*latent_shape[1:])
+        policy.check_model(settings, config.num_layers, config.num_heads, grid[0] * grid[1])
         layout = Layout(
             num_layers=config.num_layers,
             num_heads=config.num_heads,
             head_dim=config.head_dim,
-            grid=config.token_grid(*latent_shape[1:]),
+            grid=grid,
             frames_per_block=self._n,
             dtype=self._dtype,
             device=self._device,

@@ -34,9 +34,10 @@ TRACE_SCHEMA = pa.schema(
         ("temporal_index", pa.int32()),
         ("tokens", pa.int32()),
         ("similarity", pa.float32()),
+        ("heads", pa.list_(pa.int16())),
     ]
 )
-"""Columns of a trace part: the fields of `TraceRow`."""
+"""Columns of a trace part: the fields of `TraceRow`. A file without groups of heads has no `heads`."""
 
 
 class FinishedBlock(NamedTuple):
@@ -176,13 +177,14 @@ def read_trace(data: bytes) -> list[TraceRow]:
 
 def _trace_table(data: bytes, path: str) -> pa.Table:
     try:
-        return read_parquet(data, TRACE_SCHEMA)
+        return read_parquet(data, TRACE_SCHEMA, optional="heads")
     except pa.ArrowException as error:
         raise BrokenPartError(f"{path} is not a trace part: {error}") from error
 
 
 def _rows(table: pa.Table) -> list[TraceRow]:
-    return [TraceRow(**row) for row in table.to_pylist()]
+    rows = table.to_pylist()
+    return [TraceRow(**{**row, "heads": None if row["heads"] is None else tuple(row["heads"])}) for row in rows]
 
 
 def latent_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
@@ -197,10 +199,12 @@ def latent_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
 def trace_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
     """The trace file of a part: equal blocks give equal bytes."""
     rows = [row for block in blocks for row in block.trace]
-    columns = {name: [getattr(row, name) for row in rows] for name in TRACE_SCHEMA.names}
+    grouped = any(row.heads is not None for row in rows)
+    schema = TRACE_SCHEMA if grouped else TRACE_SCHEMA.remove(TRACE_SCHEMA.get_field_index("heads"))
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
     sink = io.BytesIO()
     # Without a seal: commits name its checksum, and equal rollouts write equal bytes in every version.
-    pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), sink)
+    pq.write_table(pa.table(columns, schema=schema), sink)
     return sink.getvalue()
 
 
