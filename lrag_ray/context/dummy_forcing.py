@@ -20,7 +20,7 @@ csguoh/DummyForcing at 28128ed (Apache-2.0; its file headers say CC-BY-NC-SA-4.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,22 +94,28 @@ class DummyForcing(HeadPolicy[DummyForcingSettings]):
 
     @classmethod
     def attended_frames(cls, settings: DummyForcingSettings, frames_per_block: int, first_frame: int) -> int:
-        """Mean over heads, if the default half are dummy heads and no other looks at the first frame alone."""
+        """By the heads of class mid, which attend to most."""
         n, past = frames_per_block, settings.past_frames(frames_per_block, first_frame)
-        if first_frame <= settings.ar_start * n:
-            return past + n
-        local = n + min(n * settings.local_blocks, past)
-        return local if settings.num_dummy is not None else -(-(local + 1 + n) // 2)
+        return n + (past if first_frame <= settings.ar_start * n else min(n * settings.local_blocks, past - 1))
 
     @classmethod
     def device_bytes(
         cls, settings: DummyForcingSettings, frames_per_block: int, total_frames: int, kv_bytes_per_frame: int
     ) -> int:
-        """Cached frames beyond the mean that is attended to: all heads are cached alike."""
+        """Cached frames that no head attends to all of: frame 0 beside the local ones."""
         n = frames_per_block
         last = max(0, total_frames - n)
         cached = settings.past_frames(n, last) + n
         return max(0, cached - cls.attended_frames(settings, n, last)) * kv_bytes_per_frame
+
+    @classmethod
+    def notes(cls, settings: DummyForcingSettings, frames_per_block: int) -> Iterable[str]:
+        """What the planned numbers leave out."""
+        n = frames_per_block
+        yield (
+            f"operations are counted as if all heads attended to {n + n * settings.local_blocks} latent frames; dummy "
+            f"heads and those of the first frame attend to {n + 1}"
+        )
 
     def __init__(self, settings: DummyForcingSettings, inputs: PolicyInputs) -> None:
         n = inputs.layout.frames_per_block

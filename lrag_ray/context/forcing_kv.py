@@ -136,8 +136,8 @@ class ForcingKv(HeadPolicy[ForcingKvSettings]):
         kept = round(candidates * at.retention)
         if at.compress and not kept == wanted <= candidates:
             raise ValueError(
-                f"retention {at.retention} keeps {kept} of the {candidates} patches of a block's {n} latent frames, but "
-                f"patch_frames {at.patch_frames} means {wanted}: set patch_frames to at most {n} and retention to "
+                f"retention {at.retention} keeps {kept} of the {candidates} patches of a block's {n} latent frames, "
+                f"but patch_frames {at.patch_frames} means {wanted}: set patch_frames to at most {n} and retention to "
                 f"{min(1, at.patch_frames / n):.4g}"
             )
         behind = (at.ar_start + 1) * n - at.sink
@@ -167,7 +167,7 @@ class ForcingKv(HeadPolicy[ForcingKvSettings]):
 
     @classmethod
     def attended_frames(cls, settings: ForcingKvSettings, frames_per_block: int, first_frame: int) -> int:
-        """By the heads that attend to most."""
+        """By dynamic or static heads, whichever attend to more."""
         at, n = settings, frames_per_block
         past = max(0, first_frame - at.sink)
         behind = min(past, at.shared_frames)

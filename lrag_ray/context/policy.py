@@ -175,7 +175,10 @@ class ContextPolicy(ABC, Generic[S]):
     @classmethod
     @abstractmethod
     def attended_frames(cls, settings: S, frames_per_block: int, first_frame: int) -> int:
-        """Latent frames attended to by the block that starts at `first_frame`, its own included."""
+        """Latent frames attended to by the block that starts at `first_frame`, its own included.
+
+        Where heads differ, those of the heads that attend to most.
+        """
 
     @classmethod
     def history_frames(cls, settings: S, frames_per_block: int, total_frames: int) -> int:

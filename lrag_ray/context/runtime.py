@@ -204,12 +204,12 @@ class _Rows(NamedTuple):
     k: Tensor
     v: Tensor
     heads: tuple[int, ...] | None = None
-    index: Tensor | None = None
+    indices: Tensor | None = None
     """`heads` on the device."""
 
     def of_heads(self, x: Tensor) -> Tensor:
         """The group's heads of x [..., H, head_dim]: x itself where it is all of them."""
-        return x if self.index is None else x.index_select(-2, self.index)
+        return x if self.indices is None else x.index_select(-2, self.indices)
 
 
 class _Buffer:
@@ -244,16 +244,16 @@ class _Buffer:
     def attend(self, q: Tensor) -> Tensor:
         """Attention of rotated q [B, n·f, H, head_dim] over the used rows."""
         batches = self.batches()
-        if all(rows.index is None for rows in batches):
+        if all(rows.indices is None for rows in batches):
             out = [attention(q[rows.batch], rows.k, rows.v) for rows in batches]
             return out[0] if len(out) == 1 else torch.cat(out)
         whole = torch.empty_like(q)
         for rows in batches:
             out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v)
-            if rows.index is None:
+            if rows.indices is None:
                 whole[rows.batch] = out_rows
             else:
-                whole[rows.batch].index_copy_(2, rows.index, out_rows)
+                whole[rows.batch].index_copy_(2, rows.indices, out_rows)
         return whole
 
     def _rows(self, batch: slice, groups: list[_Group]) -> list[_Rows]:

@@ -55,6 +55,8 @@ _NAMES = {
     "memrope": "MemRoPE",
     "memflow": "MemFlow",
     "rag": "RAG",
+    "dummy_forcing": "Dummy Forcing",
+    "forcing_kv": "Forcing-KV",
 }
 """Methods as their papers call them, where the setting is named like its policy."""
 

@@ -32,7 +32,7 @@ class TraceMap:
     kinds: NDArray[np.int8]
     """Index into sink, memory, local, current; -1 where the frame is not attended or has a value."""
     values: NDArray[np.float64]
-    """Similarity of retrieved frames, or attended share of compressed ones (mean over layers and heads); NaN elsewhere."""
+    """Similarity of retrieved frames, or attended share of compressed ones, mean over layers and heads; else NaN."""
     value_name: str
     """What `values` holds."""
     frames_per_block: int

@@ -56,7 +56,9 @@ def damage_of(data: bytes, path: str, beside: Container[str]) -> str | None:
 def read_parquet(data: bytes, schema: pa.Schema, *, optional: str | None = None) -> pa.Table:
     """The table in `data`, whole, valid and with the columns of `schema`; pyarrow.ArrowInvalid for anything else.
 
-    The last column is null where it is the `optional` one and the file has none. pyarrow itself reports damage also as OSError or ValueError, or only once a value is taken out.
+    The last column is null where it is the `optional` one and the file has none.
+
+    pyarrow itself reports damage also as OSError or ValueError, or only once a value is taken out.
     """
     try:
         check_parquet(data)

@@ -73,6 +73,8 @@ def test_every_method_costs_what_it_declares() -> None:
     beside = {each.method: each.gpu_bytes - of(plan, "base").gpu_bytes for each in plan.methods}
     assert beside.pop("rag") > 6 * frame
     assert beside.pop("ema_sink") == 2 * frame, "one frame in float32"
+    assert beside.pop("dummy_forcing") == frame, "frame 0 beside the local frames"
+    assert beside.pop("forcing_kv") == 2 * frame, "frames that patches are chosen from"
     assert set(beside.values()) == {0}
 
 

@@ -13,7 +13,9 @@ import torch
 
 from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
+from lrag_ray.context.dummy_forcing import DummyForcing, DummyForcingSettings
 from lrag_ray.context.ema_sink import EmaSink, EmaSinkSettings
+from lrag_ray.context.forcing_kv import ForcingKv, ForcingKvSettings
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.memflow import MemFlow, MemFlowSettings
 from lrag_ray.context.memrope import MemRope, MemRopeSettings
@@ -38,6 +40,8 @@ METHODS = [
     (EmaSink, EmaSinkSettings(window=6, sink=2)),
     (MemRope, MemRopeSettings(window=8, adaptive=True)),
     (MemFlow, MemFlowSettings(window=6, bank=2, record_interval=1)),
+    (DummyForcing, DummyForcingSettings(local_blocks=1, num_dummy=1)),
+    (ForcingKv, ForcingKvSettings(static_frames=2, dynamic_frames=1, patches_per_frame=6)),
     (Rag, SMALL_RAG),
     (Rag, replace(SMALL_RAG, admission="local")),
 ]
@@ -85,6 +89,17 @@ def test_a_pass_launches_few_kernels(device: Device) -> None:
     passes, layers = 3, 2
     assert len(device.calls) / passes / layers < 45
     assert sum(map(_values, device.calls)) / passes / layers < 36_000
+
+
+def test_heads_are_gathered_only_where_they_differ(device: Device) -> None:
+    """Given a method whose heads attend alike, nothing of a pass is picked by head, and no class crosses the bus."""
+    for policy, settings in METHODS:
+        rollout = start(tiny_transformer().to("cuda"), policy, settings)
+        list(rollout.blocks(4))
+        device.calls.clear()
+        list(rollout.blocks(1))
+        gathered = sum(call[0] == "aten.index_copy_.default" for call in device.calls)
+        assert bool(gathered) == (policy in (DummyForcing, ForcingKv)), policy
 
 
 def test_retrieval_adds_one_span_per_layer_to_what_is_launched(device: Device) -> None:
