@@ -397,6 +397,12 @@ def _check_trace(recording: Recording, rows: _Rows, golden: list[Any], sheet: Sh
             ours.append([block, layer, head, rows[head][block][layer].groups()])
             theirs.append([block, layer, head, entry["groups"]])
     sheet.same("context trace", ours, theirs)
+    if named := [entry for entry in golden if "heads" in entry]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for entry in named:
+            groups.setdefault((entry["block"], entry["layer"]), []).extend(entry["heads"])
+        every = list(range(recording.policies[0].layout.num_heads))
+        sheet.same("context trace heads", [every] * len(groups), [sorted(heads) for heads in groups.values()])
     indices = [recording.query_indices[entry["block"]][0] for entry in golden]
     sheet.same("query indices", indices, [entry["query_index"] for entry in golden])
 

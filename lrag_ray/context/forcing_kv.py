@@ -74,10 +74,10 @@ class ForcingKvSettings:
     """Static heads of each layer, the others are dynamic; null measures them in block a."""
 
     def __post_init__(self) -> None:
-        for name in ("ar_start", "static_frames", "dynamic_frames", "patches_per_frame"):
+        for name in ("static_frames", "dynamic_frames", "patches_per_frame"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("sink", "patch_frames"):
+        for name in ("ar_start", "sink", "patch_frames"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.compress and self.patch_frames == 0:

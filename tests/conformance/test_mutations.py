@@ -170,7 +170,7 @@ MUTATIONS = {
             "attended v": tensor(f"{DUMMY_STEM}.safetensors", "attended.block11.pass4.layer0.head1.v", nudge(1e-2)),
             "head scores": tensor(f"{DUMMY_STEM}.safetensors", "dummy.scores", nudge(1e-2)),
             "classes of heads": tensor(f"{DUMMY_STEM}.safetensors", "dummy.assignment", nudge(1)),
-            "context trace": entry(f"{DUMMY_STEM}.context_trace.json", [0], -1, "heads"),
+            "context trace heads": entry(f"{DUMMY_STEM}.context_trace.json", [0], -1, "heads"),
             "origin tokens": tensor(
                 f"{DUMMY_STEM}.context_tokens.safetensors", "ctx.block11.pass0.layer1.head2.origin_token", nudge(1)
             ),
