@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrag_ray.conformance import windows
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, case_stem, pair
 from lrag_ray.conformance.recording import (
@@ -35,6 +36,7 @@ from lrag_ray.context.dummy_forcing import DummyForcing
 from lrag_ray.context.forcing_kv import ForcingKv
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.errors import UsageError
+from lrag_ray.rollout.rolling import window_of
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.schedule import FlowMatchSchedule
 
@@ -46,7 +48,10 @@ TIMESTEPS = Bound(relative=1e-6)
 LEVELS_UP = 3
 """How far above a case its inputs are looked for."""
 
-SETTING_NAMES = {"K": "top_k", "R": "recent_exclude", "history_admission": "admission", "ae_ckpt": "encoder"}
+SETTING_NAMES = {
+    **{"K": "top_k", "R": "recent_exclude", "history_admission": "admission", "ae_ckpt": "encoder"},
+    **{"anchor_frames": "anchor", "attention_frames": "window"},
+}
 """Golden settings that we call otherwise."""
 NOT_SETTINGS = {"method", "frames_per_block", "frames", "optional"}
 """Entries of the golden settings that are not the policy's."""
@@ -56,13 +61,19 @@ IMPLIED: dict[str, dict[str, Any]] = {
     "dummy_forcing": {"sink": 1},
 }
 """Golden settings that are none of ours, because the method has them in this one way."""
-DERIVED = {"dummy_forcing": {"window", "head_groups"}, "forcing_kv": {"window"}}
-"""Golden settings that follow from the others and from the sampled rows."""
+DERIVED = {
+    "dummy_forcing": {"window", "head_groups"},
+    "forcing_kv": {"window"},
+    "rolling_forcing": {"cache_frames", "joint_blocks"},
+}
+"""Golden settings that follow from the others, from the sampler and from the sampled rows."""
 UNMENTIONED = {"memrope": {"first_overflow": "released"}}
 """Behaviour of the released code that the golden settings do not mention, and that is not our default."""
 
 _SELECTED = re.compile(r"pc\.block(\d+)\.layer(\d+)\.selected_aug_index")
-_ATTENDED = re.compile(r"attended\.block(\d+)\.pass(\d+)\.layer(\d+)(?:\.head(\d+))?\.([kv])")
+_ATTENDED = re.compile(
+    r"attended\.(?:block(\d+)\.pass(\d+)|window(\d+)\.(joint|clean))\.layer(\d+)(?:\.head(\d+))?\.([kv])"
+)
 _BANK = re.compile(r"memflow\.block(\d+)\.layer(\d+)\.(scores|kept_slots)")
 _PATCHES = re.compile(r"fkv\.block(\d+)\.(patch_scores|selected)")
 _TOKENS = re.compile(r"ctx\.block(\d+)\.pass(\d+)\.layer(\d+)(?:\.head(\d+))?\.(origin_token|temporal_index)")
@@ -150,7 +161,8 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
     step_noise = inputs.tensors["step_noise"]
     draws = max(len(sampler.steps_of(0)), len(sampler.denoising_steps)) - 1
     last = frames // sampler.frames_per_block - 1, len(sampler.denoising_steps)
-    attended = {place: name for name in vectors.shapes if (place := _attended(name))}
+    blocks = frames // sampler.frames_per_block
+    attended = {place: name for name in vectors.shapes if (place := _attended(name, blocks, last[1]))}
     wanted = {last} | {(block, step) for block, step, *_ in attended}
     choices: dict[int, tuple[Tensor, Tensor | None]] = {}
 
@@ -181,18 +193,28 @@ def _check(folder: Folder, golden_record: CaseRecord | None, vectors: Vectors | 
             sheet.close(name, ours, torch.tensor(golden[name]), TIMESTEPS)
     _check_passes(recording, vectors, sheet)
     _check_attended(recording, attended, vectors, sheet)
+    traces = [r.content for r in folder.records if _belongs(r.path, vectors) and isinstance(r.content, list)]
+    tokens = [file for file in folder.vectors if _belongs(file.path, vectors) and file.named("ctx.")]
+    if any(windows.calls(recording)):
+        for trace in traces:
+            windows.check_trace(recording, trace, sheet)
+        for file in tokens:
+            windows.check_tokens(recording, file, sheet)
+        return
     rows = _Rows(recording)
     check_stored_cache(recording, rows[0][-1], vectors, method, golden.get("local_end_index"), sheet)
     _check_selections(recording, vectors, sheet)
     _check_bank(recording, vectors, sheet)
     _check_heads(recording, vectors, sheet)
     _check_patches(choices, vectors, sheet)
-    for companion in folder.records:
-        if case_stem(companion.path) == case_stem(vectors.path) and isinstance(companion.content, list):
-            _check_trace(recording, rows, companion.content, sheet)
-    for file in folder.vectors:
-        if case_stem(file.path) == case_stem(vectors.path) and file.named("ctx."):
-            _check_tokens(rows, file, sheet)
+    for trace in traces:
+        _check_trace(recording, rows, trace, sheet)
+    for file in tokens:
+        _check_tokens(rows, file, sheet)
+
+
+def _belongs(path: Path, vectors: Vectors) -> bool:
+    return case_stem(path) == case_stem(vectors.path)
 
 
 class _RefusedError(Exception):
@@ -230,12 +252,21 @@ class _Place(NamedTuple):
     """k or v."""
 
 
-def _attended(name: str) -> _Place | None:
-    """Place of a stored tensor of attended rows."""
+def _attended(name: str, blocks: int, steps: int) -> _Place | None:
+    """Place of a stored tensor of attended rows, in a rollout of `blocks` blocks in `steps` steps.
+
+    A joint call is recorded as pass 0 of its window, and its clean call as the last pass of the block that it stores.
+    """
     match = _ATTENDED.fullmatch(name)
     if match is None:
         return None
-    return _Place(int(match[1]), int(match[2]), int(match[3]), int(match[4]) if match[4] else None, match[5])
+    if match[3] is None:
+        block, step = int(match[1]), int(match[2])
+    elif match[4] == "joint":
+        block, step = int(match[3]), 0
+    else:
+        block, step = window_of(int(match[3]), steps, blocks).first, steps
+    return _Place(block, step, int(match[5]), int(match[6]) if match[6] else None, match[7])
 
 
 class _Rows:

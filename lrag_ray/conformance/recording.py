@@ -15,8 +15,8 @@ from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.registry import policy_class
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.retrieval.encoder import known_fields
+from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import RecordedNoise
-from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -122,7 +122,7 @@ def record(
     batch, frames = noise.shape[:2]
     n = sampler.frames_per_block
     recorder = _Recorder(wanted)
-    rollout = Rollout(
+    rollout = loop_of(policy)(
         transformer,
         sampler,
         policy,
@@ -132,6 +132,7 @@ def record(
         (noise.shape[2], noise.shape[3], noise.shape[4]),
         weights={file.key: file.read(Path(path)) for file, path in named if path is not None},
         probe=recorder,
+        total_blocks=frames // n,
     )
     recording = Recording([rollout.timesteps(block) for block in range(frames // n)], rollout.context.policies)
     latents = []

@@ -49,14 +49,15 @@ def token_rows(recording: Recording, element: int = 0, head: int = 0) -> list[li
                 continue
             selected = policy.selected_rows(states[element], layer) if isinstance(policy, DeepForcing) else None
             if selected is None and all(row.tokens == tokens_per_frame for row in trace):
-                held[layer] = _whole_frames(trace, tokens_per_frame)
+                held[layer] = whole_frames(trace, tokens_per_frame)
             else:
                 held[layer] = _single_tokens(held[layer], trace, selected, tokens_per_frame, policy.settings)
         blocks.append([rows for rows in held if rows is not None])
     return blocks
 
 
-def _whole_frames(trace: list[TraceRow], f: int) -> TokenRows:
+def whole_frames(trace: list[TraceRow], f: int) -> TokenRows:
+    """All f tokens of each row of a trace."""
     frame = torch.tensor([row.frame for row in trace]).repeat_interleave(f)
     index = torch.tensor([row.temporal_index for row in trace]).repeat_interleave(f)
     return TokenRows(frame, torch.arange(f).repeat(len(trace)), index)
@@ -85,7 +86,7 @@ def _single_tokens(
 ) -> TokenRows:
     if before is None:
         raise ValueError("the first block attends to parts of frames")
-    current = _whole_frames([row for row in trace if row.kind == "current"], f)
+    current = whole_frames([row for row in trace if row.kind == "current"], f)
     frame, token = torch.cat([before.frame, current.frame]), torch.cat([before.token, current.token])
     if selected is not None:
         recent = torch.arange(len(frame) - settings.recent * f, len(frame))

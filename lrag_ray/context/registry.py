@@ -15,6 +15,7 @@ from lrag_ray.context.memflow import MemFlow
 from lrag_ray.context.memrope import MemRope
 from lrag_ray.context.policy import ContextPolicy, Family
 from lrag_ray.context.rag import Rag
+from lrag_ray.context.rolling_forcing import RollingForcing
 from lrag_ray.context.rolling_sink import RollingSink
 from lrag_ray.plugins import import_plugin
 
@@ -29,6 +30,7 @@ _REGISTERED: dict[str, type[ContextPolicy[Any]]] = {
     "rag": Rag,
     "dummy_forcing": DummyForcing,
     "forcing_kv": ForcingKv,
+    "rolling_forcing": RollingForcing,
 }
 
 

@@ -32,6 +32,8 @@ class Probe(Protocol):
         """Exactly what attention receives: rotated q and k, and v, each [B, rows, heads, head_dim].
 
         `heads` are those of the rows, None for all heads of the layer.
+
+        In a joint call over several blocks `block` is its window and `step` 0.
         """
 
 
@@ -52,20 +54,26 @@ class ContextRuntime:
         self._block = -1
         self._step = 0
         self._own: list[int] | None = None
+        self._own_rows = 0
         self._exposed = False
         self._clean = False
 
     def begin_block(self, block: int, states: list[dict[str, Tensor]] | None = None) -> None:
         """Let every policy make room and choose; `states` replays recorded choices."""
-        self._block = block
-        self._exposed = False
         for i, policy in enumerate(self.policies):
             policy.begin_block(block, states[i] if states else None)
+        self.lay_out(block)
+
+    def lay_out(self, block: int) -> None:
+        """The policies have chosen: passes from here on attend to new rows. `block` is what a probe is given."""
+        self._block = block
+        self._exposed = False
         self._observed = any(policy.observes_queries for policy in self.policies)
         self._current = _stack([self._rope.frames(policy.query_indices()) for policy in self.policies])
         # All elements have the same settings and block, so the same rows.
         own = self.policies[0].own_frames()
-        self._own = None if len(own) == self.layout.frames_per_block else own
+        self._own_rows = len(own) * self.layout.tokens_per_frame
+        self._own = None if self._own_rows == self._current.turns.shape[-3] else own
 
     def begin_pass(self, step: int, *, clean: bool) -> None:
         """Announce a pass; `clean` marks the clean-context pass, whose K and V are kept."""
@@ -162,12 +170,10 @@ class ContextRuntime:
         groups = [[_Group(each.heads, sum(span.rows for span in each.spans)) for each in own] for own in exposures]
         needed = max(_rows_of_all_heads(own, self.layout.num_heads) for own in groups)
         buffer = self._buffers[layer]
-        if buffer is None or buffer.capacity < needed + self.layout.tokens_per_block:
-            buffer = _Buffer(self.layout, len(self.policies), self._context_rows(needed), self._head_indices)
+        if buffer is None or buffer.capacity < needed + self._own_rows:
+            buffer = _Buffer(self.layout, len(self.policies), self._buffer_rows(needed), self._head_indices)
             self._buffers[layer] = buffer
-        buffer.groups = groups
-        own = self.layout.frames_per_block if self._own is None else len(self._own)
-        buffer.current = own * self.layout.tokens_per_frame
+        buffer.groups, buffer.current = groups, self._own_rows
         for i, each in enumerate(exposures):
             for rows, exposure in zip(buffer.element(i), each, strict=True):
                 at = 0
@@ -182,10 +188,12 @@ class ContextRuntime:
             for policy in self.policies:
                 policy.end_expose()
 
-    def _context_rows(self, needed: int) -> int:
-        """Rows to allocate: a policy's bound, or half as much again where contexts grow without one."""
+    def _buffer_rows(self, needed: int) -> int:
+        """Rows to allocate for a context of `needed` rows: up to a policy's bound, or half as much again where contexts
+        grow without one, and a block beside them."""
         bounds = [policy.max_context_rows() for policy in self.policies]
-        return max([needed] + [needed * 3 // 2 if bound is None else bound for bound in bounds])
+        beside = [needed * 3 // 2 if bound is None else bound for bound in bounds]
+        return max(needed + self._own_rows, max(beside) + self.layout.tokens_per_block)
 
 
 class _Group(NamedTuple):
@@ -218,13 +226,11 @@ class _Buffer:
     Groups of heads lie one behind the other, each as [rows, its heads, head_dim].
     """
 
-    def __init__(
-        self, layout: Layout, batch: int, context_rows: int, head_indices: dict[tuple[int, ...], Tensor]
-    ) -> None:
+    def __init__(self, layout: Layout, batch: int, capacity: int, head_indices: dict[tuple[int, ...], Tensor]) -> None:
         self.current = layout.tokens_per_block
         """Rows of the current block that are attended to."""
-        self.capacity = context_rows + layout.tokens_per_block
-        shape = (batch, self.capacity, layout.num_heads, layout.head_dim)
+        self.capacity = capacity
+        shape = (batch, capacity, layout.num_heads, layout.head_dim)
         self.k = torch.empty(shape, dtype=layout.dtype, device=layout.device)
         self.v = torch.empty(shape, dtype=layout.dtype, device=layout.device)
         self.groups = [[_Group(None, 0)] for _ in range(batch)]

@@ -35,9 +35,14 @@ TRACE_SCHEMA = pa.schema(
         ("tokens", pa.int32()),
         ("similarity", pa.float32()),
         ("heads", pa.list_(pa.int16())),
+        ("window", pa.int32()),
+        ("clean", pa.bool_()),
+        ("timestep", pa.float32()),
     ]
 )
-"""Columns of a trace part: the fields of `TraceRow`. A file without groups of heads has no `heads`."""
+"""Columns of a trace part: the fields of `TraceRow`."""
+OPTIONAL_COLUMNS = ("heads", "window", "clean", "timestep")
+"""Those that only some methods fill: a file has the ones that any of its rows does."""
 
 
 class FinishedBlock(NamedTuple):
@@ -177,7 +182,7 @@ def read_trace(data: bytes) -> list[TraceRow]:
 
 def _trace_table(data: bytes, path: str) -> pa.Table:
     try:
-        return read_parquet(data, TRACE_SCHEMA, optional="heads")
+        return read_parquet(data, TRACE_SCHEMA, optional=OPTIONAL_COLUMNS)
     except pa.ArrowException as error:
         raise BrokenPartError(f"{path} is not a trace part: {error}") from error
 
@@ -199,8 +204,8 @@ def latent_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
 def trace_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
     """The trace file of a part: equal blocks give equal bytes."""
     rows = [row for block in blocks for row in block.trace]
-    grouped = any(row.heads is not None for row in rows)
-    schema = TRACE_SCHEMA if grouped else TRACE_SCHEMA.remove(TRACE_SCHEMA.get_field_index("heads"))
+    absent = {name for name in OPTIONAL_COLUMNS if all(getattr(row, name) is None for row in rows)}
+    schema = pa.schema([field for field in TRACE_SCHEMA if field.name not in absent])
     columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
     sink = io.BytesIO()
     # Without a seal: commits name its checksum, and equal rollouts write equal bytes in every version.

@@ -290,14 +290,14 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
             "base: {}",
             "basic: {}",
             "run.yaml:8: methods.basic.method: is missing; 'basic' is none of the methods base, rolling_sink, "
-            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv",
+            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, rolling_forcing",
         ),
         (
             "base: {}",
             "b: {method: bass}",
             "run.yaml:8: methods.b.method: unknown method 'bass'; did you mean 'base'? Known: base, rolling_sink, "
-            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, or "
-            "package.module:Policy",
+            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, "
+            "rolling_forcing, or package.module:Policy",
         ),
         (
             "base: {}",
@@ -398,8 +398,8 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path: Path) -> No
         "--set engine.actors=none: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got text "
         "'none'",
         "run.yaml:8: methods.b.method: unknown method 'rags'; did you mean 'rag'? Known: base, rolling_sink, "
-        "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, or "
-        "package.module:Policy",
+        "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, "
+        "rolling_forcing, or package.module:Policy",
         "run.yaml:9: methods.rag.topk: unknown key; did you mean 'top_k'?",
     ]
 

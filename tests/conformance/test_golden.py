@@ -21,7 +21,8 @@ from tests.conftest import GOLDEN, REPOSITORY
 
 KINDS = (
     *("checkpoints", "encoder", "lora", "methods", "rollout", "scheduler", "text_encoder", "vae"),
-    *(f"methods2/{name}" for name in ("framewise", "memflow", "memrope", "per_head", "reward_forcing", "rolling_sink")),
+    *(f"methods2/{name}" for name in ("framewise", "memflow", "memrope", "per_head", "reward_forcing")),
+    *(f"methods2/{name}" for name in ("rolling_forcing", "rolling_sink")),
 )
 """Folders of the larger set that must hold at least one case; others are searched too."""
 TRAVELLING = REPOSITORY / "tests" / "golden"

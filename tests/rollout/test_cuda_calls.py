@@ -21,6 +21,7 @@ from lrag_ray.context.memflow import MemFlow, MemFlowSettings
 from lrag_ray.context.memrope import MemRope, MemRopeSettings
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.context.rolling_forcing import RollingForcing, RollingForcingSettings
 from lrag_ray.context.rolling_sink import RollingSink, RollingSinkSettings
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import HostBank
@@ -46,6 +47,7 @@ METHODS = [
     (ForcingKv, APART),
     (Rag, SMALL_RAG),
     (Rag, replace(SMALL_RAG, admission="local")),
+    (RollingForcing, RollingForcingSettings(window=9)),
 ]
 
 
@@ -58,7 +60,7 @@ def device() -> Iterator[Device]:
 @pytest.mark.parametrize(("policy", "settings"), METHODS, ids=lambda value: getattr(value, "__name__", ""))
 def test_rollout_and_replay(policy: type[ContextPolicy[Any]], settings: object, device: Device) -> None:
     model = tiny_transformer().to("cuda")
-    rollout = start(model, policy, settings)
+    rollout = start(model, policy, settings, total_blocks=9)
     done = list(rollout.blocks(5))
     device.waits.clear()
     device.calls.clear()
@@ -66,7 +68,7 @@ def test_rollout_and_replay(policy: type[ContextPolicy[Any]], settings: object, 
     calls = list(device.calls)
     assert device.waits == []
 
-    again = start(model, policy, settings)
+    again = start(model, policy, settings, total_blocks=9)
     for result in done:
         again.replay(result.latents.cpu(), [result.state])
     device.calls.clear()

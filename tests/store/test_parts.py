@@ -93,3 +93,13 @@ def test_traces_name_heads_where_they_differ() -> None:
     both = trace_bytes([block._replace(trace=plain + grouped)])
     assert pq.read_schema(io.BytesIO(both)).names == [*columns, "heads"]
     assert read_trace(both) == plain + grouped
+
+
+def test_traces_name_windows_where_blocks_are_denoised_together() -> None:
+    """Given rows of calls, the columns that they fill are stored, and come back in their places."""
+    (block,) = make_blocks(1, 1)
+    columns = pq.read_schema(io.BytesIO(trace_bytes([block]))).names
+    rows = [row._replace(window=3, clean=i > 0, timestep=937.5 if i else None) for i, row in enumerate(block.trace)]
+    stored = trace_bytes([block._replace(trace=rows)])
+    assert pq.read_schema(io.BytesIO(stored)).names == [*columns, "window", "clean", "timestep"]
+    assert read_trace(stored) == rows
