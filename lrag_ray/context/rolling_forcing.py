@@ -1,6 +1,6 @@
-"""rolling_forcing: an anchor and the newest frames, behind a window of several blocks that are denoised at once.
+"""Rolling Forcing: an anchor and the newest frames, behind a window of several blocks that are denoised at once.
 
-Rolling Forcing (arXiv 2509.25161) denoises as many blocks together as there are denoising steps, each one step behind
+The method (arXiv 2509.25161) denoises as many blocks together as there are denoising steps, each one step behind
 the next; `rollout.rolling` states that loop. Here is what its two calls attend to. Notation: attention over W latent
 frames, an anchor of A frames, n frames per block, Q frames in a window, which begins at frame c. All temporal indices
 are absolute but the anchor's, which moves along (frames @ index):
