@@ -39,6 +39,7 @@ TRAVELLING_CASES = [
     "methods2/per_head/dummy_forcing/dummy_sf_ar1_c1_d6",
     "methods2/per_head/forcing_kv/fkv_sf_ar1",
     "methods2/reward_forcing/ema_w12_s3_a09",
+    "methods2/rolling_forcing/roll_48",
     "methods2/rolling_sink/rs_w9",
     "scheduler/shift5",
 ]
