@@ -80,6 +80,7 @@ DEEP = "methods/deep_forcing/df_native_w21_s10_n16_r4.* methods/tiny/*"
 MEMFLOW = "methods2/memflow/mf_w9_s1_b3_r1.* methods2/tiny/*"
 DUMMY = "methods2/per_head/dummy_forcing/dummy_sf_ar1_c1_d6.* methods2/per_head/tiny/*"
 FORCING_KV = "methods2/per_head/forcing_kv/fkv_sf_ar1.* methods2/per_head/tiny/*"
+ROLLING = "methods2/rolling_forcing/roll_48.* methods2/tiny/*"
 FRAMEWISE = "methods2/framewise/fw_2step_first4_w12_s1.* methods2/framewise/tiny/*"
 CHECKPOINTS = "checkpoints/*"
 LORA = "lora/*"
@@ -123,6 +124,7 @@ def memflow(name: str, by: float) -> Change:
 
 
 DUMMY_STEM = "methods2/per_head/dummy_forcing/dummy_sf_ar1_c1_d6"
+ROLLING_STEM = "methods2/rolling_forcing/roll_48"
 FORCING_KV_STEM = "methods2/per_head/forcing_kv/fkv_sf_ar1"
 
 
@@ -194,6 +196,20 @@ MUTATIONS = {
     ),
     "forcing kv heads": Mutation(
         FORCING_KV, {"latents": entry(f"{FORCING_KV_STEM}.meta.json", [0], "settings", "static_heads", 1)}
+    ),
+    "rolling forcing": Mutation(
+        ROLLING,
+        {
+            "x0_pred": tensor(f"{ROLLING_STEM}.safetensors", "x0_pred", nudge(1e-2)),
+            "attended k": tensor(f"{ROLLING_STEM}.safetensors", "attended.window14.joint.layer1.k", nudge(1e-2)),
+            "attended v": tensor(f"{ROLLING_STEM}.safetensors", "attended.window14.clean.layer2.v", nudge(1e-2)),
+            "first_frame of calls": entry(f"{ROLLING_STEM}.context_trace.json", 30, 20, "first_frame"),
+            "groups of calls": entry(f"{ROLLING_STEM}.context_trace.json", [], 20, "groups"),
+            "timesteps of calls": entry(f"{ROLLING_STEM}.context_trace.json", 900.0, 21, "timesteps", 2),
+            "temporal indices": tensor(
+                f"{ROLLING_STEM}.context_tokens.safetensors", "ctx.window14.joint.layer0.temporal_index", nudge(1)
+            ),
+        },
     ),
     "frame-wise": Mutation(
         FRAMEWISE,
