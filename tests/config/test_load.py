@@ -35,6 +35,7 @@ backbones.*.vae.path backbones.*.vae.dtype backbones.*.fail_on_prompt
 methods methods.* methods.*.method methods.*.preset methods.*.adaptive methods.*.alpha methods.*.alpha_long
 methods.*.alpha_short methods.*.bank methods.*.first_overflow methods.*.record_interval
 methods.*.ar_start methods.*.local_blocks methods.*.num_dummy methods.*.static_frames methods.*.dynamic_frames
+methods.*.anchor
 methods.*.patch_frames methods.*.patches_per_frame methods.*.retention methods.*.compress methods.*.static_heads
 methods.*.admission methods.*.budget methods.*.choose methods.*.compression
 methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
