@@ -231,7 +231,10 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
         for backbone in config.backbones.values():
             frames_per_block = backbone.sampler.frames_per_block
             try:
-                method.policy.check(method.settings, frames_per_block)
+                method.policy.check_sampler(method.settings, backbone.sampler)
+                sizes, latent = backbone.transformer, backbone.latent
+                tokens = sizes.tokens_per_frame(latent.height, latent.width)
+                method.policy.check_model(method.settings, sizes.num_layers, sizes.num_heads, tokens)
                 method.policy.check_run(method.settings, frames_per_block)
             except ValueError as error:
                 yield Problem(path, str(error))

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
-from lrag_ray.config.presets import CHECKPOINT_NOTES
+from lrag_ray.config.presets import CHECKPOINT_LOOPS, CHECKPOINT_NOTES, LOOP_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.text_cuts import cut_notes
+from lrag_ray.rollout.loops import loop_of, nests
 from lrag_ray.scoring.flops import vbench_flops
 from lrag_ray.wan.devices import DEVICES, gpu_hours
-from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, setup_flops
+from lrag_ray.wan.flops import VaeSizes, decode_flops, rollout_memory, setup_flops
 from lrag_ray.wan.vae import video_frames
 
 UTILISATION = 0.4
@@ -75,7 +77,8 @@ class MethodPlan:
     passes: int
     """Transformer passes."""
     block_flops: int
-    """Operations of the last, most expensive block of the longest rollout."""
+    """Operations of the last block of the longest rollout, or of the last full window where several blocks are denoised
+    together: the most expensive one."""
     block_decode_flops: int
     """Operations to decode a block; 0 where videos are off."""
     transformer_flops: int
@@ -87,7 +90,7 @@ class MethodPlan:
     video_frames: int
     """Frames of all stored videos."""
     latent_bytes: int
-    """Stored latents."""
+    """Stored latents, with what else a rollout is resumed from."""
     video_bytes: int
     """Stored videos, roughly."""
     history_bytes: int
@@ -239,15 +242,18 @@ def _method_plan(
     n, longest = sampler.frames_per_block, horizons[-1]
     value_bytes = _BYTES[backbone.dtype]
     vae = _VAE_SIZES[backbone.vae.kind] if decoded else None
-    nested = policy.horizon_free and not config.independent_durations
+    nested = nests(policy) and not config.independent_durations
     runs = (longest,) if nested else horizons
 
-    # Operations of block i do not depend on how long its rollout is.
-    per_block = [
-        block_flops(sizes, sampler, latent.height, latent.width, policy.attended_frames(settings, n, i * n), i)
-        for i in range(longest // n)
-    ]
+    loop = loop_of(policy)
+    per_pass = min(longest, loop.frames_per_pass(sampler))
+
+    def per_block(total_frames: int) -> list[int]:
+        attended = partial(policy.attended_frames, settings)
+        return loop.block_flops(sizes, sampler, latent.height, latent.width, attended, total_frames // n)
+
     generated = videos * sum(runs)
+    stored = generated + videos * sum(loop.carried_frames(sampler, frames // n) for frames in runs)
     frame_decode_flops = decode_flops(vae, latent.height, latent.width) if vae else 0
     lengths = [video_frames(frames, config.video.cold_chunk) for frames in horizons] if vae else []
     # Nested durations share their clips.
@@ -258,7 +264,7 @@ def _method_plan(
         sizes,
         latent.height,
         latent.width,
-        frames_per_block=n,
+        frames_per_pass=per_pass,
         window_frames=policy.attended_frames(settings, n, longest - n),
         method_bytes=policy.device_bytes(settings, n, longest, _kv_bytes_per_frame(backbone)),
         bytes_per_value=value_bytes,
@@ -271,15 +277,15 @@ def _method_plan(
         nested=nested,
         rollouts=videos * len(runs),
         latent_frames=generated,
-        passes=videos * sum(sampler.passes(frames // n) for frames in runs),
-        block_flops=per_block[-1],
-        transformer_flops=videos * sum(setup_flops(sizes, sampler) + sum(per_block[: frames // n]) for frames in runs),
+        passes=videos * sum(loop.passes(sampler, frames // n) for frames in runs),
+        block_flops=per_block(longest)[-per_pass // n],
+        transformer_flops=videos * sum(setup_flops(sizes, sampler) + sum(per_block(frames)) for frames in runs),
         block_decode_flops=n * frame_decode_flops,
         decode_flops=decoded * sum(runs) * frame_decode_flops,
         scoring_flops=decoded
         * sum(vbench_flops(group, config.video.fps, 8 * latent.height, 8 * latent.width) for group in scored),
         video_frames=shown,
-        latent_bytes=generated * latent.channels * latent.height * latent.width * value_bytes,
+        latent_bytes=stored * latent.channels * latent.height * latent.width * value_bytes,
         video_bytes=round(shown * pixels * VIDEO_BITS_PER_PIXEL / 8),
         history_bytes=history_bytes(backbone, method, longest),
         gpu_bytes=memory.total,
@@ -294,8 +300,10 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     yield from duplicate_warnings(prompts)
     yield from cut_notes(list(config.backbones.values()), prompts)
     for name, backbone in config.backbones.items():
-        if note := CHECKPOINT_NOTES.get((backbone.weights.path or "").rpartition("/")[2]):
+        file = (backbone.weights.path or "").rpartition("/")[2]
+        if note := CHECKPOINT_NOTES.get(file):
             yield f"backbones.{name}: {note}"
+        yield from _loop_notes(name, file, config)
         yield from _duration_notes(config.durations_s, backbone.sampler.frames_per_block)
     if len(config.durations_s) > 1 and not config.independent_durations:
         yield (
@@ -307,6 +315,14 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         for backbone in config.backbones.values():
             for note in method.policy.notes(method.settings, backbone.sampler.frames_per_block):
                 yield f"methods.{name}: {note}"
+
+
+def _loop_notes(backbone: str, file: str, config: RunConfig) -> Iterator[str]:
+    """Methods whose rollout loop is not the one that a checkpoint is trained for."""
+    trained_for = CHECKPOINT_LOOPS.get(file, "blocks")
+    others = [name for name, section in config.methods.items() if resolve_method(section).policy.loop != trained_for]
+    if file and others:
+        yield f"backbones.{backbone}: {LOOP_NOTES[trained_for].format(checkpoint=file, methods=', '.join(others))}"
 
 
 def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:

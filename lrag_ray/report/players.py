@@ -116,15 +116,17 @@ def _player(method: str, shown: ShownRollout | None, link: Link, maps: bool) -> 
 
 
 def _trace(shown: ShownRollout) -> list[TraceRow]:
-    """Trace up to the longest committed duration, its layers added up; BrokenPartError where a part is damaged.
+    """Trace up to the longest committed duration, layers and heads added up; BrokenPartError where a part is damaged.
 
-    A method that chooses per layer has millions of rows, and the map shows the mean over layers: shares of a frame's
-    tokens stay what they are where all tokens are added up alike.
+    A method that chooses per layer has millions of rows, and the map shows the mean over layers and heads: shares of a
+    frame's tokens stay what they are where all tokens are added up alike.
     """
     rows = read_trace_table(shown.run_dir.storage, shown.videos[-1].commit.trace_parts)
     in_all_layers = pc.equal(rows["layer"], ALL_LAYERS)
     layers = pc.count_distinct(rows["layer"].filter(pc.invert(in_all_layers))).as_py()
-    times = pc.if_else(in_all_layers, max(1, layers), 1)
+    heads = pc.list_value_length(rows["heads"])
+    most = 1 + max(pc.max(pc.list_flatten(rows["heads"])).as_py() or 0, 0)
+    times = pc.multiply(pc.if_else(in_all_layers, max(1, layers), 1), pc.fill_null(heads, most))
     rows = rows.set_column(rows.schema.get_field_index("tokens"), "tokens", pc.multiply(rows["tokens"], times))
     grouped = rows.group_by(["block", "kind", "frame"], use_threads=False)
     summed = grouped.aggregate([("temporal_index", "min"), ("tokens", "sum"), ("similarity", "max")])

@@ -14,6 +14,8 @@ from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.context.registry import registered
 from lrag_ray.pipelines.plan import MethodPlan, Plan, make_plan
 from lrag_ray.scoring.flops import vbench_flops
+from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.flops import clean_pass_flops, pass_flops
 from tests.config.make import write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -63,16 +65,31 @@ def test_table_2_comes_to_what_the_paper_ran() -> None:
 
 
 def test_every_method_costs_what_it_declares() -> None:
-    """Given all methods at one budget, each attends to 12 frames; float32 sinks and retrieved frames come on top."""
+    """Given all methods at one budget, each attends to 12 frames; float32 sinks and retrieved frames come on top.
+
+    Rolling windows are another sampler: two calls per window, over up to 12 frames, and no nested durations.
+    """
     config = load_config(CONFIGS / "methods_all.yaml")
     assert sorted(config.methods) == sorted(registered())
     plan = make_plan(config, plan_prompts(config.prompts))
     frame = plan.backbones[0].kv_bytes_per_frame
-    assert {each.passes for each in plan.methods} == {128 * 160 * 5}
-    assert all(each.nested and each.block_flops == of(plan, "base").block_flops for each in plan.methods)
-    beside = {each.method: each.gpu_bytes - of(plan, "base").gpu_bytes for each in plan.methods}
+    block_loop = [each for each in plan.methods if each.method != "rolling_forcing"]
+    assert {each.passes for each in block_loop} == {128 * 160 * 5}
+    assert all(each.nested and each.block_flops == of(plan, "base").block_flops for each in block_loop)
+    rolling, horizons = of(plan, "rolling_forcing"), (40, 80, 160)
+    assert not rolling.nested and rolling.rollouts == 3 * 128
+    assert rolling.passes == 128 * sum(2 * (blocks + 3) for blocks in horizons)
+    stored = 128 * sum(3 * (blocks + 3 * blocks - (3 + 2 + 1)) for blocks in horizons)
+    assert rolling.latent_bytes == stored * 16 * 60 * 104 * 2
+    sizes = WanConfig()
+    per_block = pass_flops(sizes, 60, 104, 12, 21) + clean_pass_flops(sizes, 60, 104, 3, 21)
+    assert rolling.block_flops == per_block
+    assert rolling.gpu_bytes - of(plan, "base").gpu_bytes > (2 * (21 - 12) + 3) * frame
+    beside = {each.method: each.gpu_bytes - of(plan, "base").gpu_bytes for each in block_loop}
     assert beside.pop("rag") > 6 * frame
     assert beside.pop("ema_sink") == 2 * frame, "one frame in float32"
+    assert beside.pop("dummy_forcing") == frame, "frame 0 beside the local frames"
+    assert beside.pop("forcing_kv") == 2 * frame, "frames that patches are chosen from"
     assert set(beside.values()) == {0}
 
 

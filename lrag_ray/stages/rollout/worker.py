@@ -25,8 +25,9 @@ from lrag_ray.config.schema import (
 )
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.similarity import HostCopy
+from lrag_ray.rollout.loop import RolloutLoop
+from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise, NoiseVersion
-from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.rollout.types import BlockResult
 from lrag_ray.stages.backbone import device_for, load_generator, load_method_weights, load_vae, weights_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
@@ -198,18 +199,19 @@ class RolloutWorker:
 def _read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
     """Blocks in host memory. With `behind`, one is read when the next has been launched, so that the device, whose
     times are known by then, never waits for the host."""
-    waiting: list[tuple[BlockResult, HostCopy]] = []
+    waiting: list[tuple[BlockResult, HostCopy, dict[str, HostCopy]]] = []
     for result in results:
-        waiting.append((result, HostCopy(result.latents[0])))
+        state = {name: HostCopy(value) for name, value in result.state[0].items()}
+        waiting.append((result, HostCopy(result.latents[0]), state))
         if len(waiting) > behind:
             yield _finished(*waiting.pop(0))
     for last in waiting:
         yield _finished(*last)
 
 
-def _finished(result: BlockResult, latents: HostCopy) -> FinishedBlock:
-    state = {name: value.cpu() for name, value in result.state[0].items()}
-    return FinishedBlock(result.block, latents.read(), result.trace[0], state)
+def _finished(result: BlockResult, latents: HostCopy, state: dict[str, HostCopy]) -> FinishedBlock:
+    kept = {name: value.read() for name, value in state.items()}
+    return FinishedBlock(result.block, latents.read(), result.trace[0], kept)
 
 
 class _MustLeaveError(Exception):
@@ -377,7 +379,7 @@ class _Attempt:
         if self._worker.host.must_leave():
             raise _MustLeaveError
 
-    def _start(self) -> Rollout:
+    def _start(self) -> RolloutLoop:
         task, config = self._task, self._backbone
         rows = read_embedding(self._run.storage, task.text_digest, task.prompt)
         if rows is None:
@@ -387,7 +389,7 @@ class _Attempt:
         latent = config.latent
         shape = (latent.channels, latent.height, latent.width)
         seed, sample = self._stage.seed, task.rollout.sample
-        return Rollout(
+        return loop_of(method.policy)(
             self._worker.generator(task.weights_digest),
             config.sampler,
             method.policy,
@@ -397,6 +399,7 @@ class _Attempt:
             shape,
             weights=load_method_weights(method, self._device),
             keys=[(seed, task.prompt, sample)],
+            total_blocks=self._blocks_total,
         )
 
     def _open_videos(self, scratch: Path, horizons: Sequence[int]) -> HorizonVideos | None:
