@@ -89,7 +89,7 @@ def check_versions(ray: str, python: str | None, where: str) -> str:
     if _numbers(ray) < LEAST_RAY:
         raise ClusterError(
             f"{where} runs Ray {ray}, and lrag-ray needs {_dotted(LEAST_RAY)} or later there. Fix: install the version "
-            "of constraints.txt on every node, or use an image that has it (cluster/Dockerfile)"
+            "of constraints.txt on every node, or use an image that has it (cluster/docker/Dockerfile)"
         )
     if python is None:
         return ""
