@@ -205,9 +205,10 @@ def test_a_small_file_in_the_settings_of_a_plugin_travels(folder: Path, monkeypa
 
 def test_too_much_is_refused_before_it_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "MOST_BYTES", 100)
+    monkeypatch.setattr(submit_module, "load_prompts", lambda *_: pytest.fail("it is measured first"))
     (folder / "prompts.txt").write_text("a red fox\n" * 50, encoding="utf-8")
     with pytest.raises(UsageError, match=r"500  prompts\.txt\nFix"):
-        make_bundle(load_config(write(folder))).write(folder)
+        prepare(load_config(write(folder)))
 
 
 def test_addresses_of_runs(folder: Path) -> None:

@@ -84,6 +84,8 @@ class Preparation(NamedTuple):
 def prepare(config: JobConfig) -> Preparation:
     """Check here what can be checked without a cluster. Raises PromptError and UsageError."""
     bundle = make_bundle(config)
+    # First: to plan with prompts that are too large to travel takes minutes.
+    bundle.check_size()
     return Preparation(
         bundle, make_plan(config, load_prompts(config.prompts)) if isinstance(config, RunConfig) else None
     )
