@@ -55,8 +55,10 @@ start_head() {
     fi
     sleep 1
   done
-  # Ray gives a node half a minute to start, which a busy machine may exceed.
-  for _ in 1 2 3; do
+  # Ray gives a node half a minute to start, which a busy machine may exceed; and it refuses to start while a worker on
+  # this node has not noticed that the head before is gone, which takes a minute.
+  local until_s=$((SECONDS + 300))
+  while ((SECONDS < until_s)); do
     "${prefix[@]}" ray start --head --block --disable-usage-stats --num-cpus=0 --num-gpus=0 \
       --node-ip-address="$node_ip" --port="$port" --ray-client-server-port=$((port_base + 8)) \
       --dashboard-host="$node_ip" --dashboard-port="$dashboard_port" "${options[@]}" &
@@ -70,6 +72,7 @@ start_head() {
       fi
       sleep 1
     done
+    sleep 5
   done
   say "the head did not start"
   exit 3

@@ -113,7 +113,10 @@ def test_the_first_hour_goes_as_the_page_says(reader: Reader) -> None:
         assert f"ok    {check}  " in rows
     assert {line.split()[0] for line in rows.splitlines() if line[:1].strip()} == {"ok"}, rows
     (plan,) = reader.step("3. Plan")
-    assert re.search(r"\b36\b", plan) and re.search(r"\b72\b", plan) and "120" in plan
+    assert "36 rollouts" in plan
+    cells = re.findall(r"^tiny .* (\d+) s +(\d+) +[\d,]+ +(\d+)$", plan, re.MULTILINE)
+    assert {(seconds, frames) for seconds, frames, _ in cells} == {("9", "36"), ("30", "120")}
+    assert sum(int(videos) for _, _, videos in cells) == 72
 
     submitted, jobs, followed = reader.step("4. Submit", {" submit ": "rollouts 0/36", "--follow": "rollouts "})
     assert "travels with the job: the configuration, this code, configs/prompts/demo.txt" in submitted
