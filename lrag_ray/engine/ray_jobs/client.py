@@ -260,8 +260,8 @@ class JobClient:
 
     def _other_service(self, answer: str) -> ClusterError:
         return ClusterError(
-            f"{self._where()} answers, but not as a Ray dashboard ({answer}). Fix: give the port of the dashboard, 8265 "
-            "unless set otherwise"
+            f"{self._where()} answers, but not as a Ray dashboard ({answer}). Fix: give the port of the dashboard, "
+            "8265 unless set otherwise"
         )
 
     def _refuse(self, answer: requests.Response, what: str) -> NoReturn:
