@@ -128,7 +128,7 @@ class PlainProgress:
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._write = write
         self._clock = clock
-        self._view = RunView(clock)
+        self._view = RunView()
         self._last_s = clock()
 
     def __call__(self, event: Event) -> None:

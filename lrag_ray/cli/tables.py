@@ -14,6 +14,7 @@ from lrag_ray.cli.output import count, duration, quantity, say
 
 if TYPE_CHECKING:
     from lrag_ray.conformance.case import CaseResult
+    from lrag_ray.events import CellScored
     from lrag_ray.pipelines.decode import DecodeOutcome
     from lrag_ray.pipelines.evaluate import RunOutcome
     from lrag_ray.pipelines.plan import Plan
@@ -144,6 +145,26 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
         }
     for what, place in places.items():
         console.print(f"{what + ':':20}{place}", soft_wrap=True)
+
+
+def print_average_ranks(console: Console, cells: Iterable[CellScored]) -> None:
+    """Average ranks as a job reported them, a method a row; nothing where no methods were compared."""
+    ranks = {
+        (cell.method, cell.backbone, cell.duration_s): cell.average_rank
+        for cell in cells
+        if cell.average_rank is not None
+    }
+    columns = list(dict.fromkeys((backbone, duration_s) for _, backbone, duration_s in ranks))
+    if not columns:
+        return
+    from lrag_ray.report.tables import rank_number
+
+    names = (f"{backbone} {duration_s:g} s" for backbone, duration_s in columns)
+    shown = table("Average ranks (lower is better)", "method", *names)
+    for method in dict.fromkeys(method for method, _, _ in ranks):
+        shown.add_row(method, *(rank_number(ranks.get((method, *column))) for column in columns))
+    console.print(shown)
+    console.print()
 
 
 def print_made(console: Console, outcome: RunOutcome, more: str = "") -> None:

@@ -48,6 +48,9 @@ def _session(engine: WorkersSection, address: ClusterAddress | None, folder: Pat
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a FutureWarning; actors without a GPU must not see one anyway.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Below `uv run`, Ray would upload the working directory and start every worker by that command. Nodes have an
+    # environment of their own. The variable of this name is read when Ray is imported.
+    ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     with _sigterm_as_ctrl_c() as take_back:
         try:
             try:

@@ -255,6 +255,11 @@ class Storage:
 
         return self._do("read", path, read)
 
+    def make_folder(self) -> None:
+        """Make the folder of a local address; an object store has none."""
+        if self.is_local:
+            self._do("make the folder", "", lambda: Path(self.root).mkdir(parents=True, exist_ok=True))
+
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file that must not exist yet; False if it does, with other content.
 

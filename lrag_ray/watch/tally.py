@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from lrag_ray.events import (
     AttemptFailed,
@@ -40,7 +39,6 @@ class Flight:
 class Tally:
     """The state of a start, built from its events."""
 
-    clock: Callable[[], float] = time.monotonic
     rollouts_total: int = 0
     rollouts_done: int = 0
     rollouts_quarantined: int = 0
@@ -87,7 +85,7 @@ class Tally:
                 self._land(failure.task)
             case TaskYielded() | WorkerLost():
                 self.flights.pop(event.worker, None)
-        self._note_pace()
+        self._note_pace(event.at)
 
     @property
     def blocks_done(self) -> int:
@@ -101,7 +99,7 @@ class Tally:
 
     @property
     def blocks_per_s(self) -> float | None:
-        """Over the last two minutes, or None while nothing is known."""
+        """Over the last two minutes by the times of the events, or None while nothing is known."""
         if len(self._history) < 2:
             return None
         (began, before), (now, after) = self._history[0], self._history[-1]
@@ -125,10 +123,13 @@ class Tally:
     def _land(self, task: str) -> None:
         self.flights = {worker: flight for worker, flight in self.flights.items() if flight.task != task}
 
-    def _note_pace(self) -> None:
+    def _note_pace(self, at: datetime) -> None:
         if self.stage != "rollouts":
             return
-        now = self.clock()
+        now = at.timestamp()
+        if self._history and now < self._history[-1][0]:
+            # The clock was set back.
+            self._history.clear()
         self._history.append((now, self.blocks_done))
         while now - self._history[0][0] > _RATE_WINDOW_S:
             self._history.popleft()

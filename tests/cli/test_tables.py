@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lrag_ray.cli.tables import print_outcome, print_plan
+from lrag_ray.cli.output import console
+from lrag_ray.cli.tables import print_average_ranks, print_outcome, print_plan
 from lrag_ray.config.load import load_config
 from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.errors import INTERRUPTED
+from lrag_ray.events import CellScored
 from lrag_ray.pipelines.evaluate import RunOutcome
 from lrag_ray.pipelines.plan import make_plan
 from lrag_ray.store.rollouts import RolloutRun
@@ -85,3 +87,15 @@ def test_long_names_fold_and_numbers_stay_whole() -> None:
     out = io.StringIO()
     print_plan(Console(file=out, width=80, markup=False), make_plan(config, plan_prompts(config.prompts)))
     assert "\N{HORIZONTAL ELLIPSIS}" not in out.getvalue()
+
+
+def test_average_ranks_of_a_job_are_a_row_per_method(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = [("base", 9, 1.5), ("rag", 9, 1.25), ("base", 30, 2.0), ("rag", 30, None), ("rag", 9, 1.0)]
+    cells = [CellScored("tiny", method, duration_s, 2, {}, rank) for method, duration_s, rank in ranks]
+    print_average_ranks(console(), cells)
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split() for row in rows if row] == [
+        ["method", "tiny", "9", "s", "tiny", "30", "s"], ["base", "1.50", "2.00"], ["rag", "1.00", "–"],
+    ]  # fmt: skip
+    print_average_ranks(console(), cells[3:4])
+    assert capsys.readouterr().out == "", "nothing was compared"

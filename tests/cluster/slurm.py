@@ -109,6 +109,11 @@ class Slurm:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
             daemon.wait()
+        # What jobs left: nothing here tracks processes as cgroups do.
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == str(self.folder / "slurm.conf"):
+                    process.kill()
 
     def log(self) -> str:
         """What the daemons wrote, for messages."""

@@ -251,6 +251,8 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
 
     wrong = Command(head, folder, "submit", config, *at, RAY_AUTH_TOKEN="wrong" * 8)
     assert wrong.wait() == 3 and "refuses the token in RAY_AUTH_TOKEN" in wrong.err
+    wrong = Command(head, folder, "jobs", RAY_AUTH_TOKEN="wrong" * 8, RAY_ADDRESS=f"127.0.0.1:{head.gcs}")
+    assert wrong.wait() == 3 and "refuses the token in RAY_AUTH_TOKEN" in wrong.err
     elsewhere = Command(
         head, tmp_path, "submit", f"project/{config}", *at, PYTHONPATH=f"{REPOSITORY}{os.pathsep}{folder}"
     )

@@ -133,10 +133,7 @@ class JobClient:
             ray = answer.json()["ray_version"]
             assert isinstance(ray, str)
         except (ValueError, KeyError, TypeError, AssertionError):
-            raise ClusterError(
-                f"{self._where()} answers, but not as a Ray dashboard (HTTP {answer.status_code}). Fix: give the port "
-                "of the dashboard, 8265 unless set otherwise"
-            ) from None
+            raise self._other_service(f"HTTP {answer.status_code}") from None
         self.note = check_versions(ray, self._python(), self._where())
         return self
 
@@ -243,6 +240,8 @@ class JobClient:
                 "certificate, or REQUESTS_CA_BUNDLE for one of your own"
             ) from None
         except requests.exceptions.RequestException as error:
+            if "BadStatusLine" in str(error):
+                raise self._other_service("not HTTP") from None
             raise NoAnswerError(
                 f"no Ray dashboard answers at {self._where()}: {_cause(error)}. Fix: start the cluster (`ray start "
                 "--head`), give the dashboard's address (--address http://host:8265), or open a tunnel to it (ssh -L, "
@@ -258,6 +257,12 @@ class JobClient:
             used = f"the token in {self._token.source}" if self._token else "a request without a token"
             raise ClusterError(f"{self._where()} refuses {used}. Fix: use the token of that cluster")
         return answer
+
+    def _other_service(self, answer: str) -> ClusterError:
+        return ClusterError(
+            f"{self._where()} answers, but not as a Ray dashboard ({answer}). Fix: give the port of the dashboard, "
+            "8265 unless set otherwise"
+        )
 
     def _refuse(self, answer: requests.Response, what: str) -> NoReturn:
         raise ClusterError(f"{self._where()} {what}: HTTP {answer.status_code}, {_last_line(answer.text)}")
@@ -293,7 +298,6 @@ def _cause(error: BaseException) -> str:
         (r"Name or service not known|getaddrinfo|NameResolution", "no such host"),
         (r"[Tt]imed out", "no answer in time"),
         (r"No route to host|Network is unreachable", "no route to that host"),
-        (r"BadStatusLine", "the port does not speak HTTP"),
         (r"Connection aborted|RemoteDisconnected|reset by peer", "the connection was closed without an answer"),
     ):
         if re.search(pattern, text):
