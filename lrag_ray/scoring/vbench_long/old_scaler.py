@@ -6,6 +6,7 @@
   Later versions do the same with chroma that is on every second picture row, so rows are arranged to lie so.
 - Interlaced frames are converted as whole pictures, not each field by itself.
 - Where the file says that its chroma is has no influence.
+- A picture that the file says to turn is turned before it is converted, which shows in 4:2:0 of odd sizes.
 """
 
 from __future__ import annotations
@@ -36,8 +37,15 @@ class OldScaler:
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], Any] = {}
 
-    def rgb(self, frame: Any) -> Frame:
-        """uint8 [H, W, 3] of a frame of PyAV."""
+    def rgb(self, frame: Any, turns: int = 0) -> Frame:
+        """uint8 [H, W, 3] of a frame of PyAV, after `turns` quarter turns against the clock."""
+        if not turns:
+            return self._converted(frame)
+        if _HALF_HEIGHT.fullmatch(frame.format.name):
+            return self._converted(_turned(frame, turns))
+        return np.ascontiguousarray(np.rot90(self._converted(frame), turns))
+
+    def _converted(self, frame: Any) -> Frame:
         bits = frame.format.components[0].bits
         unusual = bits > 8 or frame.height % 2
         if unusual and _HALF_HEIGHT.fullmatch(frame.format.name):
@@ -51,7 +59,7 @@ class OldScaler:
     def _by_arranged_rows(self, frame: Any, bits: int) -> Frame:
         arranged = _arrangement(frame.height)
         # With 8 bits, later versions take the other way for the even height that is made here.
-        tall = _empty(frame, len(arranged.chroma) * 2, f"yuv420p{max(bits, 9)}le")
+        tall = _empty(frame, frame.width, len(arranged.chroma) * 2, f"yuv420p{max(bits, 9)}le")
         shift = bits == 8
         for index, target in enumerate(tall.planes):
             rows = _samples(frame.planes[index], bits).astype(np.uint16) << shift
@@ -124,11 +132,21 @@ def _old_chroma_rows(height: int) -> list[tuple[int, bool]]:
     return found
 
 
-def _empty(frame: Any, height: int, pixels: str) -> Any:
-    """A frame with the width and the colour tags of another."""
+def _turned(frame: Any, turns: int) -> Any:
+    """A frame in 4:2:0 after quarter turns against the clock, without its alpha."""
+    width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+    turned = _empty(frame, width, height, frame.format.name.replace("yuva", "yuv"))
+    bits = frame.format.components[0].bits
+    for source, target in zip(frame.planes, turned.planes, strict=False):
+        _samples(target, bits)[:] = np.rot90(_samples(source, bits), turns)
+    return turned
+
+
+def _empty(frame: Any, width: int, height: int, pixels: str) -> Any:
+    """A frame with the colour tags of another."""
     import av
 
-    empty: Any = av.VideoFrame(frame.width, height, pixels)
+    empty: Any = av.VideoFrame(width, height, pixels)
     for name in _TAGS:
         setattr(empty, name, getattr(frame, name))
     return empty
