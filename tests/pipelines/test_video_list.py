@@ -219,6 +219,7 @@ def test_rows_end_at_line_ends_alone(folder: Path, separator: str) -> None:
         ("path,method\na/clip.mp4,x\na/clip.mp4,y\n", r"m\.csv:3: 'a/clip\.mp4' stands in the manifest twice"),
         ("path\na,b\n", r"m\.csv:2: more values than the head line has columns"),
         ("file;method\na;b\n", r"m\.csv: no column 'path'; the columns, separated by ';', are 'file', 'method'"),
+        ("path,method\n", r"m\.csv: the manifest has no rows"),
         ('path,prompt\na/clip.mp4,"A\n', r"m\.csv:2: not CSV: unexpected end of data"),
     ],
 )
