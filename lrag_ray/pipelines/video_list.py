@@ -93,8 +93,13 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
         found = _labelled(rows, found)
     if not found:
         raise UsageError(
-            f"no videos at {redact(target)!r}, and no run. Give the address of a run, a glob, or a folder with files "
-            f"of these suffixes: {', '.join(sorted(SUFFIXES))}"
+            "\n  ".join(
+                [
+                    f"no videos at {redact(target)!r}, and no run. Give the address of a run, a glob, or a folder with "
+                    f"files of these suffixes: {', '.join(sorted(SUFFIXES))}",
+                    *notes,
+                ]
+            )
         )
     if storage is None:
         with ThreadPoolExecutor(4) as pool:
