@@ -156,3 +156,15 @@ def test_frames_of_odd_sizes_are_turned_before_their_chroma_is_spread(
     turn(path, matrix)
     assert np.array_equal(ours(path), by_decord(path))
     assert ours(path).shape == np.rot90(upright, turns, axes=(1, 2)).shape
+
+
+@_TURNED
+@pytest.mark.parametrize("pixels", ["yuv420p10le", "yuv422p", "yuv422p10le", "yuv444p10le"])
+def test_every_pixel_format_is_turned_as_decord_does_it(
+    pixels: str, matrix: tuple[int, int, int, int], turns: int, make_video: VideoMaker
+) -> None:
+    path = make_video(frames=2, size=(98, 66), pixels=pixels)
+    turn(path, matrix)
+    turned = ours(path)
+    assert np.array_equal(turned, by_decord(path))
+    assert turned.shape == ((2, 98, 66, 3) if turns % 2 else (2, 66, 98, 3))
