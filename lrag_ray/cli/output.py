@@ -55,11 +55,14 @@ class PrintableConsole(Console):
             # Rich would break it at the width of the table.
             super().print(Text(str(table.title), style=table.title_style or ""), soft_wrap=True)
         bare = copy(table)
-        bare.title = None
+        bare.title = bare.caption = None
         wide = self.options.update(max_width=_WIDTH_WITHOUT_TERMINAL)
         least = min(Measurement.get(self, wide, bare).minimum, _WIDEST)
         shown = Segments(self.render(bare, self.options.update(max_width=max(self.width, least))))
         super().print(shown, crop=False, end="")
+        if table.caption:
+            # Likewise, and for other programs as well.
+            say(self, str(table.caption), 0)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments of anything that is shown; only Rich's own cursor movements are left as they are."""

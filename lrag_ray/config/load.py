@@ -243,14 +243,13 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
 
 def _misplaced(config: JobConfig, folder: Path) -> Iterator[Problem]:
     """Relative paths that mean the folder of the configuration, where the program runs in another one."""
-    found = list(beside_configuration(config, folder))
-    run = f"run lrag-ray in {shlex.quote(str(folder))}"
-    for path, address in found:
-        override = shlex.quote(f"{dotted(path)}={folder / address}")
+    for key, address, there in beside_configuration(config, folder):
+        override = shlex.quote(f"{dotted(key)}={there / address}")
+        where = "beside the configuration" if there == folder else f"in {there}"
         yield Problem(
-            path,
-            f"'{address}' is not in the working directory but beside the configuration, and relative paths mean the "
-            f"working directory. Fix: {run}, or --set {override}",
+            key,
+            f"'{address}' is not in the working directory but {where}, and relative paths mean the working directory. "
+            f"Fix: run lrag-ray in {shlex.quote(str(there))}, or --set {override}",
         )
 
 

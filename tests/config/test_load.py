@@ -478,3 +478,24 @@ def test_files_beside_the_configuration_are_found_from_another_folder(
     (here / "prompts.txt").unlink()
     (there / "prompts.txt").unlink()
     assert load_config("../the configs/run.yaml", ["methods.rag.encoder=../the configs/ae.pt"])
+
+
+def test_a_configuration_of_a_project_says_where_its_paths_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given paths that begin two folders above the configuration, and a run from elsewhere."""
+    configs, here = tmp_path / "my project" / "configs" / "small", tmp_path / "here"
+    configs.mkdir(parents=True)
+    here.mkdir()
+    (tmp_path / "my project" / "prompts.txt").write_text("a fox\n")
+    write(configs, SMALL)
+    monkeypatch.chdir(here)
+    with pytest.raises(ConfigError) as caught:
+        load_config("../my project/configs/small/run.yaml")
+    project = tmp_path / "my project"
+    assert (
+        f"prompts.path: 'prompts.txt' is not in the working directory but in {project}, and relative paths mean the "
+        f"working directory. Fix: run lrag-ray in '{project}', or --set 'prompts.path={project}/prompts.txt'"
+    ) in str(caught.value)
+    monkeypatch.chdir(project)
+    assert load_config("configs/small/run.yaml").prompts.path == "prompts.txt"
