@@ -94,6 +94,8 @@ def read_latent(path: Path) -> Tensor:
         raise BadLatentError(f"cannot be read ({[*str(error).splitlines(), type(error).__name__][0]})") from error
     if not isinstance(content, Tensor):
         raise BadLatentError(f"holds a {type(content).__name__}, expected one tensor [T, C, H, W]")
+    if content.layout != torch.strided:
+        raise BadLatentError(f"holds a tensor of layout {content.layout}, expected a dense one")
     if content.dim() != 4 or 0 in content.shape:
         raise BadLatentError(f"holds a tensor {list(content.shape)}, expected [T, C, H, W]")
     dtype_name(content)

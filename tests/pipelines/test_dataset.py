@@ -236,6 +236,14 @@ def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(folder: Path, tmp
     assert all("not a regular file" in made.left_out[name] for name in ("pipe.pt", "pipe.tar"))
 
 
+def test_sparse_latents_and_names_that_are_not_text_are_no_bug(folder: Path, tmp_path: Path) -> None:
+    torch.save(torch.randn(9, 4, 2, 3).to_sparse(), folder / "sparse.pt")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.pt")).write_bytes((folder / "latent_000000.pt").read_bytes())
+    made = import_dataset(str(folder), str(tmp_path / "run"))
+    assert "expected a dense one" in made.left_out["sparse.pt"]
+    assert made.exit_code == 1 and "?.pt" in made.left_out
+
+
 @pytest.mark.parametrize("headers", [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"}, {"size": "9" * 5000}])
 def test_numbers_that_are_none_in_a_shard_are_named(tmp_path: Path, headers: dict[str, str]) -> None:
     (tmp_path / "shards").mkdir()
