@@ -153,3 +153,48 @@ def test_a_local_cluster_listens_on_loopback_alone_and_leaves_no_folder(tmp_path
     listeners = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, _ in listeners} >= {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
     assert {ip.removeprefix("::ffff:") for _, ip in listeners} == {"127.0.0.1"}, listeners
+
+
+CLOSING = """
+import gc, os, signal, threading, time
+import ray
+from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.session import ray_session
+from lrag_ray.interrupts import ends_with_130
+
+closed = threading.Event()
+
+def drop_references():
+    # What a search for cycles in another thread does at any moment; here it finds a reference every few milliseconds.
+    while not closed.is_set():
+        if gc.isenabled():
+            cycle = [references.pop()]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+        time.sleep(0.002)
+
+def interrupted_shutdown(**options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    shutdown(**options)
+    assert not ray.is_initialized(), "it was cut short"
+    print("shut down", flush=True)
+
+with ends_with_130():
+    try:
+        with ray_session(EngineSection()):
+            references = [ray.put(number) for number in range(5000)]
+            threading.Thread(target=drop_references, daemon=True).start()
+            shutdown, ray.shutdown = ray.shutdown, interrupted_shutdown
+    finally:
+        ray.shutdown = shutdown
+        closed.set()
+"""
+
+
+def test_neither_signals_nor_other_threads_tear_up_the_end_of_a_session() -> None:
+    """Ray's native code would end the process with exit code 1, and SIGTERM by the signal."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", CLOSING], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "shut down\n", "interrupted\n")

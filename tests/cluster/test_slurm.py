@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.cluster.drivers import REPOSITORY, actors_below, write_config
 from tests.cluster.nodes import free_port
 from tests.cluster.quiet import Gate, assert_equal, make_config, open_parts, quiet_run
 from tests.cluster.slurm import Slurm, skip_without_slurm, slurm
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -50,12 +50,12 @@ class Jobs:
 
     def until(self, what: str, condition: Callable[[], bool], timeout_s: float = 600) -> None:
         """Wait for something that jobs bring about."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
-                pytest.fail(f"{what}: it did not happen in {timeout_s} s\n{logs}\n{self.slurm.log()}")
-            time.sleep(0.5)
+
+        def said() -> str:
+            logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
+            return f"{what}\n{logs}\n{self.slurm.log()}"
+
+        wait_until(condition, timeout_s, every_s=0.5, said=said)
 
     def at_work(self) -> set[int]:
         """Actors on all nodes."""
