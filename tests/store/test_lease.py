@@ -51,8 +51,8 @@ def take(storage: Storage, record: LeaseRecord | None = None, told: Told | None 
 def test_a_folder_that_cannot_be_made_is_named_with_the_fix(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (Path("/proc/nothing/run"), tmp_path / "file" / "run"):
-        said = rf"cannot (make the folder|read) {folder}.*: .*\. (Check the path|A file is)"
-        with pytest.raises(StorageError, match=said):
+        expected = rf"cannot (make the folder|read) {folder}.*: .*\. (Check the path|A file is)"
+        with pytest.raises(StorageError, match=expected):
             take(Storage(str(folder)))
 
 

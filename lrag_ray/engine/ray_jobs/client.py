@@ -310,8 +310,8 @@ class JobClient:
 
     def _other_service(self, answer: str) -> ClusterError:
         return ClusterError(
-            f"{self._where()} answers, but not as a Ray dashboard ({answer}). Fix: give the port of the dashboard, "
-            "8265 unless set otherwise"
+            f"{self._where()} answers, but not as a Ray dashboard ({answer}). Fix: give the dashboard's port, 8265 "
+            "unless set otherwise"
         )
 
     def _parsed(self, answer: requests.Response, expected: TypeAdapter[_Answer]) -> _Answer:
