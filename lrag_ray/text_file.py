@@ -60,8 +60,8 @@ def read_text(
             f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not {name}; save the file as UTF-8"
         ) from None
     start = text[:_START_CHARACTERS].lstrip().lower()
-    for mark, kind in _OTHER_KINDS.items():
-        if start.startswith(mark):
+    for beginning, kind in _OTHER_KINDS.items():
+        if start.startswith(beginning):
             raise error(f"{path}: {what} is {kind}")
     if "\0" in text:
         before = text[: text.index("\0")]

@@ -48,12 +48,13 @@ def start(
     seed: int = 0,
     total_blocks: int | None = None,
 ) -> RolloutLoop:
+    settings = policy.Settings() if settings is None else settings
     noise = KeyedNoise(seed, prompts, [0] * len(prompts), (sampler.frames_per_block, *LATENT))
     return loop_of(policy)(
         transformer,
         sampler,
         policy,
-        settings if settings is not None else policy.Settings(),
+        settings,
         prompt_embeds(*prompts),
         noise,
         LATENT,

@@ -117,7 +117,7 @@ def record(
     ValueError for impossible settings.
     """
     policy = policy_class(method)
-    own = policy.Settings(**settings)
+    own: Any = policy.Settings(**settings)
     named = [(file, file.address(own)) for file in policy.weight_files(own) if file.used]
     batch, frames = noise.shape[:2]
     n = sampler.frames_per_block

@@ -48,7 +48,7 @@ class JointPolicy(Protocol):
 class Window(NamedTuple):
     """The blocks that are denoised together."""
 
-    index: int
+    number: int
     first: int
     """Oldest block (s)."""
     last: int
@@ -165,9 +165,9 @@ class RollingWindows(RolloutLoop):
 
     def _draw(self, window: Window) -> _Draws:
         """Noise of a window, on the device."""
-        fresh = [self._noise.initial(window.last)] if window.last == window.index else []
-        left = [block for block in window.blocks if window.index - block + 1 < len(self._steps)]
-        renoise = [self._noise.renoise(block, window.index - block) for block in left]
+        fresh = [self._noise.initial(window.last)] if window.last == window.number else []
+        left = [block for block in window.blocks if window.number - block + 1 < len(self._steps)]
+        renoise = [self._noise.renoise(block, window.number - block) for block in left]
         move = [[to_device(draw, self._device, self._dtype) for draw in draws] for draws in (fresh, renoise)]
         return _Draws(*move)
 
@@ -175,7 +175,7 @@ class RollingWindows(RolloutLoop):
         """The joint call; returns x0 [B, n, C, H, W] of the oldest block and leaves the others in flight."""
         for policy in self.context.policies:
             cast(JointPolicy, policy).begin_window(window.first, window.last)
-        self.context.lay_out(window.index)
+        self.context.lay_out(window.number)
         self._note(window, trace, clean=False)
         draws = self._draws or self._draw(window)
         x = torch.cat([*self._in_flight, *draws.fresh], dim=1)
@@ -184,7 +184,7 @@ class RollingWindows(RolloutLoop):
         self.context.end_pass()
         predicted, self._in_flight = [], []
         for block, flow_i, x_i in zip(window.blocks, flow.split(self._n, 1), x.split(self._n, 1), strict=True):
-            step = window.index - block
+            step = window.number - block
             x0 = x0_from_flow(flow_i, x_i, self._steps[step].sigma)
             predicted.append(x0)
             if self._probe is not None:
@@ -196,7 +196,7 @@ class RollingWindows(RolloutLoop):
 
     def _joint_time(self, window: Window) -> TimeContext:
         """Modulation of a joint call: that of each block's step."""
-        steps = tuple(window.index - block for block in window.blocks)
+        steps = tuple(window.number - block for block in window.blocks)
         if steps not in self._times:
             self._times[steps] = _join([self._steps[step].time for step in steps])
         return self._times[steps]
@@ -207,9 +207,9 @@ class RollingWindows(RolloutLoop):
             for row in own:
                 timestep = None
                 if row.kind == "current":
-                    at = self._clean if clean else self._steps[window.index - row.frame // self._n]
+                    at = self._clean if clean else self._steps[window.number - row.frame // self._n]
                     timestep = at.timestep
-                rows.append(row._replace(window=window.index, clean=clean, timestep=timestep))
+                rows.append(row._replace(window=window.number, clean=clean, timestep=timestep))
 
 
 def _join(times: list[TimeContext]) -> TimeContext:

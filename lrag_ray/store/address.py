@@ -28,7 +28,7 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
 from lrag_ray.store.faults import error_code, fix_of
-from lrag_ray.store.inside import opened_file, opened_folder, outside
+from lrag_ray.store.inside import opened_file, opened_folder, outside, read_range
 from lrag_ray.store.retry import GivenUpError, with_retries
 from lrag_ray.store.s3 import READERS, client_options
 from lrag_ray.store.waits import waiting
@@ -169,11 +169,11 @@ class Storage:
         if self._fence is not None:
             self._refuse_links(full.rpartition("/")[0])
         try:
-            return _read_local_range(full, start, view, 0 if self._fence is None else os.O_NOFOLLOW)
+            return read_range(full, start, view, links=self._fence is None)
         except FileNotFoundError:
             raise
         except OSError:
-            return self._do("read", path, lambda: _read_local_range(self.full(path), start, view))
+            return self._do("read", path, lambda: read_range(self.full(path), start, view))
 
     def _cat_range(self, full: str, start: int, end: int, options: Mapping[str, Any]) -> bytes:
         try:
@@ -458,18 +458,6 @@ def _folders(folder: str) -> list[str]:
         return sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _read_local_range(full: str, start: int, view: memoryview, flags: int = 0) -> int:
-    done = 0
-    # The bare calls: a window is read in one of them, straight into its tensor.
-    file = os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
-    try:
-        while done < len(view) and (got := os.preadv(file, [view[done:]], start + done)):
-            done += got
-    finally:
-        os.close(file)
-    return done
 
 
 def _walk(folder: str) -> Iterator[tuple[str, FileDetails]]:

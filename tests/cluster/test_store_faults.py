@@ -145,7 +145,9 @@ def test_damage_on_a_bucket_is_found_and_repaired_by_the_commands(
     run = RolloutRun(f"{s3_bucket}/{tmp_path.name}/damaged")
     copy_run(quiet, run)
     (tmp_path / "prompts.txt").write_text("\n".join(prompt.text for prompt in PROMPTS), encoding="utf-8")
-    again = config(run.storage.address).model_copy(update={"prompts": PromptsSection(path=tmp_path / "prompts.txt")})
+    again = config(run.storage.address).model_copy(
+        update={"prompts": PromptsSection(path=str(tmp_path / "prompts.txt"))}
+    )
     file = write_config(tmp_path / "config.yaml", again)
     verify = ["verify", "--run", run.storage.address, "--bytes", "--json"]
     before = {path: (run.storage.read_bytes(path), details) for path, details in run.storage.list_details().items()}

@@ -42,6 +42,15 @@ def nudge(by: float, at: int = 7) -> Callable[[Tensor], None]:
     return change
 
 
+def all_equal(value: int) -> Callable[[Tensor], None]:
+    """Set all values."""
+
+    def change(x: Tensor) -> None:
+        x.fill_(value)
+
+    return change
+
+
 def entry(file: str, value: Any, *path: str | int) -> Change:
     """Set one entry of a JSON file."""
 
@@ -179,7 +188,7 @@ MUTATIONS = {
         },
     ),
     "dummy forcing samples": Mutation(
-        DUMMY, {"head scores": tensor(f"{DUMMY_STEM}.safetensors", "dummy.sampled_rows", lambda rows: rows.fill_(5))}
+        DUMMY, {"head scores": tensor(f"{DUMMY_STEM}.safetensors", "dummy.sampled_rows", all_equal(5))}
     ),
     "forcing kv": Mutation(
         FORCING_KV,

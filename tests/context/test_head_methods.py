@@ -13,7 +13,7 @@ from lrag_ray.context.dummy_forcing import DUMMY, FIRST, MID, DummyForcing, Dumm
 from lrag_ray.context.forcing_kv import ForcingKv, ForcingKvSettings
 from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.trace import TraceRow
-from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.rollout.types import BlockResult
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.random_weights import fill_random
@@ -41,7 +41,7 @@ class Watched:
         self.attended: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self.q: dict[tuple[int, int, int], Tensor] = {}
         self.kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.rollout: Rollout = start(model, policy, settings, probe=self)
+        self.rollout: RolloutLoop = start(model, policy, settings, probe=self)
         self.policy = self.rollout.context.policies[0]
         store = self.policy.store
 

@@ -252,9 +252,9 @@ class Grouped(Scripted):
 @pytest.mark.parametrize("lengths", [(1, 3), (2, 2), (0, 2)])
 def test_heads_have_contexts_of_their_own(lengths: tuple[int, int], bound: int | None) -> None:
     """Given two elements whose heads see frames of different number and order, each attends as its plan says."""
-    grouped = []
+    grouped: list[dict[tuple[int, ...], Plan]] = []
     for element in range(2):
-        plans = {
+        plans: dict[tuple[int, ...], Plan] = {
             (head,): Plan([past(10 * head + i + element, i + head) for i in range(length)], [6, 9])
             for head, length in zip((0, 1) if element else (1, 0), lengths, strict=True)
         }
@@ -272,7 +272,10 @@ def test_heads_have_contexts_of_their_own(lengths: tuple[int, int], bound: int |
 
 
 def test_a_context_of_all_heads_and_one_by_heads_in_one_batch() -> None:
-    plans = {(0,): Plan([past(1, 0)], [4, 5]), (1,): Plan([past(2, 1), past(3, 2)], [4, 5])}
+    plans: dict[tuple[int, ...], Plan] = {
+        (0,): Plan([past(1, 0)], [4, 5]),
+        (1,): Plan([past(2, 1), past(3, 2)], [4, 5]),
+    }
     whole = Plan([past(4, 0)], [4, 5])
     runtime = ContextRuntime(LAYOUT, ROPE, [Scripted([whole]), Grouped(plans)])
     runtime.begin_block(0)

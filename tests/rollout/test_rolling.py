@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrag_ray.context.base import Base
+from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.context.rolling_forcing import RollingForcing, RollingForcingSettings
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.errors import UsageError
@@ -133,9 +134,14 @@ def test_batch_elements_are_independent(model: Any) -> None:
 def test_every_draw_is_asked_for_once_and_is_that_of_the_block_loop(model: Any) -> None:
     """So methods of both loops are compared on equal noise."""
     asked = []
-    for loop, policy in ((RollingWindows, RollingForcing), (Rollout, Base)):
+    loops: list[tuple[type[RolloutLoop], type[ContextPolicy[Any]]]] = [
+        (RollingWindows, RollingForcing),
+        (Rollout, Base),
+    ]
+    for loop, policy in loops:
         noise = ConstantNoise()
-        rollout = loop(model, FOUR, policy, policy.Settings(), prompt_embeds("p"), noise, LATENT, total_blocks=5)
+        settings: Any = policy.Settings()
+        rollout = loop(model, FOUR, policy, settings, prompt_embeds("p"), noise, LATENT, total_blocks=5)
         list(rollout.blocks(5))
         asked.append(sorted(noise.asked))
     assert asked[0] == asked[1] and len(set(asked[0])) == len(asked[0]) == 5 * 4
