@@ -148,17 +148,6 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def quantity(value: float, unit: str) -> str:
-    """Four digits with an SI prefix: ``141.5 TFLOP``, ``287.5 MB``."""
-    if not value:
-        return f"0 {unit}"
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(value) < 999.95 or prefix == "E":
-            break
-        value /= 1000
-    return f"{value:.4g} {prefix}{unit}"
-
-
 def duration(seconds: float) -> str:
     """``45 s``, ``3 min 20 s``, ``5 h 12 min``, ``3 d 4 h``."""
     whole = round(seconds)

@@ -242,3 +242,8 @@ def _marked(text: str, place: Place | None) -> Text:
 def counted(number_of: int, what: str) -> str:
     """A number of things in words: ``1 video``, ``2 videos``."""
     return f"{number_of} {what}{'' if number_of == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a list in a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
