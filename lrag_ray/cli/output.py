@@ -24,6 +24,7 @@ from rich.text import Text
 from lrag_ray.errors import INTERRUPTED, LragError
 from lrag_ray.events import Event, Notice
 from lrag_ray.printable import json_text, plain, printable
+from lrag_ray.printable import quantity as quantity
 from lrag_ray.store.waits import reporting_waits
 
 P = ParamSpec("P")

@@ -52,7 +52,8 @@ class StripSheet:
     """The strips of one prompt, sample and backbone."""
 
     backbone: str
-    prompt_index: int
+    number: int
+    """Of the prompt, from 1."""
     prompt: str
     sample: int
     seconds: Sequence[str]
@@ -111,7 +112,7 @@ def _sheet(
     prompt = data.identity.prompts[video.rollout.prompt_id]
     return StripSheet(
         backbone=backbone,
-        prompt_index=prompt.index,
+        number=prompt.index + 1,
         prompt=prompt.text,
         sample=video.rollout.sample,
         seconds=[f"{index / video.fps:.3g} s" for index in _indices(video)],
