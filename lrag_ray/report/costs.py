@@ -54,6 +54,11 @@ class CostTable:
     """The longest, which is what the rows are of."""
     rows: Sequence[Cost]
 
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of work that any row has, in the order of `KINDS`."""
+        return [kind for kind in KINDS if any(kind in row.seconds for row in self.rows)]
+
 
 def cost_tables(data: ReportData) -> list[CostTable]:
     """Tables of every backbone and kind of device; rollouts of the longest duration alone, since costs grow with it."""

@@ -1,8 +1,8 @@
 """Drift as papers report it: quality in the first and in the last seconds of a video, and the difference.
 
 For a video of clips c with scores s(c), each of the clips [b, e) in seconds: *first* is the mean of s over the clips
-with e <= 5, *last* over those with b >= T - 5, where T is the end of the last clip. Means are taken per video, then over
-the prompts of the rank table with its weights. A video whose ends share a clip has none.
+with e <= 5, *last* over those with b >= T - 5, where T is the end of the last clip. Means are taken per video, then
+over the prompts of the rank table with its weights. A video whose ends share a clip has none.
 """
 
 from __future__ import annotations

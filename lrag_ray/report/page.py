@@ -86,6 +86,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
     environment.filters["interval"] = tables.interval
     environment.filters["advantage"] = tables.advantage
     environment.filters["relative"] = tables.relative
+    environment.filters["percent"] = tables.percent
     environment.filters["quantity"] = quantity
     environment.filters["rank_number"] = tables.rank_number
     environment.filters["arrow"] = tables.arrow

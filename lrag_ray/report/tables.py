@@ -96,9 +96,12 @@ def advantage(found: Interval, measure: Measure) -> Interval:
 
 def relative(found: Interval, reference: float | None) -> str:
     """An advantage in percent of the reference's mean; empty where that is zero or not known."""
-    if not reference:
-        return ""
-    shown = f"{100 * found.mean / abs(reference):+.1f}"
+    return percent(found.mean / abs(reference)) if reference else ""
+
+
+def percent(share: float) -> str:
+    """A relative change with its sign, unless it is shown as zero."""
+    shown = f"{100 * share:+.1f}"
     return f"{shown.replace('-', '−') if float(shown) else shown[1:]} %"
 
 
@@ -164,6 +167,7 @@ def warnings(data: ReportData) -> list[str]:
     if mixed := sorted(name for name, digests in names.items() if digests > 1):
         found.append(f"Scores come from different weights of {', '.join(mixed)}: they do not compare.")
     found += data.suite.warnings(data.scores)
+    found += data.run_notes
     return found
 
 
