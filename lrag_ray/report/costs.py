@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lrag_ray.config.plugin_settings import parse_settings
-from lrag_ray.context.registry import policy_class, registered
-from lrag_ray.errors import LragError
+from lrag_ray.config.methods import registered_method
 from lrag_ray.report.collect import ReportData
 from lrag_ray.store.identity import BackboneIdentity, MethodIdentity
 from lrag_ray.wan.config import WanConfig
@@ -126,21 +124,19 @@ def _generation(seconds: Mapping[str, float]) -> float:
 def _memory(backbone: BackboneIdentity, method: MethodIdentity, latent_frames: int) -> tuple[int, int] | None:
     """History in host memory and context in GPU memory; None where the run does not say what it takes to count them.
 
-    Plug-ins are not imported for it, and a stranger's run may hold anything.
+    A stranger's run may hold anything.
     """
-    if method.method not in registered():
+    found = registered_method(method.method, method.settings)
+    if found is None:
         return None
-    policy = policy_class(method.method)
-    weights = {key for key, value in method.settings.items() if isinstance(value, dict)}
-    known = {key: value for key, value in method.settings.items() if key not in weights}
+    policy, settings = found
     try:
-        settings = parse_settings(policy.Settings, known)
         frame = _kv_bytes_per_frame(backbone)
         per_block = backbone.frames_per_block
         history = policy.history_frames(settings, per_block, latent_frames) * frame
         window = policy.attended_frames(settings, per_block, latent_frames - per_block) * frame
         return history, window + policy.device_bytes(settings, per_block, latent_frames, frame)
-    except (LragError, KeyError, TypeError, ValueError, ArithmeticError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         return None
 
 

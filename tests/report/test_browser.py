@@ -119,9 +119,9 @@ def test_a_click_on_a_map_goes_there_shows_what_was_retrieved_and_can_be_linked_
     address, _, settings = link.partition("&")
     assert settings == "t=3.37&d=24"
     fresh.go("about:blank")
-    fresh.go(f"{address}&t=1.25&d=12")
+    fresh.go(f"{address}&t=1.5&d=12")
     time = "document.querySelectorAll('.row')[1].querySelector('.time').textContent"
-    assert fresh.until(time) == "1.2 of 2.8 s"
+    assert fresh.until(time) == "1.5 of 2.8 s"
     assert abs(fresh.run("document.querySelectorAll('.row')[1].getBoundingClientRect().top")) < 400
 
 
