@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,8 @@ class RunPlanned:
     rollouts_to_do: int
     blocks_to_do: int
     """Upper bound: what stored parts save is not known yet."""
+    cells: Mapping[str, int] = field(default_factory=dict)
+    """Rollouts to do by ``<backbone>/<method>``."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class TaskStarted:
     task: str
     attempt: str
     worker: str
+    node: str = ""
+    """Ray's id of the worker's node; empty where it is not known."""
 
 
 @dataclass(frozen=True)

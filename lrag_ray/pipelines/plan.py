@@ -131,7 +131,7 @@ class GpuHours:
     generation: Hours
     decoding: Hours
     scoring: Hours | None
-    """Of VBench-Long, if it is run; bounds, since commits do not hold its timings. None for a device of unknown peak."""
+    """Of VBench-Long, if it is run: bounds, since commits have no timings of it; None for a device of unknown peak."""
     longest: Hours
     """Of the longest rollout, its decoding included: no number of GPUs makes the run shorter."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lrag_ray.events import (
     AttemptFailed,
@@ -22,8 +22,15 @@ from lrag_ray.events import (
     WorkerLost,
 )
 from lrag_ray.stages.spec import StageName
+from lrag_ray.store.records import ROLLOUTS
 
 _RATE_WINDOW_S = 120.0
+
+
+def cell_of(task: str) -> str:
+    """``<backbone>/<method>`` of the title of a rollout's task; the title itself where it is none."""
+    parts = task.split("/")
+    return "/".join(parts[1:3]) if len(parts) == 4 and parts[0] == ROLLOUTS else task
 
 
 @dataclass
@@ -34,6 +41,9 @@ class Flight:
     step: str = "starting"
     done: int = 0
     total: int = 0
+    node: str = ""
+    since_s: float = 0.0
+    """When the task began, by the tally's clock."""
 
 
 @dataclass
@@ -45,6 +55,11 @@ class Tally:
     rollouts_done: int = 0
     rollouts_quarantined: int = 0
     blocks_planned: int = 0
+    cells_total: dict[str, int] = field(default_factory=dict)
+    """Rollouts to do by ``<backbone>/<method>``."""
+    cells_done: Counter[str] = field(default_factory=Counter)
+    cells_failed: Counter[str] = field(default_factory=Counter)
+    """Quarantined ones."""
     failed_attempts: int = 0
     videos_scored: int = 0
     stored_bytes: int = 0
@@ -52,6 +67,7 @@ class Tally:
     stage: StageName | None = None
     stage_done: int = 0
     stage_total: int = 0
+    stage_began_s: float = 0.0
     training: TrainingAdvanced | None = None
     """Where a training is."""
     flights: dict[str, Flight] = field(default_factory=dict)
@@ -64,8 +80,10 @@ class Tally:
         match event:
             case RunPlanned():
                 self.rollouts_total, self.blocks_planned = event.rollouts_to_do, event.blocks_to_do
+                self.cells_total = dict(event.cells)
             case StageBegan():
                 self.stage, self.stage_done, self.stage_total = event.stage, 0, event.total
+                self.stage_began_s = self.clock()
                 self._history.clear()
             case StageAdvanced():
                 self.stage_done, self.stage_total = event.done, event.total
@@ -75,15 +93,18 @@ class Tally:
                 self.stage = None
                 self.flights.clear()
             case TaskStarted():
-                self.flights[event.worker] = Flight(event.task)
+                self.flights[event.worker] = Flight(event.task, node=event.node, since_s=self.clock())
             case TaskAdvanced():
-                self.flights[event.worker] = Flight(event.task, event.step, event.done, event.total)
+                before = self.flights.get(event.worker) or Flight(event.task, since_s=self.clock())
+                flight = replace(before, task=event.task, step=event.step, done=event.done, total=event.total)
+                self.flights[event.worker] = flight
             case TaskFinished():
                 self._finish(event)
             case AttemptFailed(failure):
                 self.failed_attempts += 1
                 if failure.quarantined and failure.stage == "rollouts":
                     self.rollouts_quarantined += 1
+                    self.cells_failed[cell_of(failure.task)] += 1
                 self._land(failure.task)
             case TaskYielded() | WorkerLost():
                 self.flights.pop(event.worker, None)
@@ -117,6 +138,7 @@ class Tally:
         if event.stage == "rollouts":
             self._blocks_finished += event.result.units
             self.rollouts_done += 1
+            self.cells_done[cell_of(event.task)] += 1
         elif event.stage == "scoring":
             self.videos_scored += event.result.made
         self.stored_bytes += event.result.stored_bytes
