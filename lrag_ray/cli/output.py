@@ -120,8 +120,9 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def say(to: Console, line: str, indent: int = 6) -> None:
-    """Print a line: on a terminal broken between words, the rest indented; elsewhere in one piece, for other programs.
+def say(to: Console, line: str, indent: int = 6, *, style: str = "") -> None:
+    """Print a line, its first word in `style`: on a terminal broken between words, the rest indented; elsewhere in one
+    piece, for other programs.
 
     What cannot be broken (paths, addresses) stays whole, so that it can be copied.
     """
@@ -141,7 +142,11 @@ def say(to: Console, line: str, indent: int = 6) -> None:
             for position, part in enumerate(parts)
         )
         shown = "\n".join(folded)
-    to.print(shown, soft_wrap=True)
+    text = Text(printable(shown))
+    if style:
+        begins = len(shown) - len(shown.lstrip())
+        text.stylize(style, begins, begins + len(shown.lstrip().split(" ", 1)[0]))
+    to.print(text, soft_wrap=True)
 
 
 def count(value: float) -> str:
