@@ -113,10 +113,9 @@ def list_needs(
             _say(f"{_INDENT}your own: no published file has this name")
     missing = [row for row in rows if not row["present_bytes"]]
     if rows:
-        _say(
-            f"{len(rows)} files: {len(rows) - len(missing)} here{_bytes(rows, 'present_bytes')}, {len(missing)} missing"
-            f"{_bytes(missing, 'published_bytes')}."
-        )
+        here = [row for row in rows if row["present_bytes"]]
+        there = f"{len(here)} here{_bytes(here, 'present_bytes')}"
+        _say(f"{len(rows)} files: {there}, {len(missing)} missing{_bytes(missing, 'published_bytes')}.")
     if missing:
         _say(f"Fix: lrag-ray weights pull {_arguments(config, suite, folder)}")
     if not rows:
@@ -306,9 +305,8 @@ def _bytes(rows: Sequence[Mapping[str, Any]], key: str) -> str:
 def _arguments(config: str | None, suite: str | None, folder: str | None) -> str:
     """What this command was given, for the next one."""
     options = [("--suite", suite), ("--folder", folder)]
-    return shlex.join(
-        [*([config] if config else []), *(part for name, value in options if value for part in (name, value))]
-    )
+    given = [part for name, value in options if value for part in (name, value)]
+    return shlex.join([*([config] if config else []), *given])
 
 
 def _finish(result: dict[str, Any], as_json: bool, *, failed: bool) -> None:

@@ -295,6 +295,7 @@ def _gpu_memory(config: RunConfig, plan: Plan) -> Iterator[Row]:
     total = min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
     largest = max(plan.methods, key=lambda method: method.gpu_bytes)
     needed = (largest.gpu_bytes + CUDA_CONTEXT_BYTES) / min(share, 1)
-    found = f"{largest.backbone}/{largest.method} needs {quantity(largest.gpu_bytes, 'B')} and the CUDA context, of {total / 1e9:.0f} GB"
+    actor = f"{largest.backbone}/{largest.method} needs {quantity(largest.gpu_bytes, 'B')}"
+    found = f"{actor} and a CUDA context, of {total / 1e9:.0f} GB"
     fix = "a smaller window, video.enabled: false, or a larger engine.gpus_per_actor"
     yield Row("gpu memory", "ok", found) if needed < total else Row("gpu memory", "fail", found, fix)
