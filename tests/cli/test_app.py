@@ -109,7 +109,7 @@ SURFACE = {
     "diff": ["RUN", "RUN", "--json"],
     "view": ["[LABEL=]RUN", "--port", "--browser", "--suite", "--mode", "--strips"],
     "export": [
-        "RUN... FILE.zip",
+        "[LABEL=]RUN... FILE.zip",
         "--prompt",
         "--method",
         "--limit",
