@@ -54,7 +54,7 @@ def doctor(
     if as_json:
         print_json({"healthy": healthy(rows), "rows": [row._asdict() for row in rows]})
     else:
-        counts = Counter(row.state for row in rows)
+        counts: Counter[str] = Counter(row.state for row in rows)
         said = ", ".join(f"{counts[state]} {word}" for state, word in _TOTALS.items() if counts[state])
         say(out, f"{len(rows)} checks: {said}.", 0)
     if not healthy(rows):

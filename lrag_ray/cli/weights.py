@@ -113,8 +113,8 @@ def list_needs(
             _say(f"{_INDENT}your own: no published file has this name")
     missing = [row for row in rows if not row["present_bytes"]]
     if rows:
-        here = [row for row in rows if row["present_bytes"]]
-        there = f"{len(here)} here{_bytes(here, 'present_bytes')}"
+        present = [row for row in rows if row["present_bytes"]]
+        there = f"{len(present)} here{_bytes(present, 'present_bytes')}"
         _say(f"{len(rows)} files: {there}, {len(missing)} missing{_bytes(missing, 'published_bytes')}.")
     if missing:
         _say(f"Fix: lrag-ray weights pull {_arguments(config, suite, folder)}")

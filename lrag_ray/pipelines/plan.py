@@ -240,7 +240,7 @@ def _gpu_hours(totals: Totals, methods: Sequence[MethodPlan], speeds: Sequence[S
             )
             for name, device in known.items()
         }
-    found = {}
+    found: dict[str, GpuHours] = {}
     for speed in speeds:
         name = device_named(speed.device)
         scoring = of_peak(known[name], SCORING_SHARE) if name else None
