@@ -37,6 +37,8 @@ class RunPlanned(_Timed):
     rollouts_to_do: int
     blocks_to_do: int
     """Upper bound: what stored parts save is not known yet."""
+    cells: Mapping[str, int] = field(default_factory=dict)
+    """Rollouts to do by ``<backbone>/<method>``."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class TaskStarted(_Timed):
     task: str
     attempt: str
     worker: str
+    node: str = ""
+    """Ray's id of the worker's node; empty where it is not known."""
 
 
 @dataclass(frozen=True)

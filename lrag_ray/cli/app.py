@@ -21,6 +21,7 @@ from lrag_ray.cli import (
     import_config,
     init,
     inspect,
+    plan,
     report,
     runs,
     score,
@@ -107,38 +108,7 @@ def run(
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command()
-@tells_errors
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Tell what a run comes to, without running anything: rollouts, arithmetic, memory, bytes stored.
-
-    Works without weights, and with prompts.count also without the prompt file.
-
-    \b
-    Example:
-      lrag-ray plan configs/table2.yaml --set durations_s=[30,60]
-    """
-    from lrag_ray.cli.tables import print_plan
-    from lrag_ray.cli.training import print_training_plan
-    from lrag_ray.config.load import load_job
-    from lrag_ray.config.prompts import plan_prompts
-    from lrag_ray.config.training import TrainEncoderConfig
-    from lrag_ray.pipelines.plan import make_plan
-    from lrag_ray.pipelines.plan_training import plan_training
-
-    loaded = load_job(config, overrides or [])
-    if isinstance(loaded, TrainEncoderConfig):
-        planned = plan_training(loaded)
-        if as_json:
-            print_json(planned)
-        else:
-            print_training_plan(console(), planned)
-        return
-    made = make_plan(loaded, plan_prompts(loaded.prompts))
-    if as_json:
-        print_json(made)
-    else:
-        print_plan(console(), made)
+plan.register(app)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from rich.text import Text
 from lrag_ray.errors import INTERRUPTED, LragError
 from lrag_ray.events import Event, Notice
 from lrag_ray.printable import json_text, plain, printable
+from lrag_ray.printable import quantity as quantity
 from lrag_ray.store.waits import reporting_waits
 
 P = ParamSpec("P")
@@ -122,8 +123,9 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def say(to: Console, line: str, indent: int = 6) -> None:
-    """Print a line: on a terminal broken between words, the rest indented; elsewhere in one piece, for other programs.
+def say(to: Console, line: str, indent: int = 6, *, style: str = "") -> None:
+    """Print a line, its first word in `style`: on a terminal broken between words, the rest indented; elsewhere in one
+    piece, for other programs.
 
     What cannot be broken (paths, addresses) stays whole, so that it can be copied.
     """
@@ -143,23 +145,16 @@ def say(to: Console, line: str, indent: int = 6) -> None:
             for position, part in enumerate(parts)
         )
         shown = "\n".join(folded)
-    to.print(shown, soft_wrap=True)
+    text = Text(printable(shown))
+    if style:
+        begins = len(shown) - len(shown.lstrip())
+        text.stylize(style, begins, begins + len(shown.lstrip().split(" ", 1)[0]))
+    to.print(text, soft_wrap=True)
 
 
 def count(value: float) -> str:
     """``1,228,800``."""
     return f"{value:,.0f}"
-
-
-def quantity(value: float, unit: str) -> str:
-    """Four digits with an SI prefix: ``141.5 TFLOP``, ``287.5 MB``."""
-    if not value:
-        return f"0 {unit}"
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(value) < 999.95 or prefix == "E":
-            break
-        value /= 1000
-    return f"{value:.4g} {prefix}{unit}"
 
 
 def duration(seconds: float) -> str:

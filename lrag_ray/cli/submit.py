@@ -211,11 +211,11 @@ def _print_prepared(prepared: Preparation, upload: bool) -> None:
 
 def _planned(plan: Plan) -> str:
     totals = plan.totals
-    hours = max((hours.generation + hours.decoding + hours.scoring for hours in plan.gpu_hours.values()), default=0)
+    hours = max((hours.total.most for hours in plan.gpu_hours.values()), default=0)
     return (
         f"plan: {count(plan.prompts)} prompts, {count(totals.cells)} cells, {count(totals.rollouts)} rollouts, "
         f"{quantity(totals.latent_bytes + totals.video_bytes, 'B')} stored"
-        + (f", at most {hours:.3g} GPU-hours" if hours >= 0.1 else "")
+        + (f", at most {hours:.3g} GPU-hours of generation and decoding" if hours >= 0.1 else "")
     )
 
 

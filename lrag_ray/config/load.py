@@ -136,7 +136,7 @@ def _merge_presets(document: Document) -> Iterator[Problem]:
             # So that the values that this preset would have brought are not missed one by one.
             document.data["backbones"][name] = overlay(PRESETS["tiny"], section)
         else:
-            document.data["backbones"][name] = overlay(copy.deepcopy(PRESETS[preset]), section)
+            document.data["backbones"][name] = _labelled(preset, section)
     for name, section in _sections(document.data, "methods"):
         if section.get("preset") != "released":
             continue
@@ -146,6 +146,30 @@ def _merge_presets(document: Document) -> Iterator[Problem]:
                     ("methods", name, "preset"), f"method '{section['method']}' has no released settings here"
                 )
             _put_under(section, released)
+
+
+def _labelled(preset: str, section: dict[str, Any]) -> dict[str, Any]:
+    """The section over its preset; the preset's label is that of its weights, so files of other names get their own."""
+    merged = overlay(copy.deepcopy(PRESETS[preset]), section)
+    if "label" in section:
+        return merged
+    (path, lora), (published, published_lora) = _weight_names(merged), _weight_names(PRESETS[preset])
+    label = PRESETS[preset]["label"]
+    if path != published:
+        label = f"{f'own weights {path}' if path else 'random weights'}, sizes of {label}"
+    if lora != published_lora:
+        label += f", own LoRA {lora}" if lora else ", without LoRA"
+    merged["label"] = label
+    return merged
+
+
+def _weight_names(section: Mapping[str, Any]) -> list[str]:
+    """File names of the generator's weights and of its LoRA; empty where there is none."""
+    weights = section.get("weights")
+    weights = weights if isinstance(weights, Mapping) else {}
+    lora = weights.get("lora")
+    paths = [weights.get("path"), lora.get("path") if isinstance(lora, Mapping) else None]
+    return [str(path or "").rstrip("/").rpartition("/")[2] for path in paths]
 
 
 def _merge_released(data: dict[str, Any]) -> None:

@@ -286,7 +286,7 @@ class ActorPool(Generic[Payload]):
             self._flights[worker.actor.work.remote(task.payload, attempt)] = (worker, attempt)
             if self._stalls is not None:
                 self._stalls.begin(worker.name, worker.actor)
-            self._report(TaskStarted(self._stage.name, task.title, attempt, worker.name))
+            self._report(TaskStarted(self._stage.name, task.title, attempt, worker.name, worker.node or ""))
 
     def _settle(self, ref: Any) -> None:
         """Take in the answer of a finished reference."""

@@ -7,6 +7,7 @@ With nothing left to do, Ray is not started.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from lrag_ray.stages.spec import Task
 from lrag_ray.store.lease import REPORT, RUN
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import METHOD_DEPTH, Inventory, RolloutRun
+from lrag_ray.watch.tally import cell_of
 from lrag_ray.weights.verify import refuse_misfits
 
 
@@ -189,6 +191,7 @@ class EvaluateJob(Job[RunOutcome]):
                 commits_done=pending.commits_total - pending.commits_open,
                 rollouts_to_do=len(pending.tasks),
                 blocks_to_do=pending.blocks,
+                cells=Counter(cell_of(task.title) for task in pending.tasks),
             )
         )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lrag_ray.events import (
@@ -21,8 +21,15 @@ from lrag_ray.events import (
     WorkerLost,
 )
 from lrag_ray.stages.spec import StageName
+from lrag_ray.store.records import ROLLOUTS
 
 _RATE_WINDOW_S = 120.0
+
+
+def cell_of(task: str) -> str:
+    """``<backbone>/<method>`` of the title of a rollout's task; the title itself where it is none."""
+    parts = task.split("/")
+    return "/".join(parts[1:3]) if len(parts) == 4 and parts[0] == ROLLOUTS else task
 
 
 @dataclass
@@ -33,6 +40,9 @@ class Flight:
     step: str = "starting"
     done: int = 0
     total: int = 0
+    node: str = ""
+    since_s: float = 0.0
+    """When the task began, in seconds since 1970 by the clock of the events."""
 
 
 @dataclass
@@ -43,6 +53,11 @@ class Tally:
     rollouts_done: int = 0
     rollouts_quarantined: int = 0
     blocks_planned: int = 0
+    cells_total: dict[str, int] = field(default_factory=dict)
+    """Rollouts to do by ``<backbone>/<method>``."""
+    cells_done: Counter[str] = field(default_factory=Counter)
+    cells_failed: Counter[str] = field(default_factory=Counter)
+    """Quarantined ones."""
     failed_attempts: int = 0
     videos_scored: int = 0
     stored_bytes: int = 0
@@ -50,6 +65,8 @@ class Tally:
     stage: StageName | None = None
     stage_done: int = 0
     stage_total: int = 0
+    stage_began_s: float = 0.0
+    """In seconds since 1970 by the clock of the events."""
     training: TrainingAdvanced | None = None
     """Where a training is."""
     flights: dict[str, Flight] = field(default_factory=dict)
@@ -62,8 +79,10 @@ class Tally:
         match event:
             case RunPlanned():
                 self.rollouts_total, self.blocks_planned = event.rollouts_to_do, event.blocks_to_do
+                self.cells_total = dict(event.cells)
             case StageBegan():
                 self.stage, self.stage_done, self.stage_total = event.stage, 0, event.total
+                self.stage_began_s = event.at.timestamp()
                 self._history.clear()
             case StageAdvanced():
                 self.stage_done, self.stage_total = event.done, event.total
@@ -73,15 +92,18 @@ class Tally:
                 self.stage = None
                 self.flights.clear()
             case TaskStarted():
-                self.flights[event.worker] = Flight(event.task)
+                self.flights[event.worker] = Flight(event.task, node=event.node, since_s=event.at.timestamp())
             case TaskAdvanced():
-                self.flights[event.worker] = Flight(event.task, event.step, event.done, event.total)
+                before = self.flights.get(event.worker) or Flight(event.task, since_s=event.at.timestamp())
+                flight = replace(before, task=event.task, step=event.step, done=event.done, total=event.total)
+                self.flights[event.worker] = flight
             case TaskFinished():
                 self._finish(event)
             case AttemptFailed(failure):
                 self.failed_attempts += 1
                 if failure.quarantined and failure.stage == "rollouts":
                     self.rollouts_quarantined += 1
+                    self.cells_failed[cell_of(failure.task)] += 1
                 self._land(failure.task)
             case TaskYielded() | WorkerLost():
                 self.flights.pop(event.worker, None)
@@ -115,6 +137,7 @@ class Tally:
         if event.stage == "rollouts":
             self._blocks_finished += event.result.units
             self.rollouts_done += 1
+            self.cells_done[cell_of(event.task)] += 1
         elif event.stage == "scoring":
             self.videos_scored += event.result.made
         self.stored_bytes += event.result.stored_bytes

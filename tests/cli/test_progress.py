@@ -7,7 +7,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rich.console import Console
 
-from lrag_ray.cli.progress import PlainProgress, RunView, _drawn, shown_progress
+from lrag_ray.cli.live import LiveView
+from lrag_ray.cli.progress import PlainProgress, shown_progress
+from lrag_ray.cli.run_view import RunView
 from lrag_ray.events import (
     AttemptFailed,
     Event,
@@ -36,9 +38,12 @@ class Clock:
         return self.now
 
 
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
 def at(second: float, event: Event) -> Event:
     """`event` as if it had happened then."""
-    return dataclasses.replace(event, at=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=second))
+    return dataclasses.replace(event, at=BEGAN + timedelta(seconds=second))
 
 
 def rollout(number: int) -> RolloutId:
@@ -168,13 +173,55 @@ def test_the_live_display_has_a_line_per_worker(view: RunView) -> None:
     view.take(advanced(0, 8, "worker-0"))
     view.take(advanced(1, 3, "worker-1"))
     out = io.StringIO()
-    Console(file=out, width=100).print(_drawn(view))
+    Console(file=out, width=100).print(LiveView(view))
     shown = out.getvalue().splitlines()
     assert shown[0].startswith("rollouts 0/3, blocks 11/36")
     assert [line.split() for line in shown if line.startswith("worker")] == [
-        ["worker-0", "tiny/rag/00000-aa-0", "generating", "block", "8/12"],
-        ["worker-1", "tiny/rag/00001-aa-0", "generating", "block", "3/12"],
+        ["worker-0", "tiny/rag/00000-aa-0", "block", "8/12", "generating", "0", "s"],
+        ["worker-1", "tiny/rag/00001-aa-0", "block", "3/12", "generating", "0", "s"],
     ]
+
+
+def drawn(view: RunView, width: int, height: int) -> list[str]:
+    """As the display is a minute and a quarter after it began."""
+    out = io.StringIO()
+    Console(file=out, width=width, height=height).print(LiveView(view, lambda: BEGAN.timestamp() + 75))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (40, 12)])
+@pytest.mark.parametrize("workers", [1, 6, 128])
+def test_the_live_display_fits_any_terminal_and_number_of_workers(workers: int, width: int, height: int) -> None:
+    """Given 12 cells and workers on 8-worker nodes, no line is wider and no frame higher than the terminal."""
+    view = RunView()
+    methods = ["base", "infinity_rope", "deep_forcing", "rag"]
+    cells = {f"{backbone}/{method}": 128 for backbone in ("a", "b", "c") for method in methods}
+    view.take(RunPlanned("runs/x", 4608, 0, 1536, 245760, cells))
+    view.take(at(0, StageBegan("rollouts", 1536)))
+    for number in range(workers):
+        task = RolloutId(backbone="a", method=methods[number % 4], prompt_id=f"{number:05d}-aa").path
+        view.take(TaskStarted("rollouts", task, "t0", f"worker-{number}", f"{number // 8:06x}" * 5))
+        view.take(TaskAdvanced("rollouts", task, f"worker-{number}", number, 160, "generating"))
+    lines = drawn(view, width, height)
+    assert max(map(len, lines)) <= width and len(lines) < height
+    text = "\n".join(lines)
+    assert "1 min 15 s so far" in text.replace("\n", " ")
+    if workers == 128 and width > 40:
+        assert ("32 workers" in text) == (height < 30) and ("node 00000f  8 workers" in text) == (height > 30)
+    if workers == 1:
+        assert "worker-0" in text and "0/160" in text
+
+
+def test_cells_count_what_is_done_at_work_and_failed() -> None:
+    view = RunView()
+    view.take(RunPlanned("runs/x", 8, 0, 4, 48, {"tiny/rag": 3, "tiny/base": 1}))
+    view.take(StageBegan("rollouts", 4))
+    view.take(TaskStarted("rollouts", rollout(0).path, "t0", "worker-0"))
+    view.take(TaskFinished("rollouts", rollout(0).path, Result(units=12)))
+    view.take(failed(1, quarantined=True))
+    view.take(TaskStarted("rollouts", rollout(2).path, "t0", "worker-0"))
+    (line,) = [line for line in drawn(view, 100, 30) if line.startswith("tiny/rag ")]
+    assert line.endswith("1/3, 1 at work, 1 failed")
 
 
 def test_control_characters_of_prompts_and_errors_do_not_reach_the_terminal(

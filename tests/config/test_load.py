@@ -499,3 +499,25 @@ def test_a_configuration_of_a_project_says_where_its_paths_begin(
     ) in str(caught.value)
     monkeypatch.chdir(project)
     assert load_config("configs/small/run.yaml").prompts.path == "prompts.txt"
+
+
+@pytest.mark.parametrize(
+    ("override", "label"),
+    [
+        ("weights.use_ema=false", "LongLive"),
+        ("weights.path=elsewhere/longlive_base.pt", "LongLive"),
+        ("weights.path=mine/tuned.pt", "own weights tuned.pt, sizes of LongLive"),
+        ("weights.lora.path=mine/style.pt", "LongLive, own LoRA style.pt"),
+        ("weights.lora=null", "LongLive, without LoRA"),
+        ("label=Ours", "Ours"),
+    ],
+)
+def test_weights_of_your_own_do_not_carry_the_label_of_published_ones(
+    tmp_path: Path, override: str, label: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "run: {uri: runs/x}\nprompts: {count: 1}\nbackbones: {mine: {preset: longlive}}\n"
+        "methods: {base: {method: base}}\ndurations_s: [3]\n"
+    )
+    config = load_config(tmp_path / "run.yaml", [f"backbones.mine.{override}"])
+    assert config.backbones["mine"].label == label
