@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from lrag_ray.stages.spec import Result, StageName
-from lrag_ray.store.records import FailureRecord, now_utc
+from lrag_ray.store.records import FailureRecord
 
 
 @dataclass(frozen=True)
-class RunPlanned:
+class _Timed:
+    """What all events have."""
+
+    at: datetime = field(default_factory=lambda: datetime.now(UTC), kw_only=True, compare=False)
+    """When it happened (UTC), by the clock of the driver; kept where the event is read from a log later."""
+
+
+@dataclass(frozen=True)
+class RunPlanned(_Timed):
     """The run directory was read: what there is to do."""
 
     uri: str
@@ -28,10 +37,12 @@ class RunPlanned:
     rollouts_to_do: int
     blocks_to_do: int
     """Upper bound: what stored parts save is not known yet."""
+    cells: Mapping[str, int] = field(default_factory=dict)
+    """Rollouts to do by ``<backbone>/<method>``."""
 
 
 @dataclass(frozen=True)
-class Notice:
+class Notice(_Timed):
     """Something a person should read."""
 
     text: str
@@ -39,7 +50,7 @@ class Notice:
 
 
 @dataclass(frozen=True)
-class StageBegan:
+class StageBegan(_Timed):
     """A stage began, with this many tasks."""
 
     stage: StageName
@@ -47,7 +58,7 @@ class StageBegan:
 
 
 @dataclass(frozen=True)
-class StageAdvanced:
+class StageAdvanced(_Timed):
     """Tasks of the stage that are finished, quarantined ones included."""
 
     stage: StageName
@@ -56,7 +67,7 @@ class StageAdvanced:
 
 
 @dataclass(frozen=True)
-class StageEnded:
+class StageEnded(_Timed):
     """A stage ended."""
 
     stage: StageName
@@ -64,17 +75,19 @@ class StageEnded:
 
 
 @dataclass(frozen=True)
-class TaskStarted:
+class TaskStarted(_Timed):
     """An attempt was sent to a worker."""
 
     stage: StageName
     task: str
     attempt: str
     worker: str
+    node: str = ""
+    """Ray's id of the worker's node; empty where it is not known."""
 
 
 @dataclass(frozen=True)
-class TaskAdvanced:
+class TaskAdvanced(_Timed):
     """A worker's state, about once a second."""
 
     stage: StageName
@@ -87,7 +100,7 @@ class TaskAdvanced:
 
 
 @dataclass(frozen=True)
-class TrainingAdvanced:
+class TrainingAdvanced(_Timed):
     """Where a training is, about once a second; the fields of `lrag_ray.training.loop.Progress`."""
 
     epoch: int
@@ -110,7 +123,7 @@ class TrainingAdvanced:
 
 
 @dataclass(frozen=True)
-class TaskFinished:
+class TaskFinished(_Timed):
     """A task is done."""
 
     stage: StageName
@@ -119,7 +132,7 @@ class TaskFinished:
 
 
 @dataclass(frozen=True)
-class TaskYielded:
+class TaskYielded(_Timed):
     """A worker had to leave; what it did is stored, and another worker continues from there."""
 
     stage: StageName
@@ -129,14 +142,14 @@ class TaskYielded:
 
 
 @dataclass(frozen=True)
-class AttemptFailed:
+class AttemptFailed(_Timed):
     """An attempt failed; `failure` is what is stored."""
 
     failure: FailureRecord
 
 
 @dataclass(frozen=True)
-class WorkerLost:
+class WorkerLost(_Timed):
     """A worker died and is being replaced."""
 
     worker: str
@@ -144,7 +157,7 @@ class WorkerLost:
 
 
 @dataclass(frozen=True)
-class CellScored:
+class CellScored(_Timed):
     """Scores of one cell in the report that is written: what its row of the rank table says."""
 
     backbone: str
@@ -159,7 +172,7 @@ class CellScored:
 
 
 @dataclass(frozen=True)
-class ReportWritten:
+class ReportWritten(_Timed):
     """The report of a run was written."""
 
     folder: str
@@ -172,7 +185,7 @@ RunState = Literal["done", "incomplete", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
-class RunEnded:
+class RunEnded(_Timed):
     """The last event of a start, however it ended."""
 
     job: str
@@ -215,20 +228,15 @@ def silent(_: Event) -> None:
     """A listener that shows nothing."""
 
 
-def as_json(event: Event) -> dict[str, Any]:
-    """An event as plain data: its type under ``event``, then its fields."""
-    if isinstance(event, AttemptFailed):
-        return {"event": "AttemptFailed", **event.failure.model_dump(mode="json")}
-    return {"event": type(event).__name__, **dataclasses.asdict(event)}
-
-
 def log_record(event: Event) -> dict[str, Any]:
-    """An event as one record of a structured log: when (UTC), then `as_json`."""
-    return {"at": now_utc(), **as_json(event)}
+    """An event as one record of a structured log: when (UTC), its type under ``event``, then its other fields."""
+    fields = event.failure.model_dump(mode="json") if isinstance(event, AttemptFailed) else dataclasses.asdict(event)
+    fields.pop("at", None)
+    return {"at": event.at.isoformat(timespec="milliseconds"), "event": type(event).__name__, **fields}
 
 
 def from_json(data: Mapping[str, Any]) -> Event | None:
-    """The event that `as_json` made `data` of; None for what is none, or one that another version reports.
+    """The event that `log_record` made `data` of; None for what is none, or one that another version reports.
 
     Fields that this version does not know are left out.
     """
@@ -240,6 +248,8 @@ def from_json(data: Mapping[str, Any]) -> Event | None:
     fields: dict[str, Any] = {key: value for key, value in data.items() if key in known}
     if kind is AttemptFailed:
         fields = {"failure": fields}
+    if "at" in data:
+        fields["at"] = data["at"]
     try:
         event: Event = _adapter(kind).validate_python(fields)
     except ValidationError:

@@ -14,6 +14,7 @@ import _thread
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ _ABOVE_WORK = tuple(
 """Where the program imports before it has begun anything that would have to be ended."""
 _AGAIN_S = 0.02
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DEFERRED = (*_SIGNALS, signal.SIGURG)
+"""SIGURG is that of a lease that is lost (`lrag_ray.pipelines.lease`)."""
 
 
 class _State:
@@ -42,6 +45,8 @@ class _State:
     """When the first signal arrived, by the monotonic clock."""
     raised_s: float | None = None
     """When it was raised last."""
+    number: int = 0
+    """The signal that was raised last."""
     main_thread: int = 0
     waits: bool = False
     """A thread will deliver it again."""
@@ -55,6 +60,7 @@ def ends_with_130() -> Iterator[None]:
     all are: the exit code is decided.
     """
     _State.main_thread = _thread.get_ident()
+    sys.unraisablehook = _unraisable
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _raise)
@@ -73,6 +79,27 @@ def ends_with_130() -> Iterator[None]:
     _ignore()
     if _State.received_s is not None:
         raise SystemExit(INTERRUPTED)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals that arrive in the block take effect at its end; does nothing in other threads than the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _DEFERRED}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for missed in arrived:
+            signal.raise_signal(missed)
 
 
 def take_next() -> None:
@@ -99,12 +126,25 @@ def _raise(number: int, frame: FrameType | None) -> None:
         os._exit(INTERRUPTED)
     if importer is not None and now_s - _State.received_s < _IMPORT_S:
         # A module that is half imported may swallow the exception, or translate it.
-        if not _State.waits:
-            _State.waits = True
-            _thread.start_new_thread(_deliver_again, (number,))
+        _later(number)
         return
-    _State.raised_s = now_s
+    _State.raised_s, _State.number = now_s, number
     raise KeyboardInterrupt
+
+
+def _unraisable(ignored: sys.UnraisableHookArgs) -> None:
+    """Raise a signal again that was raised where Python lets no exception out, as in a destructor or around a fork."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt) and _State.raised_s not in (None, float("inf")):
+        _State.raised_s = None
+        _later(_State.number)
+    else:
+        sys.__unraisablehook__(ignored)
+
+
+def _later(number: int) -> None:
+    if not _State.waits:
+        _State.waits = True
+        _thread.start_new_thread(_deliver_again, (number,))
 
 
 def _deliver_again(number: int) -> None:

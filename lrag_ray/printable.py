@@ -47,3 +47,14 @@ def plain(value: Any) -> Any:
 
 def _is_unsafe(character: str) -> bool:
     return character not in "\n\t" and unicodedata.category(character) in _UNSAFE
+
+
+def quantity(value: float, unit: str) -> str:
+    """Four digits with an SI prefix: ``141.5 TFLOP``, ``287.5 MB``."""
+    if not value:
+        return f"0 {unit}"
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.95 or prefix == "E":
+            break
+        value /= 1000
+    return f"{value:.4g} {prefix}{unit}"

@@ -26,6 +26,14 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 
+_START_CHARACTERS = 512
+_OTHER_KINDS = {
+    "version https://git-lfs": "a Git LFS pointer, not the file. Fix: `git lfs pull` where it was cloned",
+    "<!doctype html": "a web page, perhaps an error or login page of its source. Fix: fetch it again",
+    "<html": "a web page, perhaps an error or login page of its source. Fix: fetch it again",
+}
+"""What downloads leave in place of a file, by its first characters."""
+
 
 def read_text(
     path: str | Path, what: str, error: type[LragError], *, most_bytes: int = MOST_BYTES, missing: str = ""
@@ -35,7 +43,7 @@ def read_text(
     `what` names the file's role ("the manifest"); `missing` is the message where it does not exist.
 
     Raises:
-        error: missing, unreadable, not a regular file, too large, not text.
+        error: missing, unreadable, not a regular file, too large, not text, a web page or Git LFS pointer instead.
     """
     data = _read_bytes(path, what, error, most_bytes, missing)
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
@@ -51,6 +59,10 @@ def read_text(
         raise error(
             f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not {name}; save the file as UTF-8"
         ) from None
+    start = text[:_START_CHARACTERS].lstrip().lower()
+    for beginning, kind in _OTHER_KINDS.items():
+        if start.startswith(beginning):
+            raise error(f"{path}: {what} is {kind}")
     if "\0" in text:
         before = text[: text.index("\0")]
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")

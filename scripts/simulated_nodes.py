@@ -31,7 +31,7 @@ import psutil  # isort: skip
 _SLOT_PORTS = 100
 _FIRST_PORT = 22_000
 _DASHBOARD_PORT = 8265
-_START_TRIES = 3
+_START_TRIES = 6
 _STARTED_WITHIN_S = 180.0
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,36 @@ def test_the_image_is_installed_from_the_constraints() -> None:
     extras = set(re.findall(r"'\.\[(.*?)\]'", script)[0].split(","))
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+
+
+def test_the_dockerfile_copies_what_is_there_and_installs_as_the_makefile_does() -> None:
+    """No image can be built here; what can be checked without is."""
+    text = (CLUSTER / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    lines = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    steps = [(line.split()[0], line.split()[1:]) for line in lines if line.strip()]
+    assert {name for name, _ in steps} <= {"FROM", "ARG", "RUN", "ENV", "WORKDIR", "COPY", "USER"}
+    for name, words in steps:
+        if name == "RUN":
+            checked = subprocess.run(["bash", "-n"], input=" ".join(words), text=True, capture_output=True, check=False)
+            assert checked.returncode == 0, checked.stderr
+    copied = [word for name, words in steps if name == "COPY" for word in words[:-1]]
+    assert all((REPOSITORY / path).exists() for path in copied), copied
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    # Files that setuptools reads, the packages, and what install.sh reads.
+    read = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
+    assert packages | read <= set(copied)
+    made = next(words for name, words in steps if name == "RUN" and "mkdir" in words)
+    assert {word for word in made if word in packages} == packages, "empty ones, for the layer of the dependencies"
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    script = (CLUSTER / "docker" / "install.sh").read_text(encoding="utf-8")
+    bare = r"--constraint \S+ --no-deps (.*)"
+    assert re.findall(bare, script) == re.findall(bare, makefile) != []
+    (python,) = re.findall(r"^FROM python:(\d+\.\d+)-", text, re.MULTILINE)
+    assert f"command -v python{python}" in makefile
+    for page in ("docker", "kuberay"):
+        for file in re.findall(r"docker build -f (\S+)", (CLUSTER / page / "README.md").read_text(encoding="utf-8")):
+            assert (REPOSITORY / file).is_file()
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:

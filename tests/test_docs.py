@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import typer
 
 from lrag_ray.cli.app import app
 from tests.report.make_run import make_run
+from tests.tiny import generate, start, tiny_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -142,7 +144,7 @@ def test_configurations_in_documents_have_known_sections(path: Path) -> None:
 
 
 def test_the_examples_of_extending_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The stage works without Ray, and the suite scores every video of a run."""
+    """The stage works without Ray, the loop repeats its noise, and the suite scores every video of a run."""
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     module = type(sys)("extending_examples")
     sys.modules[module.__name__] = module
@@ -150,6 +152,11 @@ def test_the_examples_of_extending_run(tmp_path: Path, capsys: pytest.CaptureFix
         for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             exec(block, module.__dict__)
         assert "Result(made=2" in capsys.readouterr().out
+        sys.modules["my_loops"] = module
+        model, plain = tiny_transformer(), []
+        for policy in (module.BaseOnRepeatedNoise, module.Base):
+            plain.append(generate(start(model, policy), 2))
+        assert torch.equal(plain[0][:, :3], plain[1][:, :3]) and not torch.equal(plain[0][:, 3:], plain[1][:, 3:])
         run = make_run(str(tmp_path / "run"), ["a red fox"], methods=("base",))
         suite = module.Brightness(module.Settings(scale=0.5))
         worker = suite.worker(run.storage, run.storage, threads=1, device="cpu")
@@ -160,3 +167,4 @@ def test_the_examples_of_extending_run(tmp_path: Path, capsys: pytest.CaptureFix
         assert suite.pending(run) == []
     finally:
         del sys.modules[module.__name__]
+        sys.modules.pop("my_loops", None)

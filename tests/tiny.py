@@ -11,8 +11,9 @@ from torch import Tensor
 from lrag_ray.context.policy import ContextPolicy, Layout, host_bank
 from lrag_ray.context.weights import Loaded
 from lrag_ray.retrieval.history import HistoryBank
+from lrag_ray.rollout.loop import RolloutLoop
+from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise
-from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.random_weights import fill_random
@@ -45,13 +46,15 @@ def start(
     make_bank: Callable[[Layout], HistoryBank] = host_bank,
     probe: Any = None,
     seed: int = 0,
-) -> Rollout:
+    total_blocks: int | None = None,
+) -> RolloutLoop:
+    settings = policy.Settings() if settings is None else settings
     noise = KeyedNoise(seed, prompts, [0] * len(prompts), (sampler.frames_per_block, *LATENT))
-    return Rollout(
+    return loop_of(policy)(
         transformer,
         sampler,
         policy,
-        settings if settings is not None else policy.Settings(),
+        settings,
         prompt_embeds(*prompts),
         noise,
         LATENT,
@@ -59,10 +62,11 @@ def start(
         make_bank=make_bank,
         keys=[(seed, prompt, 0) for prompt in prompts],
         probe=probe,
+        total_blocks=total_blocks,
     )
 
 
-def generate(rollout: Rollout, blocks: int) -> Tensor:
+def generate(rollout: RolloutLoop, blocks: int) -> Tensor:
     """Latents [B, F, C, H, W] of the next blocks."""
     return torch.cat([result.latents for result in rollout.blocks(blocks)], dim=1)
 

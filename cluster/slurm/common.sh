@@ -44,10 +44,21 @@ listens() { timeout 2 bash -c "< /dev/tcp/$node_ip/$1" 2> /dev/null; }
 start_head() {
   rm -f "$cluster/address" "$cluster/ended" "$cluster/leave"
   [[ -s $cluster/token ]] || od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$cluster/token"
-  local port=$((port_base + 7)) options
+  local port=$((port_base + 7)) options taken_s=0
   read -r -a options <<< "$(ports_of 0)"
-  # Ray gives a node half a minute to start, which a busy machine may exceed.
-  for _ in 1 2 3; do
+  # What ended a moment ago, such as the head before a requeue, may need some seconds to go. Whatever else answers there
+  # must not be taken for our head.
+  while listens "$port" || listens "$dashboard_port"; do
+    if ((taken_s++ >= 60)); then
+      say "port $port or $dashboard_port is taken, by another cluster perhaps: set LRAG_PORT_BASE, LRAG_DASHBOARD_PORT"
+      exit 3
+    fi
+    sleep 1
+  done
+  # Ray gives a node half a minute to start, which a busy machine may exceed; and it refuses to start while a worker on
+  # this node has not noticed that the head before is gone, which takes a minute.
+  local until_s=$((SECONDS + 300))
+  while ((SECONDS < until_s)); do
     "${prefix[@]}" ray start --head --block --disable-usage-stats --num-cpus=0 --num-gpus=0 \
       --node-ip-address="$node_ip" --port="$port" --ray-client-server-port=$((port_base + 8)) \
       --dashboard-host="$node_ip" --dashboard-port="$dashboard_port" "${options[@]}" &
@@ -61,14 +72,20 @@ start_head() {
       fi
       sleep 1
     done
+    sleep 5
   done
-  say "the head did not start: is another cluster at port $port or $dashboard_port? (LRAG_PORT_BASE, LRAG_DASHBOARD_PORT)"
+  say "the head did not start"
   exit 3
 }
 
 # Mark the regular end, so that workers do not wait for another head, and end the head.
 end_head() {
   touch "$cluster/ended"
+  stop_head
+}
+
+# End the head; workers wait for the next one.
+stop_head() {
   rm -f "$cluster/address"
   kill -TERM "$head_pid" 2> /dev/null || true
   wait "$head_pid" || true

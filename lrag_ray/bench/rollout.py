@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +28,12 @@ from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.retrieval.history import TieredBank, Tiers
 from lrag_ray.rollout.clock import PassClock
+from lrag_ray.rollout.loop import RolloutLoop
+from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise
-from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.stages.backbone import load_generator, load_method_weights, load_vae
 from lrag_ray.training.loop import make_model
 from lrag_ray.wan.devices import DEVICES
-from lrag_ray.wan.flops import block_flops
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -156,8 +157,10 @@ def bench_rollout(
     """
     model = load_generator(backbone, device)
     vae = load_vae(backbone, device) if decode else None
-    runs = {name: _Run(backbone, model, name, method, device, tiers) for name, method in methods.items()}
     n = backbone.sampler.frames_per_block
+    # The windows that are timed hold as many blocks as in the middle of a long rollout.
+    total = depth_frames // n + blocks + 1 + len(backbone.sampler.denoising_steps)
+    runs = {name: _Run(backbone, model, name, method, device, total, tiers) for name, method in methods.items()}
     for run in runs.values():
         run.replay(depth_frames // n)
     for turn in range(blocks + 1):
@@ -198,11 +201,13 @@ class _Run:
         name: str,
         method: Method,
         device: torch.device,
+        total_blocks: int,
         tiers: Tiers,
     ) -> None:
         self.name = name
         self.seconds: list[float] = []
-        self.rollout = _rollout(backbone, model, method, device, tiers)
+        self.rollout = _rollout(backbone, model, method, device, total_blocks, tiers)
+        self._total_blocks = total_blocks
         self._backbone, self._method, self._device = backbone, method, device
         self._clock = PassClock(device, *PARTS)
         self._decode_s: list[float] = []
@@ -213,9 +218,13 @@ class _Run:
         self._bank = next((bank for bank in self.rollout._banks if isinstance(bank, TieredBank)), None)
 
     def replay(self, blocks: int) -> None:
-        """Fill the caches with random latents."""
-        n = self._backbone.sampler.frames_per_block
-        for block in range(blocks):
+        """Fill the caches with random latents; where replay needs more than latents, with generated ones."""
+        sampler = self._backbone.sampler
+        n, loop = sampler.frames_per_block, loop_of(self._method.policy)
+        generated = blocks if loop.carried_frames(sampler, self._total_blocks) else 0
+        for _ in self.rollout.blocks(generated):
+            pass
+        for block in range(generated, blocks):
             latents = torch.randn(1, n, *_latent(self._backbone), generator=keyed_generator("bench", block))
             self.rollout.replay(latents)
         self._begin()
@@ -251,8 +260,11 @@ class _Run:
         totals = {**self._clock.totals_s(), **self.rollout.timings_s}
         parts = {part: 1e3 * (totals[part] - self._before[part]) / count for part in PARTS if part != "decode"}
         decode_s = statistics.mean(self._decode_s)
-        attended = self._method.policy.attended_frames(self._method.settings, n, (self.rollout.block - 1) * n)
-        flops = block_flops(backbone.transformer, backbone.sampler, latent.height, latent.width, attended)
+        policy, sizes = self._method.policy, backbone.transformer
+        attended = partial(policy.attended_frames, self._method.settings)
+        flops = loop_of(policy).block_flops(
+            sizes, backbone.sampler, latent.height, latent.width, attended, self._total_blocks
+        )[self.rollout.block - 1]
         gpu = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
         peak = next((device.bf16_tflops for device in DEVICES if device.name in gpu), None)
         to_host, to_device = (b - a for a, b in zip(self._crossed, self._bus(), strict=True))
@@ -319,11 +331,12 @@ def _rollout(
     model: CausalWanTransformer,
     method: Method,
     device: torch.device,
+    total_blocks: int,
     tiers: Tiers = Tiers(),  # noqa: B008 - frozen
-) -> Rollout:
+) -> RolloutLoop:
     sizes, shape = backbone.transformer, _latent(backbone)
     text = torch.randn(1, sizes.text_len, sizes.text_dim, generator=keyed_generator("bench", "text"))
-    return Rollout(
+    return loop_of(method.policy)(
         model,
         backbone.sampler,
         method.policy,
@@ -333,6 +346,7 @@ def _rollout(
         shape,
         weights=_weights(method, shape, device),
         make_bank=bank_of(method.history, tiers),
+        total_blocks=total_blocks,
     )
 
 
@@ -375,7 +389,7 @@ def _whole(
     backbone: BackboneConfig, model: CausalWanTransformer, method: Method, device: torch.device, blocks: int
 ) -> tuple[Tensor, list[list[int]], int]:
     """Latents [F, C, H, W] and retrieved frames by block of a rollout, and the bytes of a stored frame."""
-    rollout = _rollout(backbone, model, method, device)
+    rollout = _rollout(backbone, model, method, device, blocks)
     results = list(rollout.blocks(blocks))
     latents = torch.cat([result.latents[0].float().cpu() for result in results])
     sizes = [bank.usage().frame_bytes for bank in rollout._banks if isinstance(bank, TieredBank)]

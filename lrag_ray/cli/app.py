@@ -21,6 +21,7 @@ from lrag_ray.cli import (
     import_config,
     init,
     inspect,
+    plan,
     report,
     runs,
     score,
@@ -108,65 +109,7 @@ def run(
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command()
-@tells_errors
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    node_memory_gb: Annotated[
-        float | None, typer.Option("--node-memory-gb", min=1, help="Check histories against nodes of this much memory.")
-    ] = None,
-    gpu_memory_gb: Annotated[
-        float | None,
-        typer.Option("--gpu-memory-gb", min=1, help="With --node-memory-gb: and such GPUs."),
-    ] = None,
-    rollouts_per_node: Annotated[
-        int | None,
-        typer.Option(
-            "--rollouts-per-node", min=1, help="With --node-memory-gb: actors on a node [default: engine.actors]."
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Tell what a run comes to, without running anything: rollouts, arithmetic, memory, bytes stored.
-
-    Works without weights, and with prompts.count also without the prompt file. With --node-memory-gb it says where
-    histories fit on such nodes, and refuses those that do not, with storage types and tiers that do.
-
-    \b
-    Examples:
-      lrag-ray plan configs/table2.yaml --set durations_s=[30,60]
-      lrag-ray plan configs/table2.yaml --node-memory-gb 256 --gpu-memory-gb 80 --rollouts-per-node 6
-    """
-    from lrag_ray.cli.tables import print_plan
-    from lrag_ray.cli.training import print_training_plan
-    from lrag_ray.config.load import load_job
-    from lrag_ray.config.prompts import plan_prompts
-    from lrag_ray.config.training import TrainEncoderConfig
-    from lrag_ray.pipelines.history_choice import Machine
-    from lrag_ray.pipelines.plan import make_plan
-    from lrag_ray.pipelines.plan_training import plan_training
-
-    loaded = load_job(config, overrides or [])
-    if isinstance(loaded, TrainEncoderConfig):
-        planned = plan_training(loaded)
-        if as_json:
-            print_json(planned)
-        else:
-            print_training_plan(console(), planned)
-        return
-    machine = None
-    if node_memory_gb is not None:
-        share = min(1.0, loaded.engine.gpus_per_actor or 1.0)
-        rollouts = rollouts_per_node or loaded.engine.least_actors
-        machine = Machine(round(node_memory_gb * 1e9), round((gpu_memory_gb or 0) * share * 1e9), rollouts)
-    elif gpu_memory_gb is not None or rollouts_per_node is not None:
-        raise typer.BadParameter("--gpu-memory-gb and --rollouts-per-node need --node-memory-gb")
-    made = make_plan(loaded, plan_prompts(loaded.prompts), machine)
-    if as_json:
-        print_json(made)
-    else:
-        print_plan(console(), made)
+plan.register(app)
 
 
 @app.command()

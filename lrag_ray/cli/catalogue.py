@@ -34,6 +34,7 @@ def methods(as_json: AsJson = False) -> None:
     from lrag_ray.cli.output import quantity
     from lrag_ray.cli.tables import table
     from lrag_ray.context.registry import policy_class, registered
+    from lrag_ray.rollout.loops import nests
 
     found: dict[str, dict[str, Any]] = {}
     for name in registered():
@@ -41,7 +42,7 @@ def methods(as_json: AsJson = False) -> None:
         found[name] = {
             "summary": _summary(policy),
             "settings": {field.name: field.default for field in dataclasses.fields(policy.Settings)},
-            "horizon_free": policy.horizon_free,
+            "horizon_free": nests(policy),
             "max_frames": policy.max_frames,
             "as_released": dict(policy.as_released),
             "released": dict(policy.released),
@@ -147,10 +148,12 @@ def _costs(policy: type[ContextPolicy[Any]]) -> dict[str, int]:
 
 
 def _restrictions(policy: type[ContextPolicy[Any]]) -> Iterator[str]:
+    from lrag_ray.rollout.loops import nests
+
     yield from policy.restrictions
     if policy.max_frames is not None:
         yield f"at most {policy.max_frames} latent frames"
-    if not policy.horizon_free:
+    if not nests(policy):
         yield "every duration is a rollout of its own"
     for file in policy.weight_files(policy.Settings()):
         if file.used:

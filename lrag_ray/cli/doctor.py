@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -10,6 +12,9 @@ from lrag_ray.cli.options import AsJson, Overrides
 from lrag_ray.cli.output import console, print_json, say, tells_errors
 from lrag_ray.errors import RunEnvironmentError
 
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+"""Of the word before a finding."""
+_TOTALS = {"ok": "ok", "warn": "to look at", "fail": "failed"}
 _FOUND_AT = 25
 """Column at which findings begin."""
 
@@ -39,13 +44,18 @@ def doctor(
 
     loaded = load_config(config, overrides or []) if config is not None else None
     rows = []
-    for row in examine(loaded):
+    out = console()
+    for row in examine(loaded, shlex.quote(config) if config is not None else "CONFIG"):
         rows.append(row)
         if not as_json:
-            say(console(), f"{row.state:<5} {row.check:<18} {row.found}", _FOUND_AT)
+            say(out, f"{row.state:<5} {row.check:<18} {row.found}", _FOUND_AT, style=_STYLES[row.state])
             if row.fix:
-                say(console(), f"{'':<{_FOUND_AT}}fix: {row.fix}", _FOUND_AT)
+                say(out, f"{'':<{_FOUND_AT}}fix: {row.fix}", _FOUND_AT, style="bold")
     if as_json:
         print_json({"healthy": healthy(rows), "rows": [row._asdict() for row in rows]})
+    else:
+        counts: Counter[str] = Counter(row.state for row in rows)
+        said = ", ".join(f"{counts[state]} {word}" for state, word in _TOTALS.items() if counts[state])
+        say(out, f"{len(rows)} checks: {said}.", 0)
     if not healthy(rows):
         raise typer.Exit(RunEnvironmentError.exit_code)

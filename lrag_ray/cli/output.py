@@ -24,6 +24,7 @@ from rich.text import Text
 from lrag_ray.errors import INTERRUPTED, LragError
 from lrag_ray.events import Event, Notice
 from lrag_ray.printable import json_text, plain, printable
+from lrag_ray.printable import quantity as quantity
 from lrag_ray.store.waits import reporting_waits
 
 P = ParamSpec("P")
@@ -55,11 +56,14 @@ class PrintableConsole(Console):
             # Rich would break it at the width of the table.
             super().print(Text(str(table.title), style=table.title_style or ""), soft_wrap=True)
         bare = copy(table)
-        bare.title = None
+        bare.title = bare.caption = None
         wide = self.options.update(max_width=_WIDTH_WITHOUT_TERMINAL)
         least = min(Measurement.get(self, wide, bare).minimum, _WIDEST)
         shown = Segments(self.render(bare, self.options.update(max_width=max(self.width, least))))
         super().print(shown, crop=False, end="")
+        if table.caption:
+            # Likewise, and for other programs as well.
+            say(self, str(table.caption), 0)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments of anything that is shown; only Rich's own cursor movements are left as they are."""
@@ -119,8 +123,9 @@ def tells_errors(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def say(to: Console, line: str, indent: int = 6) -> None:
-    """Print a line: on a terminal broken between words, the rest indented; elsewhere in one piece, for other programs.
+def say(to: Console, line: str, indent: int = 6, *, style: str = "") -> None:
+    """Print a line, its first word in `style`: on a terminal broken between words, the rest indented; elsewhere in one
+    piece, for other programs.
 
     What cannot be broken (paths, addresses) stays whole, so that it can be copied.
     """
@@ -140,23 +145,16 @@ def say(to: Console, line: str, indent: int = 6) -> None:
             for position, part in enumerate(parts)
         )
         shown = "\n".join(folded)
-    to.print(shown, soft_wrap=True)
+    text = Text(printable(shown))
+    if style:
+        begins = len(shown) - len(shown.lstrip())
+        text.stylize(style, begins, begins + len(shown.lstrip().split(" ", 1)[0]))
+    to.print(text, soft_wrap=True)
 
 
 def count(value: float) -> str:
     """``1,228,800``."""
     return f"{value:,.0f}"
-
-
-def quantity(value: float, unit: str) -> str:
-    """Four digits with an SI prefix: ``141.5 TFLOP``, ``287.5 MB``."""
-    if not value:
-        return f"0 {unit}"
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(value) < 999.95 or prefix == "E":
-            break
-        value /= 1000
-    return f"{value:.4g} {prefix}{unit}"
 
 
 def duration(seconds: float) -> str:

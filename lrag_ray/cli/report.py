@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrag_ray.cli.options import AsJson
+from lrag_ray.cli.options import AsJson, named_runs
 from lrag_ray.cli.output import console, notices, print_json, tells_errors, write
 from lrag_ray.errors import UsageError
 
@@ -21,7 +21,9 @@ def register(app: typer.Typer) -> None:
 
 @tells_errors
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Addresses of run directories (run.uri).")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="[LABEL=]RUN", help="Addresses of run directories (run.uri), with labels.")
+    ],
     to: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +56,8 @@ def report(
     """Rank methods per backbone and duration, with paired differences, drift over time, strips and side-by-side videos.
 
     Reads storage alone. Several runs are shown as one: they may hold different methods, backbones, durations and
-    prompts, but equal names must mean the same. Methods are compared over the prompts that all of them have. Of an
+    prompts. With labels, methods that several runs have are shown as ``rag (A)`` and ``rag (B)``; without, equal names
+    must mean the same. Methods are compared over the prompts that all of them have. Of an
     encoder training it writes the page of its losses.
 
     \b
@@ -62,6 +65,7 @@ def report(
       lrag-ray report runs/demo
       lrag-ray report runs/table2 --suite vbench_long --mode compat --latex > table2.tex
       lrag-ray report runs/base runs/rag --to reports/both
+      lrag-ray report A=runs/a B=runs/b --to reports/both
     """
     from lrag_ray.pipelines.report import report as make_report
     from lrag_ray.report import collect
@@ -74,16 +78,17 @@ def report(
 
     if as_csv + as_latex + as_json > 1:
         raise typer.BadParameter("give at most one of --csv, --latex and --json")
+    runs, labels = named_runs(runs)
     if any(holds_training(Storage(uri)) for uri in runs):
         _training_report(runs, as_json, to or suite or mode or as_csv or as_latex)
         return
     run_dirs = [RolloutRun(uri) for uri in runs]
     if as_csv or as_latex:
-        data = collect(run_dirs, suite, mode, must_have=True)
+        data = collect(run_dirs, suite, mode, must_have=True, labels=labels)
         write(ranks_csv(data) if as_csv else latex_table(data), end="")
         return
     count = STRIPS if strips is None else strips
-    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=count, listener=notices)
+    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=count, listener=notices, labels=labels)
     if as_json:
         print_json(_plain(made))
     else:

@@ -10,7 +10,7 @@ import typer
 
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress
 from lrag_ray.cli.output import console, count, duration, print_json, quantity, say, tells_errors, write
-from lrag_ray.cli.tables import table
+from lrag_ray.cli.tables import print_average_ranks, table
 from lrag_ray.errors import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -165,11 +165,19 @@ def stop(name: JobName, address: Address = None, as_json: AsJson = False) -> Non
 
 def _follow(job: SubmittedJob, progress: ProgressForm, as_json: bool, storage: StorageSection | None = None) -> None:
     from lrag_ray.cli.progress import shown_progress
+    from lrag_ray.events import CellScored
     from lrag_ray.pipelines.submit.follow import follow
 
+    cells: list[CellScored] = []
+
+    def receive(event: Event) -> None:
+        if isinstance(event, CellScored):
+            cells.append(event)
+        shown(event)
+
     try:
-        with shown_progress(progress) as listener:
-            end = follow(job, storage=storage, listener=listener)
+        with shown_progress(progress) as shown:
+            end = follow(job, storage=storage, listener=receive)
     except KeyboardInterrupt:
         at = f" --address {shlex.quote(job.url)}"
         write(
@@ -181,6 +189,7 @@ def _follow(job: SubmittedJob, progress: ProgressForm, as_json: bool, storage: S
     if as_json:
         print_json(end)
     else:
+        print_average_ranks(console(), cells)
         _print_end(end)
     raise typer.Exit(end.exit_code)
 
@@ -202,11 +211,11 @@ def _print_prepared(prepared: Preparation, upload: bool) -> None:
 
 def _planned(plan: Plan) -> str:
     totals = plan.totals
-    hours = max((hours.generation + hours.decoding + hours.scoring for hours in plan.gpu_hours.values()), default=0)
+    hours = max((hours.total.most for hours in plan.gpu_hours.values()), default=0)
     return (
         f"plan: {count(plan.prompts)} prompts, {count(totals.cells)} cells, {count(totals.rollouts)} rollouts, "
         f"{quantity(totals.latent_bytes + totals.video_bytes, 'B')} stored"
-        + (f", at most {hours:.3g} GPU-hours" if hours >= 0.1 else "")
+        + (f", at most {hours:.3g} GPU-hours of generation and decoding" if hours >= 0.1 else "")
     )
 
 

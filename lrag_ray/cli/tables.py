@@ -1,4 +1,4 @@
-"""Plans and states as tables."""
+"""States as tables."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from lrag_ray.cli.output import count, duration, quantity, say
 
 if TYPE_CHECKING:
     from lrag_ray.conformance.case import CaseResult
+    from lrag_ray.events import CellScored
     from lrag_ray.pipelines.decode import DecodeOutcome
     from lrag_ray.pipelines.evaluate import RunOutcome
-    from lrag_ray.pipelines.plan import Plan
     from lrag_ray.store.integrity import Coverage, Damage
     from lrag_ray.store.rollouts import RolloutRun
     from lrag_ray.store.status import RunStatus
-
-_LEAST_GPU_HOURS = 0.1
-"""Plans below this are not worth a line about GPUs."""
-_GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
 
 
 def table(title: str, *columns: str, text_columns: int = 1) -> Table:
@@ -33,74 +29,6 @@ def table(title: str, *columns: str, text_columns: int = 1) -> Table:
         # Text folds where the terminal is narrow; a number is whole or worth nothing.
         text = position < text_columns
         made.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
-    return made
-
-
-def print_plan(console: Console, plan: Plan) -> None:
-    """Cells, rollouts per method, totals and notes."""
-    samples = f" x {plan.samples} samples" if plan.samples > 1 else ""
-    console.print(f"{plan.uri}: {count(plan.prompts)} prompts{samples}\n")
-    backbones = table("Backbones", "name", "label", "parameters", "tokens/frame", "KV per latent frame", text_columns=2)
-    for backbone in plan.backbones:
-        backbones.add_row(
-            backbone.name,
-            backbone.label,
-            quantity(backbone.parameters, ""),
-            count(backbone.tokens_per_frame),
-            quantity(backbone.kv_bytes_per_frame, "B"),
-        )
-    cells = table("Cells", "backbone", "method", "duration", "latent frames", "video frames", "videos", text_columns=2)
-    for cell in plan.cells:
-        cells.add_row(
-            cell.backbone,
-            cell.method,
-            f"{cell.duration_s:g} s",
-            count(cell.latent_frames),
-            count(cell.video_frames),
-            count(cell.videos),
-        )
-    # Three tables: eleven columns fit on no common terminal.
-    both = ("backbone", "method")
-    rollouts = table("Rollouts", *both, "rollouts", "latent frames", "passes", "stored", text_columns=2)
-    work = table("Work of these rollouts", *both, "last block", "decoding it", "all passes", text_columns=2)
-    tiers = ("history", "in host memory", "on disk", "actor (GPU)")
-    memory = table("Memory at the end of a rollout", *both, *tiers, text_columns=3)
-    for each in plan.methods:
-        names = (each.backbone, each.method)
-        stored = quantity(each.latent_bytes + each.video_bytes, "B")
-        rollouts.add_row(*names, count(each.rollouts), count(each.latent_frames), count(each.passes), stored)
-        flops = (each.block_flops, each.block_decode_flops, each.transformer_flops)
-        work.add_row(*names, *(quantity(value, "FLOP") for value in flops))
-        held = (each.history_bytes, each.history_disk_bytes, each.gpu_bytes)
-        memory.add_row(*names, each.history, *(quantity(value, "B") for value in held))
-    for shown in (backbones, cells, rollouts, work, memory):
-        console.print(shown)
-        console.print()
-    totals = plan.totals
-    console.print(
-        f"In all: {count(totals.cells)} cells, {count(totals.rollouts)} rollouts, {count(totals.latent_frames)} latent "
-        f"frames, {count(totals.passes)} transformer passes, {count(totals.video_frames)} video frames, about "
-        f"{quantity(totals.latent_bytes, 'B')} of latents and {quantity(totals.video_bytes, 'B')} of video stored.\n"
-    )
-    console.print(_totals(plan))
-    for note in plan.notes:
-        console.print(f"Note: {note}")
-
-
-def _totals(plan: Plan) -> Table:
-    """Operations by kind of work, and GPU-hours where there are enough to speak of."""
-    hours = [plan.gpu_hours[name] for name in _GPUS_SHOWN]
-    long = max(each.generation + each.decoding + each.scoring for each in hours) >= _LEAST_GPU_HOURS
-    title = "Work in all, and hours of one GPU" if long else "Work in all"
-    made = table(title, "", "operations", *(("of peak", *_GPUS_SHOWN) if long else ()))
-    totals = plan.totals
-    for kind, flops, utilisation, each in (
-        ("generation", totals.transformer_flops, plan.utilisation, [hour.generation for hour in hours]),
-        ("decoding", totals.decode_flops, plan.utilisation, [hour.decoding for hour in hours]),
-        ("VBench-Long, if run", totals.scoring_flops, plan.scoring_utilisation, [hour.scoring for hour in hours]),
-    ):
-        shares = (f"{utilisation:.0%}", *(f"{value:,.3g}" for value in each)) if long else ()
-        made.add_row(kind, quantity(flops, "FLOP"), *shares)
     return made
 
 
@@ -146,6 +74,26 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
         }
     for what, place in places.items():
         console.print(f"{what + ':':20}{place}", soft_wrap=True)
+
+
+def print_average_ranks(console: Console, cells: Iterable[CellScored]) -> None:
+    """Average ranks as a job reported them, a method a row; nothing where no methods were compared."""
+    ranks = {
+        (cell.method, cell.backbone, cell.duration_s): cell.average_rank
+        for cell in cells
+        if cell.average_rank is not None
+    }
+    columns = list(dict.fromkeys((backbone, duration_s) for _, backbone, duration_s in ranks))
+    if not columns:
+        return
+    from lrag_ray.report.tables import rank_number
+
+    names = (f"{backbone} {duration_s:g} s" for backbone, duration_s in columns)
+    shown = table("Average ranks (lower is better)", "method", *names)
+    for method in dict.fromkeys(method for method, _, _ in ranks):
+        shown.add_row(method, *(rank_number(ranks.get((method, *column))) for column in columns))
+    console.print(shown)
+    console.print()
 
 
 def print_made(console: Console, outcome: RunOutcome, more: str = "") -> None:

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lrag_ray.cli.options import AsJson
+from lrag_ray.cli.options import AsJson, named_runs
 from lrag_ray.cli.output import console, print_json, quantity, tells_errors, write
 from lrag_ray.errors import UsageError
 
-Runs = Annotated[list[str], typer.Argument(metavar="RUN", help="Addresses of run directories (run.uri).")]
+Runs = Annotated[
+    list[str], typer.Argument(metavar="[LABEL=]RUN", help="Addresses of run directories (run.uri), with labels.")
+]
 Suite = Annotated[str | None, typer.Option("--suite", help="Which scores [default: those that compare best].")]
 Mode = Annotated[str | None, typer.Option("--mode", help="Which scores of vbench_long, compat or direct.")]
 Strips = Annotated[int, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips.")]
@@ -48,7 +50,8 @@ def view(
     from lrag_ray.report.view import ReportServer
     from lrag_ray.store.rollouts import RolloutRun
 
-    data = collect([RolloutRun(uri) for uri in runs], suite, mode, must_have=True)
+    uris, labels = named_runs(runs)
+    data = collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
     with tempfile.TemporaryDirectory(prefix="lrag-ray-view-") as folder:
         try:
             server = ReportServer(data, Path(folder), port=port, strips=strips)
@@ -68,7 +71,7 @@ def view(
 @tells_errors
 def export(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="RUN... FILE.zip", help="Addresses of runs, and the file to write.")
+        list[str], typer.Argument(metavar="[LABEL=]RUN... FILE.zip", help="Addresses of runs, and the file to write.")
     ],
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Videos of prompts that contain this, in any case.")
@@ -101,7 +104,8 @@ def export(
     *runs, file = arguments
     if not runs or not file.endswith(".zip"):
         raise UsageError("give the runs and then the file to write, which ends in .zip")
-    data = collect([RolloutRun(uri) for uri in runs], suite, mode, must_have=True)
+    uris, labels = named_runs(runs)
+    data = collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
     unknown = [name for name in method or () if name not in data.identity.methods]
     if unknown:
         raise UsageError(f"--method {unknown[0]}: the runs have {', '.join(data.identity.methods)}")

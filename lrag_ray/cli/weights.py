@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from lrag_ray.cli.options import AsJson, Config, Overrides
-from lrag_ray.cli.output import console, print_json, quantity, say, tells_errors
+from lrag_ray.cli.output import console, duration, print_json, quantity, say, tells_errors
 from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
 
 if TYPE_CHECKING:
@@ -103,12 +105,19 @@ def list_needs(
     for row in rows:
         size = quantity(row["published_bytes"], "B") if row["published_bytes"] else "size unknown"
         here = quantity(row["present_bytes"], "B") if row["present_bytes"] else "missing"
-        _say(f"{row['kind']:<{_KIND}} {here:<10} {row['address']}")
+        _say(f"{here:<10} {row['kind']:<{_KIND}} {row['address']}", "green" if row["present_bytes"] else "red")
         if row["source"]:
             _say(f"{_INDENT}from {row['source']}")
             _say(f"{_INDENT}{size}, licence {row['licence']}")
         else:
-            _say(f"{_INDENT}no published file has this name: it is your own")
+            _say(f"{_INDENT}your own: no published file has this name")
+    missing = [row for row in rows if not row["present_bytes"]]
+    if rows:
+        present = [row for row in rows if row["present_bytes"]]
+        there = f"{len(present)} here{_bytes(present, 'present_bytes')}"
+        _say(f"{len(rows)} files: {there}, {len(missing)} missing{_bytes(missing, 'published_bytes')}.")
+    if missing:
+        _say(f"Fix: lrag-ray weights pull {_arguments(config, suite, folder)}")
     if not rows:
         console().print("nothing: every backbone of this configuration has random weights")
 
@@ -137,6 +146,7 @@ def pull(
     from lrag_ray.weights.pull import pull as pull_need
 
     rows: list[dict[str, Any]] = []
+    began = time.monotonic()
 
     def tell(line: str) -> None:
         console(stderr=True).print(line, soft_wrap=True)
@@ -163,6 +173,12 @@ def pull(
                     add(network.name, str(network.path), network.pulled, network.size_bytes)
             except LragError as error:
                 add(" ".join(source.names), source.url, False, 0, str(error))
+    if not as_json:
+        fetched = [row for row in rows if row.get("pulled")]
+        size, seconds = sum(row["size_bytes"] for row in fetched), time.monotonic() - began
+        failed = sum(row["error"] is not None for row in rows)
+        speed = f" in {duration(seconds)}, {quantity(size / seconds, 'B/s')}" if size and seconds > 0 else ""
+        _say(f"{len(rows)} files: {len(fetched)} pulled ({quantity(size, 'B')}{speed}), {failed} failed.")
     _finish({"pulled": rows}, as_json, failed=any(row["error"] for row in rows))
 
 
@@ -188,11 +204,12 @@ def verify(
     from lrag_ray.weights.verify import verify as verify_need
 
     rows: list[dict[str, Any]] = []
+    began = time.monotonic()
 
     def add(kind: str, address: str, ok: bool, detail: str) -> None:
         rows.append({"kind": kind, "address": address, "ok": ok, "detail": detail})
         if not as_json:
-            _say(f"{'ok' if ok else 'fail':<5} {kind:<{_KIND}} {address}: {detail}")
+            _say(f"{'ok' if ok else 'fail':<5} {kind:<{_KIND}} {address}: {detail}", "green" if ok else "red")
 
     needs, suite_networks = _selected(config, overrides, suite, folder)
     for need in needs:
@@ -201,6 +218,9 @@ def verify(
     if suite_networks is not None:
         for network in verify_networks(suite_networks, digests=digests):
             add(network.name, str(network.path), network.ok, network.detail)
+    if not as_json:
+        wrong = sum(not row["ok"] for row in rows)
+        _say(f"{len(rows)} files in {duration(time.monotonic() - began)}: {len(rows) - wrong} ok, {wrong} failed.")
     _finish({"verified": rows}, as_json, failed=not all(row["ok"] for row in rows))
 
 
@@ -269,8 +289,24 @@ def _selected(config: str | None, overrides: list[str] | None, suite: str | None
         raise UsageError(f"--suite: {error}") from None
 
 
-def _say(line: str) -> None:
-    say(console(), line, len(_INDENT))
+def _say(line: str, style: str = "") -> None:
+    say(console(), line, len(_INDENT), style=style)
+
+
+def _bytes(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Their sum in brackets, with how many have none."""
+    known = sum(row[key] or 0 for row in rows)
+    unknown = sum(not row[key] for row in rows)
+    parts = [quantity(known, "B")] if known else []
+    parts += [f"{unknown} of unknown size"] if unknown else []
+    return f" ({' and '.join(parts)})" if parts else ""
+
+
+def _arguments(config: str | None, suite: str | None, folder: str | None) -> str:
+    """What this command was given, for the next one."""
+    options = [("--suite", suite), ("--folder", folder)]
+    given = [part for name, value in options if value for part in (name, value)]
+    return shlex.join([*([config] if config else []), *given])
 
 
 def _finish(result: dict[str, Any], as_json: bool, *, failed: bool) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND
 from lrag_ray.errors import ConfigError
+from lrag_ray.printable import printable
 
 _SIGNS = ("denoising_step_list", "generator_ckpt", "model_kwargs", "num_frame_per_block", "warp_denoising_step")
 _OURS = ("backbones", "methods", "durations_s")
@@ -61,6 +62,8 @@ _DEFAULT_MODEL = "Wan2.1-T2V-1.3B"
 _GLOBAL_FRAMES = 21
 """Latent frames that their attention holds where no window is set."""
 _DEFAULT_SHIFT = 8.0
+_MOST = 1e9
+"""No number here is larger."""
 
 
 def is_foreign(data: Mapping[str, Any]) -> bool:
@@ -99,7 +102,7 @@ class _Import:
     def _content(self) -> dict[str, Any]:
         sampler = self._sampler()
         frames = self._number("num_output_frames", _GLOBAL_FRAMES)
-        if frames % sampler["frames_per_block"]:
+        if sampler["frames_per_block"] < 1 or frames % sampler["frames_per_block"]:
             raise ConfigError(
                 f"{self._name}: num_output_frames {frames} is not a number of whole blocks of "
                 f"{sampler['frames_per_block']}, which the released code refuses too. Fix: correct one of the two"
@@ -126,8 +129,8 @@ class _Import:
         return {
             "denoising_steps": steps,
             "warp": bool(self._take("warp_denoising_step", False)),
-            "shift": float(shift),
-            "context_timestep": float(self._take("context_noise", 0.0)),
+            "shift": self._real("timestep_shift", shift),
+            "context_timestep": self._real("context_noise", self._take("context_noise", 0.0)),
             "frames_per_block": self._number("num_frame_per_block", 1),
             **({"first_block_denoising_steps": first} if first else {}),
         }
@@ -263,7 +266,8 @@ class _Import:
             lines.append(f"Without equivalent (run.uri is where results go): {', '.join(files)}")
         if training:
             lines.append(f"Without equivalent (training alone): {', '.join(training)}")
-        return [f"# {line}" for line in lines]
+        # A key or a path with a line break would go on as configuration.
+        return [f"# {printable(' '.join(line.splitlines()))}" for line in lines]
 
     def _take(self, key: str, default: Any = None) -> Any:
         value = self._left.pop(key, None)
@@ -274,6 +278,11 @@ class _Import:
         if type(value) is not int:
             raise ConfigError(f"{self._name}: {key} is {value!r}, expected a whole number. Fix: correct it")
         return value
+
+    def _real(self, key: str, value: Any) -> float:
+        if type(value) not in (int, float) or not abs(value) < _MOST:
+            raise ConfigError(f"{self._name}: {key} is {value!r}, expected a number. Fix: correct it")
+        return float(value)
 
     def _section(self, key: str) -> Mapping[str, Any]:
         value = self._left.get(key)

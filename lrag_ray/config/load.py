@@ -140,7 +140,7 @@ def _merge_presets(document: Document) -> Iterator[Problem]:
             # So that the values that this preset would have brought are not missed one by one.
             document.data["backbones"][name] = overlay(PRESETS["tiny"], section)
         else:
-            document.data["backbones"][name] = overlay(copy.deepcopy(PRESETS[preset]), section)
+            document.data["backbones"][name] = _labelled(preset, section)
     for name, section in _sections(document.data, "methods"):
         if section.get("preset") != "released":
             continue
@@ -150,6 +150,30 @@ def _merge_presets(document: Document) -> Iterator[Problem]:
                     ("methods", name, "preset"), f"method '{section['method']}' has no released settings here"
                 )
             _put_under(section, released)
+
+
+def _labelled(preset: str, section: dict[str, Any]) -> dict[str, Any]:
+    """The section over its preset; the preset's label is that of its weights, so files of other names get their own."""
+    merged = overlay(copy.deepcopy(PRESETS[preset]), section)
+    if "label" in section:
+        return merged
+    (path, lora), (published, published_lora) = _weight_names(merged), _weight_names(PRESETS[preset])
+    label = PRESETS[preset]["label"]
+    if path != published:
+        label = f"{f'own weights {path}' if path else 'random weights'}, sizes of {label}"
+    if lora != published_lora:
+        label += f", own LoRA {lora}" if lora else ", without LoRA"
+    merged["label"] = label
+    return merged
+
+
+def _weight_names(section: Mapping[str, Any]) -> list[str]:
+    """File names of the generator's weights and of its LoRA; empty where there is none."""
+    weights = section.get("weights")
+    weights = weights if isinstance(weights, Mapping) else {}
+    lora = weights.get("lora")
+    paths = [weights.get("path"), lora.get("path") if isinstance(lora, Mapping) else None]
+    return [str(path or "").rstrip("/").rpartition("/")[2] for path in paths]
 
 
 def _merge_released(data: dict[str, Any]) -> None:
@@ -235,7 +259,10 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
         for backbone in config.backbones.values():
             frames_per_block = backbone.sampler.frames_per_block
             try:
-                method.policy.check(method.settings, frames_per_block)
+                method.policy.check_sampler(method.settings, backbone.sampler)
+                sizes, latent = backbone.transformer, backbone.latent
+                tokens = sizes.tokens_per_frame(latent.height, latent.width)
+                method.policy.check_model(method.settings, sizes.num_layers, sizes.num_heads, tokens)
                 method.policy.check_run(method.settings, frames_per_block)
             except ValueError as error:
                 yield Problem(path, str(error))
@@ -265,14 +292,13 @@ def _check_history(path: KeyPath, method: Method, config: RunConfig, backbone: B
 
 def _misplaced(config: JobConfig, folder: Path) -> Iterator[Problem]:
     """Relative paths that mean the folder of the configuration, where the program runs in another one."""
-    found = list(beside_configuration(config, folder))
-    run = f"run lrag-ray in {shlex.quote(str(folder))}"
-    for path, address in found:
-        override = shlex.quote(f"{dotted(path)}={folder / address}")
+    for key, address, there in beside_configuration(config, folder):
+        override = shlex.quote(f"{dotted(key)}={there / address}")
+        where = "beside the configuration" if there == folder else f"in {there}"
         yield Problem(
-            path,
-            f"'{address}' is not in the working directory but beside the configuration, and relative paths mean the "
-            f"working directory. Fix: {run}, or --set {override}",
+            key,
+            f"'{address}' is not in the working directory but {where}, and relative paths mean the working directory. "
+            f"Fix: run lrag-ray in {shlex.quote(str(there))}, or --set {override}",
         )
 
 

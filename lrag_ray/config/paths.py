@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.methods import resolve_method
@@ -32,8 +32,21 @@ def _training_addresses(config: TrainEncoderConfig) -> list[KeyPath]:
     return [*(("data", "uris", position) for position in range(len(config.data.uris))), ("training", "start_from")]
 
 
-def beside_configuration(config: JobConfig, folder: Path) -> Iterator[tuple[KeyPath, str]]:
-    """Relative paths, with their keys, of files that are missing here and are there relative to `folder`."""
+class Misplaced(NamedTuple):
+    """A relative path that means nothing in the working directory."""
+
+    key: KeyPath
+    address: str
+    folder: Path
+    """Where it means something."""
+
+
+def beside_configuration(config: JobConfig, folder: Path) -> Iterator[Misplaced]:
+    """Relative paths of files that are missing here and are there relative to `folder`, or to one of two around it.
+
+    Those are where a project keeps its configurations, whose paths begin at the project.
+    """
+    around = [folder, *Path(os.path.abspath(folder)).parents[:2]]  # noqa: PTH100 - without following links
     data = config.model_dump()
     paths: list[KeyPath]
     if isinstance(config, RunConfig):
@@ -45,8 +58,10 @@ def beside_configuration(config: JobConfig, folder: Path) -> Iterator[tuple[KeyP
         address = (section or {}).get(path[-1]) if isinstance(section, dict | None) else section[path[-1]]
         if not isinstance(address, str) or "://" in address or Path(address).is_absolute():
             continue
-        if not os.path.lexists(address) and os.path.lexists(folder / address):
-            yield path, address
+        if not os.path.lexists(address):
+            found = next((each for each in around if os.path.lexists(each / address)), None)
+            if found is not None:
+                yield Misplaced(path, address, found)
 
 
 def weight_paths(config: JobConfig) -> list[KeyPath]:

@@ -86,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "causal_forcing_long": {
         **_WAN_1_3B,
-        "label": "Causal-Forcing (long-video checkpoint)",
+        "label": "Causal-Forcing (long-video checkpoint, trained for rolling_forcing; others sample it block by block)",
         "weights": {"path": "weights/longvideo.pt", "use_ema": True},
     },
     "causal_forcing_framewise": _framewise("frame by frame, 4 steps", "framewise-4step.pt", [1000, 750, 500, 250]),
@@ -115,12 +115,23 @@ CHECKPOINT_NOTES: dict[str, str] = {
         "authors call that baseline extremely unfair for long video and publish longvideo.pt for it: preset "
         "causal_forcing_long"
     ),
-    "longvideo.pt": (
-        "longvideo.pt is Causal-Forcing's checkpoint for long video. Its authors sample it in rolling windows; here it "
-        "is sampled block by block, which they have not tested"
-    ),
 }
 """What a plan says of a published checkpoint, by its file name."""
+
+CHECKPOINT_LOOPS = {"longvideo.pt": "rolling"}
+"""Rollout loop that a published checkpoint is trained for, by its file name, where it is not the block loop."""
+
+LOOP_NOTES = {
+    "rolling": (
+        "{checkpoint} is trained for rolling windows (method rolling_forcing); {methods} sample it block by block, "
+        "which its authors have not tested"
+    ),
+    "blocks": (
+        "{methods} denoise blocks of several noise levels together, for which {checkpoint} is not known to be "
+        "trained (preset causal_forcing_long is)"
+    ),
+}
+"""What a plan says where a checkpoint is trained for another loop than a method has."""
 
 
 AS_RELEASED: dict[str, dict[str, Any]] = {

@@ -108,7 +108,9 @@ def _words(details: ErrorDetails, valid: Sequence[str], elsewhere: Iterable[str]
     if kind == "value_error":
         return str(context["error"])
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {described(value)}"
+        # YAML takes 3 for a number and "a: b" for a section.
+        hint = "; put quotes around it if it is text" if kind == "string_type" and value is not None else ""
+        return f"expected {_EXPECTED[kind]}, got {described(value)}{hint}"
     if kind == "finite_number":
         return f"expected a finite number, got {described(value)}"
     if kind == "literal_error":

@@ -209,7 +209,7 @@ def parse_json(text: str, line: int) -> Any:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as fault:
         place = f" at column {fault.colno}" if line else f" at line {fault.lineno}, column {fault.colno}"
-        raise TableFaultError(line, f"not JSON: {fault.msg}{place}") from None
+        raise TableFaultError(line, f"not JSON: {fault.msg.removesuffix(' at')}{place}") from None
     except ValueError as fault:
         raise TableFaultError(line, f"not JSON: {fault}") from None
     except RecursionError:

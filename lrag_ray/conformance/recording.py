@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from lrag_ray.context.registry import policy_class
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.encoder import known_fields
+from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import RecordedNoise
-from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -46,7 +46,9 @@ class Recording:
     x0: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Clean prediction [B, n, C, H, W] by (block, pass)."""
     attended: dict[tuple[int, int, int], Attended] = field(default_factory=dict)
-    """Rows by (block, pass, layer), where they were asked for."""
+    """Rows of all heads by (block, pass, layer), where they were asked for."""
+    attended_by_head: dict[tuple[int, int, int, int], Attended] = field(default_factory=dict)
+    """Rows of one head by (block, pass, layer, head), where groups of heads attend to different ones."""
     query_indices: list[list[list[int]]] = field(default_factory=list)
     """Temporal index of each of a block's frames, by block and batch element."""
     trace: list[list[list[TraceRow]]] = field(default_factory=list)
@@ -54,9 +56,19 @@ class Recording:
     state: list[list[dict[str, Tensor]]] = field(default_factory=list)
     """`BlockResult.state` by block and batch element."""
 
-    def rows(self, block: int, element: int, layer: int) -> list[TraceRow]:
-        """What one batch element attends to in a block and layer."""
-        return [row for row in self.trace[block][element] if row.layer in (ALL_LAYERS, layer)]
+    def rows(self, block: int, element: int, layer: int, head: int = 0) -> list[TraceRow]:
+        """What one batch element attends to in a block and layer, with one of its heads."""
+        return [
+            row
+            for row in self.trace[block][element]
+            if row.layer in (ALL_LAYERS, layer) and (row.heads is None or head in row.heads)
+        ]
+
+    def of_head(self, block: int, step: int, layer: int, head: int) -> Attended:
+        """Rows [B, rows, 1, head_dim] that attention received in one head."""
+        if (block, step, layer, head) in self.attended_by_head:
+            return self.attended_by_head[block, step, layer, head]
+        return Attended(*(x[:, :, head : head + 1] for x in self.attended[block, step, layer]))
 
 
 class _Recorder:
@@ -67,15 +79,24 @@ class _Recorder:
         self.flow: dict[tuple[int, int], Tensor] = {}
         self.x0: dict[tuple[int, int], Tensor] = {}
         self.attended: dict[tuple[int, int, int], Attended] = {}
+        self.by_head: dict[tuple[int, int, int, int], Attended] = {}
 
     def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None:
         self.flow[block, step] = flow
         self.x0[block, step] = x0
 
-    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        if self.wanted(block, step, layer):
-            # Keys and values are views of a buffer that the next pass overwrites.
-            self.attended[block, step, layer] = Attended(q.clone(), k.clone(), v.clone())
+    def on_attention(
+        self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None
+    ) -> None:
+        if not self.wanted(block, step, layer):
+            return
+        # Keys and values are views of a buffer that the next pass overwrites.
+        rows = Attended(q.clone(), k.clone(), v.clone())
+        if heads is None:
+            self.attended[block, step, layer] = rows
+            return
+        for i, head in enumerate(heads):
+            self.by_head[block, step, layer, head] = Attended(*(x[:, :, i : i + 1] for x in rows))
 
 
 def record(
@@ -89,19 +110,21 @@ def record(
     *,
     wanted: Callable[[int, int, int], bool] = lambda block, step, layer: False,
     bank: BankType = "exact",
+    look: Callable[[int, Sequence[ContextPolicy[Any]]], None] = lambda block, policies: None,
 ) -> Recording:
     """Roll out all frames of `noise` [B, F, C, H, W] with `renoise` [blocks, steps - 1 or more, B·n, C, H, W].
 
     `settings` name the method's own weights by local paths. `wanted(block, pass, layer)` says where to keep attention
-    rows, `bank` how history is stored. Raises ValueError for impossible settings.
+    rows, `bank` how history is stored. `look(block, policies)` is called before every block and, with the number of
+    blocks, at the end. Raises ValueError for impossible settings.
     """
     policy = policy_class(method)
-    own = policy.Settings(**settings)
+    own: Any = policy.Settings(**settings)
     named = [(file, file.address(own)) for file in policy.weight_files(own) if file.used]
     batch, frames = noise.shape[:2]
     n = sampler.frames_per_block
     recorder = _Recorder(wanted)
-    rollout = Rollout(
+    rollout = loop_of(policy)(
         transformer,
         sampler,
         policy,
@@ -112,16 +135,20 @@ def record(
         weights={file.key: file.read(Path(path)) for file, path in named if path is not None},
         make_bank=bank_of(bank),
         probe=recorder,
+        total_blocks=frames // n,
     )
     recording = Recording([rollout.timesteps(block) for block in range(frames // n)], rollout.context.policies)
     latents = []
+    look(0, recording.policies)
     for result in rollout.blocks(frames // n):
+        look(result.block + 1, recording.policies)
         latents.append(result.latents)
         recording.query_indices.append([policy.query_indices() for policy in recording.policies])
         recording.trace.append(result.trace)
         recording.state.append(result.state)
     recording.latents = torch.cat(latents, dim=1)
-    recording.flow, recording.x0, recording.attended = recorder.flow, recorder.x0, recorder.attended
+    recording.flow, recording.x0 = recorder.flow, recorder.x0
+    recording.attended, recording.attended_by_head = recorder.attended, recorder.by_head
     return recording
 
 

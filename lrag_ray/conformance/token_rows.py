@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrag_ray.conformance.recording import Recording
 from lrag_ray.context.deep_forcing import DeepForcing
+from lrag_ray.context.forcing_kv import ForcingKv
 from lrag_ray.context.trace import TraceRow
 
 
@@ -29,11 +30,12 @@ class TokenRows(NamedTuple):
         return [[frame, index, len(list(run))] for (frame, index), run in groupby(pairs)]
 
 
-def token_rows(recording: Recording, element: int = 0) -> list[list[TokenRows]]:
-    """Rows by block and layer for one batch element.
+def token_rows(recording: Recording, element: int = 0, head: int = 0) -> list[list[TokenRows]]:
+    """Rows by block and layer for one batch element and head (where heads attend alike: for all of them).
 
     Where frames are attended whole, the trace says everything. A compression's selection are indices into [rows held
-    before | the block's rows], between the whole sink and the whole recent frames.
+    before | the block's rows], between the whole sink and the whole recent frames. Kept patches are numbered from the
+    first frame that left the past frames with the block before.
     """
     policy = recording.policies[element]
     layers, tokens_per_frame = policy.layout.num_layers, policy.layout.tokens_per_frame
@@ -41,20 +43,42 @@ def token_rows(recording: Recording, element: int = 0) -> list[list[TokenRows]]:
     blocks = []
     for block, states in enumerate(recording.state):
         for layer in range(layers):
-            trace = recording.rows(block, element, layer)
+            trace = recording.rows(block, element, layer, head)
+            if isinstance(policy, ForcingKv):
+                held[layer] = _with_patches(block, trace, states[element].get("patches"), policy)
+                continue
             selected = policy.selected_rows(states[element], layer) if isinstance(policy, DeepForcing) else None
             if selected is None and all(row.tokens == tokens_per_frame for row in trace):
-                held[layer] = _whole_frames(trace, tokens_per_frame)
+                held[layer] = whole_frames(trace, tokens_per_frame)
             else:
                 held[layer] = _single_tokens(held[layer], trace, selected, tokens_per_frame, policy.settings)
         blocks.append([rows for rows in held if rows is not None])
     return blocks
 
 
-def _whole_frames(trace: list[TraceRow], f: int) -> TokenRows:
+def whole_frames(trace: list[TraceRow], f: int) -> TokenRows:
+    """All f tokens of each row of a trace."""
     frame = torch.tensor([row.frame for row in trace]).repeat_interleave(f)
     index = torch.tensor([row.temporal_index for row in trace]).repeat_interleave(f)
     return TokenRows(frame, torch.arange(f).repeat(len(trace)), index)
+
+
+def _with_patches(block: int, trace: list[TraceRow], patches: Tensor | None, policy: ForcingKv) -> TokenRows:
+    """Whole frames, with the kept patches of single ones in place."""
+    at, f, n = policy.settings, policy.layout.tokens_per_frame, policy.layout.frames_per_block
+    first = max(at.sink, (block - 1) * n - at.dynamic_frames)
+    frames, tokens = [], []
+    for row in trace:
+        kept = torch.arange(f)
+        if row.kind == "compressed":
+            numbers = torch.empty(0).long() if patches is None else patches - (row.frame - first) * at.patches_per_frame
+            own = numbers[(numbers >= 0) & (numbers < at.patches_per_frame)]
+            kept = kept.view(at.patches_per_frame, -1)[own].flatten()
+        if len(kept) != row.tokens:
+            raise ValueError(f"trace and kept patches disagree in block {block}, layer {row.layer}, frame {row.frame}")
+        frames.append(torch.full_like(kept, row.frame))
+        tokens.append(kept)
+    return TokenRows(torch.cat(frames), torch.cat(tokens), torch.cat(frames))
 
 
 def _single_tokens(
@@ -62,7 +86,7 @@ def _single_tokens(
 ) -> TokenRows:
     if before is None:
         raise ValueError("the first block attends to parts of frames")
-    current = _whole_frames([row for row in trace if row.kind == "current"], f)
+    current = whole_frames([row for row in trace if row.kind == "current"], f)
     frame, token = torch.cat([before.frame, current.frame]), torch.cat([before.token, current.token])
     if selected is not None:
         recent = torch.arange(len(frame) - settings.recent * f, len(frame))

@@ -113,7 +113,9 @@ class _Keep:
     def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None:
         """Not called: there is no rollout."""
 
-    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def on_attention(
+        self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None
+    ) -> None:
         if layer == 0:
             self.rows |= {"cache_layer0.k": k.clone(), "cache_layer0.v": v.clone()}
 

@@ -1,7 +1,12 @@
 """base: the backbones' native cache (Self-Forcing, Causal-Forcing, LongLive). Sink and window, absolute indices.
 
-Every frame keeps its global frame number as temporal index, so the sink drifts away from the queries as the rollout
-grows. The released table of rotations ends at index 1023.
+Notation: window W frames, sink S, n frames per block. A block attends to the first S frames, to the newest past frames
+behind them, and to itself, at most W frames in all. Before it begins, the oldest frames behind the sink leave the
+cache. Every frame keeps its global frame number as temporal index, so the sink drifts away from the queries as the
+rollout grows. The released table of rotations ends at index 1023.
+
+Paper: Self-Forcing, arXiv 2506.08009. Follows the behaviour of thu-ml/Causal-Forcing,
+which is that of Self-Forcing and LongLive (Apache-2.0).
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ stored selections are copied in the first pass of a block and read at its end.
 
 With `compression` off only the sink is deep: oldest rows leave first, and the sink's first index is cs - M, counted
 from the first block that drops rows.
+
+Training-free on any backbone. Paper: arXiv 2512.05081. Follows the behaviour of cvlab-kaist/DeepForcing (Apache-2.0).
 """
 
 from __future__ import annotations

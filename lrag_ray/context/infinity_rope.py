@@ -1,7 +1,11 @@
 """∞-RoPE (Infinity-RoPE): the frames of base, with temporal indices relative to the window.
 
-Block-relativistic RoPE as released: the frame in cache slot j has index j and the queries take the last slots, so
-after the window fills the queries stay at W-n .. W-1 and the sink at 0 .. S-1, however long the rollout grows.
+Notation: window W frames, sink S, n frames per block. Block-relativistic RoPE as released: the frame in cache slot j
+has index j and the queries take the last slots, so after the window fills the queries stay at W-n .. W-1 and the sink
+at 0 .. S-1, however long the rollout grows.
+
+Training-free on any backbone. Paper: arXiv 2511.20649. Follows the behaviour of yesiltepe-hidir/infinity-rope, which
+states no licence.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from lrag_ray.context.weights import Loaded, WeightFile
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.history import HistoryBank, TieredBank, Tiers
 from lrag_ray.retrieval.payload import FrameShape, make_payload
+from lrag_ray.wan.config import SamplerConfig
 from lrag_ray.wan.rope import MAX_INDEX, Angles, Rope
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 """Settings of a method: an instance of its `Settings`."""
 
-Family = Literal["sink", "positions", "compression", "memory", "retrieval", "per head", "other"]
-"""What a method changes about the context; reports group methods by it, in this order."""
+Family = Literal["sink", "positions", "compression", "memory", "retrieval", "per head", "sampler", "other"]
+"""What a method changes about the context, or else about the sampler; reports group methods by it, in this order."""
 
 
 class Origin(NamedTuple):
@@ -130,7 +131,10 @@ class Exposure(NamedTuple):
     """The rows that a block attends to before its own, in attention order, and their turning angles."""
 
     spans: list[Span]
+    """Rows of all heads, also where `heads` names some."""
     angles: Angles
+    heads: tuple[int, ...] | None = None
+    """Heads that attend to these rows, ascending; None: all of them."""
 
 
 class ContextPolicy(ABC, Generic[S]):
@@ -160,12 +164,23 @@ class ContextPolicy(ABC, Generic[S]):
     """Family, paper, and licence of the released code."""
     restrictions: ClassVar[Sequence[str]] = ()
     """What settings and rollouts must keep to besides `max_frames`, in a few words each; `check` holds them to it."""
+    loop: ClassVar[str] = "blocks"
+    """Rollout loop that the method is made for: a name in `rollout.loops`, or ``package.module:Loop``."""
     observes_queries: bool = False
-    """Call `observe_queries` in every pass."""
+    """Call `observe_queries` in every pass; asked at the beginning of each block."""
 
     @classmethod
     def check(cls, settings: S, frames_per_block: int) -> None:
         """Raise ValueError where a rollout in blocks of `frames_per_block` latent frames cannot be computed."""
+
+    @classmethod
+    def check_model(cls, settings: S, layers: int, heads: int, tokens_per_frame: int) -> None:
+        """Raise ValueError where the settings do not fit a generator of these sizes."""
+
+    @classmethod
+    def check_sampler(cls, settings: S, sampler: SamplerConfig) -> None:
+        """Raise ValueError where a rollout with this sampler cannot be computed; mostly a matter of its blocks."""
+        cls.check(settings, sampler.frames_per_block)
 
     @classmethod
     def check_run(cls, settings: S, frames_per_block: int) -> None:
@@ -179,7 +194,10 @@ class ContextPolicy(ABC, Generic[S]):
     @classmethod
     @abstractmethod
     def attended_frames(cls, settings: S, frames_per_block: int, first_frame: int) -> int:
-        """Latent frames attended to by the block that starts at `first_frame`, its own included."""
+        """Latent frames attended to by the block that starts at `first_frame`, its own included.
+
+        Where heads differ, those of the heads that attend to most.
+        """
 
     @classmethod
     def history_frames(cls, settings: S, frames_per_block: int, total_frames: int) -> int:
@@ -205,7 +223,10 @@ class ContextPolicy(ABC, Generic[S]):
         self.rope = inputs.rope
 
     def max_context_rows(self) -> int | None:
-        """Most rows that `expose` will ever return, so that buffers are allocated once; None where it is not known."""
+        """Most rows that `expose` will ever return, so that buffers are allocated once; None where it is not known.
+
+        Where several blocks are denoised at once: most rows beside one block's.
+        """
         return None
 
     @abstractmethod
@@ -217,7 +238,7 @@ class ContextPolicy(ABC, Generic[S]):
 
     @abstractmethod
     def query_indices(self) -> list[int]:
-        """Temporal index of each frame of the current block, for its queries and its own keys."""
+        """Temporal index of each frame of the current block (or blocks), for its queries and its own keys."""
 
     def own_frames(self) -> list[int]:
         """Which of the block's frames 0 .. n-1 the block itself attends to, ascending; all but in odd settings."""
@@ -230,8 +251,11 @@ class ContextPolicy(ABC, Generic[S]):
         """The first layer is about to be exposed: the place to fetch what all layers share."""
 
     @abstractmethod
-    def expose(self, layer: int) -> Exposure:
-        """Rows to attend to before the current block's own; called once per layer, in the block's first pass."""
+    def expose(self, layer: int) -> Exposure | Sequence[Exposure]:
+        """Rows to attend to before the current block's own; called once per layer, in the block's first pass.
+
+        Where heads attend to different rows, one exposure per group of heads; every head is in one of them.
+        """
 
     def end_expose(self) -> None:
         """The rows of all layers have been copied: the place to let go of what `begin_expose` fetched."""

@@ -12,6 +12,9 @@ When a frame enters the history (`admission`):
 - ``cache`` (released code): when it is pushed out of the W-frame cache. It counts from the next block on, so before
   block start s the history is S .. S + (s - W) - 1, and the frames between cache and local part are attended by nobody.
 - ``local`` (paper, Algorithm 1): as soon as it leaves the local part; the history is S .. s - (W-S-K-n) - 1.
+
+The generator stays frozen; descriptor `ae` needs the weights of an encoder. Paper: arXiv 2606.02553. Follows the
+behaviour of qixinhu11/LongLive-RAG (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ class Rag(FramePolicy[RagSettings]):
 
     Settings = RagSettings
     as_released: ClassVar[Mapping[str, Any]] = {"descriptor_dtype": "bfloat16"}
-    origin = Origin("retrieval", "LongLive-RAG", "qixinhu11/LongLive-RAG", "Apache-2.0")
+    origin = Origin("retrieval", "LongLive-RAG, arXiv 2606.02553", "qixinhu11/LongLive-RAG", "Apache-2.0")
 
     @classmethod
     def check(cls, settings: RagSettings, frames_per_block: int) -> None:

@@ -7,12 +7,15 @@ from typing import Any, get_args
 
 from lrag_ray.context.base import Base
 from lrag_ray.context.deep_forcing import DeepForcing
+from lrag_ray.context.dummy_forcing import DummyForcing
 from lrag_ray.context.ema_sink import EmaSink
+from lrag_ray.context.forcing_kv import ForcingKv
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.memflow import MemFlow
 from lrag_ray.context.memrope import MemRope
 from lrag_ray.context.policy import ContextPolicy, Family
 from lrag_ray.context.rag import Rag
+from lrag_ray.context.rolling_forcing import RollingForcing
 from lrag_ray.context.rolling_sink import RollingSink
 from lrag_ray.plugins import import_plugin
 
@@ -25,6 +28,9 @@ _REGISTERED: dict[str, type[ContextPolicy[Any]]] = {
     "memrope": MemRope,
     "memflow": MemFlow,
     "rag": Rag,
+    "dummy_forcing": DummyForcing,
+    "forcing_kv": ForcingKv,
+    "rolling_forcing": RollingForcing,
 }
 
 

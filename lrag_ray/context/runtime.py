@@ -1,7 +1,8 @@
 """The attention context of a running rollout: exposes each policy's rows once per block and attends over them.
 
 Per layer there is one buffer [sink | retrieved | local | current] of rotated keys and of values. The first pass of a
-block lays the context out; every pass then overwrites the current rows alone.
+block lays the context out; every pass then overwrites the current rows alone. Where a policy exposes different rows to
+groups of heads, each group has its part of the buffer.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lrag_ray.context.policy import ContextPolicy, Layout
+from lrag_ray.context.policy import ContextPolicy, Exposure, Layout
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.wan.attention import attention
 from lrag_ray.wan.rope import Angles, Rope, rotate, rotate_into
+from lrag_ray.wan.transfer import to_device
 
 
 class Probe(Protocol):
@@ -24,8 +26,15 @@ class Probe(Protocol):
     def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None:
         """Flow and x0 [B, n, C, H, W] of a pass; the clean-context pass comes last."""
 
-    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Exactly what attention receives: rotated q and k, and v, each [B, rows, H, head_dim]."""
+    def on_attention(
+        self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None
+    ) -> None:
+        """Exactly what attention receives: rotated q and k, and v, each [B, rows, heads, head_dim].
+
+        `heads` are those of the rows, None for all heads of the layer.
+
+        In a joint call over several blocks `block` is its window and `step` 0.
+        """
 
 
 class ContextRuntime:
@@ -38,24 +47,33 @@ class ContextRuntime:
         self.policies = list(policies)
         self._rope = rope
         self._probe = probe
-        self._observed = any(policy.observes_queries for policy in policies)
+        self._observed = False
         self._buffers: list[_Buffer | None] = [None] * layout.num_layers
+        self._head_indices: dict[tuple[int, ...], Tensor] = {}
+        """Groups of heads that were seen, on the device."""
         self._block = -1
         self._step = 0
         self._own: list[int] | None = None
+        self._own_rows = 0
         self._exposed = False
         self._clean = False
 
     def begin_block(self, block: int, states: list[dict[str, Tensor]] | None = None) -> None:
         """Let every policy make room and choose; `states` replays recorded choices."""
-        self._block = block
-        self._exposed = False
         for i, policy in enumerate(self.policies):
             policy.begin_block(block, states[i] if states else None)
+        self.lay_out(block)
+
+    def lay_out(self, block: int) -> None:
+        """The policies have chosen: passes from here on attend to new rows. `block` is what a probe is given."""
+        self._block = block
+        self._exposed = False
+        self._observed = any(policy.observes_queries for policy in self.policies)
         self._current = _stack([self._rope.frames(policy.query_indices()) for policy in self.policies])
         # All elements have the same settings and block, so the same rows.
         own = self.policies[0].own_frames()
-        self._own = None if len(own) == self.layout.frames_per_block else own
+        self._own_rows = len(own) * self.layout.tokens_per_frame
+        self._own = None if self._own_rows == self._current.turns.shape[-3] else own
 
     def begin_pass(self, step: int, *, clean: bool) -> None:
         """Announce a pass; `clean` marks the clean-context pass, whose K and V are kept."""
@@ -103,7 +121,8 @@ class ContextRuntime:
             self._store(layer, k, v)
         if self._probe is not None:
             for rows in buffer.batches():
-                self._probe.on_attention(self._block, self._step, layer, q_rotated[rows.batch], rows.k, rows.v)
+                q_rows = rows.of_heads(q_rotated[rows.batch])
+                self._probe.on_attention(self._block, self._step, layer, q_rows, rows.k, rows.v, rows.heads)
         return buffer.attend(q_rotated)
 
     def keep(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
@@ -133,8 +152,8 @@ class ContextRuntime:
             for start, stop in pieces:
                 end = at + stop - start
                 angles = self._current.of(rows.batch).rows(start, stop)
-                rotate_into(rows.k[:, at:end], k[rows.batch, start:stop], angles)
-                rows.v[:, at:end] = v[rows.batch, start:stop]
+                rotate_into(rows.k[:, at:end], rows.of_heads(k[rows.batch, start:stop]), angles)
+                rows.v[:, at:end] = rows.of_heads(v[rows.batch, start:stop])
                 at = end
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -147,68 +166,137 @@ class ContextRuntime:
         if layer == 0:
             for policy in self.policies:
                 policy.begin_expose()
-        exposures = [policy.expose(layer) for policy in self.policies]
-        lengths = [sum(span.rows for span in exposure.spans) for exposure in exposures]
+        exposures = [_groups(policy.expose(layer), self.layout.num_heads) for policy in self.policies]
+        groups = [[_Group(each.heads, sum(span.rows for span in each.spans)) for each in own] for own in exposures]
+        needed = max(_rows_of_all_heads(own, self.layout.num_heads) for own in groups)
         buffer = self._buffers[layer]
-        if buffer is None or buffer.capacity < max(lengths) + self.layout.tokens_per_block:
-            buffer = _Buffer(self.layout, len(self.policies), self._context_rows(max(lengths)))
+        if buffer is None or buffer.capacity < needed + self._own_rows:
+            buffer = _Buffer(self.layout, len(self.policies), self._buffer_rows(needed), self._head_indices)
             self._buffers[layer] = buffer
-        buffer.lengths = lengths
-        own = self.layout.frames_per_block if self._own is None else len(self._own)
-        buffer.current = own * self.layout.tokens_per_frame
-        for i, exposure in enumerate(exposures):
-            at = 0
-            for span in exposure.spans:
-                end = at + span.rows
-                shape = span.k.shape[:-2]
-                angles = Angles(exposure.angles.rows(at, end).turns.unflatten(0, shape))
-                rotate_into(buffer.k[i, at:end].unflatten(0, shape), span.k, angles)
-                buffer.v[i, at:end].unflatten(0, shape).copy_(span.v)
-                at = end
+        buffer.groups, buffer.current = groups, self._own_rows
+        for i, each in enumerate(exposures):
+            for rows, exposure in zip(buffer.element(i), each, strict=True):
+                at = 0
+                for span in exposure.spans:
+                    end = at + span.rows
+                    shape = span.k.shape[:-2]
+                    angles = Angles(exposure.angles.rows(at, end).turns.unflatten(0, shape))
+                    rotate_into(rows.k[0, at:end].unflatten(0, shape), rows.of_heads(span.k), angles)
+                    rows.v[0, at:end].unflatten(0, shape).copy_(rows.of_heads(span.v))
+                    at = end
         if layer == self.layout.num_layers - 1:
             for policy in self.policies:
                 policy.end_expose()
 
-    def _context_rows(self, needed: int) -> int:
-        """Rows to allocate: a policy's bound, or half as much again where contexts grow without one."""
+    def _buffer_rows(self, needed: int) -> int:
+        """Rows to allocate for a context of `needed` rows: up to a policy's bound, or half as much again where contexts
+        grow without one, and a block beside them."""
         bounds = [policy.max_context_rows() for policy in self.policies]
-        return max([needed] + [needed * 3 // 2 if bound is None else bound for bound in bounds])
+        beside = [needed * 3 // 2 if bound is None else bound for bound in bounds]
+        return max(needed + self._own_rows, max(beside) + self.layout.tokens_per_block)
+
+
+class _Group(NamedTuple):
+    """Heads of a layer that attend to the same rows."""
+
+    heads: tuple[int, ...] | None
+    """None for all heads."""
+    rows: int
+    """Rows before the current block's own."""
 
 
 class _Rows(NamedTuple):
-    """Attended rows of some batch elements, each [b, rows, H, head_dim]."""
+    """Attended rows of a group of heads in some batch elements, each [b, rows, heads, head_dim]."""
 
     batch: slice
     k: Tensor
     v: Tensor
+    heads: tuple[int, ...] | None = None
+    indices: Tensor | None = None
+    """`heads` on the device."""
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """The group's heads of x [..., H, head_dim]: x itself where it is all of them."""
+        return x if self.indices is None else x.index_select(-2, self.indices)
 
 
 class _Buffer:
-    """Rotated keys and values [B, capacity, H, head_dim] of one layer; element i uses lengths[i] context rows."""
+    """Rotated keys and values [B, capacity, H, head_dim] of one layer, of which elements use what `groups` says.
 
-    def __init__(self, layout: Layout, batch: int, context_rows: int) -> None:
+    Groups of heads lie one behind the other, each as [rows, its heads, head_dim].
+    """
+
+    def __init__(self, layout: Layout, batch: int, capacity: int, head_indices: dict[tuple[int, ...], Tensor]) -> None:
         self.current = layout.tokens_per_block
         """Rows of the current block that are attended to."""
-        self.capacity = context_rows + layout.tokens_per_block
-        shape = (batch, self.capacity, layout.num_heads, layout.head_dim)
+        self.capacity = capacity
+        shape = (batch, capacity, layout.num_heads, layout.head_dim)
         self.k = torch.empty(shape, dtype=layout.dtype, device=layout.device)
         self.v = torch.empty(shape, dtype=layout.dtype, device=layout.device)
-        self.lengths = [0] * batch
+        self.groups = [[_Group(None, 0)] for _ in range(batch)]
+        """Per batch element."""
+        self._head_indices = head_indices
 
     def batches(self) -> list[_Rows]:
-        """The whole batch at once where all contexts are equally long (all methods but token-level ones)."""
-        if len(set(self.lengths)) == 1:
-            return [self._rows(slice(None), self.lengths[0])]
-        return [self._rows(slice(i, i + 1), length) for i, length in enumerate(self.lengths)]
+        """The whole batch at once where all elements have the same groups of the same lengths (most methods)."""
+        if all(groups == self.groups[0] for groups in self.groups[1:]):
+            return self._rows(slice(None), self.groups[0])
+        return [rows for i in range(len(self.groups)) for rows in self.element(i)]
+
+    def element(self, i: int) -> list[_Rows]:
+        """Rows of one batch element, group by group."""
+        return self._rows(slice(i, i + 1), self.groups[i])
 
     def attend(self, q: Tensor) -> Tensor:
         """Attention of rotated q [B, n·f, H, head_dim] over the used rows."""
-        out = [attention(q[rows.batch], rows.k, rows.v) for rows in self.batches()]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        batches = self.batches()
+        if all(rows.indices is None for rows in batches):
+            out = [attention(q[rows.batch], rows.k, rows.v) for rows in batches]
+            return out[0] if len(out) == 1 else torch.cat(out)
+        whole = torch.empty_like(q)
+        for rows in batches:
+            out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v)
+            if rows.indices is None:
+                whole[rows.batch] = out_rows
+            else:
+                whole[rows.batch].index_copy_(2, rows.indices, out_rows)
+        return whole
 
-    def _rows(self, batch: slice, length: int) -> _Rows:
-        end = length + self.current
-        return _Rows(batch, self.k[batch, :end], self.v[batch, :end])
+    def _rows(self, batch: slice, groups: list[_Group]) -> list[_Rows]:
+        if groups[0].heads is None:
+            end = groups[0].rows + self.current
+            return [_Rows(batch, self.k[batch, :end], self.v[batch, :end])]
+        found, at = [], 0
+        k, v = self.k[batch].flatten(1, 2), self.v[batch].flatten(1, 2)
+        for group in groups:
+            assert group.heads is not None, "a group of all heads has no other beside it"
+            shape = (group.rows + self.current, len(group.heads))
+            end = at + shape[0] * shape[1]
+            places = k[:, at:end].unflatten(1, shape), v[:, at:end].unflatten(1, shape)
+            found.append(_Rows(batch, *places, group.heads, self._index(group.heads)))
+            at = end
+        return found
+
+    def _index(self, heads: tuple[int, ...]) -> Tensor:
+        if heads not in self._head_indices:
+            self._head_indices[heads] = to_device(torch.tensor(heads), self.k.device)
+        return self._head_indices[heads]
+
+
+def _groups(exposed: Exposure | Sequence[Exposure], heads: int) -> list[Exposure]:
+    """One exposure per group. Raises ValueError unless every head is in exactly one of them."""
+    if isinstance(exposed, Exposure) and exposed.heads is None:
+        return [exposed]
+    found = [exposed] if isinstance(exposed, Exposure) else list(exposed)
+    named = [range(heads) if each.heads is None else each.heads for each in found]
+    if sorted(head for group in named for head in group) != list(range(heads)):
+        raise ValueError(f"exposures for the heads {[list(group) for group in named]}: not each of {heads} once")
+    return found
+
+
+def _rows_of_all_heads(groups: list[_Group], heads: int) -> int:
+    """Context rows of all heads that take as much room as the rows of these groups."""
+    return -(-sum(group.rows * (heads if group.heads is None else len(group.heads)) for group in groups) // heads)
 
 
 def _stack(angles: list[Angles]) -> Angles:

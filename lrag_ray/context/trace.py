@@ -28,3 +28,11 @@ class TraceRow(NamedTuple):
     similarity: float | None
     """What the frame was chosen by, else None: of retrieved frames the cosine similarity to the query frame's
     descriptor, of MemFlow's memory the score against the prompt."""
+    heads: tuple[int, ...] | None = None
+    """Heads that attend to the row, ascending; None where all heads of the layer do."""
+    window: int | None = None
+    """Of a loop that denoises several blocks at once, the window whose call attended to it; else None."""
+    clean: bool | None = None
+    """Whether that call was the clean-context pass; None where all passes of the block attend to the same rows."""
+    timestep: float | None = None
+    """Of current frames in such a call, their timestep."""

@@ -116,7 +116,7 @@ def _remove(folder: Path) -> None:
 def loopback_alone() -> Iterator[None]:
     """Within it Ray takes loopback for this machine's address, as it does where it does not serve other machines.
 
-    Raises ClusterError where a cluster was started and has another address all the same.
+    Raises ClusterError where a cluster was started, which the caller ends, and has another address all the same.
     """
     variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
@@ -133,7 +133,6 @@ def loopback_alone() -> Iterator[None]:
         else:
             os.environ[variable] = before[0]
     if not ray.get_runtime_context().gcs_address.startswith(f"{LOOPBACK}:"):
-        ray.shutdown()
         raise ClusterError(
             f"Ray {ray.__version__} serves a local cluster beyond this machine, which a run does not allow. "
             "Fix: install the version of constraints.txt"

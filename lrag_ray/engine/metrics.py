@@ -45,7 +45,7 @@ class RunMetrics:
         """`linger_s`: how long to wait after the report; Ray drops the gauges of a driver that is gone."""
         self._linger_s = linger_s
         self._clock = clock
-        self._tally = Tally(clock)
+        self._tally = Tally()
         self._metrics: _Metrics | None = None
         self._gauges_after_s = 0.0
 

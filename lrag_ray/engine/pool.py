@@ -159,8 +159,8 @@ class ActorPool(Generic[Payload]):
         flights = {ref: worker for ref, (worker, _) in self._flights.items() if worker.ready and worker.task}
         if not flights:
             return
-        self._report(Notice(f"interrupted: {len(flights)} workers store what they have finished; again ends them now"))
         take_next()
+        self._report(Notice(f"interrupted: {len(flights)} workers store what they have finished; again ends them now"))
         for worker in flights.values():
             worker.actor.leave.remote()
         ray.wait(list(flights), num_returns=len(flights), timeout=LEAVE_S, fetch_local=False)
@@ -287,7 +287,7 @@ class ActorPool(Generic[Payload]):
             self._flights[worker.actor.work.remote(task.payload, attempt)] = (worker, attempt)
             if self._stalls is not None:
                 self._stalls.begin(worker.name, worker.actor)
-            self._report(TaskStarted(self._stage.name, task.title, attempt, worker.name))
+            self._report(TaskStarted(self._stage.name, task.title, attempt, worker.name, worker.node or ""))
 
     def _settle(self, ref: Any) -> None:
         """Take in the answer of a finished reference."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -10,11 +11,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import WorkersSection
@@ -22,7 +24,9 @@ from lrag_ray.engine.cluster_address import ClusterAddress, cluster_address
 from lrag_ray.engine.head_watch import head_watch
 from lrag_ray.engine.local_cluster import LOOPBACK, loopback_alone, private_folder
 from lrag_ray.errors import ClusterError
+from lrag_ray.interrupts import signals_wait
 from lrag_ray.printable import printable
+from lrag_ray.store.rollouts import without_cycle_search
 
 _CONNECT_TIMEOUT_S = 20.0
 _START_TRIES = 3
@@ -48,7 +52,10 @@ def _session(engine: WorkersSection, address: ClusterAddress | None, folder: Pat
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Silences a FutureWarning; actors without a GPU must not see one anyway.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with _sigterm_as_ctrl_c() as take_back:
+    # Below `uv run`, Ray would upload the working directory and start every worker by that command. Nodes have an
+    # environment of their own. The variable of this name is read when Ray is imported.
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    with _sigterm_as_ctrl_c():
         try:
             try:
                 if folder is None:
@@ -70,37 +77,40 @@ def _session(engine: WorkersSection, address: ClusterAddress | None, folder: Pat
                     f"{where}: {redact(str(error))}. Check engine.address and RAY_ADDRESS (and RAY_AUTH_MODE, "
                     "RAY_AUTH_TOKEN where the cluster asks for a token), or run `lrag-ray doctor`"
                 ) from error
-            take_back()
             with head_watch(ray.get_runtime_context().gcs_address, _warn):
                 yield
         finally:
-            ray.shutdown()
+            _disconnect()
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[Callable[[], None]]:
-    """Let SIGTERM raise KeyboardInterrupt, unless the caller has a handler of its own; `ray.init` belongs into it.
-
-    What is yielded takes the signal back from Ray's native code, which ends the process with a crash report.
-    """
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, unless the caller has a handler of its own; `ray.init` belongs into it."""
     before = signal.getsignal(signal.SIGTERM)
     if before is None or threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield
         return
-    handler = signal.default_int_handler if before == signal.SIG_DFL else before
-
-    def take_back() -> None:
-        signal.signal(signal.SIGTERM, handler)
-
-    set_by_ray = ray._private.utils.set_sigterm_handler
-    # Those of Ray end the process by themselves, after half a minute of draining.
+    set_by_ray, native = ray._private.utils.set_sigterm_handler, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    # Ray's handler in Python ends the process after half a minute of draining, the one in its native code at once, with
+    # a crash report; and the native shutdown leaves the signal with the system's default action.
     ray._private.utils.set_sigterm_handler = lambda _: None
-    take_back()
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    signal.signal(signal.SIGTERM, signal.default_int_handler if before == signal.SIG_DFL else before)
     try:
-        yield take_back
+        yield
     finally:
         ray._private.utils.set_sigterm_handler = set_by_ray
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = native
         signal.signal(signal.SIGTERM, before)
+
+
+def _disconnect() -> None:
+    # Ray ends the process with exit code 1, without a word, where its objects are used once its native code has shut
+    # down: by the shutdown at exit that follows one that was interrupted, and by a search for cycles, in any thread,
+    # that finds references while the shutdown is under way.
+    with signals_wait(), without_cycle_search():
+        gc.collect()
+        ray.shutdown()
 
 
 def _warn(text: str) -> None:
@@ -138,7 +148,6 @@ def _start_local(engine: WorkersSection, folder: Path) -> None:
                 raise
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus < engine.gpus_per_actor:
-        ray.shutdown()
         raise ClusterError(
             f"engine.gpus_per_actor is {engine.gpus_per_actor:g} and this machine has {gpus:g} GPUs, so no actor would "
             "ever start. Set it to 0 to run on the CPU, or engine.address to a cluster with GPUs"

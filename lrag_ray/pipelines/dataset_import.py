@@ -142,6 +142,8 @@ class _Import:
     def _rows(self, files: Sequence[str]) -> Iterator[FormedRow]:
         form = self._writer.manifest.form
         for position, found in enumerate(self._latents(files)):
+            # Bytes of a name that are not UTF-8 could not be stored.
+            found = found._replace(name=found.name.encode(errors="replace").decode())
             row = self._row(position, found, form)
             if row is not None:
                 form = form or row.form

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,11 +24,12 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.errors import LragError
 from lrag_ray.pipelines.plan import Plan, make_plan
+from lrag_ray.printable import quantity
 from lrag_ray.scoring.registry import suite_of
 from lrag_ray.store.address import Storage
 from lrag_ray.video.mp4 import Mp4Writer, read_video
-from lrag_ray.weights.local import is_remote
-from lrag_ray.weights.needs import needs_of
+from lrag_ray.weights.local import is_remote, sizes_at
+from lrag_ray.weights.needs import Need, needs_of
 from lrag_ray.weights.verify import verify
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "av", "pyarrow", "fsspec")
@@ -38,18 +39,24 @@ CUDA_CONTEXT_BYTES = 1.5e9
 """What a process takes of a GPU beside its tensors: context, cuBLAS and cuDNN work spaces."""
 
 
+State = Literal["ok", "warn", "fail"]
+
+
 class Row(NamedTuple):
     """One finding."""
 
     check: str
-    state: Literal["ok", "warn", "fail"]
+    state: State
     found: str
     fix: str = ""
     """What to do; empty where nothing is to be done or `found` says it."""
 
 
-def examine(config: RunConfig | None = None) -> Iterator[Row]:
-    """All findings for this machine, and for `config` where one is given, in the order in which they matter."""
+def examine(config: RunConfig | None = None, file: str = "CONFIG") -> Iterator[Row]:
+    """All findings for this machine, and for `config` where one is given, in the order in which they matter.
+
+    `file` is the configuration's, for the commands of fixes. One cause makes one row, whatever it is the cause of.
+    """
     yield from _packages()
     yield _ray(config)
     yield from _gpus(config)
@@ -62,11 +69,12 @@ def examine(config: RunConfig | None = None) -> Iterator[Row]:
         prompts = load_prompts(config.prompts)
         yield Row("prompts", "ok", f"{len(prompts)} in {config.prompts.path}")
     except LragError as error:
-        yield Row("prompts", "fail", str(error))
+        if not _is_pulled(config):
+            yield Row("prompts", "fail", str(error).replace("CONFIG", file))
     # Without a number of prompts nothing can be planned; the row above says how to fix it.
     with suppress(LragError):
         plan = make_plan(config, plan_prompts(config.prompts))
-    yield from _weights(config)
+    yield from _weights(config, file)
     yield from _scoring_networks(config)
     yield _storage(config)
     if not is_remote(config.run.uri):
@@ -162,13 +170,41 @@ def _video() -> Row:
     return Row("video codec", "ok", f"H.264 written and read back through PyAV ({len(read)} frames)")
 
 
-def _weights(config: RunConfig) -> Iterator[Row]:
+def _is_pulled(config: RunConfig) -> bool:
+    """Whether the prompts are a published file that is not here, which `_weights` says of all such files at once."""
+    return any(need.kind == "prompts" and not sizes_at(need.address) for need in needs_of(config))
+
+
+def _weights(config: RunConfig, file: str) -> Iterator[Row]:
+    """Published files that are missing in one row, since one command gets them; a row for every other file."""
+    absent: list[Need] = []
     for need in needs_of(config):
-        if need.kind == "prompts":
-            continue
-        verdict = verify(need, digests=False)
-        named = verdict.detail if need.address in verdict.detail else f"{need.address}: {verdict.detail}"
-        yield Row(need.kind.replace("_", " "), "ok" if verdict.ok else "fail", named)
+        if need.published is not None and not sizes_at(need.address):
+            absent.append(need)
+        elif need.kind != "prompts":
+            verdict = verify(need, digests=False)
+            named = verdict.detail if need.address in verdict.detail else f"{need.address}: {verdict.detail}"
+            own = "" if need.published else " (your own file: not published under this name)"
+            state: State = "ok" if verdict.ok else "fail"
+            yield Row(need.kind.replace("_", " "), state, named.replace("CONFIG", file) + own)
+    if absent:
+        sizes = [need.published.size_bytes for need in absent if need.published is not None]
+        paths = ", ".join(dict.fromkeys(need.address for need in absent))
+        fix = f"lrag-ray weights pull {file}, or put them there yourself (lrag-ray weights list {file} says from where)"
+        yield Row(
+            "weights",
+            "fail",
+            f"{len(absent)} published {'file' if len(absent) == 1 else 'files'} missing{_to_fetch(sizes)}: {paths}",
+            fix,
+        )
+
+
+def _to_fetch(sizes: Sequence[int | None]) -> str:
+    known = sum(size or 0 for size in sizes)
+    unknown = sum(size is None for size in sizes)
+    parts = [quantity(known, "B")] if known else []
+    parts += [f"{unknown} of unknown size"] if unknown else []
+    return f" ({' and '.join(parts)})" if parts else ""
 
 
 def _scoring_networks(config: RunConfig) -> Iterator[Row]:
@@ -176,13 +212,21 @@ def _scoring_networks(config: RunConfig) -> Iterator[Row]:
     suite = suite_of(config.scoring)
     if suite is None:
         return
+    needed = [file for file in suite.weight_files() if file.needed]
     try:
         suite.check_weights()
     except LragError as error:
-        yield Row("scoring networks", "fail", str(error))
+        absent = [file for file in needed if not file.path.exists()]
+        if not absent:
+            yield Row("scoring networks", "fail", str(error))
+            return
+        names = ", ".join(file.name for file in absent)
+        found = f"{len(absent)} of {len(needed)} files of {suite.label} missing"
+        fix = f"{suite.pull_command}, set scoring.weights to the folder that has them, or set scoring.suite: preview"
+        yield Row("scoring networks", "fail", f"{found}{_to_fetch([file.size_bytes for file in absent])}: {names}", fix)
     else:
-        needed = ", ".join(file.name for file in suite.weight_files() if file.needed)
-        yield Row("scoring networks", "ok", f"all files: {needed}" if needed else f"{suite.label} needs no files")
+        names = ", ".join(file.name for file in needed)
+        yield Row("scoring networks", "ok", f"all files: {names}" if needed else f"{suite.label} needs no files")
 
 
 def _storage(config: RunConfig) -> Row:
@@ -210,7 +254,7 @@ def _disk(folder: Path, plan: Plan | None) -> Row:
     needed = plan.totals.latent_bytes + plan.totals.video_bytes if plan is not None else LEAST_FREE_BYTES
     found = f"{free / 1e9:.1f} GB free at {folder}"
     if plan is not None:
-        found += f", the whole run stores about {needed / 1e9:.1f} GB"
+        found += f", the whole run stores about {quantity(needed, 'B')}"
     if free < needed:
         return Row("disk", "warn" if plan is None else "fail", found, "make room, or set run.uri to another place")
     return Row("disk", "ok", found)
@@ -230,7 +274,7 @@ def _host_memory(config: RunConfig, plan: Plan) -> Row:
     """The history of one rollout per actor, if all actors were on this machine."""
     history = max(method.history_bytes for method in plan.methods)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{total / 1e9:.0f} GB; the history of a rollout grows to {history / 1e9:.1f} GB per actor"
+    found = f"{total / 1e9:.0f} GB; the history of a rollout grows to {quantity(history, 'B')} per actor"
     if history > 0.8 * total:
         return Row(
             "host memory",
@@ -251,6 +295,7 @@ def _gpu_memory(config: RunConfig, plan: Plan) -> Iterator[Row]:
     total = min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
     largest = max(plan.methods, key=lambda method: method.gpu_bytes)
     needed = (largest.gpu_bytes + CUDA_CONTEXT_BYTES) / min(share, 1)
-    found = f"{largest.backbone}/{largest.method} needs about {needed / 1e9:.1f} GB of {total / 1e9:.0f} GB"
+    actor = f"{largest.backbone}/{largest.method} needs {quantity(largest.gpu_bytes, 'B')}"
+    found = f"{actor} and a CUDA context, of {total / 1e9:.0f} GB"
     fix = "a smaller window, video.enabled: false, or a larger engine.gpus_per_actor"
     yield Row("gpu memory", "ok", found) if needed < total else Row("gpu memory", "fail", found, fix)

@@ -7,6 +7,7 @@ With nothing left to do, Ray is not started.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -18,28 +19,24 @@ from lrag_ray.config.prompts import Prompt, load_prompts
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.probe_nodes import probe_nodes
 from lrag_ray.engine.session import ray_session
-from lrag_ray.engine.sizing import PoolSize
 from lrag_ray.errors import INTERRUPTED, StorageError
-from lrag_ray.events import Event, Listener, RunPlanned, TaskFinished, silent
+from lrag_ray.events import Listener, RunPlanned, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
-from lrag_ray.pipelines.repair import decode_stages, identity_of_commits, plan_repair
+from lrag_ray.pipelines.repair import Repair, identity_of_commits, set_aside
 from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.pipelines.stored_config import store_config
+from lrag_ray.pipelines.text_features import TextFeatures
 from lrag_ray.pipelines.waves import scoring_waves
 from lrag_ray.report import build_report
 from lrag_ray.stages.rollout.pending import PendingRollouts, pending_rollouts
-from lrag_ray.stages.rollout.restore import Restored
-from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage, RolloutTask
+from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
 from lrag_ray.stages.spec import Task
-from lrag_ray.stages.text import TextStage, TextTask
-from lrag_ray.store.embeddings import embedding_path, without_features
-from lrag_ray.store.integrity import Coverage, find_damage
 from lrag_ray.store.lease import REPORT, RUN
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import METHOD_DEPTH, Inventory, RolloutRun
-from lrag_ray.store.run_dir import RUN_FILE
+from lrag_ray.watch.tally import cell_of
 from lrag_ray.weights.verify import refuse_misfits
 
 
@@ -97,11 +94,16 @@ class EvaluateJob(Job[RunOutcome]):
         """What storage held at the start."""
         for note in make_plan(config, prompts).notes:
             self.note(note)
-        self._repair = repair
         self._connected = False
         # Before anything is written: another user's run must not receive our lease.
         wanted = build_identity(config, prompts)
         self._identity = identity_of_commits(run, wanted) if repair and run.is_damaged() else run.continued(wanted)
+        self._texts = TextFeatures(self, config.backbones, self._identity)
+        self._repair = (
+            Repair(self, run, config, self._identity, self._scoring, self._texts, self._history_bytes())
+            if repair
+            else None
+        )
         self._scoring.check()
 
     @property
@@ -113,19 +115,21 @@ class EvaluateJob(Job[RunOutcome]):
         """Rollouts, scores, report; only what is open."""
         with ExitStack() as cluster:
             connect = partial(self._connect, cluster)
-            former = self._make_again(connect) if self._repair else {}
+            if self._repair is not None:
+                self._repair.make_again(connect)
             self._prepare()
             videos = self._scoring.pending()
             if self._pending.tasks or videos:
                 connect()
             if self._pending.tasks:
-                self._roll_out(self._encode_prompts(self._pending.tasks))
+                self._roll_out(self._texts.encode_prompts(self._pending.tasks))
                 self.wait_until_listed(self._hidden_commits)
                 videos = self._scoring.pending()
             if videos:
                 with self.stage("scoring", len(videos)):
                     self._scoring.score(videos, self.report)
-            self._compare(former)
+            if self._repair is not None:
+                self._repair.compare()
             self.wait_until_listed(self._hidden_scores)
             # While Ray is there: its metrics have the scores, too.
             with self.stage("report"), self.leased([REPORT], patient=True):
@@ -179,7 +183,7 @@ class EvaluateJob(Job[RunOutcome]):
         self._run.refuse_foreign_commits(self._identity, inventory)
         store_config(self._run, self._config)
         for state in pending.invalid:
-            self._set_aside(state.path, state.problem or "", state.data)
+            set_aside(self, self._run, state.path, state.problem or "", state.data)
         self.report(
             RunPlanned(
                 uri=self._run.uri,
@@ -187,112 +191,9 @@ class EvaluateJob(Job[RunOutcome]):
                 commits_done=pending.commits_total - pending.commits_open,
                 rollouts_to_do=len(pending.tasks),
                 blocks_to_do=pending.blocks,
+                cells=Counter(cell_of(task.title) for task in pending.tasks),
             )
         )
-
-    def _set_aside(self, path: str, problem: str, examined: bytes | None = None) -> None:
-        kept = self._run.set_aside(path, examined)
-        self.warn(f"{path} does not count ({problem}); it is kept as {kept} and made again")
-
-    def _make_again(self, connect: Callable[[], None]) -> dict[tuple[RolloutId, int], str]:
-        """Find what is damaged and make it again, or clear its place; see `lrag_ray.pipelines.repair`.
-
-        Returns the digests of commits that were set aside with equal latents to be made again.
-        """
-        with self.stage("verify"):
-            damage = list(find_damage(self._run, Coverage())) if self._run.exists() else []
-        for found in damage:
-            self.warn(f"{found.path}: {found.what}")
-        if not damage:
-            self.note("every stored file is what was written")
-            return {}
-        refuse_misfits(self._config)
-        if self._run.is_damaged():
-            kept = self._run.set_aside(RUN_FILE)
-            self.warn(
-                f"{RUN_FILE} is kept as {kept} and made again from this configuration: prompts, methods and durations "
-                "of other starts belong to the run again once they are run again"
-            )
-        identity = self._run.ensure(self._identity)
-        inventory = self._run.inventory()
-        self._run.refuse_foreign_commits(identity, inventory)
-        commits = {
-            folder: [state.commit for state in states.values() if state.commit is not None]
-            for folder, states in inventory.commits.items()
-        }
-        # Only what the configuration has can be made again with it.
-        plan = plan_repair(damage, self._identity, inventory, commits, self._history_bytes())
-        for path in plan.set_aside:
-            if path in inventory.files or not path.startswith("rollouts/"):
-                self._set_aside(path, plan.set_aside[path])
-        for record in plan.part_records:
-            self.storage.write(f"{record.latents.path.removesuffix('.safetensors')}.json", record.sealed())
-        self.storage.remove_many(plan.remove)
-        self._scoring.set_aside_damaged(plan.scores, self.report)
-        for path in plan.scores:
-            if self._scoring.suite is None or not path.startswith(f"{self._scoring.suite.folder}/"):
-                plan.beyond[path] = "scores of another suite than the configuration's: run with that scoring section"
-        former = {}
-        if plan.restores or plan.texts:
-            connect()
-            self._encode(plan.texts)
-            former = self._restore(plan.restores)
-        for stage, tasks in decode_stages(self._run, self._config, self._identity, plan, self._set_aside):
-            connect()
-            self.run_stage(stage, tasks)
-        for path, reason in plan.beyond.items():
-            self.missing[path] = reason
-            self.warn(f"{path} cannot be made again: {reason}")
-        return former
-
-    def _restore(self, tasks: Sequence[Task[RolloutTask]]) -> dict[tuple[RolloutId, int], str]:
-        """Make damaged files again in their place; commits of which that gives other bytes are set aside.
-
-        Returns their digests.
-        """
-        results: dict[str, Restored] = {}
-
-        def listen(event: Event) -> None:
-            self.report(event)
-            if isinstance(event, TaskFinished) and isinstance(event.result, RolloutResult) and event.result.restored:
-                results.setdefault(event.task, event.result.restored)
-
-        tasks = self._encode_prompts(tasks)
-        stage = RolloutStage.of(self._run, self._config)
-        quarantined = {task.key for task in self.run_stage(stage, tasks, listener=listen)}
-        former = {}
-        for task in tasks:
-            damaged, done = task.payload.damaged, results.get(task.title)
-            if damaged is None or task.key in quarantined or done is None:
-                continue
-            kinds = ", ".join(sorted({commit.device_kind for commit in damaged.commits}))
-            if done.other_latents:
-                self.missing[task.title] = (
-                    f"its damaged files were made on {kinds} and come out as other latents here, so nothing was "
-                    "written. Repair it on that kind of device, or remove its folder to make it anew"
-                )
-                self.warn(f"{task.title}: {self.missing[task.title]}")
-                continue
-            for path in done.paths:
-                self.note(f"{path} is whole again")
-            left = damaged.paths - set(done.paths)
-            for commit in damaged.commits:
-                if wrong := sorted(left & {file.path for file in commit.files}):
-                    path = f"{commit.rollout.path}/commit-{commit.latent_frames}.json"
-                    former[commit.rollout, commit.latent_frames] = commit.latents_digest
-                    self._set_aside(path, f"{wrong[0]} is damaged and comes out with other bytes here")
-        return former
-
-    def _compare(self, former: Mapping[tuple[RolloutId, int], str]) -> None:
-        """Whether commits that were made again have the latents of those before."""
-        if not former:
-            return
-        inventory = self._run.inventory()
-        for (rollout, frames), digest in former.items():
-            commit = inventory.valid_commits(rollout).get(frames)
-            if commit is not None and commit.latents_digest != digest:
-                self.missing[rollout.path] = f"made again with other latents than before at {frames} latent frames"
-                self.warn(f"{rollout.path}: {self.missing[rollout.path]}")
 
     def _hidden_commits(self) -> set[str]:
         """Commits of this start that no listing shows."""
@@ -327,47 +228,6 @@ class EvaluateJob(Job[RunOutcome]):
             return history_bytes(self._config, backbones[backbone], methods[method], latent_frames)
 
         return need
-
-    def _encode_prompts(self, tasks: Sequence[Task[RolloutTask]]) -> list[Task[RolloutTask]]:
-        """Store the text features of every distinct open prompt, once per text encoder.
-
-        Returns the rollouts whose prompt could be encoded; the others are missing.
-        """
-        wanted = {(task.payload.text_digest, task.payload.prompt): task for task in reversed(tasks)}
-        by_encoder: dict[str, list[str]] = {}
-        for digest, prompt in reversed(wanted):
-            by_encoder.setdefault(digest, []).append(prompt)
-        lost = self._encode(
-            {
-                (digest, prompt): wanted[digest, prompt].group
-                for digest, prompts in by_encoder.items()
-                for prompt in without_features(self.storage, digest, prompts)
-            }
-        )
-        for task in tasks:
-            if (task.payload.text_digest, task.payload.prompt) in lost:
-                self.missing[task.title] = "its prompt could not be encoded"
-        return [task for task in tasks if task.title not in self.missing]
-
-    def _encode(self, texts: Mapping[tuple[str, str], str]) -> set[tuple[str, str]]:
-        """Encode (text encoder, prompt) with the encoder of a backbone; returns those that could not be."""
-        if not texts:
-            return set()
-        ids = {prompt.text: prompt_id for prompt_id, prompt in self._identity.prompts.items()}
-        tasks = [
-            Task(
-                key=embedding_path(digest, prompt),
-                payload=TextTask(backbone, digest, prompt),
-                order=order,
-                group=digest,
-                name=f"prompt {ids[prompt]} of {backbone}",
-            )
-            for order, ((digest, prompt), backbone) in enumerate(texts.items())
-        ]
-        # One worker: it reads the encoder (11 GB for umT5-xxl) once.
-        stage = TextStage(self.storage, self._config.backbones, self._config.engine)
-        failed = self.run_stage(stage, tasks, size=PoolSize(1, 1))
-        return {(task.payload.text_digest, task.payload.prompt) for task in failed}
 
     def _roll_out(self, tasks: Sequence[Task[RolloutTask]]) -> None:
         with scoring_waves(self._run, self._config.scoring, self.engine, self.report) as relay:

@@ -11,6 +11,7 @@ from lrag_ray.config.horizons import latent_frames
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.prompts import Prompt
 from lrag_ray.config.schema import MethodConfig, RunConfig
+from lrag_ray.rollout.loops import nests
 from lrag_ray.rollout.noise import NOISE_VERSION
 from lrag_ray.stages.backbone import latents_identity, pixels_identity
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
@@ -57,5 +58,5 @@ def _method(method: MethodConfig, independent: bool) -> MethodIdentity:
     found = resolve_method(method)
     settings: dict[str, Any] = dataclasses.asdict(found.settings)
     settings |= {file.key: {"sha256": weights_digest(address)} for file, address in found.weights}
-    nested = found.policy.horizon_free and not independent
+    nested = nests(found.policy) and not independent
     return MethodIdentity(method=method.method, settings=settings, nested=nested, history=method.history)

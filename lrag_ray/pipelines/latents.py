@@ -90,7 +90,8 @@ class LatentsJob(EvaluateJob):
     def do(self) -> None:
         """Rollouts, index, videos, card; only what is open."""
         with ExitStack() as cluster:
-            former = self._make_again(partial(self._connect, cluster)) if self._repair else {}
+            if self._repair is not None:
+                self._repair.make_again(partial(self._connect, cluster))
             self._prepare()
             # What earlier starts made with other prompts or backbones belongs to the dataset too.
             self._index = RunIndex(self._run, self._run.require())
@@ -98,10 +99,11 @@ class LatentsJob(EvaluateJob):
             self._card().write(self.storage)
             if self._pending.tasks:
                 self._connect(cluster)
-                self._roll_out(self._encode_prompts(self._pending.tasks))
+                self._roll_out(self._texts.encode_prompts(self._pending.tasks))
                 self.wait_until_listed(self._hidden_commits)
                 self._inventory = self._run.inventory()
-            self._compare(former)
+            if self._repair is not None:
+                self._repair.compare()
             if videos := self._videos_to_make():
                 self._connect(cluster)
                 self.run_stage(self._decode_stage(), videos)

@@ -5,36 +5,39 @@ Arithmetic, except that the tokenizer is read to find prompts that are cut off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 from lrag_ray.config.histories import HistoryPlaces, history_places, stored_frame_bytes
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
-from lrag_ray.config.presets import CHECKPOINT_NOTES
+from lrag_ray.config.presets import CHECKPOINT_LOOPS, CHECKPOINT_NOTES, LOOP_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.history_choice import HistoryNeed, Machine, check_machine
+from lrag_ray.pipelines.speeds import (
+    GENERATION_SHARE,
+    SCORING_SHARE,
+    VAE_SIZES,
+    Speed,
+    device_named,
+    flops_per_block,
+)
 from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.retrieval.bank_types import BankType
+from lrag_ray.rollout.loops import loop_of, nests
 from lrag_ray.scoring.flops import vbench_flops
-from lrag_ray.wan.devices import DEVICES, gpu_hours
-from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, setup_flops
+from lrag_ray.wan.devices import DEVICES, Device, gpu_hours
+from lrag_ray.wan.flops import decode_flops, rollout_memory, setup_flops
 from lrag_ray.wan.vae import video_frames
-
-UTILISATION = 0.4
-"""Share of a GPU's bfloat16 peak that generation and decoding are counted on to reach."""
-
-SCORING_UTILISATION = 0.05
-"""The same for VBench-Long, an assumption: its networks are small and run in float32 and TF32, whose peaks are a
-fifteenth to a half of the bfloat16 one."""
 
 VIDEO_BITS_PER_PIXEL = 0.2
 """Rough size of H.264 at the default quality; sharp or noisy videos take several times as much."""
 
 _BYTES = {"bfloat16": 2, "float32": 4}
-_VAE_SIZES = {"tiny": VaeSizes(base_dim=3, num_res_blocks=1), "wan": VaeSizes()}
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,24 @@ class MethodPlan:
     passes: int
     """Transformer passes."""
     block_flops: int
-    """Operations of the last, most expensive block of the longest rollout."""
+    """Operations of the last block of the longest rollout, or of the last full window where several blocks are denoised
+    together: the most expensive one."""
     block_decode_flops: int
     """Operations to decode a block; 0 where videos are off."""
     transformer_flops: int
     """Operations of all passes; a multiply-add counts as two."""
     decode_flops: int
     """Operations to decode the latents; 0 where videos are off."""
+    longest_flops: int
+    """Operations of the passes of the longest rollout, which one worker makes alone."""
+    longest_decode_flops: int
+    """The same for decoding it."""
     scoring_flops: int
     """Operations of VBench-Long on all videos; 0 where videos are off."""
     video_frames: int
     """Frames of all stored videos."""
     latent_bytes: int
-    """Stored latents."""
+    """Stored latents, with what else a rollout is resumed from."""
     video_bytes: int
     """Stored videos, roughly."""
     history: BankType
@@ -119,14 +127,28 @@ class Totals:
     video_bytes: int
 
 
+class Hours(NamedTuple):
+    """Bounds; equal where the speed was measured."""
+
+    fewest: float
+    most: float
+
+
 @dataclass(frozen=True)
 class GpuHours:
     """Hours of one GPU."""
 
-    generation: float
-    decoding: float
-    scoring: float
-    """Of VBench-Long, if it is run."""
+    generation: Hours
+    decoding: Hours
+    scoring: Hours | None
+    """Of VBench-Long, if it is run: bounds, since commits have no timings of it; None for a device of unknown peak."""
+    longest: Hours
+    """Of the longest rollout, its decoding included: no number of GPUs makes the run shorter."""
+
+    @property
+    def total(self) -> Hours:
+        """Generation and decoding."""
+        return Hours(self.generation.fewest + self.decoding.fewest, self.generation.most + self.decoding.most)
 
 
 @dataclass(frozen=True)
@@ -141,15 +163,17 @@ class Plan:
     cells: tuple[Cell, ...]
     totals: Totals
     gpu_hours: dict[str, GpuHours]
-    """By GPU: generation and decoding at `utilisation`, scoring at `scoring_utilisation`."""
-    utilisation: float
-    scoring_utilisation: float
+    """By kind of GPU; of the measured devices alone where speeds are known."""
+    speeds: tuple[Speed, ...]
+    """What the hours are from; empty where they are bounds from `GENERATION_SHARE` of the peak."""
     notes: tuple[str, ...]
     """What a person should know: roundings, duplicates, settings with side effects."""
 
 
-def make_plan(config: RunConfig, prompts: Sequence[Prompt], machine: Machine | None = None) -> Plan:
-    """Plan of a loaded configuration for these prompts.
+def make_plan(
+    config: RunConfig, prompts: Sequence[Prompt], speeds: Sequence[Speed] = (), machine: Machine | None = None
+) -> Plan:
+    """Plan of a loaded configuration for these prompts; `speeds` as measured turn operations into hours.
 
     With `machine`, what the notes say of histories is about such a node; ConfigError for those that do not fit on it.
     """
@@ -198,18 +222,51 @@ def make_plan(config: RunConfig, prompts: Sequence[Prompt], machine: Machine | N
         methods=tuple(methods),
         cells=tuple(cells),
         totals=totals,
-        gpu_hours={
-            device.name: GpuHours(
-                generation=gpu_hours(totals.transformer_flops, device, UTILISATION),
-                decoding=gpu_hours(totals.decode_flops, device, UTILISATION),
-                scoring=gpu_hours(totals.scoring_flops, device, SCORING_UTILISATION),
-            )
-            for device in DEVICES
-        },
-        utilisation=UTILISATION,
-        scoring_utilisation=SCORING_UTILISATION,
+        gpu_hours=_gpu_hours(totals, methods, speeds),
+        speeds=tuple(speeds),
         notes=tuple(dict.fromkeys([*_notes(config, prompts), *_history_notes(config, methods, machine)])),
     )
+
+
+def _gpu_hours(totals: Totals, methods: Sequence[MethodPlan], speeds: Sequence[Speed]) -> dict[str, GpuHours]:
+    longest = max(methods, key=lambda each: each.longest_flops + each.longest_decode_flops)
+
+    def hours(generation: Bounds, decoding: Bounds, scoring: Bounds | None) -> GpuHours:
+        decoding_longest = decoding(longest.longest_decode_flops)
+        generating_longest = generation(longest.longest_flops)
+        return GpuHours(
+            generation=generation(totals.transformer_flops),
+            decoding=decoding(totals.decode_flops),
+            scoring=scoring(totals.scoring_flops) if scoring else None,
+            longest=Hours(*(a + b for a, b in zip(generating_longest, decoding_longest, strict=True))),
+        )
+
+    def of_peak(device: Device, shares: tuple[float, float]) -> Bounds:
+        return lambda flops: Hours(*(gpu_hours(flops, device, share) for share in reversed(shares)))
+
+    def at(flops_per_s: float) -> Bounds:
+        return lambda flops: Hours(*[flops / flops_per_s / 3600] * 2)
+
+    known = {device.name: device for device in DEVICES}
+    if not speeds:
+        return {
+            name: hours(
+                of_peak(device, GENERATION_SHARE), of_peak(device, GENERATION_SHARE), of_peak(device, SCORING_SHARE)
+            )
+            for name, device in known.items()
+        }
+    found: dict[str, GpuHours] = {}
+    for speed in speeds:
+        name = device_named(speed.device)
+        scoring = of_peak(known[name], SCORING_SHARE) if name else None
+        # Where nothing was decoded, decoding is taken to be as fast as generation.
+        decoding = speed.decoding_flops_per_s or speed.generation_flops_per_s
+        found.setdefault(name or speed.device, hours(at(speed.generation_flops_per_s), at(decoding), scoring))
+    return found
+
+
+Bounds = Callable[[float], Hours]
+"""From operations to hours of one GPU."""
 
 
 def history_bytes(config: RunConfig, backbone: BackboneConfig, method: Method, total_frames: int) -> int:
@@ -254,16 +311,16 @@ def _method_plan(
     stored_frame = stored_frame_bytes(backbone, method.history)
     n, longest = sampler.frames_per_block, horizons[-1]
     value_bytes = _BYTES[backbone.dtype]
-    vae = _VAE_SIZES[backbone.vae.kind] if decoded else None
-    nested = policy.horizon_free and not config.independent_durations
+    vae = VAE_SIZES[backbone.vae.kind] if decoded else None
+    nested = nests(policy) and not config.independent_durations
     runs = (longest,) if nested else horizons
 
-    # Operations of block i do not depend on how long its rollout is.
-    per_block = [
-        block_flops(sizes, sampler, latent.height, latent.width, policy.attended_frames(settings, n, i * n), i)
-        for i in range(longest // n)
-    ]
+    loop = loop_of(policy)
+    per_pass = min(longest, loop.frames_per_pass(sampler))
+    per_block = partial(flops_per_block, sizes, sampler, latent.height, latent.width, method)
+    once = setup_flops(sizes, sampler)
     generated = videos * sum(runs)
+    stored = generated + videos * sum(loop.carried_frames(sampler, frames // n) for frames in runs)
     frame_decode_flops = decode_flops(vae, latent.height, latent.width) if vae else 0
     lengths = [video_frames(frames, config.video.cold_chunk) for frames in horizons] if vae else []
     # Nested durations share their clips.
@@ -274,7 +331,7 @@ def _method_plan(
         sizes,
         latent.height,
         latent.width,
-        frames_per_block=n,
+        frames_per_pass=per_pass,
         window_frames=policy.attended_frames(settings, n, longest - n),
         method_bytes=policy.device_bytes(settings, n, longest, stored_frame) + places.device,
         bytes_per_value=value_bytes,
@@ -287,15 +344,17 @@ def _method_plan(
         nested=nested,
         rollouts=videos * len(runs),
         latent_frames=generated,
-        passes=videos * sum(sampler.passes(frames // n) for frames in runs),
-        block_flops=per_block[-1],
-        transformer_flops=videos * sum(setup_flops(sizes, sampler) + sum(per_block[: frames // n]) for frames in runs),
+        passes=videos * sum(loop.passes(sampler, frames // n) for frames in runs),
+        block_flops=per_block(longest)[-per_pass // n],
+        transformer_flops=videos * sum(once + sum(per_block(frames)) for frames in runs),
         block_decode_flops=n * frame_decode_flops,
         decode_flops=decoded * sum(runs) * frame_decode_flops,
+        longest_flops=once + sum(per_block(longest)),
+        longest_decode_flops=longest * frame_decode_flops,
         scoring_flops=decoded
         * sum(vbench_flops(group, config.video.fps, 8 * latent.height, 8 * latent.width) for group in scored),
         video_frames=shown,
-        latent_bytes=generated * latent.channels * latent.height * latent.width * value_bytes,
+        latent_bytes=stored * latent.channels * latent.height * latent.width * value_bytes,
         video_bytes=round(shown * pixels * VIDEO_BITS_PER_PIXEL / 8),
         history=method.history,
         history_bytes=places.host,
@@ -312,8 +371,10 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     yield from duplicate_warnings(prompts)
     yield from cut_notes(list(config.backbones.values()), prompts)
     for name, backbone in config.backbones.items():
-        if note := CHECKPOINT_NOTES.get((backbone.weights.path or "").rpartition("/")[2]):
+        file = (backbone.weights.path or "").rpartition("/")[2]
+        if note := CHECKPOINT_NOTES.get(file):
             yield f"backbones.{name}: {note}"
+        yield from _loop_notes(name, file, config)
         yield from _duration_notes(config.durations_s, backbone.sampler.frames_per_block)
     if len(config.durations_s) > 1 and not config.independent_durations:
         yield (
@@ -338,6 +399,14 @@ def _history_notes(config: RunConfig, methods: Sequence[MethodPlan], machine: Ma
             needs.append(HistoryNeed(where, key, backbone, method, each.horizons[-1], actor_bytes))
     if machine is not None:
         yield from check_machine(needs, config, machine)
+
+
+def _loop_notes(backbone: str, file: str, config: RunConfig) -> Iterator[str]:
+    """Methods whose rollout loop is not the one that a checkpoint is trained for."""
+    trained_for = CHECKPOINT_LOOPS.get(file, "blocks")
+    others = [name for name, section in config.methods.items() if resolve_method(section).policy.loop != trained_for]
+    if file and others:
+        yield f"backbones.{backbone}: {LOOP_NOTES[trained_for].format(checkpoint=file, methods=', '.join(others))}"
 
 
 def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:

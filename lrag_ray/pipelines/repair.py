@@ -19,19 +19,25 @@ from typing import Any
 
 from lrag_ray.config.schema import RunConfig, VideoSection
 from lrag_ray.errors import IdentityError
+from lrag_ray.events import Event, TaskFinished
+from lrag_ray.pipelines.job import Job
+from lrag_ray.pipelines.scoring import RunScoring
+from lrag_ray.pipelines.text_features import TextFeatures
 from lrag_ray.stages.backbone import pixels_identity
 from lrag_ray.stages.decode import DecodeStage, DecodeTask
-from lrag_ray.stages.rollout.restore import Damaged
-from lrag_ray.stages.rollout.worker import RolloutTask
+from lrag_ray.stages.rollout.restore import Damaged, Restored
+from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage, RolloutTask
 from lrag_ray.stages.spec import Task
 from lrag_ray.store.dataset_card import CARD_FILE
 from lrag_ray.store.dataset_index import MANIFEST_FILE
 from lrag_ray.store.decoded import DecodedVideos, decode_settings, own_settings, read_decoded, settings_folder
 from lrag_ray.store.embeddings import embedding_path
 from lrag_ray.store.identity import RunIdentity, canonical_digest
-from lrag_ray.store.integrity import Damage
+from lrag_ray.store.integrity import Coverage, Damage, find_damage
 from lrag_ray.store.records import Commit, PartRecord, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
+from lrag_ray.store.run_dir import RUN_FILE
+from lrag_ray.weights.verify import refuse_misfits
 
 
 @dataclass
@@ -52,6 +58,132 @@ class RepairPlan:
     decoded: list[Damage] = field(default_factory=list)
     beyond: dict[str, str] = field(default_factory=dict)
     """What this configuration cannot make again: the reason, by path."""
+
+
+class Repair:
+    """The repair of one start."""
+
+    def __init__(
+        self,
+        job: Job[Any],
+        run: RolloutRun,
+        config: RunConfig,
+        identity: RunIdentity,
+        scoring: RunScoring,
+        texts: TextFeatures,
+        history_bytes: Callable[[str, str, int], int],
+    ) -> None:
+        self._job = job
+        self._run = run
+        self._config = config
+        self._identity = identity
+        self._scoring = scoring
+        self._texts = texts
+        self._history_bytes = history_bytes
+        self._former: dict[tuple[RolloutId, int], str] = {}
+        """Digests of commits that were set aside with equal latents to be made again."""
+
+    def make_again(self, connect: Callable[[], None]) -> None:
+        """Find what is damaged and make it again, or clear its place; `connect` reaches Ray where that needs it.
+
+        What cannot be made again is missing from the job.
+        """
+        with self._job.stage("verify"):
+            damage = list(find_damage(self._run, Coverage())) if self._run.exists() else []
+        for found in damage:
+            self._job.warn(f"{found.path}: {found.what}")
+        if not damage:
+            self._job.note("every stored file is what was written")
+            return
+        refuse_misfits(self._config)
+        if self._run.is_damaged():
+            kept = self._run.set_aside(RUN_FILE)
+            self._job.warn(
+                f"{RUN_FILE} is kept as {kept} and made again from this configuration: prompts, methods and durations "
+                "of other starts belong to the run again once they are run again"
+            )
+        identity = self._run.ensure(self._identity)
+        inventory = self._run.inventory()
+        self._run.refuse_foreign_commits(identity, inventory)
+        commits = {
+            folder: [state.commit for state in states.values() if state.commit is not None]
+            for folder, states in inventory.commits.items()
+        }
+        # Only what the configuration has can be made again with it.
+        plan = plan_repair(damage, self._identity, inventory, commits, self._history_bytes)
+        for path in plan.set_aside:
+            if path in inventory.files or not path.startswith("rollouts/"):
+                self._set_aside(path, plan.set_aside[path])
+        for record in plan.part_records:
+            self._run.storage.write(f"{record.latents.path.removesuffix('.safetensors')}.json", record.sealed())
+        self._run.storage.remove_many(plan.remove)
+        self._scoring.set_aside_damaged(plan.scores, self._job.report)
+        for path in plan.scores:
+            if self._scoring.suite is None or not path.startswith(f"{self._scoring.suite.folder}/"):
+                plan.beyond[path] = "scores of another suite than the configuration's: run with that scoring section"
+        if plan.restores or plan.texts:
+            connect()
+            self._texts.encode(plan.texts)
+            self._restore(plan.restores)
+        for stage, tasks in decode_stages(self._run, self._config, self._identity, plan, self._set_aside):
+            connect()
+            self._job.run_stage(stage, tasks)
+        for path, reason in plan.beyond.items():
+            self._job.missing[path] = reason
+            self._job.warn(f"{path} cannot be made again: {reason}")
+
+    def _restore(self, tasks: Sequence[Task[RolloutTask]]) -> None:
+        """Make damaged files again in their place; commits of which that gives other bytes are set aside."""
+        results: dict[str, Restored] = {}
+
+        def listen(event: Event) -> None:
+            self._job.report(event)
+            if isinstance(event, TaskFinished) and isinstance(event.result, RolloutResult) and event.result.restored:
+                results.setdefault(event.task, event.result.restored)
+
+        tasks = self._texts.encode_prompts(tasks)
+        stage = RolloutStage.of(self._run, self._config)
+        quarantined = {task.key for task in self._job.run_stage(stage, tasks, listener=listen)}
+        for task in tasks:
+            damaged, done = task.payload.damaged, results.get(task.title)
+            if damaged is None or task.key in quarantined or done is None:
+                continue
+            kinds = ", ".join(sorted({commit.device_kind for commit in damaged.commits}))
+            if done.other_latents:
+                self._job.missing[task.title] = (
+                    f"its damaged files were made on {kinds} and come out as other latents here, so nothing was "
+                    "written. Repair it on that kind of device, or remove its folder to make it anew"
+                )
+                self._job.warn(f"{task.title}: {self._job.missing[task.title]}")
+                continue
+            for path in done.paths:
+                self._job.note(f"{path} is whole again")
+            left = damaged.paths - set(done.paths)
+            for commit in damaged.commits:
+                if wrong := sorted(left & {file.path for file in commit.files}):
+                    path = f"{commit.rollout.path}/commit-{commit.latent_frames}.json"
+                    self._former[commit.rollout, commit.latent_frames] = commit.latents_digest
+                    self._set_aside(path, f"{wrong[0]} is damaged and comes out with other bytes here")
+
+    def compare(self) -> None:
+        """After the rollouts: whether commits that were made again have the latents of those before."""
+        if not self._former:
+            return
+        inventory = self._run.inventory()
+        for (rollout, frames), digest in self._former.items():
+            commit = inventory.valid_commits(rollout).get(frames)
+            if commit is not None and commit.latents_digest != digest:
+                self._job.missing[rollout.path] = f"made again with other latents than before at {frames} latent frames"
+                self._job.warn(f"{rollout.path}: {self._job.missing[rollout.path]}")
+
+    def _set_aside(self, path: str, problem: str) -> None:
+        set_aside(self._job, self._run, path, problem)
+
+
+def set_aside(job: Job[Any], run: RolloutRun, path: str, problem: str, examined: bytes | None = None) -> None:
+    """Rename a file that does not count, with a warning; see `RunDirectory.set_aside`."""
+    kept = run.set_aside(path, examined)
+    job.warn(f"{path} does not count ({problem}); it is kept as {kept} and made again")
 
 
 def identity_of_commits(run: RolloutRun, wanted: RunIdentity) -> RunIdentity:

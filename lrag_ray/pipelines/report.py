@@ -24,6 +24,7 @@ def report(
     mode: str | None = None,
     strips: int = STRIPS,
     listener: Listener = silent,
+    labels: Sequence[str | None] | None = None,
 ) -> Report:
     """`lrag_ray.report.report` of scores that must be there. A run's own summary waits for whoever is writing it.
 
@@ -37,4 +38,4 @@ def report(
         if own is not None
         else nullcontext()
     ):
-        return make_report(run_dirs, to=to, suite=suite, mode=mode, strips=strips, must_have=True)
+        return make_report(run_dirs, to=to, suite=suite, mode=mode, strips=strips, must_have=True, labels=labels)

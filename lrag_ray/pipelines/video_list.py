@@ -84,13 +84,22 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
         storage, found = None, _on_disk(target, notes, every_file=manifest is not None)
     if manifest is not None:
         rows, unused = _read_manifest(Path(manifest))
+        if not rows:
+            raise UsageError(
+                f"{manifest}: the manifest has no rows. Fix: name one video a row, or leave out --manifest"
+            )
         if unused:
             notes.append(f"{manifest}: not used: {', '.join(unused)}; known columns are {', '.join(COLUMNS)}")
         found = _labelled(rows, found)
     if not found:
         raise UsageError(
-            f"no videos at {redact(target)!r}, and no run. Give the address of a run, a glob, or a folder with files "
-            f"of these suffixes: {', '.join(sorted(SUFFIXES))}"
+            "\n  ".join(
+                [
+                    f"no videos at {redact(target)!r}, and no run. Give the address of a run, a glob, or a folder with "
+                    f"files of these suffixes: {', '.join(sorted(SUFFIXES))}",
+                    *notes,
+                ]
+            )
         )
     if storage is None:
         with ThreadPoolExecutor(4) as pool:

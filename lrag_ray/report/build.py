@@ -72,17 +72,18 @@ def report(
     mode: str | None = None,
     strips: int = STRIPS,
     must_have: bool = False,
+    labels: Sequence[str | None] | None = None,
 ) -> Report:
     """Write the report of one run or of several as one, into the folder or address `to`.
 
-    Without `to`, one run's report goes to its own summary, and nothing is written for several. `must_have`: see
-    `collect`; a page with scores is then never replaced by one without.
+    Without `to`, one run's report goes to its own summary, and nothing is written for several. `must_have` and
+    `labels`: see `collect`; with `must_have` a page with scores is never replaced by one without.
 
     Raises:
         StorageError: an address holds no run or cannot be written.
         UsageError: runs that cannot stand in one table, a mode of a suite without modes, or scores that are not there.
     """
-    data = collect(run_dirs, suite, mode, must_have=must_have)
+    data = collect(run_dirs, suite, mode, must_have=must_have, labels=labels)
     return Report(data, None, []) if to is None and len(run_dirs) > 1 else write_report(data, to=to, strips=strips)
 
 

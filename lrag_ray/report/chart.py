@@ -26,7 +26,7 @@ class Curve(NamedTuple):
 
 
 def ticks(low: float, high: float, *, at_least: float) -> list[float]:
-    """Round numbers around [low, high]."""
+    """Round numbers around [low, high]; `at_least` is the least span, needed where the two may be equal."""
     span = max(high - low, at_least)
     magnitude = 10.0 ** math.floor(math.log10(span / _TICKS))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude * _TICKS >= span)
@@ -44,7 +44,12 @@ def line_chart(curves: Sequence[Curve], x_name: str, title: str) -> Markup | Non
     y_ticks = ticks(low, high, at_least=max(abs(high), abs(low), 1e-12) * 1e-3)
     begin = float(min(curve.x[0] for curve in curves))
     end = float(max(curve.x[-1] for curve in curves))
-    x_ticks = [tick for tick in ticks(begin, end, at_least=1) if begin <= tick <= end and tick == round(tick)]
+    whole = all(float(value).is_integer() for curve in curves for value in curve.x)
+    x_ticks = [
+        tick
+        for tick in ticks(begin, end, at_least=1 if whole else 0)
+        if begin <= tick <= end and (not whole or tick.is_integer())
+    ]
     bottom, top = min(low, y_ticks[0]), max(high, y_ticks[-1])
 
     def x(value: float) -> str:

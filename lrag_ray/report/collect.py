@@ -65,6 +65,8 @@ class ReportData:
     """One per block."""
     rollouts: Mapping[RolloutId, ShownRollout]
     """In prompt-major order."""
+    run_notes: Sequence[str] = ()
+    """In what labelled runs differ."""
 
     @property
     def uris(self) -> list[str]:
@@ -134,10 +136,12 @@ def collect(
     *,
     suites: Sequence[Suite[Any]] = (),
     must_have: bool = False,
+    labels: Sequence[str | None] | None = None,
 ) -> ReportData:
     """Read one run, or several as one; without `suite` and `mode` the scores that compare best are shown.
 
-    `suite` is a suite or its name; `suites` are others to consider besides those that come with the package.
+    `suite` is a suite or its name; `suites` are others to consider besides those that come with the package; `labels`,
+    one per run, tell apart methods that several runs have (see `merged_identity`).
 
     Where two runs hold the same rollout, the first one's counts. With `must_have`, scores that are asked for and are
     not there are refused where there are others.
@@ -150,17 +154,19 @@ def collect(
     twice = [uri for uri, times in Counter(run_dir.uri for run_dir in run_dirs).items() if times > 1]
     if twice or not run_dirs:
         raise UsageError(f"{twice[0]} was given twice: name every run once" if twice else "no run was given")
-    merged = merged_identity(run_dirs)
+    merged = merged_identity(run_dirs, labels or [None] * len(run_dirs))
     choice, others = choose_suite(run_dirs, suite, mode, suites=suites, must_have=must_have)
     scores = Scores()
     rollouts: dict[RolloutId, ShownRollout] = {}
-    for run_dir in run_dirs:
+    for run_dir, names in zip(run_dirs, merged.names, strict=True):
         videos: dict[RolloutId, list[CommittedVideo]] = {}
         for video in committed_videos(run_dir):
-            if video.rollout not in rollouts:
+            if names.rollout(video.rollout) not in rollouts:
                 videos.setdefault(video.rollout, []).append(video)
-        rollouts |= {rollout: ShownRollout(run_dir, group) for rollout, group in videos.items()}
-        choice.read(scores, run_dir, videos)
+        rollouts |= {names.rollout(rollout): ShownRollout(run_dir, group) for rollout, group in videos.items()}
+        own = Scores()
+        choice.read(own, run_dir, videos)
+        scores.add(own, names.methods, names.backbones)
     shown = choice.shown(scores)
     blocks = [
         block
@@ -180,6 +186,7 @@ def collect(
         blocks=blocks,
         statistics=[block_statistics(block, scores.videos, methods_by_name, shown.measures) for block in blocks],
         rollouts=_prompt_major(rollouts, merged.identity),
+        run_notes=merged.notes,
     )
 
 

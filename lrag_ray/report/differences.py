@@ -7,12 +7,20 @@ without a memory comes to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lrag_ray.scoring.bootstrap import Interval, intervals, prompt_means, sample_noise
+from lrag_ray.scoring.bootstrap import (
+    LEAST_PROMPTS,
+    Interval,
+    intervals,
+    lead_shares,
+    prompt_means,
+    sample_noise,
+)
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock, Unit, VideoScore
 from lrag_ray.store.identity import MethodIdentity
@@ -31,12 +39,28 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """Which method has the lowest average rank of a table, and how sure that is."""
+
+    methods: Sequence[str]
+    """One, or several that share the rank."""
+    average_rank: float
+    over: Contrast | None
+    """The leader minus the next method; None where several lead or no other is ranked."""
+    share: float | None
+    """Of 1000 draws of the prompts with replacement, those in which the leader leads; None where several lead or the
+    prompts are fewer than `LEAST_PROMPTS`."""
+
+
+@dataclass(frozen=True)
 class BlockStatistics:
     """What stands beside the means of a rank table."""
 
     contrasts: Sequence[Contrast]
     noise: Mapping[tuple[str, str], float]
     """By (method, measure): standard deviation between the samples of a prompt; empty where all have one sample."""
+    lead: Lead | None = None
+    """None where nothing is ranked."""
 
 
 def pairs(methods: Mapping[str, MethodIdentity]) -> list[tuple[str, str]]:
@@ -68,16 +92,40 @@ def block_statistics(
         method: np.array([[found[unit].values[measure.name] for measure in measures] for unit in block.weights])
         for method, found in values.items()
     }
-    contrasts = []
-    for method, reference in pairs({name: methods[name] for name in values}):
+    names = [measure.name for measure in measures]
+
+    def contrast(method: str, reference: str) -> Contrast:
         weights, per_prompt = prompt_means(block.weights, table[method] - table[reference])
-        found_intervals = intervals(weights, per_prompt)
-        names = [measure.name for measure in measures]
-        contrasts.append(Contrast(method, reference, dict(zip(names, found_intervals, strict=True))))
+        return Contrast(method, reference, dict(zip(names, intervals(weights, per_prompt), strict=True)))
+
+    contrasts = [contrast(*pair) for pair in pairs({name: methods[name] for name in values})]
     noise = {
         (method, measure.name): deviation
         for method, columns in table.items()
         for measure, column in zip(measures, columns.T, strict=True)
         if (deviation := sample_noise(dict(zip(block.weights, column.tolist(), strict=True)))) is not None
     }
-    return BlockStatistics(contrasts, noise)
+    return BlockStatistics(contrasts, noise, _lead(block, table, measures, contrast))
+
+
+def _lead(
+    block: RankBlock,
+    table: Mapping[str, NDArray[np.float64]],
+    measures: Sequence[Measure],
+    contrast: Callable[[str, str], Contrast],
+) -> Lead | None:
+    """`table` holds values [units, measures] by method."""
+    ranks = {row.method: row.average_rank for row in block.compared if row.average_rank is not None}
+    if len(ranks) < 2:
+        return None
+    first, *others = sorted(ranks, key=lambda method: ranks[method])
+    leaders = [first, *(method for method in others if ranks[method] <= ranks[first] + 1e-12)]
+    if len(leaders) > 1:
+        return Lead(leaders, ranks[first], None, None)
+    share = None
+    if block.prompts >= LEAST_PROMPTS:
+        means = [prompt_means(block.weights, table[method]) for method in ranks]
+        weights, columns = means[0][0], np.stack([found for _, found in means], axis=1)
+        shares = lead_shares(weights, columns, [not measure.higher_is_better for measure in measures])
+        share = float(shares[list(ranks).index(first)])
+    return Lead(leaders, ranks[first], contrast(first, others[0]), share)

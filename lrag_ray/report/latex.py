@@ -55,6 +55,9 @@ _NAMES = {
     "memrope": "MemRoPE",
     "memflow": "MemFlow",
     "rag": "RAG",
+    "dummy_forcing": "Dummy Forcing",
+    "forcing_kv": "Forcing-KV",
+    "rolling_forcing": "Rolling Forcing",
 }
 """Methods as their papers call them, where the setting is named like its policy."""
 

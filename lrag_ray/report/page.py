@@ -15,10 +15,15 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from lrag_ray.printable import quantity
 from lrag_ray.report import tables
+from lrag_ray.report.ablations import sweep_figures
 from lrag_ray.report.collect import ReportData
+from lrag_ray.report.costs import KINDS, cost_tables
 from lrag_ray.report.drift_svg import drift_figures
+from lrag_ray.report.ends import ENDS_S, ends_tables
 from lrag_ray.report.environment import asset, page_environment, style_sheet
+from lrag_ray.report.headline import headline
 from lrag_ray.report.players import MAPS, Link, rows
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns
 from lrag_ray.report.strips import StripSheet
@@ -79,6 +84,10 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
     environment.filters["number"] = tables.number
     environment.filters["signed"] = tables.signed
     environment.filters["interval"] = tables.interval
+    environment.filters["advantage"] = tables.advantage
+    environment.filters["relative"] = tables.relative
+    environment.filters["percent"] = tables.percent
+    environment.filters["quantity"] = quantity
     environment.filters["rank_number"] = tables.rank_number
     environment.filters["arrow"] = tables.arrow
     environment.filters["favours"] = tables.favours
@@ -90,7 +99,16 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
         warnings=tables.warnings(data),
         level=f"{LEVEL:.0%}",
         least_prompts=LEAST_PROMPTS,
+        headline=headline(data),
         overview=overview(data),
+        advantage_note=tables.ADVANTAGE_NOTE,
+        sweeps=sweep_figures(data),
+        costs=cost_tables(data),
+        cost_kinds=KINDS,
+        ends=ends_tables(data),
+        ends_s=ENDS_S,
+        measures={measure.name: measure for measure in suite.measures},
+        sort=_sorted_by(data),
         blocks=[
             {
                 "block": block,
@@ -101,6 +119,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
                 "frozen": data.frozen_means(block),
                 "frozen_note": tables.frozen_note(data, block),
                 "statistics": statistics,
+                "means": {row.method: row.means for row in block.rows},
                 "video_means_differ": video_means_differ(block),
             }
             for block, statistics in zip(data.blocks, data.statistics, strict=True)
@@ -122,6 +141,15 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _sorted_by(data: ReportData) -> dict[str, str]:
+    """Methods whose difference the page offers first: what retrieval brings, where the run can say it."""
+    compared = [contrast for statistics in data.statistics for contrast in statistics.contrasts]
+    names = list(data.identity.methods)
+    if compared:
+        return {"one": compared[-1].method, "other": compared[-1].reference}
+    return {"one": names[-1], "other": names[0]} if names else {"one": "", "other": ""}
 
 
 def video_means_differ(block: RankBlock) -> bool:

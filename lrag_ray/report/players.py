@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
 import pyarrow.compute as pc
@@ -12,12 +13,21 @@ import pyarrow.compute as pc
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.report.trace_svg import TraceFigure, trace_figure
+from lrag_ray.scoring.measure import Measure
 from lrag_ray.store.address import Storage
 from lrag_ray.store.parts import BrokenPartError, read_trace_table
 from lrag_ray.store.records import HOW_TO_REPAIR, RolloutId
 
 MAPS = 12
 """Prompts per backbone whose attention maps are drawn: they are what makes a page large and slow to write."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One value of one video."""
+
+    measure: Measure
+    value: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class Player:
     figure: TraceFigure | None
     damage: str = ""
     """Why there is no figure although there is a trace, or ''."""
+    scores: Mapping[str, Sequence[Score]] = field(default_factory=dict)
+    """Values of each of its videos that has any, by latent frames."""
+    frame_s: float = 0.0
+    """Seconds of a latent frame."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,9 @@ class Row:
 
     anchor: str
     prompt: str
-    prompt_index: int
+    prompt_id: str
+    number: int
+    """Of the prompt, from 1."""
     columns: Mapping[str, str]
     """The other columns of the prompt table."""
     sample: int
@@ -70,6 +86,7 @@ def relative_address(page_folder: Storage, storage: Storage, path: str) -> str |
 def rows(data: ReportData, link: Link) -> Iterator[Row]:
     """Rows in prompt-major order; traces are read row by row, so that only one row's are in memory."""
     with_maps = _with_maps(data)
+    scores = _scores(data)
     for prompt_id, sample, backbone in dict.fromkeys((r.prompt_id, r.sample, r.backbone) for r in data.rollouts):
         shown = {
             method: data.rollouts.get(RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample))
@@ -79,11 +96,15 @@ def rows(data: ReportData, link: Link) -> Iterator[Row]:
         yield Row(
             anchor=f"{backbone}-{prompt_id}-{sample}",
             prompt=prompt.text,
-            prompt_index=prompt.index,
+            prompt_id=prompt_id,
+            number=prompt.index + 1,
             columns=data.prompt_columns[prompt_id],
             sample=sample,
             backbone=backbone,
-            players=[_player(method, rollout, link, maps) for method, rollout in shown.items()],
+            players=[
+                _player(method, rollout, link, maps, scores.get((backbone, method, prompt_id, sample), {}))
+                for method, rollout in shown.items()
+            ],
         )
 
 
@@ -93,7 +114,24 @@ def _with_maps(data: ReportData) -> set[tuple[str, str]]:
     return {pair for backbone in data.methods for pair in [each for each in found if each[0] == backbone][:MAPS]}
 
 
-def _player(method: str, shown: ShownRollout | None, link: Link, maps: bool) -> Player:
+def _scores(data: ReportData) -> dict[tuple[str, str, str, int], dict[str, list[Score]]]:
+    """By backbone, method, prompt and sample, then by latent frames."""
+    found: dict[tuple[str, str, str, int], dict[str, list[Score]]] = {}
+    for video in data.scores.videos:
+        values = [
+            Score(measure, value)
+            for measure in data.suite.measures
+            if math.isfinite(value := video.values.get(measure.name, math.nan))
+        ]
+        if values:
+            key = video.backbone, video.method, video.prompt_id, video.sample
+            found.setdefault(key, {})[str(video.latent_frames)] = values
+    return found
+
+
+def _player(
+    method: str, shown: ShownRollout | None, link: Link, maps: bool, scores: Mapping[str, Sequence[Score]]
+) -> Player:
     if shown is None:
         return Player(method, {}, {}, "no video yet", None)
     storage = shown.run_dir.storage
@@ -112,19 +150,23 @@ def _player(method: str, shown: ShownRollout | None, link: Link, maps: bool) -> 
         missing="" if sources else f"at {storage.uri}/{shown.videos[-1].video.path}, out of this page's reach",
         figure=figure,
         damage=damage,
+        scores=scores,
+        frame_s=shown.videos[-1].duration_s / shown.videos[-1].latent_frames,
     )
 
 
 def _trace(shown: ShownRollout) -> list[TraceRow]:
-    """Trace up to the longest committed duration, its layers added up; BrokenPartError where a part is damaged.
+    """Trace up to the longest committed duration, layers and heads added up; BrokenPartError where a part is damaged.
 
-    A method that chooses per layer has millions of rows, and the map shows the mean over layers: shares of a frame's
-    tokens stay what they are where all tokens are added up alike.
+    A method that chooses per layer has millions of rows, and the map shows the mean over layers and heads: shares of a
+    frame's tokens stay what they are where all tokens are added up alike.
     """
     rows = read_trace_table(shown.run_dir.storage, shown.videos[-1].commit.trace_parts)
     in_all_layers = pc.equal(rows["layer"], ALL_LAYERS)
     layers = pc.count_distinct(rows["layer"].filter(pc.invert(in_all_layers))).as_py()
-    times = pc.if_else(in_all_layers, max(1, layers), 1)
+    heads = pc.list_value_length(rows["heads"])
+    most = 1 + max(pc.max(pc.list_flatten(rows["heads"])).as_py() or 0, 0)
+    times = pc.multiply(pc.if_else(in_all_layers, max(1, layers), 1), pc.fill_null(heads, most))
     rows = rows.set_column(rows.schema.get_field_index("tokens"), "tokens", pc.multiply(rows["tokens"], times))
     grouped = rows.group_by(["block", "kind", "frame"], use_threads=False)
     summed = grouped.aggregate([("temporal_index", "min"), ("tokens", "sum"), ("similarity", "max")])

@@ -1,30 +1,28 @@
 "use strict";
-// Comfort only: choice of duration, search in prompts, and play, pause and seek of all videos of a prompt together.
+// Comfort only: filters, order and permalinks; play, pause and seek of all videos of a prompt together; reading the
+// retrieval maps. Without it all tables, videos, scores and links are there.
 (() => {
   const AHEAD_S = 0.12; // Videos of a row further apart than this are pulled together.
-  const rows = [...document.querySelectorAll(".row")].map(setUpRow);
-  const choices = [...document.querySelectorAll('input[name="duration"]')];
-  const toolbar = document.querySelector(".toolbar");
-  if (toolbar) toolbar.hidden = false;
+  const section = document.querySelector("#videos");
+  if (!section) return;
+  const toolbar = section.querySelector(".toolbar");
+  const rows = [...section.querySelectorAll(".row")].map(setUpRow);
+  const control = (name) => toolbar.querySelector(`[name="${name}"]`);
+  const chosen = (name) => [...toolbar.querySelectorAll(`[name="${name}"]:checked`)].map((input) => input.value);
+  const search = toolbar.querySelector(".search");
+  const found = toolbar.querySelector(".found");
 
-  for (const choice of choices) {
-    choice.addEventListener("change", () => rows.forEach((row) => row.choose(choice.value)));
-  }
-  const chosen = choices.find((choice) => choice.checked);
-  rows.forEach((row) => row.choose(chosen ? chosen.value : ""));
-
-  const search = document.querySelector(".search");
-  const found = document.querySelector(".found");
-  if (search) search.addEventListener("input", () => {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let count = 0;
-    for (const row of rows) {
-      const shows = words.every((word) => row.text.includes(word));
-      row.show(shows);
-      count += shows;
-    }
-    found.textContent = words.length ? `${count} of ${rows.length}` : "";
+  toolbar.hidden = false;
+  for (const element of section.querySelectorAll(".scripted")) element.hidden = false;
+  toolbar.addEventListener("change", (event) => {
+    if (["duration", "method"].includes(event.target.name)) choose();
+    else filter();
+    if (["duration", "order", "one", "other", "measure"].includes(event.target.name)) order();
   });
+  search.addEventListener("input", filter);
+  choose();
+  openLink();
+  window.addEventListener("hashchange", openLink);
 
   // Pages hold hundreds of videos: fetch the first frame of those that come near the window only.
   const near = new IntersectionObserver((entries) => {
@@ -33,25 +31,94 @@
       near.unobserve(entry.target);
     }
   }, { rootMargin: "400px" });
-  document.querySelectorAll(".row video").forEach((video) => near.observe(video));
+  section.querySelectorAll(".row video").forEach((video) => near.observe(video));
+
+  function choose() {
+    const [duration] = chosen("duration");
+    const methods = control("method") && new Set(chosen("method"));
+    for (const row of rows) row.choose(duration || "", methods);
+  }
+
+  function filter() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const backbone = control("backbone") ? control("backbone").value : "";
+    let count = 0;
+    for (const row of rows) {
+      const shows = words.every((word) => row.text.includes(word)) && (!backbone || row.backbone === backbone);
+      row.show(shows);
+      count += shows;
+    }
+    found.textContent = words.length || backbone ? `${count} of ${rows.length}` : "";
+  }
+
+  function order() {
+    if (!control("order")) return;
+    const direction = Number(control("order").value);
+    const [one, other] = [control("one").value, control("other").value];
+    const measure = control("measure").selectedOptions[0];
+    const gaps = new Map(rows.map((row) => {
+      const [a, b] = [one, other].map((method) => row.value(method, measure.value));
+      return [row, a === null || b === null ? null : Number(measure.dataset.sign) * (a - b)];
+    }));
+    for (const [row, gap] of gaps) {
+      const amount = gap === null ? "no pair of scores" : signed(gap * Number(measure.dataset.scale));
+      row.tell(direction ? `${one} − ${other}, ${measure.textContent}: ${amount}` : "");
+    }
+    const last = (gap) => (gap === null ? -Infinity : direction * gap);
+    const sorted = direction ? [...rows].sort((a, b) => last(gaps.get(b)) - last(gaps.get(a)) || 0) : rows;
+    section.append(...sorted.map((row) => row.element));
+  }
+
+  function signed(value) {
+    return `${value < 0 ? "−" : "+"}${Number(Math.abs(value).toPrecision(3))}`;
+  }
+
+  // A permalink is #ROW&t=SECONDS&d=LATENT_FRAMES.
+  function openLink() {
+    const [anchor, ...settings] = window.location.hash.slice(1).split("&");
+    let name = anchor;
+    try { name = decodeURIComponent(anchor); } catch { return; }
+    const row = rows.find(({ element }) => element.id === name);
+    if (!row || !settings.length) return;
+    const values = new URLSearchParams(settings.join("&"));
+    const duration = [...toolbar.querySelectorAll('[name="duration"]')].find((input) => input.value === values.get("d"));
+    if (duration && !duration.checked) {
+      duration.checked = true;
+      choose();
+    }
+    const seconds = Number(values.get("t"));
+    if (Number.isFinite(seconds)) row.seekTo(seconds);
+    row.element.scrollIntoView();
+  }
 
   function setUpRow(element) {
     const transport = element.querySelector(".transport");
     const button = element.querySelector(".play");
     const seek = element.querySelector(".seek");
     const time = element.querySelector(".time");
-    const tracks = [...element.querySelectorAll("video")].map((video) => ({
-      video,
-      missing: video.parentElement.querySelector(".missing"),
-      absent: video.parentElement.querySelector(".missing").textContent,
-      sources: JSON.parse(video.dataset.sources),
-      seconds: JSON.parse(video.dataset.seconds),
-      end: 0,
-    }));
+    const gap = element.querySelector(".gap");
+    const permalink = element.querySelector(".permalink");
+    const players = [...element.querySelectorAll(".player")];
+    const maps = players.map((player) => setUpMap(player, (seconds) => seekTo(seconds))).filter(Boolean);
+    const tracks = players.filter((player) => player.querySelector("video")).map((player) => {
+      const video = player.querySelector("video");
+      const missing = player.querySelector(".screen .missing");
+      return {
+        player,
+        video,
+        missing,
+        absent: missing.textContent,
+        sources: JSON.parse(video.dataset.sources),
+        seconds: JSON.parse(video.dataset.seconds),
+        end: 0,
+      };
+    });
     let shown = [];
     let length = 0;
     let playing = false;
     let untouched = true;
+    let duration = "";
+    let settled = 0;
 
     transport.hidden = false;
     for (const { video, missing } of tracks) {
@@ -66,28 +133,36 @@
       });
     }
     button.addEventListener("click", toggle);
-    seek.addEventListener("input", () => {
-      untouched = false;
-      moveTo(Number(seek.value));
-    });
+    seek.addEventListener("input", () => seekTo(Number(seek.value)));
 
-    function choose(frames) {
+    function choose(frames, methods) {
       stop();
+      duration = frames;
+      for (const player of players) {
+        player.hidden = Boolean(methods) && !methods.has(player.dataset.method);
+        for (const list of player.querySelectorAll(".scores")) list.hidden = list.dataset.frames !== frames;
+      }
       for (const track of tracks) {
         const source = track.sources[frames];
         track.video.hidden = !source;
         track.end = track.seconds[frames] || 0;
         if (source && track.video.getAttribute("src") !== source) track.video.src = source;
+        for (const link of track.player.querySelectorAll(".file")) if (source) link.href = source;
         const broken = source && track.video.error; // Another source has taken back what was wrong with the last one.
         if (!broken) track.missing.textContent = track.absent;
         track.missing.hidden = Boolean(source) && !broken;
       }
-      shown = tracks.filter((track) => !track.video.hidden);
+      shown = tracks.filter(({ video, player }) => !video.hidden && !player.hidden);
       length = Math.max(0, ...shown.map((track) => track.end));
       seek.max = length;
       transport.hidden = shown.length === 0;
       // A frame from inside says more than the first one; the slider shows where it is from.
       moveTo(untouched ? length / 3 : Math.min(Number(seek.value), length));
+    }
+
+    function seekTo(seconds) {
+      untouched = false;
+      moveTo(Math.min(Math.max(seconds, 0), length));
     }
 
     function toggle() {
@@ -101,6 +176,7 @@
     }
 
     function stop() {
+      if (playing) settle(Number(seek.value));
       playing = false;
       button.textContent = "Play";
       for (const { video } of tracks) video.pause();
@@ -130,19 +206,129 @@
         if (playing && target < end) video.play().catch(() => {});
       }
       show(seconds);
+      if (!untouched && !playing) settle(seconds);
     }
 
     function show(seconds) {
       seek.value = seconds;
       time.textContent = `${seconds.toFixed(1)} of ${length.toFixed(1)} s`;
       seek.setAttribute("aria-valuetext", time.textContent);
+      permalink.href = `#${encodeURIComponent(element.id)}&t=${seconds.toFixed(2)}&d=${encodeURIComponent(duration)}`;
+      for (const map of maps) map.at(seconds);
     }
 
-    const text = element.querySelector(".head").textContent.toLowerCase();
-    const setShown = (shows) => {
-      if (!shows) stop();
-      element.hidden = !shows;
+    // Retrieved frames are drawn once the position rests: every one of them is a seek.
+    function settle(seconds) {
+      clearTimeout(settled);
+      settled = setTimeout(() => maps.forEach((map) => map.draw(seconds)), 200);
+    }
+
+    function value(method, measure) {
+      const player = players.find(({ dataset }) => dataset.method === method);
+      const lists = player ? [...player.querySelectorAll(".scores")] : [];
+      const list = lists.find(({ dataset }) => dataset.frames === duration);
+      const cell = list && [...list.querySelectorAll("dd")].find(({ dataset }) => dataset.measure === measure);
+      return cell ? Number(cell.dataset.value) : null;
+    }
+
+    return {
+      element,
+      backbone: element.dataset.backbone,
+      text: element.querySelector(".head").textContent.toLowerCase(),
+      choose,
+      seekTo,
+      value,
+      show(shows) {
+        if (!shows) stop();
+        element.hidden = !shows;
+      },
+      tell(text) {
+        gap.textContent = text;
+        gap.hidden = !text;
+      },
     };
-    return { choose, text, show: setShown };
+  }
+
+  function setUpMap(player, seekTo) {
+    const map = player.querySelector(".attention");
+    const video = player.querySelector("video");
+    if (!map) return null;
+    const field = map.querySelector(".field");
+    const playhead = map.querySelector(".playhead");
+    const pointed = map.querySelector(".pointed");
+    const list = map.querySelector(".frames");
+    const [frameS, frames, first, block] =
+      ["frameS", "frames", "first", "block"].map((name) => Number(map.dataset[name]));
+    const retrieved = JSON.parse(map.dataset.retrieved);
+    const length = frames * frameS;
+    let probe = null; // A second video that seeks to the retrieved frames.
+    let drawing = 0;
+
+    playhead.hidden = false;
+    field.addEventListener("pointermove", (event) => {
+      const box = field.getBoundingClientRect();
+      const query = Math.floor((event.clientX - box.left) / box.width * frames);
+      const frame = Math.floor((box.bottom - event.clientY) / box.height * (frames - first)) + first;
+      if (query < 0 || query >= frames || frame < first || frame >= frames) return;
+      const kind = { v: "retrieved or compressed", s: "sink", l: "local window", m: "memory", c: "the block itself" }[
+        (event.target.getAttribute("class") || " ")[0]
+      ];
+      const begins = Math.floor(query / block) * block * frameS;
+      const at = frame < 0 ? "many frames" : `${(frame * frameS).toFixed(2)} s`;
+      pointed.textContent = `; block at ${begins.toFixed(2)} s: ${at}, ${kind && event.target !== field ? kind : "not attended to"}`;
+    });
+    field.addEventListener("pointerleave", () => { pointed.textContent = ""; });
+    field.addEventListener("click", (event) => {
+      const box = field.getBoundingClientRect();
+      seekTo((event.clientX - box.left) / box.width * length);
+    });
+
+    function at(seconds) {
+      playhead.style.left = `${100 * Math.min(1, seconds / length)}%`;
+    }
+
+    async function draw(seconds) {
+      const wanted = retrieved[Math.min(retrieved.length - 1, Math.floor(seconds / frameS / block))] || [];
+      const turn = ++drawing;
+      list.hidden = !wanted.length;
+      list.replaceChildren();
+      if (!wanted.length || !video || player.hidden) return;
+      if (!probe) {
+        probe = document.createElement("video");
+        probe.muted = true;
+        probe.preload = "auto";
+      }
+      const source = video.getAttribute("src");
+      if (probe.getAttribute("src") !== source) {
+        probe.src = source;
+        if (!(await happens(probe, "loadeddata"))) return;
+      }
+      for (const frame of wanted) {
+        if (turn !== drawing) return;
+        const moment = (frame + 0.5) * frameS;
+        if (moment > probe.duration) continue;
+        const seeked = happens(probe, "seeked");
+        probe.currentTime = moment;
+        if (!(await seeked) || turn !== drawing) return;
+        const canvas = document.createElement("canvas");
+        canvas.width = 96;
+        canvas.height = Math.max(1, Math.round(96 * probe.videoHeight / probe.videoWidth));
+        canvas.getContext("2d").drawImage(probe, 0, 0, canvas.width, canvas.height);
+        const name = document.createElement("figcaption");
+        name.textContent = `${(frame * frameS).toFixed(2)} s`;
+        const picture = document.createElement("figure");
+        picture.append(canvas, name);
+        list.append(picture);
+      }
+    }
+
+    return { at, draw };
+  }
+
+  function happens(video, event) {
+    return new Promise((resolve) => {
+      video.addEventListener(event, () => resolve(true), { once: true });
+      video.addEventListener("error", () => resolve(false), { once: true });
+    });
   }
 })();

@@ -52,7 +52,8 @@ class StripSheet:
     """The strips of one prompt, sample and backbone."""
 
     backbone: str
-    prompt_index: int
+    number: int
+    """Of the prompt, from 1."""
     prompt: str
     sample: int
     seconds: Sequence[str]
@@ -111,12 +112,14 @@ def _sheet(
     prompt = data.identity.prompts[video.rollout.prompt_id]
     return StripSheet(
         backbone=backbone,
-        prompt_index=prompt.index,
+        number=prompt.index + 1,
         prompt=prompt.text,
         sample=video.rollout.sample,
         seconds=[f"{index / video.fps:.3g} s" for index in _indices(video)],
         rows=[
-            _strip(folder, present, *chosen[method]) if method in chosen else Strip(method, None, "no video yet")
+            _strip(folder, present, method, *chosen[method])
+            if method in chosen
+            else Strip(method, None, "no video yet")
             for method in data.methods[backbone]
         ],
     )
@@ -128,8 +131,7 @@ def _indices(video: CommittedVideo) -> list[int]:
     return [min(round(i * step_s * video.fps), video.frames - 1) for i in range(COLUMNS)]
 
 
-def _strip(folder: Storage, present: set[str], shown: ShownRollout, video: CommittedVideo) -> Strip:
-    method = video.rollout.method
+def _strip(folder: Storage, present: set[str], method: str, shown: ShownRollout, video: CommittedVideo) -> Strip:
     # Hashed once more: a stranger's record may hold anything in place of a digest.
     made_from = f"{video.video.sha256} {_indices(video)} {_WIDTH} {_GAP} {_QUALITY}"
     path = f"{FOLDER}/{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.webp"

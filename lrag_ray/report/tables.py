@@ -21,6 +21,11 @@ AVERAGE = "average_rank"
 """Key of the average rank beside the measures' names."""
 
 
+ADVANTAGE_NOTE = (
+    "+ is better in every measure: where lower is better (↓) the sign is reversed. In percent: of the reference's mean."
+)
+"""What the signs of differences in tables mean; data files hold method minus reference."""
+
 _COVERAGE = {10: "86%", 20: "90%"}
 """What BCa intervals of a mean cover with fewer than this many prompts, instead of 95%: simulated with normal and
 exponential values. From 20 prompts on they cover 92% and more."""
@@ -78,6 +83,26 @@ def signed(value: float | None, measure: Measure) -> str:
 def interval(found: Interval, measure: Measure) -> str:
     """Both ends of an interval, or nothing where there is none."""
     return "" if found.lower is None else f"[{signed(found.lower, measure)}, {signed(found.upper, measure)}]"
+
+
+def advantage(found: Interval, measure: Measure) -> Interval:
+    """A difference as an advantage of the method: above zero is better, whichever way the measure points."""
+    if measure.higher_is_better:
+        return found
+    lower = None if found.upper is None else -found.upper
+    upper = None if found.lower is None else -found.lower
+    return Interval(-found.mean, lower, upper)
+
+
+def relative(found: Interval, reference: float | None) -> str:
+    """An advantage in percent of the reference's mean; empty where that is zero or not known."""
+    return percent(found.mean / abs(reference)) if reference else ""
+
+
+def percent(share: float) -> str:
+    """A relative change with its sign, unless it is shown as zero."""
+    shown = f"{100 * share:+.1f}"
+    return f"{shown.replace('-', '−') if float(shown) else shown[1:]} %"
 
 
 def favours(found: Interval, measure: Measure) -> str:
@@ -142,6 +167,7 @@ def warnings(data: ReportData) -> list[str]:
     if mixed := sorted(name for name, digests in names.items() if digests > 1):
         found.append(f"Scores come from different weights of {', '.join(mixed)}: they do not compare.")
     found += data.suite.warnings(data.scores)
+    found += data.run_notes
     return found
 
 
@@ -198,8 +224,8 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
     table = Table(
         title=_name(f"{heading(data, block)}: differences"),
         caption=Text(
-            f"{data.suite.title}. Paired per prompt and sample. {interval_note(block.prompts)}"
-            + (" * it leaves out zero." if block.prompts >= LEAST_PROMPTS else "")
+            f"{data.suite.title}. Paired per prompt and sample; {ADVANTAGE_NOTE} {interval_note(block.prompts)}"
+            + (" ▲ better, ▼ worse: it leaves out zero." if block.prompts >= LEAST_PROMPTS else "")
             + (" noise: standard deviation of one video between the samples of a prompt." if statistics.noise else "")
         ),
     )
@@ -208,8 +234,12 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
         table.add_column(_name(f"{contrast.method} − {contrast.reference}"), justify="right", overflow="fold")
     if statistics.noise:
         table.add_column("noise", justify="right", overflow="fold")
+    means = {row.method: row.means for row in block.rows}
     for measure in data.suite.measures:
-        cells = [_difference_cell(contrast, measure) for contrast in statistics.contrasts]
+        cells = [
+            _difference_cell(contrast, measure, means[contrast.reference].get(measure.name))
+            for contrast in statistics.contrasts
+        ]
         noise = [noise_floor(statistics, measure)] if statistics.noise else []
         table.add_row(f"{measure.title} {arrow(measure)}", *cells, *noise)
     return table
@@ -224,10 +254,16 @@ def noise_floor(statistics: BlockStatistics, measure: Measure) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _difference_cell(contrast: Contrast, measure: Measure) -> Text:
-    found = contrast.intervals[measure.name]
-    star = "*" if found.excludes_zero else " "
-    return Text(f"{signed(found.mean, measure)}{star}\n{interval(found, measure)}".rstrip("\n"))
+def _difference_cell(contrast: Contrast, measure: Measure, reference: float | None) -> Text:
+    found = advantage(contrast.intervals[measure.name], measure)
+    verdict = favours(contrast.intervals[measure.name], measure)
+    mark, style = {"better": ("▲", "green"), "worse": ("▼", "red"), "unclear": (" ", "")}[verdict]
+    cell = Text(f"{signed(found.mean, measure)}{mark}", style=style)
+    if size := relative(found, reference):
+        cell.append(f"\n{size}", style="dim")
+    if shown := interval(found, measure):
+        cell.append(f"\n{shown}", style="dim")
+    return cell
 
 
 def _name(text: str) -> Text:
@@ -242,3 +278,8 @@ def _marked(text: str, place: Place | None) -> Text:
 def counted(number_of: int, what: str) -> str:
     """A number of things in words: ``1 video``, ``2 videos``."""
     return f"{number_of} {what}{'' if number_of == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a list in a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lrag_ray.context.trace import TraceRow
+from lrag_ray.context.trace import ALL_LAYERS, TraceRow
 
 KIND_COLOURS = {"sink": "#8c6d31", "memory": "#a34a86", "local": "#9aa0a6", "current": "#3c4043"}
 """Colours of the rows that carry no value of their own."""
@@ -32,7 +32,7 @@ class TraceMap:
     kinds: NDArray[np.int8]
     """Index into sink, memory, local, current; -1 where the frame is not attended or has a value."""
     values: NDArray[np.float64]
-    """Similarity of retrieved frames, or attended share of compressed ones (mean over layers); NaN elsewhere."""
+    """Similarity of retrieved frames, or attended share of compressed ones, mean over layers and heads; else NaN."""
     value_name: str
     """What `values` holds."""
     frames_per_block: int
@@ -53,7 +53,8 @@ def trace_map(rows: Sequence[TraceRow]) -> TraceMap:
     blocks = max(row.block for row in rows) + 1
     first = min(0, *(row.frame for row in rows))
     frames = max(row.frame for row in rows) + 1
-    layers = len({row.layer for row in rows})
+    layers = max(1, len({row.layer for row in rows} - {ALL_LAYERS}))
+    heads = 1 + max((max(row.heads, default=0) for row in rows if row.heads is not None), default=0)
     full = max(row.tokens for row in rows if row.kind == "current")
     kinds = np.full((frames - first, blocks), -1, dtype=np.int8)
     values = np.full(kinds.shape, np.nan)
@@ -63,10 +64,11 @@ def trace_map(rows: Sequence[TraceRow]) -> TraceMap:
         if row.kind in _KIND_ORDER:
             kinds[at] = _KIND_ORDER.index(row.kind)
         elif row.kind == "compressed":
-            compressed[at] += row.tokens / (full * layers)
+            times = layers if row.layer == ALL_LAYERS else 1
+            compressed[at] += row.tokens * times * (heads if row.heads is None else len(row.heads))
         else:
             values[at] = np.nan if row.similarity is None else row.similarity
-    values[compressed > 0] = compressed[compressed > 0]
+    values[compressed > 0] = compressed[compressed > 0] / (full * layers * heads)
     name = (
         "share of the frame's tokens that is attended" if compressed.any() else "cosine similarity to the query frame"
     )

@@ -33,6 +33,13 @@ class TraceFigure:
     """The map in one sentence, for those who cannot see it."""
     value_range: str
     """What the steps stand for, or '' where no frame carries a value."""
+    frames: int
+    """Latent frames of the rollout."""
+    first_frame: int
+    """Frame of the lowest row: 0, or below it where rows are made of many frames."""
+    frames_per_block: int
+    retrieved: Sequence[Sequence[int]]
+    """Latent frames that each block retrieved, ascending."""
 
 
 def trace_figure(rows: Sequence[TraceRow]) -> TraceFigure:
@@ -48,7 +55,19 @@ def trace_figure(rows: Sequence[TraceRow]) -> TraceFigure:
     svg = Markup(
         '<svg class="map" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
     ).format(blocks * drawn.frames_per_block, frames, summary, paths)
-    return TraceFigure(svg, summary, _value_range(drawn))
+    retrieved: list[set[int]] = [set() for _ in range(blocks)]
+    for row in rows:
+        if row.kind == "retrieved":
+            retrieved[row.block].add(row.frame)
+    return TraceFigure(
+        svg,
+        summary,
+        _value_range(drawn),
+        frames=frames + drawn.first_frame,
+        first_frame=drawn.first_frame,
+        frames_per_block=drawn.frames_per_block,
+        retrieved=[sorted(found) for found in retrieved],
+    )
 
 
 def _levels(drawn: TraceMap) -> list[NDArray[np.bool_]]:

@@ -19,6 +19,7 @@ class BlockResult(NamedTuple):
     latents: Tensor
     """Clean latents x0 [B, frames_per_block, C, H, W] on the generator's device."""
     trace: list[list[TraceRow]]
-    """Per batch element, the rows attended to, in attention order."""
+    """Per batch element, the rows attended to, in attention order; call by call where `TraceRow.window` is set."""
     state: list[dict[str, Tensor]]
-    """Per batch element, what replay cannot rebuild (empty for most methods; see ContextPolicy.block_state)."""
+    """Per batch element, what replay cannot rebuild (empty for most methods; see ContextPolicy.block_state and
+    RolloutLoop)."""

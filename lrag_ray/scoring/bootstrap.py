@@ -80,6 +80,25 @@ def intervals(weights: Array, values: Array, *, resamples: int = RESAMPLES, leve
     return found
 
 
+def lead_shares(weights: Array, values: Array, lower_is_better: Sequence[bool], *, resamples: int = 1000) -> Array:
+    """How often each method leads when prompts are drawn anew [methods]: the least average rank over the columns.
+
+    `values` [prompts, methods, k] are means per prompt, `weights` [prompts] what the prompts weigh. Every draw is
+    averaged and ranked as the table is (ties share their place); methods that lead together share the draw.
+    """
+    prompts, methods, columns = values.shape
+    sign = np.where(np.asarray(lower_is_better), 1.0, -1.0)
+    means = _weighted_means(_draws(prompts, resamples), weights, (values * sign).reshape(prompts, -1))
+    means = means.reshape(-1, methods, columns)
+    places = np.zeros(means.shape)
+    for other in range(methods):
+        rival = means[:, other : other + 1]
+        places += (rival < means) + (rival == means) / 2
+    average = places.mean(axis=2)
+    leads = average <= average.min(axis=1, keepdims=True) + 1e-12
+    return np.asarray((leads / leads.sum(axis=1, keepdims=True)).mean(axis=0), dtype=np.float64)
+
+
 def sample_noise(values: Mapping[Unit, float]) -> float | None:
     """Standard deviation between the samples of a prompt, pooled over prompts; None where no prompt has two."""
     by_prompt: dict[str, list[float]] = {}

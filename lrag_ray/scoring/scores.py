@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from lrag_ray.scoring.drift import VideoClips
 from lrag_ray.scoring.ranks import Unit, VideoScore
@@ -36,7 +36,44 @@ class Scores:
     networks: set[str] = field(default_factory=set)
     """``name:digest`` of all networks behind the values."""
 
+    def add(self, other: Scores, methods: Mapping[str, str], backbones: Mapping[str, str]) -> None:
+        """Take in the scores of another run, whose methods and backbones get new names where the mappings have one.
+
+        Of a control that both have, the one that is there already counts.
+        """
+
+        def named(video: VideoScore) -> VideoScore:
+            method, backbone = methods.get(video.method, video.method), backbones.get(video.backbone, video.backbone)
+            return video._replace(method=method, backbone=backbone)
+
+        renamed = replace(
+            other,
+            videos=[named(video) for video in other.videos],
+            clips=[replace(clips, video=named(clips.video)) for clips in other.clips],
+            rows=[_renamed_row(row, methods, backbones) for row in other.rows],
+            frozen={backbones.get(name, name): units for name, units in other.frozen.items()},
+        )
+        for name, units in self.frozen.items():
+            renamed.frozen[name] = {**renamed.frozen.get(name, {}), **units}
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(renamed, each.name)
+            match mine:
+                case list():
+                    mine.extend(theirs)
+                case set() | dict():  # A Counter adds up.
+                    mine.update(theirs)
+                case bool():
+                    setattr(self, each.name, mine or theirs)
+                case int():
+                    setattr(self, each.name, mine + theirs)
+
     @property
     def dimensions(self) -> set[str]:
         """Measures that any video has."""
         return {name for video in self.videos for name in video.values}
+
+
+def _renamed_row(row: VideoRow, methods: Mapping[str, str], backbones: Mapping[str, str]) -> VideoRow:
+    target = row.target
+    method, backbone = methods.get(target.method, target.method), backbones.get(target.backbone, target.backbone)
+    return replace(row, target=replace(target, method=method, backbone=backbone))

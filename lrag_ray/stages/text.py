@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lrag_ray.config.schema import BackboneConfig, EngineSection
+from lrag_ray.config.schema import BackboneConfig, WorkersSection
 from lrag_ray.errors import ClusterError, ConfigError, LragError, WeightsError
 from lrag_ray.stages.backbone import device_for, load_text
 from lrag_ray.stages.numerics import make_reproducible
@@ -42,7 +42,7 @@ class TextStage(Stage[TextTask]):
 
     storage: Storage
     backbones: Mapping[str, BackboneConfig]
-    engine: EngineSection
+    engine: WorkersSection
 
     @property
     def resources(self) -> Resources:

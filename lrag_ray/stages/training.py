@@ -131,9 +131,9 @@ def window_reader(dataset: LatentDataset, rollouts: Rollouts, length: int) -> Wi
         entry = dataset.rollouts[at[window.rollout]]
         return f"{entry.run}/{entry.rollout}, frames {window.start} to {window.start + length - 1},"
 
-    def read(window: Window) -> Tensor:
+    def read_into(window: Window, out: Tensor) -> None:
         try:
-            return dataset.read(at[window.rollout], window.start, length)
+            dataset.read_into(at[window.rollout], window.start, out)
         except StorageError as error:
             if error.__cause__ is not None:
                 # Transient storage errors outlasted the retries: another start of the workers may succeed.
@@ -142,7 +142,7 @@ def window_reader(dataset: LatentDataset, rollouts: Rollouts, length: int) -> Wi
         except IndexError as error:
             raise UnusableWindowError(f"{name(window)} is not there any more: {error}") from error
 
-    return WindowReader(read, (length, *dataset.shape), dataset.dtype, name)
+    return WindowReader(read_into, (length, *dataset.shape), dataset.dtype, name)
 
 
 class RunSink:

@@ -91,9 +91,11 @@ def read_latent(path: Path) -> Tensor:
         raise BadLatentError(f"is truncated or damaged ({error})") from error
     except Exception as error:
         # Over bytes that are not a pickle the readers of the standard library raise anything.
-        raise BadLatentError(f"cannot be read ({str(error).splitlines()[:1] or type(error).__name__})") from error
+        raise BadLatentError(f"cannot be read ({[*str(error).splitlines(), type(error).__name__][0]})") from error
     if not isinstance(content, Tensor):
         raise BadLatentError(f"holds a {type(content).__name__}, expected one tensor [T, C, H, W]")
+    if content.layout != torch.strided:
+        raise BadLatentError(f"holds a tensor of layout {content.layout}, expected a dense one")
     if content.dim() != 4 or 0 in content.shape:
         raise BadLatentError(f"holds a tensor {list(content.shape)}, expected [T, C, H, W]")
     dtype_name(content)
@@ -112,6 +114,9 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
     """The latents of a tar shard in order; what is damaged is yielded with its problem."""
     held: tuple[str, Tensor | None, str] | None = None
     note: LatentNote | None = None
+    if not path.is_file():
+        yield FoundLatent(path.name, None, None, "is not a regular file")
+        return
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
@@ -133,7 +138,8 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
             yield _found(held, note)
         if not _ends_at(path, end):
             yield FoundLatent(path.name, None, None, "has no end of a tar archive, so it is truncated")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        # ValueError, OverflowError: numbers in extended headers.
         if held is not None:
             yield _found(held, note)
         yield FoundLatent(path.name, None, None, f"is a truncated or damaged tar archive ({error})")

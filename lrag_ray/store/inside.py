@@ -55,6 +55,23 @@ def opened_folder(path: str, root: str) -> Iterator[str]:
         os.close(descriptor)
 
 
+def read_range(path: str, start: int, view: memoryview, *, links: bool = True) -> int:
+    """Fill `view` with the bytes of a file from `start` on; returns how many there were.
+
+    OSError for what cannot be read, and, without `links`, for a path that is a link itself.
+    """
+    done = 0
+    # The bare calls: a window of latents is read in one of them, straight into its tensor.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
+    file = os.open(path, flags)
+    try:
+        while done < len(view) and (got := os.preadv(file, [view[done:]], start + done)):
+            done += got
+    finally:
+        os.close(file)
+    return done
+
+
 def _refuse_outside(descriptor: int, path: str, root: str) -> None:
     if not _has_descriptors():
         return

@@ -116,7 +116,7 @@ class _Verification:
                 self._run.require()
             yield self._damage(RUN_FILE, "run", "is missing")
         else:
-            self._run.refuse_training(self._storage.read_bytes(RUN_FILE))
+            self._run.refuse_other_job(self._storage.read_bytes(RUN_FILE))
         items: list[Callable[[], Sequence[Damage]]] = []
         rollouts: dict[str, list[str]] = {}
         for path in self._files:

@@ -295,8 +295,7 @@ def take_lease(
             _wait_for_end(storage, kind, found, record.ttl_s, tell, patient=patient)
         epoch = found.epoch + 1 if found else 1
         path = _record_path(kind, epoch)
-        if storage.is_local:
-            Path(storage.full("")).mkdir(parents=True, exist_ok=True)
+        storage.make_folder()
         record = record.model_copy(update={"place": _place(storage)})
         lease = Lease(storage, kind, epoch, record)
         created = False

@@ -53,21 +53,27 @@ def damage_of(data: bytes, path: str, beside: Container[str]) -> str | None:
     return f"ends a series of which {missing[0]} is missing" if missing else None
 
 
-def read_parquet(data: bytes, schema: pa.Schema) -> pa.Table:
+def read_parquet(data: bytes, schema: pa.Schema, *, optional: Sequence[str] = ()) -> pa.Table:
     """The table in `data`, whole, valid and with the columns of `schema`; pyarrow.ArrowInvalid for anything else.
 
-    pyarrow itself reports damage also as OSError or ValueError, or only once a value is taken out.
+    Those of the `optional` columns that the file does not have are null. pyarrow itself reports damage also as OSError
+    or ValueError, or only once a value is taken out.
     """
     try:
         check_parquet(data)
         texts = [field.name for field in schema if pa.types.is_string(field.type)]
         # A text that is repeated a million times is kept once until it is known what all of them take.
         file = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts)
-        _refuse_other_columns(file.schema_arrow, schema)
+        absent = [schema.field(name) for name in optional if name not in file.schema_arrow.names]
+        present = pa.schema([field for field in schema if field not in absent])
+        _refuse_other_columns(file.schema_arrow, present)
         _refuse_claims(file.metadata)
         batches = list(_bounded(file))
-        table = pa.Table.from_batches(batches, file.schema_arrow).cast(schema).replace_schema_metadata()
+        table = pa.Table.from_batches(batches, file.schema_arrow).cast(present).replace_schema_metadata()
         table.validate(full=True)
+        for field in absent:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+        table = table.select(schema.names)
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise pa.ArrowInvalid(f"not a readable parquet file: {error}") from error
     return table

@@ -34,9 +34,15 @@ TRACE_SCHEMA = pa.schema(
         ("temporal_index", pa.int32()),
         ("tokens", pa.int32()),
         ("similarity", pa.float32()),
+        ("heads", pa.list_(pa.int16())),
+        ("window", pa.int32()),
+        ("clean", pa.bool_()),
+        ("timestep", pa.float32()),
     ]
 )
 """Columns of a trace part: the fields of `TraceRow`."""
+OPTIONAL_COLUMNS = ("heads", "window", "clean", "timestep")
+"""Those that only some methods fill: a file has the ones that any of its rows does."""
 
 
 class FinishedBlock(NamedTuple):
@@ -176,13 +182,14 @@ def read_trace(data: bytes) -> list[TraceRow]:
 
 def _trace_table(data: bytes, path: str) -> pa.Table:
     try:
-        return read_parquet(data, TRACE_SCHEMA)
+        return read_parquet(data, TRACE_SCHEMA, optional=OPTIONAL_COLUMNS)
     except pa.ArrowException as error:
         raise BrokenPartError(f"{path} is not a trace part: {error}") from error
 
 
 def _rows(table: pa.Table) -> list[TraceRow]:
-    return [TraceRow(**row) for row in table.to_pylist()]
+    rows = table.to_pylist()
+    return [TraceRow(**{**row, "heads": None if row["heads"] is None else tuple(row["heads"])}) for row in rows]
 
 
 def latent_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
@@ -197,10 +204,12 @@ def latent_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
 def trace_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
     """The trace file of a part: equal blocks give equal bytes."""
     rows = [row for block in blocks for row in block.trace]
-    columns = {name: [getattr(row, name) for row in rows] for name in TRACE_SCHEMA.names}
+    absent = {name for name in OPTIONAL_COLUMNS if all(getattr(row, name) is None for row in rows)}
+    schema = pa.schema([field for field in TRACE_SCHEMA if field.name not in absent])
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
     sink = io.BytesIO()
     # Without a seal: commits name its checksum, and equal rollouts write equal bytes in every version.
-    pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), sink)
+    pq.write_table(pa.table(columns, schema=schema), sink)
     return sink.getvalue()
 
 

@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import IdentityError, StorageError
@@ -33,8 +35,37 @@ SUMMARY_INDEX = f"{SUMMARY}/files.json"
 _MOST_DIFFERENCES_SHOWN = 10
 
 
-class RunDirectory:
-    """One run at one address. Raises StorageError for an address that cannot be opened."""
+class Identity(Protocol):
+    """Content of a ``run.json``: what a run is."""
+
+    @property
+    def format_version(self) -> int:
+        """Of the run directory."""
+
+    @classmethod
+    def opened(cls, data: bytes) -> Self:
+        """From what was stored; ValueError for anything else."""
+
+    def sealed(self) -> bytes:
+        """To store."""
+
+
+AnyIdentity = TypeVar("AnyIdentity", bound=Identity)
+
+
+class IdentifiedRun(ABC, Generic[AnyIdentity]):
+    """One run of any job at one address. Raises StorageError for an address that cannot be opened."""
+
+    identity: ClassVar[type[Any]]
+    """Type of what is in ``run.json``."""
+    absent: ClassVar[str]
+    """What to say where there is no ``run.json``."""
+    unreadable: ClassVar[str]
+    """What ``run.json`` is not, where it cannot be understood."""
+    advice: ClassVar[str]
+    """What to do then."""
+    changed: ClassVar[str]
+    """What the address holds, where that is another run."""
 
     def __init__(self, uri: str, options: StorageSection = StorageSection()) -> None:  # noqa: B008 - frozen
         self.storage = Storage(uri, options)
@@ -44,28 +75,90 @@ class RunDirectory:
         """The address as it may be shown (no credentials)."""
         return self.storage.uri
 
-    def read(self) -> RunIdentity | None:
+    @abstractmethod
+    def differences(self, stored: AnyIdentity, wanted: AnyIdentity) -> list[str]:
+        """Changes from `stored` to `wanted` that are not growth, one line each."""
+
+    @abstractmethod
+    def grown(self, stored: AnyIdentity, wanted: AnyIdentity) -> AnyIdentity:
+        """`stored` with what `wanted` adds to it."""
+
+    def refuse_other_job(self, data: bytes) -> None:
+        """StorageError where ``run.json`` with this content is that of another job."""
+
+    def read(self) -> AnyIdentity | None:
         """What the run is, or None where there is no run yet; StorageError if ``run.json`` cannot be understood."""
         try:
             data = self.storage.read_bytes(RUN_FILE)
         except FileNotFoundError:
             return None
         try:
-            identity = RunIdentity.opened(data)
+            found: AnyIdentity = self.identity.opened(data)
         except ValueError as error:
-            self.refuse_training(data)
+            self.refuse_other_job(data)
             reason = why_not(error)
         else:
-            if identity.format_version == FORMAT_VERSION:
-                return identity
-            reason = f"its format_version is {identity.format_version}"
+            if found.format_version == FORMAT_VERSION:
+                return found
+            reason = f"its format_version is {found.format_version}"
         raise StorageError(
-            f"{self.uri}/{RUN_FILE} is not a run of format {FORMAT_VERSION} ({reason}). It was written by another "
-            "version of lrag-ray or damaged: use that version, or make the file again from the configuration of the "
-            "run (`lrag-ray run CONFIG --repair`)"
+            f"{self.uri}/{RUN_FILE} is not {self.unreadable} of format {FORMAT_VERSION} ({reason}). {self.advice}"
         )
 
-    def refuse_training(self, data: bytes) -> None:
+    def require(self) -> AnyIdentity:
+        """What the run is; StorageError where there is no run."""
+        found = self.read()
+        if found is None:
+            raise StorageError(f"{self.uri} holds no {RUN_FILE}: {self.absent}")
+        return found
+
+    def refuse_another_run(self, wanted: AnyIdentity) -> AnyIdentity | None:
+        """What is stored, if anything; IdentityError if that cannot grow to `wanted`. Only reads."""
+        stored = self.read()
+        if stored is not None:
+            self._refuse_changes(stored, wanted)
+        return stored
+
+    def ensure(self, wanted: AnyIdentity) -> AnyIdentity:
+        """Create the run or grow it to hold `wanted`; IdentityError, and nothing written, if it is another run."""
+        stored = self.refuse_another_run(wanted)
+        if stored is None:
+            if self.storage.create(RUN_FILE, wanted.sealed()):
+                return wanted
+            stored = self.require()
+            self._refuse_changes(stored, wanted)
+        union = self.grown(stored, wanted)
+        if union != stored or not is_sealed_json(self.storage.read_bytes(RUN_FILE)):
+            # A run of a version before seals gets one: such a version would take its new commits for damaged.
+            self.storage.write(RUN_FILE, union.sealed())
+        return union
+
+    def _refuse_changes(self, stored: AnyIdentity, wanted: AnyIdentity) -> None:
+        if changes := self.differences(stored, wanted):
+            raise IdentityError(refusal(f"{self.uri} holds {self.changed} with other settings", changes))
+
+
+class RunDirectory(IdentifiedRun[RunIdentity]):
+    """One run with rollouts."""
+
+    identity = RunIdentity
+    absent = "there is no run at this address. Give that of the run directory, which is run.uri of its configuration"
+    unreadable = "a run"
+    advice = (
+        "It was written by another version of lrag-ray or damaged: use that version, or make the file again from the "
+        "configuration of the run (`lrag-ray run CONFIG --repair`)"
+    )
+    changed = "a run"
+
+    def differences(self, stored: RunIdentity, wanted: RunIdentity) -> list[str]:
+        """Changes that are not growth."""
+        return differences(stored, wanted)
+
+    def grown(self, stored: RunIdentity, wanted: RunIdentity) -> RunIdentity:
+        """With more prompts, samples, methods, backbones or durations."""
+        return grown(stored, wanted)
+
+    def refuse_other_job(self, data: bytes) -> None:
         """StorageError where ``run.json`` with this content is that of an encoder training."""
         if b'"train_encoder"' in data[:200]:
             raise StorageError(
@@ -73,45 +166,13 @@ class RunDirectory:
                 "`lrag-ray report` show it; give another address for rollouts"
             )
 
-    def require(self) -> RunIdentity:
-        """What the run is; StorageError where there is no run."""
-        identity = self.read()
-        if identity is None:
-            raise StorageError(
-                f"{self.uri} holds no {RUN_FILE}: there is no run at this address. Give that of the run directory, "
-                "which is run.uri of its configuration"
-            )
-        return identity
-
-    def ensure(self, wanted: RunIdentity) -> RunIdentity:
-        """Create the run or grow it to hold `wanted`; IdentityError, and nothing written, if it is another run."""
-        stored = self.read()
-        if stored is None:
-            if self.storage.create(RUN_FILE, wanted.sealed()):
-                return wanted
-            stored = self.require()
-        self._refuse_changes(stored, wanted)
-        union = grown(stored, wanted)
-        if union != stored or not is_sealed_json(self.storage.read_bytes(RUN_FILE)):
-            # A run of a version before seals gets one: such a version would take its new commits for damaged.
-            self.storage.write(RUN_FILE, union.sealed())
-        return union
-
     def continued(self, wanted: RunIdentity) -> RunIdentity:
         """`wanted` as the run at this address draws its noise; only reads.
 
         IdentityError if the address holds a run that cannot grow to `wanted`.
         """
-        stored = self.read()
-        if stored is None:
-            return wanted
-        self._refuse_changes(stored, wanted)
-        return wanted.model_copy(update={"noise": stored.noise})
-
-    def _refuse_changes(self, stored: RunIdentity, wanted: RunIdentity) -> None:
-        changes = differences(stored, wanted)
-        if changes:
-            raise IdentityError(refusal(f"{self.uri} holds a run with other settings", changes))
+        stored = self.refuse_another_run(wanted)
+        return wanted if stored is None else wanted.model_copy(update={"noise": stored.noise})
 
     def exists(self) -> bool:
         """Whether anything is stored at the address."""

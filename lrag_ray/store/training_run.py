@@ -30,13 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from lrag_ray.config.schema import StorageSection
-from lrag_ray.errors import IdentityError, StorageError
+from lrag_ray.errors import StorageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import FORMAT_VERSION, canonical_digest, compare
 from lrag_ray.store.parquet import read_parquet
 from lrag_ray.store.records import Count, JsonValue, Record, UtcTime, now_utc, why_not
-from lrag_ray.store.run_dir import RUN_FILE, refusal
+from lrag_ray.store.run_dir import RUN_FILE, IdentifiedRun
 from lrag_ray.training.checkpoint import OWN_KEY, checkpoint_bytes
 from lrag_ray.training.loop import LossRow
 from lrag_ray.training.windows import Rollouts
@@ -102,58 +101,27 @@ class TrainingState(Record):
     stored_at: UtcTime
 
 
-class TrainingRun:
-    """One training at one address. Raises StorageError for an address that cannot be opened."""
+class TrainingRun(IdentifiedRun[TrainingIdentity]):
+    """One training at one address."""
 
-    def __init__(self, uri: str, options: StorageSection = StorageSection()) -> None:  # noqa: B008 - frozen
-        self.storage = Storage(uri, options)
+    identity = TrainingIdentity
+    absent = "there is no training at this address"
+    unreadable = "an encoder training"
+    advice = (
+        "Another job, or another version of lrag-ray, wrote it, or it is damaged. Fix: set run.uri to a new address"
+    )
+    changed = "a training"
 
-    @property
-    def uri(self) -> str:
-        """The address as it may be shown (no credentials)."""
-        return self.storage.uri
+    def differences(self, stored: TrainingIdentity, wanted: TrainingIdentity) -> list[str]:
+        """All changes but that of the epochs."""
+        changes = [*compare("", stored.settings, wanted.settings)]
+        if stored.rollouts_digest != wanted.rollouts_digest:
+            changes.append(f"data: {stored.rollouts} rollouts in the training, other ones in the dataset")
+        return [change.removeprefix(".") for change in changes]
 
-    def read(self) -> TrainingIdentity | None:
-        """What the training is, or None where nothing is at the address; StorageError for anything else there."""
-        try:
-            data = self.storage.read_bytes(RUN_FILE)
-        except FileNotFoundError:
-            return None
-        try:
-            identity = TrainingIdentity.opened(data)
-        except ValueError as error:
-            reason = why_not(error)
-        else:
-            if identity.format_version == FORMAT_VERSION:
-                return identity
-            reason = f"its format_version is {identity.format_version}"
-        raise StorageError(
-            f"{self.uri}/{RUN_FILE} is not an encoder training of format {FORMAT_VERSION} ({reason}). Another job, or "
-            "another version of lrag-ray, wrote it, or it is damaged. Fix: set run.uri to a new address"
-        )
-
-    def require(self) -> TrainingIdentity:
-        """What the training is; StorageError where there is none."""
-        identity = self.read()
-        if identity is None:
-            raise StorageError(f"{self.uri} holds no {RUN_FILE}: there is no training at this address")
-        return identity
-
-    def refuse_another_run(self, wanted: TrainingIdentity) -> TrainingIdentity | None:
-        """What is stored; IdentityError if that is another training. Only reads."""
-        stored = self.read()
-        if stored is not None and (changes := _changes(stored, wanted)):
-            raise IdentityError(refusal(f"{self.uri} holds a training with other settings", changes))
-        return stored
-
-    def ensure(self, wanted: TrainingIdentity) -> None:
-        """Create the training, or let it grow to more epochs; IdentityError if it is another one."""
-        stored = self.refuse_another_run(wanted)
-        if stored is None and self.storage.create(RUN_FILE, wanted.sealed()):
-            return
-        stored = stored or self.refuse_another_run(wanted)
-        if stored is not None and wanted.epochs != stored.epochs:
-            self.storage.write(RUN_FILE, stored.model_copy(update={"epochs": wanted.epochs}).sealed())
+    def grown(self, stored: TrainingIdentity, wanted: TrainingIdentity) -> TrainingIdentity:
+        """To other epochs."""
+        return stored.model_copy(update={"epochs": wanted.epochs})
 
     def rollouts(self) -> Rollouts | None:
         """The rollouts that were fixed when the training began; None before. StorageError for a damaged file."""
@@ -257,13 +225,6 @@ def holds_training(storage: Storage) -> bool:
 def rollouts_digest(rollouts: Rollouts) -> str:
     """SHA-256 over keys and frames."""
     return canonical_digest([list(rollouts.keys), rollouts.frames.tolist()])
-
-
-def _changes(stored: TrainingIdentity, wanted: TrainingIdentity) -> list[str]:
-    changes = [*compare("", stored.settings, wanted.settings)]
-    if stored.rollouts_digest != wanted.rollouts_digest:
-        changes.append(f"data: {stored.rollouts} rollouts in the training, other ones in the dataset")
-    return [change.removeprefix(".") for change in changes]
 
 
 def _parquet(table: pa.Table) -> bytes:

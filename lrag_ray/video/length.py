@@ -130,7 +130,7 @@ def _after(content: bytes, kind: bytes) -> bytes:
 
 def _mp4(file: BinaryIO, size: int) -> DeclaredLength:
     header = _Mp4Header(size)
-    end = listed_end = 0
+    end = listed_end = moov_end = 0
     fragments = ends_with_table = False
     for box in _boxes(file, 0, size):
         if box.kind == b"sidx" and not fragments:
@@ -140,11 +140,13 @@ def _mp4(file: BinaryIO, size: int) -> DeclaredLength:
             header.read(file.read(box.end - box.start))
         if box.kind in (b"moof", b"mdat"):
             end = box.end
+        elif box.kind == b"moov":
+            moov_end = box.end
         fragments |= box.kind == b"moof"
         ends_with_table |= box.kind == b"mfra" and box.end <= size
     if not (header.fragmented or fragments):
-        # FFmpeg's index has every sample of such a file.
-        return DeclaredLength(size_bytes=0)
+        # FFmpeg's index has every sample of such a file, if all of the header is there.
+        return DeclaredLength(size_bytes=moov_end)
     if ends_with_table or listed_end or end > size:
         return DeclaredLength(size_bytes=max(end, listed_end))
     return DeclaredLength(duration_s=header.duration_s)

@@ -1,4 +1,4 @@
-"""GPUs that the backbones run on: dense peak arithmetic, from the makers' data sheets."""
+"""GPUs that the backbones run on: dense peak arithmetic and memory, from the makers' data sheets."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ class Device(NamedTuple):
     """As people call it."""
     bf16_tflops: float
     """Dense bfloat16 peak on tensor cores with float32 accumulation, in TFLOP/s (no sparsity)."""
+    memory_gb: int
+    """Memory in 10^9 bytes; of the larger version where there are two."""
 
 
 DEVICES = (
-    Device("B200", 2250.0),
-    Device("H200", 989.4),
-    Device("GH200", 989.4),
-    Device("H100 PCIe", 756.0),
-    Device("H100", 989.4),
-    Device("A100", 312.0),
-    Device("L40S", 362.0),
-    Device("RTX A6000", 154.8),
-    Device("RTX 5090", 209.5),
-    Device("RTX 4090", 165.2),
-    Device("A10G", 70.0),
-    Device("L4", 121.0),
+    Device("B200", 2250.0, 180),
+    Device("H200", 989.4, 141),
+    Device("GH200", 989.4, 96),
+    Device("H100 PCIe", 756.0, 80),
+    Device("H100", 989.4, 80),
+    Device("A100", 312.0, 80),
+    Device("L40S", 362.0, 48),
+    Device("RTX A6000", 154.8, 48),
+    Device("RTX 5090", 209.5, 32),
+    Device("RTX 4090", 165.2, 24),
+    Device("A10G", 70.0, 24),
+    Device("L4", 121.0, 24),
 )
 
 

@@ -64,6 +64,8 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PAR1", "is a Parquet table. Fix: correct the path"),
 )
 """Offset and first bytes of files of other kinds, what they are, and the fix."""
+_ONNX = re.compile(rb"\x08[\x01-\x20](?:\x12[\x01-\x40][ -~]+[\x1a\x22\x28\x32\x3a\x42]|\x3a..?.?.?\x0a)", re.DOTALL)
+"""Protocol buffers: the version of the format, then who wrote it or the graph."""
 _INSIDE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 
 
@@ -81,6 +83,8 @@ def no_weights(head: bytes, suffix: str) -> str | None:
             return what
     if is_zip(head) or is_pickle(head):
         return None
+    if _ONNX.match(head):
+        return f"is an ONNX model. {_CONVERTED}"
     text = _as_text(head)
     if text is None and suffix == ".safetensors":
         return f"is named .safetensors, but does not begin as such a file does. {_COMPARE}"

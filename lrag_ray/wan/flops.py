@@ -192,7 +192,7 @@ def rollout_memory(
     height: int,
     width: int,
     *,
-    frames_per_block: int,
+    frames_per_pass: int,
     window_frames: int,
     method_bytes: int = 0,
     batch: int = 1,
@@ -201,11 +201,11 @@ def rollout_memory(
 ) -> RolloutMemory:
     """GPU memory of an actor that runs `batch` rollouts in lockstep.
 
-    `window_frames` are the latent frames of the KV cache, the current block included; `method_bytes` what the context
-    method of one rollout holds beside them; `vae` where the actor decodes.
+    `frames_per_pass` are the latent frames of the largest pass; `window_frames` those of the KV cache, current ones
+    included; `method_bytes` what the context method of one rollout holds beside them; `vae` where the actor decodes.
     """
     frame = config.kv_bytes_per_frame(height, width, bytes_per_value)
-    tokens = batch * frames_per_block * config.tokens_per_frame(height, width)
+    tokens = batch * frames_per_pass * config.tokens_per_frame(height, width)
     # The widest moment: the feed-forward's hidden rows before and after the activation, or q, k, v with the float32
     # pairs of their rotation; beside the residual stream and its modulated copy.
     widest = max(2 * config.ffn_dim * bytes_per_value, config.dim * (3 * bytes_per_value + 4 * FLOAT32_BYTES))

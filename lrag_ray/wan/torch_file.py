@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -35,7 +36,11 @@ def read_torch_file(path: Path) -> Any:
 
     Raises PickleRefusedError for what is not a tensor or plain container, ValueError or OSError for damage.
     """
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        # Opening a pipe would wait for somebody who writes into it.
+        raise PickleRefusedError("it is not a regular file")
+    size = status.st_size
     with path.open("rb") as file:
         content = _from_archive(file, path, size) if file.read(2) == b"PK" else _from_pickles(file, path, size)
     held = _bytes_of_tensors(content)

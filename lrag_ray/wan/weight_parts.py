@@ -13,6 +13,7 @@ from lrag_ray.text_file import read_text
 from lrag_ray.wan.state_dict import read_checkpoint
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_INDEX_SUFFIX = ".index.json"
 _MOST_PARTS = 1000
 _MAX_INDEX_BYTES = 1 << 26
 
@@ -27,13 +28,24 @@ def read_weights(path: str | Path, what: str) -> dict[str, Any]:
     if path.is_dir():
         return _of_folder(path, what)
     if (part := _PART.fullmatch(path.name)) and int(part["count"]) > 1:
-        complete = all((path.parent / name).is_file() for name in _numbered([path]))
-        if complete and _holds_only_weights(path.parent):
-            fix = f"give the folder of all parts, {path.parent}"
-        else:
-            fix = f"put all {int(part['count'])} parts (and their index) in a folder of their own and give that folder"
-        raise WeightsError(f"{what} {path} is one part of several ({part['number']} of {part['count']}). Fix: {fix}")
+        raise WeightsError(
+            f"{what} {path} is one part of several ({part['number']} of {part['count']}). "
+            f"Fix: {_folder_to_give(path.parent, _numbered([path]))}"
+        )
+    if path.name.endswith(_INDEX_SUFFIX) and path.is_file():
+        parts = {file for _, file in _indexed(path.parent, what)}
+        raise WeightsError(
+            f"{what} {path} is the index of weights that are split over several files. "
+            f"Fix: {_folder_to_give(path.parent, parts)}"
+        )
     return read_checkpoint(path)
+
+
+def _folder_to_give(folder: Path, parts: set[str]) -> str:
+    """Advice for one file of weights that are stored in several."""
+    if parts and all((folder / name).is_file() for name in parts) and _holds_only_weights(folder):
+        return f"give the folder of all parts, {folder}"
+    return f"put all {len(parts)} parts (and their index) in a folder of their own and give that folder"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -74,7 +86,7 @@ def _of_folder(folder: Path, what: str) -> dict[str, Any]:
 
 def _indexed(folder: Path, what: str) -> Iterator[tuple[str, str]]:
     """Names of tensors and the files that hold them, as far as an index says."""
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob(f"*{_INDEX_SUFFIX}")):
         try:
             parts = json.loads(read_text(index, "the index", WeightsError, most_bytes=_MAX_INDEX_BYTES))["weight_map"]
             if not isinstance(parts, dict):

@@ -52,7 +52,7 @@ class LoggedRun:
         self._logger = logger
         self._report = report
         self._clock = clock
-        self._tally = Tally(clock)
+        self._tally = Tally()
         self._began_s = clock()
         self._next_s = 0.0
 

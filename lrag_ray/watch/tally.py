@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 from lrag_ray.events import (
     AttemptFailed,
@@ -22,8 +21,15 @@ from lrag_ray.events import (
     WorkerLost,
 )
 from lrag_ray.stages.spec import StageName
+from lrag_ray.store.records import ROLLOUTS
 
 _RATE_WINDOW_S = 120.0
+
+
+def cell_of(task: str) -> str:
+    """``<backbone>/<method>`` of the title of a rollout's task; the title itself where it is none."""
+    parts = task.split("/")
+    return "/".join(parts[1:3]) if len(parts) == 4 and parts[0] == ROLLOUTS else task
 
 
 @dataclass
@@ -34,17 +40,24 @@ class Flight:
     step: str = "starting"
     done: int = 0
     total: int = 0
+    node: str = ""
+    since_s: float = 0.0
+    """When the task began, in seconds since 1970 by the clock of the events."""
 
 
 @dataclass
 class Tally:
     """The state of a start, built from its events."""
 
-    clock: Callable[[], float] = time.monotonic
     rollouts_total: int = 0
     rollouts_done: int = 0
     rollouts_quarantined: int = 0
     blocks_planned: int = 0
+    cells_total: dict[str, int] = field(default_factory=dict)
+    """Rollouts to do by ``<backbone>/<method>``."""
+    cells_done: Counter[str] = field(default_factory=Counter)
+    cells_failed: Counter[str] = field(default_factory=Counter)
+    """Quarantined ones."""
     failed_attempts: int = 0
     videos_scored: int = 0
     stored_bytes: int = 0
@@ -52,6 +65,8 @@ class Tally:
     stage: StageName | None = None
     stage_done: int = 0
     stage_total: int = 0
+    stage_began_s: float = 0.0
+    """In seconds since 1970 by the clock of the events."""
     training: TrainingAdvanced | None = None
     """Where a training is."""
     flights: dict[str, Flight] = field(default_factory=dict)
@@ -64,8 +79,10 @@ class Tally:
         match event:
             case RunPlanned():
                 self.rollouts_total, self.blocks_planned = event.rollouts_to_do, event.blocks_to_do
+                self.cells_total = dict(event.cells)
             case StageBegan():
                 self.stage, self.stage_done, self.stage_total = event.stage, 0, event.total
+                self.stage_began_s = event.at.timestamp()
                 self._history.clear()
             case StageAdvanced():
                 self.stage_done, self.stage_total = event.done, event.total
@@ -75,19 +92,22 @@ class Tally:
                 self.stage = None
                 self.flights.clear()
             case TaskStarted():
-                self.flights[event.worker] = Flight(event.task)
+                self.flights[event.worker] = Flight(event.task, node=event.node, since_s=event.at.timestamp())
             case TaskAdvanced():
-                self.flights[event.worker] = Flight(event.task, event.step, event.done, event.total)
+                before = self.flights.get(event.worker) or Flight(event.task, since_s=event.at.timestamp())
+                flight = replace(before, task=event.task, step=event.step, done=event.done, total=event.total)
+                self.flights[event.worker] = flight
             case TaskFinished():
                 self._finish(event)
             case AttemptFailed(failure):
                 self.failed_attempts += 1
                 if failure.quarantined and failure.stage == "rollouts":
                     self.rollouts_quarantined += 1
+                    self.cells_failed[cell_of(failure.task)] += 1
                 self._land(failure.task)
             case TaskYielded() | WorkerLost():
                 self.flights.pop(event.worker, None)
-        self._note_pace()
+        self._note_pace(event.at)
 
     @property
     def blocks_done(self) -> int:
@@ -101,7 +121,7 @@ class Tally:
 
     @property
     def blocks_per_s(self) -> float | None:
-        """Over the last two minutes, or None while nothing is known."""
+        """Over the last two minutes by the times of the events, or None while nothing is known."""
         if len(self._history) < 2:
             return None
         (began, before), (now, after) = self._history[0], self._history[-1]
@@ -117,6 +137,7 @@ class Tally:
         if event.stage == "rollouts":
             self._blocks_finished += event.result.units
             self.rollouts_done += 1
+            self.cells_done[cell_of(event.task)] += 1
         elif event.stage == "scoring":
             self.videos_scored += event.result.made
         self.stored_bytes += event.result.stored_bytes
@@ -125,10 +146,13 @@ class Tally:
     def _land(self, task: str) -> None:
         self.flights = {worker: flight for worker, flight in self.flights.items() if flight.task != task}
 
-    def _note_pace(self) -> None:
+    def _note_pace(self, at: datetime) -> None:
         if self.stage != "rollouts":
             return
-        now = self.clock()
+        now = at.timestamp()
+        if self._history and now < self._history[-1][0]:
+            # The clock was set back.
+            self._history.clear()
         self._history.append((now, self.blocks_done))
         while now - self._history[0][0] > _RATE_WINDOW_S:
             self._history.popleft()

@@ -28,7 +28,10 @@ def test_every_method_says_where_it_comes_from(methods: dict[str, dict[str, Any]
 
 
 def test_defaults_spend_one_budget_and_released_settings_are_settings(methods: dict[str, dict[str, Any]]) -> None:
-    assert {method["attended_frames"] for method in methods.values()} == {12}
+    """Rolling windows hold 12 frames by themselves, so that 21 leave as many past frames as the others have."""
+    attended = {name: method["attended_frames"] for name, method in methods.items()}
+    assert attended.pop("rolling_forcing") - 12 == 12 - 3
+    assert set(attended.values()) == {12}
     assert {method["settings"]["sink"] for method in methods.values() if "sink" in method["settings"]} == {1}
     for name, method in methods.items():
         for settings in (method["released"], method["as_released"]):
@@ -43,6 +46,8 @@ def test_costs_and_restrictions_are_those_of_the_policy(methods: dict[str, dict[
     assert "needs weights (encoder)" in methods["rag"]["restrictions"]
     assert "at most 8192 latent frames" in methods["rolling_sink"]["restrictions"]
     assert methods["infinity_rope"]["restrictions"] == []
+    assert methods["rolling_forcing"]["device_bytes"] == 24 * frame
+    assert "every duration is a rollout of its own" in methods["rolling_forcing"]["restrictions"]
 
 
 def test_the_table_shows_all_of_it() -> None:

@@ -78,6 +78,21 @@ except BaseException:
 """
 
 
+IN_A_DESTRUCTOR = """
+import os, signal, time
+from lrag_ray.interrupts import ends_with_130
+
+class Closed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+with ends_with_130():
+    Closed()
+    time.sleep(120)
+"""
+
+
 def test_a_command_that_is_interrupted_says_so_and_ends_with_130() -> None:
     app = typer.Typer()
 
@@ -123,6 +138,13 @@ def test_a_signal_within_an_import_of_the_work_is_raised_after_it(tmp_path: Path
     (tmp_path / "swallows.py").write_text(SWALLOWS)
     began = time.monotonic()
     assert run(IN_A_LIBRARY, str(tmp_path)) == (130, "imported\n", "interrupted\n")
+    assert time.monotonic() - began < 60
+
+
+def test_a_signal_is_not_lost_where_python_lets_no_exception_out() -> None:
+    """In a destructor, or in what a library does around a fork; Python would print a traceback and go on."""
+    began = time.monotonic()
+    assert run(IN_A_DESTRUCTOR) == (130, "", "interrupted\n")
     assert time.monotonic() - began < 60
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lrag_ray.cli.tables import print_outcome, print_plan
+from lrag_ray.cli.output import console
+from lrag_ray.cli.plan import print_plan
+from lrag_ray.cli.tables import print_average_ranks, print_outcome
 from lrag_ray.config.load import load_config
 from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.errors import INTERRUPTED
+from lrag_ray.events import CellScored
 from lrag_ray.pipelines.evaluate import RunOutcome
 from lrag_ray.pipelines.plan import make_plan
 from lrag_ray.store.rollouts import RolloutRun
@@ -67,15 +70,21 @@ def test_an_interrupted_run_names_no_summary_that_it_has_not_written(tmp_path: P
 def test_the_plan_of_the_paper_is_whole_on_a_narrow_terminal() -> None:
     config = load_config(str(REPOSITORY / "configs" / "table2.yaml"), ["prompts.count=128", "prompts.path=null"])
     out = io.StringIO()
-    print_plan(Console(file=out, width=80, markup=False), make_plan(config, plan_prompts(config.prompts)))
+    terminal = Console(file=out, width=80, markup=False, force_terminal=True, color_system=None)
+    print_plan(terminal, make_plan(config, plan_prompts(config.prompts)))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
     of_rag = [line.split() for line in lines if line.startswith("causal_forcing  rag ")]
-    assert of_rag[3:] == [
+    assert of_rag == [
         ["causal_forcing", "rag", "128", "61,440", "102,400", "16.55", "GB"],
         ["causal_forcing", "rag", "140.6", "TFLOP", "40.65", "TFLOP", "2.864", "EFLOP"],
         ["causal_forcing", "rag", "exact", "134.6", "GB", "0", "B", "22.19", "GB"],
     ]
+    assert "Cells: 3 backbones x 4 methods x durations of 30, 60, 120 s = 36, 128 videos each" in " ".join(
+        out.getvalue().split()
+    )
+    totals = [line.split() for line in lines if line.startswith("total ")]
+    assert totals[0] == ["total", "1,536", "737,280", "1,228,800", "198.6", "GB"]
     assert "RTX 4090" in out.getvalue() and any(line.startswith("VBench-Long, if run  ") for line in lines)
 
 
@@ -83,5 +92,18 @@ def test_long_names_fold_and_numbers_stay_whole() -> None:
     name = "a_backbone_with_a_name_of_the_longest_kind_that_is_allowed_here"
     config = load_config(str(REPOSITORY / "configs" / "demo.yaml"), [f"backbones.{name}.preset=tiny"])
     out = io.StringIO()
-    print_plan(Console(file=out, width=80, markup=False), make_plan(config, plan_prompts(config.prompts)))
+    terminal = Console(file=out, width=80, markup=False, force_terminal=True, color_system=None)
+    print_plan(terminal, make_plan(config, plan_prompts(config.prompts)))
     assert "\N{HORIZONTAL ELLIPSIS}" not in out.getvalue()
+
+
+def test_average_ranks_of_a_job_are_a_row_per_method(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = [("base", 9, 1.5), ("rag", 9, 1.25), ("base", 30, 2.0), ("rag", 30, None), ("rag", 9, 1.0)]
+    cells = [CellScored("tiny", method, duration_s, 2, {}, rank) for method, duration_s, rank in ranks]
+    print_average_ranks(console(), cells)
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split() for row in rows if row] == [
+        ["method", "tiny", "9", "s", "tiny", "30", "s"], ["base", "1.50", "2.00"], ["rag", "1.00", "–"],
+    ]  # fmt: skip
+    print_average_ranks(console(), cells[3:4])
+    assert capsys.readouterr().out == "", "nothing was compared"

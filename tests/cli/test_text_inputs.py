@@ -66,6 +66,14 @@ def test_what_is_not_one_prompt_for_one_video_ends_with_2(here: Path, name: str,
     assert not (here / "out").exists()
 
 
+@pytest.mark.parametrize(("value", "found"), [("out/a: b", "a section"), ("12", "12"), ("[a]", "a list of 1")])
+def test_text_that_yaml_takes_for_something_else_is_to_be_quoted(here: Path, value: str, found: str) -> None:
+    shown = CliRunner().invoke(cli.app, ["plan", "config.yaml", "--set", f"run.uri={value}"])
+    assert shown.exit_code == 2
+    assert f"run.uri: expected text, got {found}; put quotes around it if it is text" in shown.stderr
+    assert planned(f"run.uri='{value}'")["uri"] == value
+
+
 def test_a_table_is_planned_by_its_rows(here: Path) -> None:
     (here / "prompts.csv").write_text('id;prompt\n1;"A red boat\nin a storm"\n2;A fox\n')
     assert planned("prompts.path=prompts.csv")["prompts"] == 2

@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lrag_ray.config.schema import RunConfig
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -26,18 +27,18 @@ def write_config(path: Path, config: RunConfig) -> Path:
 
 
 class Driver:
-    """One ``lrag-ray run`` and what it says."""
+    """One ``lrag-ray`` and what it says, perhaps behind another program that prepares its surroundings."""
 
-    def __init__(self, config: Path) -> None:
-        self._log = config.with_suffix(f".{time.monotonic_ns()}.log")
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with self._log.open("wb") as log:
+    def __init__(self, log: Path, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> None:
+        self._log = log
+        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lrag_ray", "run", str(config)],
+                [*prefix, sys.executable, "-m", "lrag_ray", *arguments],
                 cwd=REPOSITORY,
-                env=environment,
-                stdout=log,
-                stderr=log,
+                env={**own, "PYTHONPATH": str(REPOSITORY), **environment},
+                stdout=file,
+                stderr=file,
             )
 
     @property
@@ -52,21 +53,16 @@ class Driver:
         except subprocess.TimeoutExpired:
             pytest.fail(f"the driver did not end in {timeout_s} s: {self.text}")
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 400) -> None:
+    def wait_until(self, condition: Callable[[], object], timeout_s: float = 400) -> None:
         """Wait for something that the driver brings about; fails when it ends first."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if self.process.poll() is not None and not condition():
-                pytest.fail(f"the driver ended with {self.process.returncode}: {self.text}")
-            if time.monotonic() > deadline:
-                pytest.fail(f"it did not happen in {timeout_s} s: {self.text}")
-            time.sleep(0.05)
+        wait_until(lambda: self.process.poll() is not None or condition(), timeout_s, said=lambda: self.text)
+        assert self.process.poll() is None or condition(), f"it ended with {self.process.returncode}: {self.text}"
 
 
 @contextmanager
-def driver(config: Path) -> Iterator[Driver]:
-    """A driver that is gone after the block, with all processes that it started."""
-    started = Driver(config)
+def command(log: Path, *arguments: str, prefix: Sequence[str] = (), **environment: str) -> Iterator[Driver]:
+    """A command that is gone after the block, with all processes that it started."""
+    started = Driver(log, *arguments, prefix=prefix, **environment)
     try:
         yield started
     finally:
@@ -78,6 +74,11 @@ def driver(config: Path) -> Iterator[Driver]:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def driver(config: Path) -> AbstractContextManager[Driver]:
+    """``lrag-ray run`` with a configuration."""
+    return command(config.with_suffix(f".{time.monotonic_ns()}.log"), "run", str(config))
 
 
 def actors_below(pid: int) -> list[psutil.Process]:

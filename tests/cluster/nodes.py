@@ -25,6 +25,7 @@ from ray._private.authentication.authentication_token_setup import enable_token_
 from ray.cluster_utils import Cluster
 
 from tests.cluster.drivers import actors_below
+from tests.waiting import wait_until
 
 T = TypeVar("T")
 _MARK = "LRAG_TEST_CLUSTER"
@@ -125,10 +126,8 @@ def actors_on(node: Any) -> list[psutil.Process]:
 
 def wait_for_end(processes: Iterable[psutil.Process], timeout_s: float = 120) -> None:
     """Wait until all have ended, whether or not someone has reaped them."""
-    deadline = time.monotonic() + timeout_s
-    while left := [process for process in processes if is_alive(process)]:
-        assert time.monotonic() < deadline, f"they live on: {left}"
-        time.sleep(0.05)
+    processes = list(processes)
+    wait_until(lambda: not any(map(is_alive, processes)), timeout_s, said=lambda: f"of {processes}, some live on")
 
 
 def is_alive(process: psutil.Process) -> bool:

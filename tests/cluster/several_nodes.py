@@ -26,6 +26,7 @@ from tests.cluster.nodes import PatientCluster
 from tests.cluster.test_pool import Diary, Job, Jobs, Sleeper, tasks_of
 from tests.cluster.test_run import NO_VIDEO, Recorder
 from tests.stages.make import digests, make_config, make_prompts, store_features
+from tests.waiting import wait_until
 
 MB = 1 << 20
 
@@ -119,14 +120,7 @@ def drain(cluster: Cluster, node: str) -> None:
     deadline_ms = int(time.time() * 1000) + 60_000
     client = ray._raylet.GcsClient(address=cluster.gcs_address)
     assert client.drain_node(node, reason, "a test", deadline_ms)[0]
-    wait_for(lambda: node in draining_nodes())
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 200) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+    wait_until(lambda: node in draining_nodes())
 
 
 def busy_node() -> str:
@@ -138,7 +132,7 @@ def busy_node() -> str:
         return [node for node, memory in has.items() if left[node].get("memory", 0) < memory]
 
     # Nodes tell the head now and then.
-    wait_for(lambda: len(busy()) == 1)
+    wait_until(lambda: len(busy()) == 1)
     return busy()[0]
 
 
@@ -162,7 +156,7 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     def listener(event: Event) -> None:
         recorder(event)
         if isinstance(event, TaskStarted) and event.stage == "rollouts" and not drained:
-            wait_for((folder / "gate.waiting").exists)
+            wait_until((folder / "gate.waiting").exists)
             drained.append(busy_node())
             drain(cluster, drained[0])
             (gate / "open").touch()

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ import psutil
 import pytest
 
 from tests.cluster.nodes import free_port
+from tests.waiting import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue", "scontrol", "srun")
 
@@ -109,6 +109,11 @@ class Slurm:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
             daemon.wait()
+        # What jobs left: nothing here tracks processes as cgroups do.
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == str(self.folder / "slurm.conf"):
+                    process.kill()
 
     def log(self) -> str:
         """What the daemons wrote, for messages."""
@@ -132,10 +137,7 @@ class Slurm:
             )
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, f"it did not happen in {timeout_s} s\n{self.log()}"
-            time.sleep(0.2)
+        wait_until(condition, timeout_s, every_s=0.2, said=self.log)
 
     def _munge_options(self) -> Sequence[str]:
         key = self.folder / "munge.key"

@@ -21,7 +21,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.drivers import actors_below, driver, write_config
 from tests.cluster.nodes import free_port, is_alive, private_folder, ray_start
 from tests.cluster.quiet import Gate, assert_equal, attempts, by_horizon, make_config, open_parts, quiet_run
-from tests.cluster.test_run import wait_until
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(600)]
 

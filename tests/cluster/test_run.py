@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from tests.cluster.quiet import assert_equal as same_results
 from tests.cluster.quiet import make_config as long_config
 from tests.stages import make
 from tests.stages.make import BACKBONE, METHODS, digests, make_prompts, part_bytes
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
@@ -296,13 +295,6 @@ def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path:
     with pytest.raises(StorageError, match=r"cannot read .*Not a directory"):
         evaluate(make_config(tmp_path / "file" / "run", encoded=False), PROMPTS, listener=recorder)
     assert recorder.of(StageBegan) == []
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(cluster: None, tmp_path: Path) -> None:

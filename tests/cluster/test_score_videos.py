@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from tests.cluster.drivers import REPOSITORY
 from tests.cluster.nodes import wait_for_end
 from tests.report.make_run import moving_frames
 from tests.scoring.odd_videos import BROKEN, encode, make_folder
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 OPTIONS = ["--weights", "random", "--dimensions", "motion_smoothness"]
@@ -109,15 +110,6 @@ def test_a_manifest_names_methods_and_durations(tmp_path: Path) -> None:
     }
     assert {(g.method, g.duration_s): g.average_rank for g in found.groups}["still", 6] in (1.0, 2.0)
     assert len(scores_of(tmp_path / "scores")) == 6, "durations share their clips"
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 250) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it did not come to that")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +191,7 @@ def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: row_files(tmp_path) or driver.poll() is not None)
+        wait_until(lambda: row_files(tmp_path) or driver.poll() is not None)
         cluster = psutil.Process(driver.pid).children(recursive=True)
         workers = list(filter(is_worker, cluster))
     finally:
@@ -225,7 +217,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_rows(
 ) -> None:
     def kill() -> None:
         try:
-            wait_for(lambda: row_files(tmp_path))
+            wait_until(lambda: row_files(tmp_path))
             for process in filter(is_worker, psutil.Process().children(recursive=True)):
                 with suppress(psutil.NoSuchProcess):
                     process.kill()

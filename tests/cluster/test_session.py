@@ -113,6 +113,7 @@ with ray_session(EngineSection()):
 
     actor = Actor.remote()
     assert ray.get(actor.node.remote()) == "127.0.0.1"
+    assert ray.get_runtime_context().runtime_env == {}, "what Ray adds below `uv run`"
     # The agents of a node start behind its first actor.
     expected, deadline = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}, time.time() + 60
     listeners = {}
@@ -133,7 +134,7 @@ print(json.dumps([[name, ip] for (name, _), ip in listeners.items()]))
 """
 
 
-def test_a_local_cluster_listens_on_loopback_alone_and_leaves_no_folder() -> None:
+def test_a_local_cluster_listens_on_loopback_alone_and_leaves_no_folder(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment["RAY_TMPDIR"] = folder
@@ -141,9 +142,59 @@ def test_a_local_cluster_listens_on_loopback_alone_and_leaves_no_folder() -> Non
         assert killed.returncode == -9, killed.stderr
         assert len(list(Path(folder).iterdir())) == 1, "a driver that was killed cannot clean up"
         time.sleep(5)  # Ray's processes notice that their driver is gone.
-        done = subprocess.run([sys.executable, "-c", EXPOSED], env=environment, capture_output=True, text=True)
+        # Ray recognises `uv run` by the command line of a parent.
+        (tmp_path / "run").write_text("import subprocess, sys\nsys.exit(subprocess.call(sys.argv[1:]))", "utf-8")
+        command = ["uv", "run", sys.executable, "-c", EXPOSED]
+        done = subprocess.run(
+            command, executable=sys.executable, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert list(Path(folder).iterdir()) == [], "the next one does"
     listeners = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, _ in listeners} >= {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
     assert {ip.removeprefix("::ffff:") for _, ip in listeners} == {"127.0.0.1"}, listeners
+
+
+CLOSING = """
+import gc, os, signal, threading, time
+import ray
+from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine.session import ray_session
+from lrag_ray.interrupts import ends_with_130
+
+closed = threading.Event()
+
+def drop_references():
+    # What a search for cycles in another thread does at any moment; here it finds a reference every few milliseconds.
+    while not closed.is_set():
+        if gc.isenabled():
+            cycle = [references.pop()]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+        time.sleep(0.002)
+
+def interrupted_shutdown(**options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    shutdown(**options)
+    assert not ray.is_initialized(), "it was cut short"
+    print("shut down", flush=True)
+
+with ends_with_130():
+    try:
+        with ray_session(EngineSection()):
+            references = [ray.put(number) for number in range(5000)]
+            threading.Thread(target=drop_references, daemon=True).start()
+            shutdown, ray.shutdown = ray.shutdown, interrupted_shutdown
+    finally:
+        ray.shutdown = shutdown
+        closed.set()
+"""
+
+
+def test_neither_signals_nor_other_threads_tear_up_the_end_of_a_session() -> None:
+    """Ray's native code would end the process with exit code 1, and SIGTERM by the signal."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", CLOSING], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "shut down\n", "interrupted\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,12 @@ from tests.cluster.drivers import REPOSITORY, actors_below, write_config
 from tests.cluster.nodes import free_port
 from tests.cluster.quiet import Gate, assert_equal, make_config, open_parts, quiet_run
 from tests.cluster.slurm import Slurm, skip_without_slurm, slurm
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
+DRAIN_S = 10
+"""Rollouts that wait at a gate cannot be stored, so leaving workers use all of it."""
 SCRIPTS = REPOSITORY / "cluster" / "slurm"
 
 
@@ -33,7 +35,7 @@ class Jobs:
             "LRAG_CLUSTER": str(folder / "cluster"),
             "LRAG_PORT_BASE": str(free_port()),
             "LRAG_DASHBOARD_PORT": str(free_port()),
-            "LRAG_DRAIN_S": "60",
+            "LRAG_DRAIN_S": str(DRAIN_S),
             "PYTHONPATH": str(REPOSITORY),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
@@ -48,12 +50,12 @@ class Jobs:
 
     def until(self, what: str, condition: Callable[[], bool], timeout_s: float = 600) -> None:
         """Wait for something that jobs bring about."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
-                pytest.fail(f"{what}: it did not happen in {timeout_s} s\n{logs}\n{self.slurm.log()}")
-            time.sleep(0.5)
+
+        def said() -> str:
+            logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
+            return f"{what}\n{logs}\n{self.slurm.log()}"
+
+        wait_until(condition, timeout_s, every_s=0.5, said=said)
 
     def at_work(self) -> set[int]:
         """Actors on all nodes."""
@@ -63,6 +65,11 @@ class Jobs:
             if process.info["name"] == "raylet" and str(self.folder) in process_environment(process, "LRAG_CLUSTER")
             for actor in actors_below(process.pid)
         }
+
+    def start_now(self, job: str) -> None:
+        """Do not wait the two minutes that Slurm waits before it starts a requeued job again."""
+        self.until("it was queued again", lambda: self.slurm.states(job).get(job) == "PENDING")
+        self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def log(self, script: str) -> str:
         """All that the jobs of a script wrote."""
@@ -101,20 +108,22 @@ def test_a_run_survives_its_nodes_and_its_head(tmp_path: Path) -> None:
         running.run("scancel", "--batch", "--signal=TERM", f"{workers}_1")
         jobs.until("it left", lambda: running.states(workers).get(f"{workers}_1") == "COMPLETED")
         running.run("scancel", "--batch", "--signal=USR1", f"{workers}_2")
-        jobs.until("it was queued again", lambda: running.states(workers).get(f"{workers}_2") == "PENDING")
-        assert jobs.log("workers.sbatch").count("leaving; up to 60 s to store") == 2
+        jobs.start_now(f"{workers}_2")
+        assert jobs.log("workers.sbatch").count(f"leaving; up to {DRAIN_S} s to store") == 2
 
         # A machine loses its power: Slurm queues its worker again, and it comes back with the machine.
         lost = running.node_of(f"{workers}_3")
-        if lost != running.node_of(head):
-            running.kill_node(lost)
-            jobs.until("it was noticed", lambda: running.states(workers).get(f"{workers}_3") != "RUNNING")
-            running.start_node(lost)
+        assert lost != running.node_of(head)
+        running.kill_node(lost)
+        jobs.until("it was noticed", lambda: running.states(workers).get(f"{workers}_3") != "RUNNING")
+        running.start_node(lost)
+        jobs.start_now(f"{workers}_3")
         jobs.until("two actors again", lambda: len(jobs.at_work()) >= 2)
 
         # The head is out of time: the driver stores what it knows, both are queued again, workers join the new head.
         running.run("scancel", "--batch", "--signal=USR1", head)
         jobs.until("the driver ended", lambda: "ended with 130" in jobs.log("head.sbatch"))
+        jobs.start_now(head)
         jobs.until("the head is back", lambda: jobs.log("head.sbatch").count("submit to http://") == 2)
         jobs.until("actors again", lambda: len(jobs.at_work()) >= 1)
         gate.open()
@@ -125,21 +134,28 @@ def test_a_run_survives_its_nodes_and_its_head(tmp_path: Path) -> None:
     assert_equal(run, quiet)
 
 
-def test_one_allocation_does_the_whole_run(tmp_path: Path) -> None:
+def test_one_allocation_stores_and_continues_where_its_time_is_over(tmp_path: Path) -> None:
     skip_without_slurm()
-    config = make_config(tmp_path / "run", prompts=1, engine={"actors": 2})
+    gates = {name: Gate(tmp_path / name, opened=name == "opened") for name in ("opened", "gate")}
+    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=1, gates=[gates["opened"]]))
+    config = make_config(tmp_path / "run", prompts=1, gates=[gates["gate"]], engine={"actors": 2})
+    file = str(write_config(tmp_path / "config.yaml", config))
     (tmp_path / "slurm").mkdir()
     with slurm(tmp_path / "slurm", nodes=2) as running:
         jobs = Jobs(running, tmp_path)
-        job = jobs.submit(
-            "--nodes=2", "--gres=gpu:1", script="one.sbatch",
-            arguments=(str(write_config(tmp_path / "config.yaml", config)),),
-        )  # fmt: skip
+        job = jobs.submit("--nodes=2", "--gres=gpu:1", script="one.sbatch", arguments=(file,))
+        jobs.until("a rollout waits", lambda: len(open_parts(RolloutRun(config.run.uri))) == 1)
+        assert jobs.log("one.sbatch").count("joining ") >= 2
+        running.run("scancel", "--batch", "--signal=USR1", job)
+        jobs.start_now(job)
+        log = jobs.log("one.sbatch")
+        assert log.count(f"leaving; up to {DRAIN_S} s to store") == 2
+        assert log.rindex("ray start ended with") < log.index("ended with 130"), "workers first"
+        gates["gate"].open()
         jobs.until("the end", lambda: running.states(job).get(job) in ("COMPLETED", "FAILED"))
         assert running.states(job)[job] == "COMPLETED", jobs.log("one.sbatch")
-        assert jobs.log("one.sbatch").count("joining ") >= 2
-        # The same command again has nothing to do; a run that cannot be done has the exit code of the run.
+        # A run that cannot be done has the exit code of the run.
         wrong = jobs.submit("--nodes=2", "--gres=gpu:1", script="one.sbatch", arguments=("/no/such/file.yaml",))
         jobs.until("the wrong one ended", lambda: running.states(wrong).get(wrong) == "FAILED")
         assert "ExitCode=2:0" in running.run("scontrol", "show", "job", wrong)
-    assert_equal(RolloutRun(config.run.uri), quiet_run(make_config(tmp_path / "quiet", prompts=1)))
+    assert_equal(RolloutRun(config.run.uri), quiet)

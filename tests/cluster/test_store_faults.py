@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.schema import PromptsSection, RunConfig
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
+from tests.cluster.drivers import command, write_config
 from tests.stages.make import digests, do_all, make_config, make_prompts, part_bytes
 from tests.store.fault_proxy import Fault, FaultProxy, seeded
 
@@ -136,6 +137,49 @@ def test_a_run_moved_to_a_failing_bucket_continues_and_ends_like_a_quiet_one(
     assert len(second["failures"]) == 2
     assert all("StorageError" in reason and "InternalError" in reason for reason in second["failures"])
     assert digests(broken.commits()).items() <= digests(quiet.commits()).items()
+
+
+def test_damage_on_a_bucket_is_found_and_repaired_by_the_commands(
+    quiet: RolloutRun, s3_bucket: str, tmp_path: Path
+) -> None:
+    run = RolloutRun(f"{s3_bucket}/{tmp_path.name}/damaged")
+    copy_run(quiet, run)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompt.text for prompt in PROMPTS), encoding="utf-8")
+    again = config(run.storage.address).model_copy(
+        update={"prompts": PromptsSection(path=str(tmp_path / "prompts.txt"))}
+    )
+    file = write_config(tmp_path / "config.yaml", again)
+    verify = ["verify", "--run", run.storage.address, "--bytes", "--json"]
+    before = {path: (run.storage.read_bytes(path), details) for path, details in run.storage.list_details().items()}
+
+    parts = sorted(path for path in before if path.endswith("-00006.safetensors"))
+    traces = sorted(path for path in before if path.endswith(".trace.parquet"))
+    commits = sorted(path for path in before if path.endswith("commit-12.json"))
+    flipped = [parts[0], next(path for path in before if path.startswith("embeddings/")), commits[-1], "run.json"]
+    for path in flipped:
+        data = bytearray(before[path][0])
+        data[len(data) // 2] ^= 1
+        run.storage.write(path, bytes(data))
+    run.storage.write(traces[-1], before[traces[-1]][0][:-1])
+    run.storage.remove(parts[1])
+    damaged = {*flipped, traces[-1], parts[1]}
+
+    with command(tmp_path / "found", *verify) as found:
+        assert found.wait() == 1, found.text
+    shown = json.loads(found.text)
+    assert {each["path"] for each in shown["damaged"]} == damaged and not shown["whole"]
+    with command(tmp_path / "repaired", "run", str(file), "--repair") as repaired:
+        assert repaired.wait() == 0, repaired.text
+    with command(tmp_path / "whole", *verify) as whole:
+        assert whole.wait() == 0, whole.text
+    assert json.loads(whole.text)["damaged"] == []
+
+    # In their place, byte for byte, but for the records that say when they were made; all else was not touched.
+    after = {path: (run.storage.read_bytes(path), details) for path, details in run.storage.list_details().items()}
+    anew = {commits[-1], "run.json"}
+    assert {path for path in before if after[path][0] != before[path][0]} == anew
+    assert {path for path in before if after[path] != before[path]} == damaged
+    assert digests(run.commits()) == digests(quiet.commits())
 
 
 def run_driver(proxy: FaultProxy, *addresses: str) -> list[dict[str, Any]]:

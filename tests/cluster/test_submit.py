@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tests.cluster.quiet import open_parts
 from tests.cluster.ray_head import RayHead
 from tests.conftest import REPOSITORY
 from tests.stages.make import BACKBONE
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
@@ -102,27 +103,17 @@ class Command:
             pytest.fail(f"it did not end: {self.out}{self.err}")
 
     def until(self, text: str, timeout_s: float = 400) -> None:
-        deadline = time.monotonic() + timeout_s
-        while text not in self.err + self.out:
-            if self.process.poll() is not None and text not in self.err + self.out:
-                pytest.fail(f"it ended with {self.process.returncode} without {text!r}: {self.out}{self.err}")
-            if time.monotonic() > deadline:
-                self.process.kill()
-                pytest.fail(f"no {text!r}: {self.out}{self.err}")
-            time.sleep(0.1)
+        wait_until(lambda: text in self.err + self.out or self.process.poll() is not None, timeout_s, said=self._said)
+        assert text in self.err + self.out, f"it ended with {self.process.returncode} without {text!r}: {self._said()}"
+
+    def _said(self) -> str:
+        return self.out + self.err
 
 
 def submit_program(client: JobClient, name: str, program: str) -> RayJob:
     """A job that is not ours: ``python -c program``."""
     client.submit(name, f"exec python -c {shlex.quote(program)}", {}, {})
     return client.job(name)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def lines_of(client: JobClient, job_id: str) -> list[str]:
@@ -208,7 +199,7 @@ def test_exit_codes_and_reasons(client: JobClient) -> None:
     client.submit("no-python", "exec no-such-program", {}, {})
     client.submit("no-env", "true", {"py_modules": ["gcs://absent.zip"]}, {})
     client.submit("no-module", "exec python -m lrag_ray_of_another_image", {}, {})
-    until(lambda: re.search(r"^\d+$", client.log(killed.id), re.MULTILINE) is not None)
+    wait_until(lambda: re.search(r"^\d+$", client.log(killed.id), re.MULTILINE) is not None)
     found = re.search(r"^\d+$", client.log(killed.id), re.MULTILINE)
     assert found is not None
     # What the kernel does when the head node has no memory left.
@@ -251,6 +242,8 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
 
     wrong = Command(head, folder, "submit", config, *at, RAY_AUTH_TOKEN="wrong" * 8)
     assert wrong.wait() == 3 and "refuses the token in RAY_AUTH_TOKEN" in wrong.err
+    wrong = Command(head, folder, "jobs", RAY_AUTH_TOKEN="wrong" * 8, RAY_ADDRESS=f"127.0.0.1:{head.gcs}")
+    assert wrong.wait() == 3 and "refuses the token in RAY_AUTH_TOKEN" in wrong.err
     elsewhere = Command(
         head, tmp_path, "submit", f"project/{config}", *at, PYTHONPATH=f"{REPOSITORY}{os.pathsep}{folder}"
     )
@@ -272,7 +265,7 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
     attached = Command(head, folder, "submit", config, *at, "--set", "prompts.samples=2")
     attached.until("attached to it")
     # In the middle: the first horizon is there, and the next part would be stored at the end only.
-    until(lambda: len(run.commits()) == 1)
+    wait_until(lambda: len(run.commits()) == 1)
     assert "another version of the configuration" in attached.err
     stopping = Command(head, folder, "stop", "runs/here", *at)
     assert stopping.wait() == 0 and "was stopped" in stopping.out

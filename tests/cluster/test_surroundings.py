@@ -10,12 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -23,56 +21,16 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.store.lease import holders
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
-from tests.cluster.drivers import REPOSITORY, write_config
+from tests.cluster.drivers import REPOSITORY, command, write_config
 from tests.cluster.nodes import free_port, private_folder, ray_start
 from tests.cluster.quiet import Gate, assert_equal, make_config, open_parts, quiet_run
-from tests.cluster.test_run import wait_until
 from tests.store.fault_proxy import Fault, FaultProxy, seeded
 from tests.store.namespaces import unshare_command
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 THROTTLED: tuple[Fault, ...] = ("SlowDown",)
-
-
-class Command:
-    """``lrag-ray`` in a process of its own, perhaps behind another program that prepares its surroundings."""
-
-    def __init__(self, log: Path, *arguments: str, prefix: tuple[str, ...] = (), **environment: str) -> None:
-        self._log = log
-        own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "AWS_ENDPOINT_URL")}
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "lrag_ray", *arguments],
-                cwd=REPOSITORY,
-                env={**own, "PYTHONPATH": str(REPOSITORY), **environment},
-                stdout=file,
-                stderr=file,
-            )
-
-    @property
-    def text(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
-
-    def wait(self, timeout_s: float = 600) -> int:
-        return self.process.wait(timeout=timeout_s)
-
-
-@contextmanager
-def command(log: Path, *arguments: str, prefix: tuple[str, ...] = (), **environment: str) -> Iterator[Command]:
-    """A command that is gone after the block, with all processes that it started."""
-    started = Command(log, *arguments, prefix=prefix, **environment)
-    try:
-        yield started
-    finally:
-        left = []
-        with suppress(psutil.NoSuchProcess):
-            left = psutil.Process(started.process.pid).children(recursive=True)
-        started.process.kill()
-        started.process.wait()
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -133,47 +91,33 @@ def test_a_run_on_a_cluster_with_the_smallest_object_store(quiet: RolloutRun, tm
 
 
 def test_a_run_whose_folder_loses_its_permissions_says_so_and_is_continued(tmp_path: Path) -> None:
-    """As another user than root, to whom permissions mean nothing."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("needs root and setpriv, to run as another user")
-    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-    readable = subprocess.run([*nobody, sys.executable, "-c", "import lrag_ray, ray"], cwd=REPOSITORY)
-    if readable.returncode != 0:
-        pytest.skip("another user may not read this installation")
-    place = Path(f"/tmp/lrag-{os.getpid()}")
-    place.mkdir(mode=0o755)
-    try:
-        undisturbed = quiet_run(make_config(tmp_path / "quiet", prompts=1, gates=[Gate(tmp_path / "o", opened=True)]))
-        gate = Gate(place / "gate")
-        config = make_config(place / "run", prompts=1, gates=[gate], engine={"actors": 1, "lease_ttl_s": 600})
-        file, run = write_config(place / "config.yaml", config), RolloutRun(config.run.uri)
-        for path in [place, *place.rglob("*")]:
-            os.chown(path, 65534, 65534)
-        home = {"HOME": str(place), "RAY_TMPDIR": "/tmp"}
-        with command(tmp_path / "log", "run", str(file), prefix=nobody, **home) as started:
-            wait_until(lambda: bool(open_parts(run)) or started.process.poll() is not None)
-            made = {path: run.storage.read_bytes(path) for path in run.storage.list_files("rollouts")}
-            rollouts = Path(run.uri) / "rollouts"
-            folders = [rollouts, *(path for path in rollouts.rglob("*") if path.is_dir())]
-            for path in folders:
-                path.chmod(0o555)
-            gate.open()
-            assert started.wait() == 1, started.text
-            assert "change the owner or the permissions" in started.text and "Traceback" not in started.text
-        assert made.items() <= {p: run.storage.read_bytes(p) for p in run.storage.list_files("rollouts")}.items()
-        assert run_status(run).failures
+    without_override: tuple[str, ...] = ()
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("permissions mean something to root only without a capability, which needs setpriv")
+        without_override = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    undisturbed = quiet_run(make_config(tmp_path / "quiet", prompts=1, gates=[Gate(tmp_path / "o", opened=True)]))
+    gate = Gate(tmp_path / "gate")
+    config = make_config(tmp_path / "run", prompts=1, gates=[gate], engine={"actors": 1})
+    file, run = write_config(tmp_path / "config.yaml", config), RolloutRun(config.run.uri)
+    with command(tmp_path / "log", "run", str(file), prefix=without_override) as started:
+        started.wait_until(lambda: open_parts(run))
+        made = {path: run.storage.read_bytes(path) for path in run.storage.list_files("rollouts")}
+        rollouts = Path(run.uri) / "rollouts"
+        folders = [rollouts, *(path for path in rollouts.rglob("*") if path.is_dir())]
         for path in folders:
-            path.chmod(0o755)
-        with command(tmp_path / "log2", "run", str(file), prefix=nobody, **home) as again:
-            assert again.wait() == 0, again.text
-        assert_equal(run, undisturbed)
-        assert run_status(run).failures == []
-    finally:
-        shutil.rmtree(place)
-
-
-def has_open_parts(run: RolloutRun) -> bool:
-    return bool(open_parts(run))
+            path.chmod(0o555)
+        gate.open()
+        assert started.wait() == 1, started.text
+        assert "change the owner or the permissions" in started.text and "Traceback" not in started.text
+    assert made.items() <= {path: run.storage.read_bytes(path) for path in run.storage.list_files("rollouts")}.items()
+    assert run_status(run).failures
+    for path in folders:
+        path.chmod(0o755)
+    with command(tmp_path / "log2", "run", str(file), prefix=without_override) as again:
+        assert again.wait() == 0, again.text
+    assert_equal(run, undisturbed)
+    assert run_status(run).failures == []
 
 
 def host(name: str) -> tuple[str, ...]:
@@ -207,13 +151,12 @@ def test_two_drivers_at_once_on_two_hosts(tmp_path: Path, s3_bucket: str) -> Non
             other = "node-b" if working is two else "node-a"
             assert refused.wait() == 3, refused.text
             assert f"is being worked on by root on {other} (lrag-ray run, process " in refused.text
-            wait_until(partial(has_open_parts, run))
-            assert working.process.poll() is None, working.text
+            working.wait_until(partial(open_parts, run))
             assert f"on {other} " in (run_status(run).held_by or "")
             working.process.kill()
             working.process.wait()
         with command(tmp_path / f"{kind}-c", "run", str(file), prefix=host("node-c")) as successor:
-            wait_until(lambda: "this driver takes over" in successor.text)
+            successor.wait_until(lambda: "this driver takes over" in successor.text)
             gate.open()
             assert successor.wait() == 0, successor.text
             assert "Waiting for a sign of life" in successor.text

@@ -154,11 +154,23 @@ def test_the_number_of_the_last_prompt_is_a_limit() -> None:
         ({**LONGLIVE_RAG, "denoising_step_list": None}, "that of a many-step model"),
         ({**LONGLIVE_RAG, "num_output_frames": 100}, "100 is not a number of whole blocks of 3"),
         ({**LONGLIVE_RAG, "model_kwargs": 3}, "model_kwargs is 3, expected a section"),
+        ({**LONGLIVE_RAG, "model_kwargs": {"timestep_shift": [5]}}, r"timestep_shift is \[5\], expected a number"),
+        ({**LONGLIVE_RAG, "context_noise": 10**400}, "context_noise is 1000"),
+        ({**LONGLIVE_RAG, "num_frame_per_block": 0}, "120 is not a number of whole blocks of 0"),
     ],
 )
 def test_what_cannot_be_imported_is_named(data: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f"{said}(.|\n)*Fix: "):
         import_config("released.yaml", data)
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\x85", "\u2028"])
+@pytest.mark.parametrize("key", ["lora_ckpt", None])
+def test_nothing_of_a_strangers_file_leaves_the_comments(key: str | None, line_break: str) -> None:
+    """A configuration may start commands and import modules."""
+    hostile = f"x{line_break}watch: {{on_end: {{command: [touch, owned]}}}}{line_break}#"
+    text = import_config("released.yaml", {**LONGLIVE_RAG, **({key: hostile} if key else {hostile: 1})})
+    assert "watch:" in text and "watch" not in yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("data", [LONGLIVE_RAG, SELF_FORCING])

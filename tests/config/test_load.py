@@ -34,6 +34,9 @@ backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae
 backbones.*.vae.path backbones.*.vae.dtype backbones.*.fail_on_prompt
 methods methods.* methods.*.method methods.*.preset methods.*.adaptive methods.*.alpha methods.*.alpha_long
 methods.*.alpha_short methods.*.bank methods.*.first_overflow methods.*.record_interval
+methods.*.ar_start methods.*.local_blocks methods.*.num_dummy methods.*.static_frames methods.*.dynamic_frames
+methods.*.anchor
+methods.*.patch_frames methods.*.patches_per_frame methods.*.retention methods.*.compress methods.*.static_heads
 methods.*.admission methods.*.budget methods.*.choose methods.*.compression
 methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
@@ -87,6 +90,17 @@ def test_as_released_is_a_default_everywhere_and_what_is_given_wins(tmp_path: Pa
     assert resolve_method(config.methods["rag"]).settings.descriptor_dtype == "float32"
     plain = load_config(write(tmp_path))
     assert (plain.video.cold_chunk, plain.backbones["tiny"].vae.dtype) == (None, "float32")
+
+
+def test_methods_are_checked_against_the_sizes_of_the_generator(tmp_path: Path) -> None:
+    """Given settings that count heads, layers or tokens of another generator, the place and the fix are named."""
+    (line,) = problems(tmp_path, SMALL, "methods.d={method: dummy_forcing, num_dummy: 7}")
+    assert "methods.d: num_dummy 7 exceeds the 6 heads of 3 layers: lower it" in line
+    (line,) = problems(tmp_path, SMALL, "methods.f={method: forcing_kv, static_heads: [[0], [1]]}")
+    assert "methods.f: static_heads has 2 layers, the generator 3" in line
+    given = "methods.f={method: forcing_kv, static_heads: [[0], [], [0, 1]]}"
+    settings = resolve_method(load_config(write(tmp_path), [given]).methods["f"]).settings
+    assert settings.static_heads == ((0,), (), (0, 1)), "a list of lists is no sweep"
 
 
 def test_a_method_takes_the_settings_of_its_own_release(tmp_path: Path) -> None:
@@ -278,13 +292,14 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
             "base: {}",
             "basic: {}",
             "run.yaml:8: methods.basic.method: is missing; 'basic' is none of the methods base, rolling_sink, "
-            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag",
+            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, rolling_forcing",
         ),
         (
             "base: {}",
             "b: {method: bass}",
             "run.yaml:8: methods.b.method: unknown method 'bass'; did you mean 'base'? Known: base, rolling_sink, "
-            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, or package.module:Policy",
+            "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, "
+            "rolling_forcing, or package.module:Policy",
         ),
         (
             "base: {}",
@@ -385,7 +400,8 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path: Path) -> No
         "--set engine.actors=none: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got text "
         "'none'",
         "run.yaml:8: methods.b.method: unknown method 'rags'; did you mean 'rag'? Known: base, rolling_sink, "
-        "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, or package.module:Policy",
+        "ema_sink, infinity_rope, deep_forcing, memrope, memflow, rag, dummy_forcing, forcing_kv, "
+        "rolling_forcing, or package.module:Policy",
         "run.yaml:9: methods.rag.topk: unknown key; did you mean 'top_k'?",
     ]
 
@@ -463,3 +479,46 @@ def test_files_beside_the_configuration_are_found_from_another_folder(
     (here / "prompts.txt").unlink()
     (there / "prompts.txt").unlink()
     assert load_config("../the configs/run.yaml", ["methods.rag.encoder=../the configs/ae.pt"])
+
+
+def test_a_configuration_of_a_project_says_where_its_paths_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given paths that begin two folders above the configuration, and a run from elsewhere."""
+    configs, here = tmp_path / "my project" / "configs" / "small", tmp_path / "here"
+    configs.mkdir(parents=True)
+    here.mkdir()
+    (tmp_path / "my project" / "prompts.txt").write_text("a fox\n")
+    write(configs, SMALL)
+    monkeypatch.chdir(here)
+    with pytest.raises(ConfigError) as caught:
+        load_config("../my project/configs/small/run.yaml")
+    project = tmp_path / "my project"
+    assert (
+        f"prompts.path: 'prompts.txt' is not in the working directory but in {project}, and relative paths mean the "
+        f"working directory. Fix: run lrag-ray in '{project}', or --set 'prompts.path={project}/prompts.txt'"
+    ) in str(caught.value)
+    monkeypatch.chdir(project)
+    assert load_config("configs/small/run.yaml").prompts.path == "prompts.txt"
+
+
+@pytest.mark.parametrize(
+    ("override", "label"),
+    [
+        ("weights.use_ema=false", "LongLive"),
+        ("weights.path=elsewhere/longlive_base.pt", "LongLive"),
+        ("weights.path=mine/tuned.pt", "own weights tuned.pt, sizes of LongLive"),
+        ("weights.lora.path=mine/style.pt", "LongLive, own LoRA style.pt"),
+        ("weights.lora=null", "LongLive, without LoRA"),
+        ("label=Ours", "Ours"),
+    ],
+)
+def test_weights_of_your_own_do_not_carry_the_label_of_published_ones(
+    tmp_path: Path, override: str, label: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "run: {uri: runs/x}\nprompts: {count: 1}\nbackbones: {mine: {preset: longlive}}\n"
+        "methods: {base: {method: base}}\ndurations_s: [3]\n"
+    )
+    config = load_config(tmp_path / "run.yaml", [f"backbones.mine.{override}"])
+    assert config.backbones["mine"].label == label

@@ -33,6 +33,25 @@ def test_causal_forcing_is_the_papers_checkpoint_and_says_so() -> None:
     assert (published.repository, published.files[0].path) == ("zhuhz22/Causal-Forcing", "chunkwise/longvideo.pt")
 
 
+def test_the_plan_says_where_a_checkpoint_is_sampled_as_it_was_not_trained() -> None:
+    """longvideo.pt is trained for rolling windows, all others for the block loop."""
+    assert "trained for rolling_forcing; others" in PRESETS["causal_forcing_long"]["label"]
+
+    def notes(preset: str) -> list[str]:
+        methods = "methods={base: {}, infinity_rope: {}, rolling_forcing: {}}"
+        config = load_config(
+            REPOSITORY / "configs" / "table2.yaml", [f"backbones={{model: {{preset: {preset}}}}}", methods]
+        )
+        found = make_plan(config, plan_prompts(config.prompts)).notes
+        return [note for note in found if note.startswith("backbones.model: ") and "trained" in note]
+
+    (long,) = notes("causal_forcing_long")
+    assert "longvideo.pt is trained for rolling windows" in long and "base, infinity_rope sample it block by" in long
+    (ordinary,) = notes("self_forcing")
+    assert "rolling_forcing denoise" in ordinary and "self_forcing.pt" in ordinary
+    assert notes("tiny") == []
+
+
 @pytest.mark.parametrize(("name", "steps"), [("framewise", 4), ("2step", 2), ("1step", 1)])
 def test_frame_wise_generators_denoise_the_first_frame_in_four_steps(name: str, steps: int) -> None:
     backbone = BackboneConfig.model_validate(PRESETS[f"causal_forcing_{name}"])

@@ -250,6 +250,14 @@ WRONG_TABLES = [
     ("a.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "a.txt: the file is JSON, not one prompt a line"),
     ("a.txt", '["A fox"]', "a.txt: the file is JSON, not one prompt a line"),
     ("a.txt", 'id,"prompt"\n1,A fox\n', "a.txt: the first line is a CSV head line, not one prompt a line"),
+    ("a.jsonl", '{"prompt": "A\x0bfox"}\n', "a.jsonl:1: not JSON: Invalid control character at column 14"),
+    (
+        "a.txt",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:7c\nsize 5\n",
+        "a.txt: the prompt file is a Git LFS",
+    ),
+    ("a.txt", "\n<!DOCTYPE HTML>\n<p>Sign in</p>\n", "a.txt: the prompt file is a web page"),
+    ("a.csv", "<html><p>Sign in</p></html>\n", "a.csv: the prompt file is a web page"),
     ("a.yaml", "- A fox\n", "a.yaml: .yaml is not read as a prompt file. Fix: write one prompt a line"),
     ("a.xlsx", b"PK\x03\x04", "a.xlsx: .xlsx is not read as a prompt file"),
 ]

@@ -42,6 +42,15 @@ def nudge(by: float, at: int = 7) -> Callable[[Tensor], None]:
     return change
 
 
+def all_equal(value: int) -> Callable[[Tensor], None]:
+    """Set all values."""
+
+    def change(x: Tensor) -> None:
+        x.fill_(value)
+
+    return change
+
+
 def entry(file: str, value: Any, *path: str | int) -> Change:
     """Set one entry of a JSON file."""
 
@@ -78,6 +87,9 @@ BASE = "methods/self_forcing/sf_window12_sink0.* methods/tiny/*"
 INFINITY = "methods/infinity_rope/inf_window6_sink1.* methods/tiny/*"
 DEEP = "methods/deep_forcing/df_native_w21_s10_n16_r4.* methods/tiny/*"
 MEMFLOW = "methods2/memflow/mf_w9_s1_b3_r1.* methods2/tiny/*"
+DUMMY = "methods2/per_head/dummy_forcing/dummy_sf_ar1_c1_d6.* methods2/per_head/tiny/*"
+FORCING_KV = "methods2/per_head/forcing_kv/fkv_sf_ar1.* methods2/per_head/tiny/*"
+ROLLING = "methods2/rolling_forcing/roll_48.* methods2/tiny/*"
 FRAMEWISE = "methods2/framewise/fw_2step_first4_w12_s1.* methods2/framewise/tiny/*"
 CHECKPOINTS = "checkpoints/*"
 LORA = "lora/*"
@@ -120,6 +132,11 @@ def memflow(name: str, by: float) -> Change:
     return tensor("methods2/memflow/mf_w9_s1_b3_r1.safetensors", name, nudge(by))
 
 
+DUMMY_STEM = "methods2/per_head/dummy_forcing/dummy_sf_ar1_c1_d6"
+ROLLING_STEM = "methods2/rolling_forcing/roll_48"
+FORCING_KV_STEM = "methods2/per_head/forcing_kv/fkv_sf_ar1"
+
+
 def framewise(name: str) -> Change:
     return tensor(f"{FRAMEWISE_STEM}.safetensors", name, nudge(1e-2))
 
@@ -155,6 +172,52 @@ MUTATIONS = {
             "attended v": memflow("attended.block11.pass4.layer0.v", 1e-2),
             "bank scores": memflow("memflow.block9.layer1.scores", 1e-2),
             "kept bank frames": memflow("memflow.block9.layer1.kept_slots", 1),
+        },
+    ),
+    "dummy forcing": Mutation(
+        DUMMY,
+        {
+            "attended k": tensor(f"{DUMMY_STEM}.safetensors", "attended.block11.pass4.layer2.head3.k", nudge(1e-2)),
+            "attended v": tensor(f"{DUMMY_STEM}.safetensors", "attended.block11.pass4.layer0.head1.v", nudge(1e-2)),
+            "head scores": tensor(f"{DUMMY_STEM}.safetensors", "dummy.scores", nudge(1e-2)),
+            "classes of heads": tensor(f"{DUMMY_STEM}.safetensors", "dummy.assignment", nudge(1)),
+            "context trace heads": entry(f"{DUMMY_STEM}.context_trace.json", [0], -1, "heads"),
+            "origin tokens": tensor(
+                f"{DUMMY_STEM}.context_tokens.safetensors", "ctx.block11.pass0.layer1.head2.origin_token", nudge(1)
+            ),
+        },
+    ),
+    "dummy forcing samples": Mutation(
+        DUMMY, {"head scores": tensor(f"{DUMMY_STEM}.safetensors", "dummy.sampled_rows", all_equal(5))}
+    ),
+    "forcing kv": Mutation(
+        FORCING_KV,
+        {
+            "patch scores": tensor(f"{FORCING_KV_STEM}.safetensors", "fkv.block8.patch_scores", nudge(1e-2)),
+            "kept patches": tensor(f"{FORCING_KV_STEM}.safetensors", "fkv.block8.selected", nudge(1, at=5)),
+            "context trace": entry(f"{FORCING_KV_STEM}.context_trace.json", [0, 1], -1, "heads"),
+            "temporal indices": tensor(
+                f"{FORCING_KV_STEM}.context_tokens.safetensors",
+                "ctx.block11.pass4.layer2.head0.temporal_index",
+                nudge(1),
+            ),
+        },
+    ),
+    "forcing kv heads": Mutation(
+        FORCING_KV, {"latents": entry(f"{FORCING_KV_STEM}.meta.json", [0], "settings", "static_heads", 1)}
+    ),
+    "rolling forcing": Mutation(
+        ROLLING,
+        {
+            "x0_pred": tensor(f"{ROLLING_STEM}.safetensors", "x0_pred", nudge(1e-2)),
+            "attended k": tensor(f"{ROLLING_STEM}.safetensors", "attended.window14.joint.layer1.k", nudge(1e-2)),
+            "attended v": tensor(f"{ROLLING_STEM}.safetensors", "attended.window14.clean.layer2.v", nudge(1e-2)),
+            "first_frame of calls": entry(f"{ROLLING_STEM}.context_trace.json", 30, 20, "first_frame"),
+            "groups of calls": entry(f"{ROLLING_STEM}.context_trace.json", [], 20, "groups"),
+            "timesteps of calls": entry(f"{ROLLING_STEM}.context_trace.json", 900.0, 21, "timesteps", 2),
+            "temporal indices": tensor(
+                f"{ROLLING_STEM}.context_tokens.safetensors", "ctx.window14.joint.layer0.temporal_index", nudge(1)
+            ),
         },
     ),
     "frame-wise": Mutation(

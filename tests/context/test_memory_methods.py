@@ -17,7 +17,7 @@ from lrag_ray.context.base import Base
 from lrag_ray.context.ema_sink import EmaSink, EmaSinkSettings
 from lrag_ray.context.memflow import MemFlow, MemFlowSettings
 from lrag_ray.context.memrope import LONG, SHORT, MemRope, MemRopeSettings
-from lrag_ray.context.policy import ContextPolicy, Layout, PolicyInputs
+from lrag_ray.context.policy import ContextPolicy, Exposure, Layout, PolicyInputs
 from lrag_ray.context.rolling_sink import RollingSink, RollingSinkSettings
 from lrag_ray.wan.rope import MAX_INDEX, Angles, Rope, rotate
 from tests.tiny import SAMPLER, prompt_embeds, start, tiny_transformer
@@ -71,7 +71,7 @@ def drive(
     for block in range(blocks):
         made.begin_block(block)
         made.begin_expose()
-        exposures = [made.expose(layer) for layer in range(LAYERS)]
+        exposures = [each for layer in range(LAYERS) if isinstance(each := made.expose(layer), Exposure)]
         k = [
             torch.cat([torch.empty(0, HEADS, DIM), *(s.k.reshape(-1, HEADS, DIM) for s in e.spans)]) for e in exposures
         ]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
+from lrag_ray.context.dummy_forcing import DummyForcing, DummyForcingSettings
 from lrag_ray.context.ema_sink import EmaSink, EmaSinkSettings
+from lrag_ray.context.forcing_kv import ForcingKv, ForcingKvSettings
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.memflow import MemFlow, MemFlowSettings
 from lrag_ray.context.memrope import MemRope, MemRopeSettings
@@ -44,6 +46,11 @@ CASES: list[tuple[type[ContextPolicy[Any]], Any]] = [
     (MemRope, MemRopeSettings(window=10, sink=2, adaptive=True, first_overflow="released")),
     (MemFlow, MemFlowSettings(record_interval=1)),
     (MemFlow, MemFlowSettings(window=7, sink=3, bank=2, record_interval=2)),
+    (DummyForcing, DummyForcingSettings(local_blocks=1, num_dummy=1)),
+    (DummyForcing, DummyForcingSettings(ar_start=3)),
+    (ForcingKv, ForcingKvSettings(patches_per_frame=6)),
+    (ForcingKv, ForcingKvSettings(2, 2, 1, 2, 2, 3, 0.67, static_heads=((0,), (1,)))),
+    (ForcingKv, ForcingKvSettings(1, 0, 5, 4, compress=False, static_heads=((), (0, 1)))),
 ]
 
 
@@ -207,12 +214,12 @@ def test_batch_elements_are_independent(model: Any, policy: type[ContextPolicy[A
 
 class _Watch:
     def __init__(self) -> None:
-        self.rows: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self.rows: dict[tuple[int, int, int, Any], tuple[Tensor, Tensor]] = {}
 
     def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None: ...
 
-    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.rows[block, step, layer] = k.clone(), v.clone()
+    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: Any) -> None:
+        self.rows[block, step, layer, heads] = k.clone(), v.clone()
 
 
 @pytest.mark.parametrize(("policy", "settings"), CASES)
@@ -223,8 +230,8 @@ def test_passes_of_a_block_share_their_context_rows(
     watch = _Watch()
     generate(start(model, policy, settings, probe=watch), 8)
     current = SAMPLER.frames_per_block * (LATENT[1] // 2) * (LATENT[2] // 2)
-    for (block, step, layer), (k, v) in watch.rows.items():
-        first_k, first_v = watch.rows[block, 0, layer]
+    for (block, step, layer, heads), (k, v) in watch.rows.items():
+        first_k, first_v = watch.rows[block, 0, layer, heads]
         assert torch.equal(k[:, :-current], first_k[:, :-current])
         assert torch.equal(v[:, :-current], first_v[:, :-current])
         if step > 0:

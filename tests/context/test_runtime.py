@@ -232,6 +232,69 @@ def test_batch_elements_have_contexts_and_indices_of_their_own(lengths: tuple[in
             assert torch.equal(k, rows.k[element]) and torch.equal(v, rows.v[element])
 
 
+class Grouped(Scripted):
+    """A method whose heads do what plans of their own say."""
+
+    def __init__(self, plans: dict[tuple[int, ...], Plan], bound: int | None = None) -> None:
+        super().__init__(list(plans.values()), bound)
+        self.by_heads = plans
+
+    def expose(self, layer: int) -> list[Exposure]:  # type: ignore[override]
+        found = []
+        for i, heads in enumerate(self.by_heads):
+            self.block = i
+            found.append(super().expose(layer)._replace(heads=heads))
+        self.block = 0
+        return found
+
+
+@pytest.mark.parametrize("bound", [None, 8 * F])
+@pytest.mark.parametrize("lengths", [(1, 3), (2, 2), (0, 2)])
+def test_heads_have_contexts_of_their_own(lengths: tuple[int, int], bound: int | None) -> None:
+    """Given two elements whose heads see frames of different number and order, each attends as its plan says."""
+    grouped: list[dict[tuple[int, ...], Plan]] = []
+    for element in range(2):
+        plans: dict[tuple[int, ...], Plan] = {
+            (head,): Plan([past(10 * head + i + element, i + head) for i in range(length)], [6, 9])
+            for head, length in zip((0, 1) if element else (1, 0), lengths, strict=True)
+        }
+        grouped.append(plans)
+    policies = [Grouped(plans, bound) for plans in grouped]
+    runtime = ContextRuntime(LAYOUT, ROPE, [*policies])
+    runtime.begin_block(0)
+    for step in range(2):
+        rows = draw(step, batch=2)
+        for layer, out in enumerate(run(runtime, rows, step)):
+            for element, plans in enumerate(grouped):
+                for (head,), plan in plans.items():
+                    wanted = expected(plan, layer, rows, element)[:, head]
+                    torch.testing.assert_close(out[element, :, head].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_context_of_all_heads_and_one_by_heads_in_one_batch() -> None:
+    plans: dict[tuple[int, ...], Plan] = {
+        (0,): Plan([past(1, 0)], [4, 5]),
+        (1,): Plan([past(2, 1), past(3, 2)], [4, 5]),
+    }
+    whole = Plan([past(4, 0)], [4, 5])
+    runtime = ContextRuntime(LAYOUT, ROPE, [Scripted([whole]), Grouped(plans)])
+    runtime.begin_block(0)
+    rows = draw(7, batch=2)
+    for layer, out in enumerate(run(runtime, rows)):
+        torch.testing.assert_close(out[0].double(), expected(whole, layer, rows), atol=1e-5, rtol=1e-5)
+        for (head,), plan in plans.items():
+            wanted = expected(plan, layer, rows, 1)[:, head]
+            torch.testing.assert_close(out[1, :, head].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [[(0,)], [(0, 1), (1,)], [(0,), (2,)]])
+def test_every_head_is_in_one_group(heads: list[tuple[int, ...]]) -> None:
+    runtime = ContextRuntime(LAYOUT, ROPE, [Grouped({each: Plan() for each in heads})])
+    runtime.begin_block(0)
+    with pytest.raises(ValueError, match="not each of 2 once"):
+        run(runtime, draw(1))
+
+
 def test_queries_are_shown_to_those_who_ask() -> None:
     """Before and after they are turned, in every pass."""
     policy, plan = Scripted([Plan(query_indices=[4, 5])]), Plan(query_indices=[4, 5])

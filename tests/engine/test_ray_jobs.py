@@ -178,7 +178,7 @@ def test_a_port_that_speaks_something_else() -> None:
             accepted.close()
 
         threading.Thread(target=hang_up, daemon=True).start()
-        with pytest.raises(NoAnswerError, match="does not speak HTTP"):
+        with pytest.raises(ClusterError, match=r"not as a Ray dashboard \(not HTTP\)\. Fix: give the port"):
             connect(f"http://127.0.0.1:{other.getsockname()[1]}")
 
 
@@ -267,3 +267,25 @@ def test_states_and_exit_codes(state: Any, driver: int | None, code: int, said: 
     assert job.ended and job.exit_code == code
     assert said in job.reason
     assert bool(said) == bool(job.reason)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        None, 3, [], {"submission_id": "a"}, {"submission_id": [], "status": "FAILED"},
+        {"submission_id": "a", "status": "GONE"},
+        {"submission_id": "a", "status": "FAILED", "driver_exit_code": 10**400},
+        {"submission_id": "a", "status": "FAILED", "start_time": "soon"},
+        {"submission_id": "a", "status": "FAILED", "metadata": [1]},
+        '{"submission_id": "a",', "[" * 100_000, "<html>",
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_kind_is_refused_with_the_address(job: Any) -> None:
+    """Whoever may submit to a cluster decides what is in its list of jobs."""
+    listed = f"[{job}]" if isinstance(job, str) else [job]
+    answers = suits() | {"GET /api/jobs/": (200, listed), "GET /api/jobs/a": (200, job)}
+    with head(answers | {"GET /api/jobs/a/logs": (200, "[1]")}) as url:
+        client = connect(url)
+        for ask in (client.jobs, lambda: client.job("a"), lambda: client.log("a")):
+            with pytest.raises(ClusterError, match=rf"^{re.escape(url)}.* does not answer as Ray does \("):
+                ask()

@@ -28,8 +28,8 @@ from lrag_ray.events import (
     TaskYielded,
     TrainingAdvanced,
     WorkerLost,
-    as_json,
     from_json,
+    log_record,
 )
 from lrag_ray.pipelines.submit.follow import outcome_in, show
 from lrag_ray.stages.spec import Result
@@ -76,6 +76,8 @@ def test_every_event_comes_back_from_its_line() -> None:
         assert line.isprintable() and json.loads(line)["at"]
         show(line, shown.append)
     assert shown == EVENTS
+    # To the millisecond, and not the time of reading.
+    assert all(0 <= (event.at - read.at).total_seconds() < 0.001 for event, read in zip(EVENTS, shown, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_what_is_no_event_is_a_notice(line: str) -> None:
 
 
 def test_unknown_fields_are_left_out() -> None:
-    assert from_json({**as_json(StageBegan("text", 2)), "of_a_later_version": 1}) == StageBegan("text", 2)
+    assert from_json({**log_record(StageBegan("text", 2)), "of_a_later_version": 1}) == StageBegan("text", 2)
 
 
 def test_a_very_long_line_is_shown_short() -> None:
@@ -113,7 +115,7 @@ def test_a_very_long_line_is_shown_short() -> None:
 
 def test_lines_are_short_and_still_events() -> None:
     long = FAILURE.model_copy(update={"traceback": "x" * 6_000_000, "reason": "y" * 100_000})
-    line = short_json({**as_json(AttemptFailed(long)), "at": now_utc()})
+    line = short_json(log_record(AttemptFailed(long)))
     assert len(line) <= LONGEST_LINE
     event = from_json(json.loads(line))
     assert isinstance(event, AttemptFailed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -225,6 +226,33 @@ def test_names_in_a_shard_are_never_paths(tmp_path: Path) -> None:
     assert (outcome.exit_code, outcome.imported) == (0, 3)
     assert not (tmp_path / "outside.pth").exists() and not (tmp_path.parent / "outside.pth").exists()
     assert verify_dataset([str(tmp_path / "imported")]).exit_code == 0
+
+
+def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(folder / "pipe.pt")
+    os.mkfifo(folder / "pipe.tar")
+    made = import_dataset(str(folder), str(tmp_path / "run"))
+    assert made.left_out.keys() >= {"pipe.pt", "pipe.tar"}
+    assert all("not a regular file" in made.left_out[name] for name in ("pipe.pt", "pipe.tar"))
+
+
+def test_sparse_latents_and_names_that_are_not_text_are_no_bug(folder: Path, tmp_path: Path) -> None:
+    torch.save(torch.randn(9, 4, 2, 3).to_sparse(), folder / "sparse.pt")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.pt")).write_bytes((folder / "latent_000000.pt").read_bytes())
+    made = import_dataset(str(folder), str(tmp_path / "run"))
+    assert "expected a dense one" in made.left_out["sparse.pt"]
+    assert made.exit_code == 1 and "?.pt" in made.left_out
+
+
+@pytest.mark.parametrize("headers", [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"}, {"size": "9" * 5000}])
+def test_numbers_that_are_none_in_a_shard_are_named(tmp_path: Path, headers: dict[str, str]) -> None:
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "one.tar", "w", format=tarfile.PAX_FORMAT) as shard:
+        member = tarfile.TarInfo("a.pth")
+        member.pax_headers = headers
+        shard.addfile(member)
+    made = import_dataset(str(tmp_path / "shards"), str(tmp_path / "run"))
+    assert made.exit_code == 1 and list(made.left_out) and made.imported == 0
 
 
 def test_a_source_without_latents_is_wrong_use(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def test_missing_weights_say_what_to_put_where(tmp_path: Path, prompts: dict[str
     absent = tmp_path / "self_forcing.pt"
     backbone = {**BACKBONE, "weights": {"path": str(absent), "use_ema": True}}
     rows = rows_of(make_config(tmp_path / "run", prompts=prompts, backbones={"sf": backbone}))
-    assert rows["transformer"].state == "fail"
-    assert "published as qixinhu11/LongLive-RAG checkpoints/self_forcing.pt" in rows["transformer"].found
-    assert str(absent) in rows["transformer"].found
+    assert rows["weights"].state == "fail" and "transformer" not in rows
+    assert rows["weights"].found == f"1 published file missing (1 of unknown size): {absent}"
+    assert rows["weights"].fix.startswith("lrag-ray weights pull CONFIG")
 
     torch.save({"generator_ema": {"model.head.head.bias": torch.zeros(64)}}, absent)
     rows = rows_of(make_config(tmp_path / "run", prompts=prompts, backbones={"sf": backbone}))

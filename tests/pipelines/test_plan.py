@@ -16,6 +16,8 @@ from lrag_ray.errors import ConfigError
 from lrag_ray.pipelines.history_choice import Machine
 from lrag_ray.pipelines.plan import MethodPlan, Plan, make_plan
 from lrag_ray.scoring.flops import vbench_flops
+from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.flops import clean_pass_flops, pass_flops
 from tests.config.make import write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -88,7 +90,7 @@ def test_histories_are_counted_as_they_are_stored_and_where_they_are_kept() -> N
 def test_six_rollouts_of_120_s_fit_on_256_gb_at_int4() -> None:
     node = Machine(256_000_000_000, 80_000_000_000, 6)
     config = load_config(CONFIGS / "table2.yaml", ["methods.rag.history=int4"])
-    notes = make_plan(config, plan_prompts(config.prompts), node).notes
+    notes = make_plan(config, plan_prompts(config.prompts), machine=node).notes
     expected = (
         "self_forcing/rag: 6 rollouts of 120 s with 34.8 GB of history each (int4) on a node with 256 GB and 80 GB"
     )
@@ -113,14 +115,14 @@ def test_six_rollouts_of_120_s_fit_on_256_gb_at_int4() -> None:
 def test_what_does_not_fit_is_refused_with_settings_that_do(node: Machine, chosen: str) -> None:
     config = load_config(CONFIGS / "table2.yaml")
     with pytest.raises(ConfigError) as raised:
-        make_plan(config, plan_prompts(config.prompts), node)
+        make_plan(config, plan_prompts(config.prompts), machine=node)
     assert f"does not fit. Fix: {chosen}" in str(raised.value)
 
 
 def test_what_is_proposed_is_accepted() -> None:
     node = Machine(256_000_000_000, 80_000_000_000, 6)
     config = load_config(CONFIGS / "table2.yaml", ["methods.rag.history=int8", "engine.bank.device_gb=49.0"])
-    assert make_plan(config, plan_prompts(config.prompts), node).notes
+    assert make_plan(config, plan_prompts(config.prompts), machine=node).notes
 
 
 def test_a_method_without_a_history_has_no_storage_type(tmp_path: Path) -> None:
@@ -129,16 +131,31 @@ def test_a_method_without_a_history_has_no_storage_type(tmp_path: Path) -> None:
 
 
 def test_every_method_costs_what_it_declares() -> None:
-    """Given all methods at one budget, each attends to 12 frames; float32 sinks and retrieved frames come on top."""
+    """Given all methods at one budget, each attends to 12 frames; float32 sinks and retrieved frames come on top.
+
+    Rolling windows are another sampler: two calls per window, over up to 12 frames, and no nested durations.
+    """
     config = load_config(CONFIGS / "methods_all.yaml")
     assert sorted(config.methods) == sorted(registered())
     plan = make_plan(config, plan_prompts(config.prompts))
     frame = plan.backbones[0].kv_bytes_per_frame
-    assert {each.passes for each in plan.methods} == {128 * 160 * 5}
-    assert all(each.nested and each.block_flops == of(plan, "base").block_flops for each in plan.methods)
-    beside = {each.method: each.gpu_bytes - of(plan, "base").gpu_bytes for each in plan.methods}
+    block_loop = [each for each in plan.methods if each.method != "rolling_forcing"]
+    assert {each.passes for each in block_loop} == {128 * 160 * 5}
+    assert all(each.nested and each.block_flops == of(plan, "base").block_flops for each in block_loop)
+    rolling, horizons = of(plan, "rolling_forcing"), (40, 80, 160)
+    assert not rolling.nested and rolling.rollouts == 3 * 128
+    assert rolling.passes == 128 * sum(2 * (blocks + 3) for blocks in horizons)
+    stored = 128 * sum(3 * (blocks + 3 * blocks - (3 + 2 + 1)) for blocks in horizons)
+    assert rolling.latent_bytes == stored * 16 * 60 * 104 * 2
+    sizes = WanConfig()
+    per_block = pass_flops(sizes, 60, 104, 12, 21) + clean_pass_flops(sizes, 60, 104, 3, 21)
+    assert rolling.block_flops == per_block
+    assert rolling.gpu_bytes - of(plan, "base").gpu_bytes > (2 * (21 - 12) + 3) * frame
+    beside = {each.method: each.gpu_bytes - of(plan, "base").gpu_bytes for each in block_loop}
     assert beside.pop("rag") > 6 * frame
     assert beside.pop("ema_sink") == 2 * frame, "one frame in float32"
+    assert beside.pop("dummy_forcing") == frame, "frame 0 beside the local frames"
+    assert beside.pop("forcing_kv") == 2 * frame, "frames that patches are chosen from"
     assert set(beside.values()) == {0}
 
 
@@ -158,12 +175,14 @@ def test_generation_decoding_and_scoring_are_counted_apart() -> None:
     plan = planned(CONFIGS / "table2.yaml")
     assert plan.totals.scoring_flops == 1536 * vbench_flops([477, 957, 1917], 16, 480, 832)
     hours, totals = plan.gpu_hours["H100"], plan.totals
-    for spent, flops, share in (
-        (hours.generation, totals.transformer_flops, 0.4),
-        (hours.decoding, totals.decode_flops, 0.4),
-        (hours.scoring, totals.scoring_flops, 0.05),
+    assert not plan.speeds
+    for spent, flops, shares in (
+        (hours.generation, totals.transformer_flops, (0.6, 0.2)),
+        (hours.decoding, totals.decode_flops, (0.6, 0.2)),
+        (hours.scoring, totals.scoring_flops, (0.1, 0.02)),
     ):
-        assert spent == pytest.approx(flops / (989.4e12 * share * 3600))
+        assert spent is not None
+        assert list(spent) == pytest.approx([flops / (989.4e12 * share * 3600) for share in shares])
 
 
 def test_independent_durations_share_no_clips(tmp_path: Path) -> None:
@@ -241,10 +260,10 @@ def test_a_plan_is_plain_data(tmp_path: Path) -> None:
 
 
 def test_the_tiny_vae_is_counted_with_its_own_sizes() -> None:
-    from lrag_ray.pipelines.plan import _VAE_SIZES
+    from lrag_ray.pipelines.speeds import VAE_SIZES
     from lrag_ray.wan.flops import decoder_parameter_count
     from lrag_ray.wan.vae import tiny_vae
 
     parameters = tiny_vae().model.named_parameters()
     convolutions = [p for n, p in parameters if n.startswith(("decoder.", "post_quant")) and "norm" not in n]
-    assert decoder_parameter_count(_VAE_SIZES["tiny"]) == sum(p.numel() for p in convolutions)
+    assert decoder_parameter_count(VAE_SIZES["tiny"]) == sum(p.numel() for p in convolutions)

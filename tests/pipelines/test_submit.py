@@ -6,15 +6,20 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lrag_ray
 from lrag_ray.config.load import load_config
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.engine.ray_jobs.client import JobClient, RayJob, TakenIdError
+from lrag_ray.engine.ray_jobs.dashboard import Dashboard
 from lrag_ray.errors import PromptError, UsageError
 from lrag_ray.pipelines.submit import bundle as bundle_module
+from lrag_ray.pipelines.submit import submit as submit_module
 from lrag_ray.pipelines.submit.bundle import CONFIG_NAME, make_bundle, run_address
 from lrag_ray.pipelines.submit.plugins import plugin_files
 from lrag_ray.pipelines.submit.submit import prepare
@@ -200,9 +205,10 @@ def test_a_small_file_in_the_settings_of_a_plugin_travels(folder: Path, monkeypa
 
 def test_too_much_is_refused_before_it_is_sent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "MOST_BYTES", 100)
+    monkeypatch.setattr(submit_module, "load_prompts", lambda *_: pytest.fail("it is measured first"))
     (folder / "prompts.txt").write_text("a red fox\n" * 50, encoding="utf-8")
     with pytest.raises(UsageError, match=r"500  prompts\.txt\nFix"):
-        make_bundle(load_config(write(folder))).write(folder)
+        prepare(load_config(write(folder)))
 
 
 def test_addresses_of_runs(folder: Path) -> None:
@@ -219,3 +225,44 @@ def test_every_address_of_the_schema_is_looked_at(folder: Path) -> None:
     assert {".".join(map(str, path)) for path, _ in addresses_of(config)} == {
         "run.uri", "prompts.path", "backbones.tiny.weights.path", "backbones.tiny.weights.lora.path", "scoring.weights",
     }  # fmt: skip
+
+
+class Head(JobClient):
+    """A head in memory, on which another submit of the same run starts its job while ours uploads."""
+
+    def __init__(self) -> None:
+        super().__init__(Dashboard("http://head:8265", "--address"), None)
+        self.started: list[RayJob] = []
+
+    def jobs(self) -> list[RayJob]:
+        return list(self.started)
+
+    def upload(self, package: Path) -> str:
+        return f"gcs://{package.name}"
+
+    def submit(self, job_id: str, entrypoint: str, runtime_env: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        if any(job.id == job_id for job in self.started):
+            raise TakenIdError(job_id)
+        self.started.append(RayJob(job_id, "RUNNING", "", None, metadata, 0, None))
+
+    def job(self, job_id: str) -> RayJob:
+        return next(job for job in self.started if job.id == job_id)
+
+
+@pytest.mark.parametrize("moment", ["upload", "jobs", "submit"])
+def test_of_two_submits_at_once_one_attaches(folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    prepared = prepare(load_config(write(folder)))
+    head = Head()
+    monkeypatch.setattr(submit_module, "connect", lambda address: head)
+    original = getattr(head, moment)
+
+    def after_the_other(*given: Any) -> Any:
+        monkeypatch.setattr(head, moment, original)
+        found = original(*given) if moment == "jobs" else None
+        other = submit_module.submit(prepared)
+        assert not other.attached
+        return found if moment == "jobs" else original(*given)
+
+    monkeypatch.setattr(head, moment, after_the_other)
+    ours = submit_module.submit(prepared)
+    assert [job.id for job in head.started] == [ours.id] and ours.attached

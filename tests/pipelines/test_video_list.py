@@ -219,6 +219,7 @@ def test_rows_end_at_line_ends_alone(folder: Path, separator: str) -> None:
         ("path,method\na/clip.mp4,x\na/clip.mp4,y\n", r"m\.csv:3: 'a/clip\.mp4' stands in the manifest twice"),
         ("path\na,b\n", r"m\.csv:2: more values than the head line has columns"),
         ("file;method\na;b\n", r"m\.csv: no column 'path'; the columns, separated by ';', are 'file', 'method'"),
+        ("path,method\n", r"m\.csv: the manifest has no rows"),
         ('path,prompt\na/clip.mp4,"A\n', r"m\.csv:2: not CSV: unexpected end of data"),
     ],
 )
@@ -253,6 +254,10 @@ def test_a_folder_says_what_it_skips(folder: Path) -> None:
     assert note.startswith(f"{folder}: skipped 2 files that are not named like videos: 1 .gif, 1 .txt.")
     assert not list_videos(str(folder / "a" / "clip.mp4"), None, HERE).notes
     assert not list_videos(f"{folder}/a/*.mp4", None, HERE).notes
+    for video in list_videos(str(folder), None, HERE).videos:
+        Path(video.path).unlink()
+    with pytest.raises(UsageError, match=r"no videos at (.|\n)*: skipped 2 files .*: 1 \.gif, 1 \.txt\."):
+        list_videos(str(folder), None, HERE)
 
 
 def test_a_folder_takes_the_suffixes_of_all_containers_that_are_read(tmp_path: Path) -> None:

@@ -228,9 +228,11 @@ def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RolloutRu
     assert all(image.startswith("strips/") for image in images)
     assert all((summary / unquote(source)).is_file() for source in [*sources, *images])
     links = set(page.values("href", "a"))
-    beside = {link for link in links if not link.startswith("#")}
+    played = {link for link in links if link.startswith("../rollouts/")}
+    assert played == set(sources), "a link to open and one to download beside every video"
+    beside = {link for link in links - played if not link.startswith("#")}
     assert beside == set(report.files) - {"report.html"} and all((summary / name).is_file() for name in beside)
-    assert all(link[1:] in page.values("id") for link in links - beside)
+    assert all(link[1:] in page.values("id") for link in links - played - beside)
 
 
 def test_every_player_knows_all_durations_and_has_a_map(page: Page) -> None:

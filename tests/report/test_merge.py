@@ -8,6 +8,7 @@ import pytest
 
 from lrag_ray.errors import IdentityError, UsageError
 from lrag_ray.report import collect, report
+from lrag_ray.report.tables import warnings
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.video_rows import to_parquet
 from lrag_ray.store.identity import RunIdentity
@@ -127,3 +128,39 @@ def test_other_names_may_differ_and_are_compared_where_they_are(tmp_path: Path) 
 def test_a_run_is_named_once(runs: list[RolloutRun]) -> None:
     with pytest.raises(UsageError, match="given twice"):
         collect([runs[0], RolloutRun(runs[0].uri)])
+
+
+def test_labels_tell_methods_of_one_name_apart(tmp_path: Path) -> None:
+    """Given two runs with base, of which one has another seed, labels give both a row, a player and a strip."""
+    one = scored(make_run(str(tmp_path / "one"), PROMPTS, ["base", "rag"], horizons=(6,)))
+    other = scored(make_run(str(tmp_path / "two"), PROMPTS, ["base"], horizons=(6,)))
+    identity = other.require().model_copy(update={"seed": 8})
+    other.storage.write("run.json", identity.model_dump_json().encode())
+    with pytest.raises(IdentityError, match=r"run.seed: 7 in the first, 8 in the second\n.*`A="):
+        collect([one, other])
+    # The commits of another seed do not count, so the second run keeps its own here.
+    other.storage.write("run.json", identity.model_copy(update={"seed": 7}).model_dump_json().encode())
+    made = report([one, RolloutRun(other.uri)], labels=["A", "B"], to=str(tmp_path / "both"), strips=1)
+    data = made.data
+    assert list(data.methods["tiny"]) == ["base (A)", "base (B)", "rag"]
+    (block,) = data.blocks
+    means = {row.method: row.means for row in block.rows}
+    assert means["base (A)"] == means["base (B)"] and block.prompts == 2
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert page.count('data-method="base (B)"') == 2 and page.count("base (B)</span><img") == 1
+    assert {row.target.method for row in data.scores.rows} == {"base (A)", "base (B)", "rag"}
+
+
+def test_labelled_runs_may_differ_in_anything_and_the_page_says_in_what(tmp_path: Path) -> None:
+    one = make_identity(PROMPTS, ["base"])
+    tiny = one.backbones["tiny"]
+    blocks = tiny.model_copy(update={"frames_per_block": 1})
+    other = one.model_copy(update={"seed": 8, "backbones": {"tiny": blocks}})
+    runs = [identity_run(tmp_path / "one", one), identity_run(tmp_path / "two", other)]
+    data = collect(runs, labels=["A", "B"])
+    assert {name: list(methods) for name, methods in data.methods.items()} == {
+        "tiny (A)": ["base (A)"],
+        "tiny (B)": ["base (B)"],
+    }
+    assert list(data.run_notes) == ["A and B differ in run.seed."]
+    assert warnings(data)[-1] == data.run_notes[0]

@@ -75,3 +75,27 @@ def test_a_map_is_that_of_the_whole_trace(tmp_path: Path, monkeypatch: pytest.Mo
     whole = [row for part in parts for row in read_trace(run.storage.read_bytes(part.path))]
     assert len(whole) == 3 * sum(len(trace_rows(block, retrieves=False)) for block in range(4)) + 3
     assert row.players[0].figure == trace_figure(whole)
+
+
+def test_a_map_of_heads_is_that_of_the_whole_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers whose three heads keep different shares of a frame, after blocks in which all attend alike."""
+
+    def per_head(block: int, *, retrieves: bool) -> list[TraceRow]:
+        alike = trace_rows(block, retrieves=False)
+        if block < 3:
+            return alike
+        groups = [(layer, heads) for layer in range(2) for heads in ((0, 2), (1,))]
+        rows = [row._replace(layer=layer, heads=heads) for row in alike for layer, heads in groups]
+        return [*rows, TraceRow(block, 1, "compressed", 1, 1, 3, None, (0, 2))]
+
+    monkeypatch.setattr(maker, "trace_rows", per_head)
+    run = make_run(str(tmp_path / "run"), ["a red fox"], ["base"])
+    data = collect([run])
+    (row,) = rows(data, partial(relative_address, Storage(f"{run.uri}/summary")))
+    shown = data.rollouts[RolloutId(backbone="tiny", method="base", prompt_id=next(iter(data.identity.prompts)))]
+    whole = [
+        row for part in shown.videos[-1].commit.trace_parts for row in read_trace(run.storage.read_bytes(part.path))
+    ]
+    assert row.players[0].figure == trace_figure(whole)
+    assert row.players[0].figure is not None
+    assert row.players[0].figure.value_range == "share of tokens 0.17 to 0.17", "half a frame in 2 of 6 heads"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lrag_ray.context.deep_forcing import DeepForcing
+from lrag_ray.context.forcing_kv import ForcingKv, ForcingKvSettings
 from lrag_ray.context.memrope import MemRope
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.context.trace import TraceRow
@@ -74,3 +75,15 @@ def test_rows_made_of_many_frames_are_below_frame_0(tmp_path: Path) -> None:
 def test_an_empty_trace_is_refused() -> None:
     with pytest.raises(ValueError, match="the trace is empty"):
         trace_map([])
+
+
+def test_heads_count_by_their_number() -> None:
+    """Given patches of half a frame in 3 of the 4 heads of two layers, the map shows the mean over all heads."""
+    settings = ForcingKvSettings(1, 1, 1, 1, 1, 2, 0.33, static_heads=((0,), (1,)))
+    results = list(start(tiny_transformer(), ForcingKv, settings).blocks(5))
+    rows = [row for result in results for row in result.trace[0]]
+    kept = [row for row in rows if row.kind == "compressed" and row.block == 4]
+    assert kept and {(row.layer, row.heads) for row in kept} == {(1, (0,))}
+    drawn = trace_map(rows)
+    for row in kept:
+        assert drawn.values[row.frame, 4] == pytest.approx(row.tokens / 6 / 2 / 2)

@@ -15,12 +15,15 @@ import torch
 
 from lrag_ray.context.base import Base, BaseSettings
 from lrag_ray.context.deep_forcing import DeepForcing, DeepForcingSettings
+from lrag_ray.context.dummy_forcing import DummyForcing, DummyForcingSettings
 from lrag_ray.context.ema_sink import EmaSink, EmaSinkSettings
+from lrag_ray.context.forcing_kv import ForcingKv, ForcingKvSettings
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.memflow import MemFlow, MemFlowSettings
 from lrag_ray.context.memrope import MemRope, MemRopeSettings
 from lrag_ray.context.policy import ContextPolicy, bank_of, host_bank
 from lrag_ray.context.rag import Rag, RagSettings
+from lrag_ray.context.rolling_forcing import RollingForcing, RollingForcingSettings
 from lrag_ray.context.rolling_sink import RollingSink, RollingSinkSettings
 from lrag_ray.retrieval import history
 from lrag_ray.retrieval.bank_types import BankType
@@ -38,6 +41,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a re
 CUDA = torch.device("cuda", 0)
 FRAME_BYTES = 2 * 2 * 6 * 24 * 4
 SMALL_RAG = RagSettings(window=8, top_k=2, recent_exclude=1, descriptor="avg_pool")
+APART = ForcingKvSettings(1, 1, 2, 1, 1, 6, 0.33, static_heads=((0,), (1,)))
 METHODS = [
     (Base, BaseSettings(window=6)),
     (InfinityRope, BaseSettings(window=-1)),
@@ -46,8 +50,12 @@ METHODS = [
     (EmaSink, EmaSinkSettings(window=6, sink=2)),
     (MemRope, MemRopeSettings(window=8, adaptive=True)),
     (MemFlow, MemFlowSettings(window=6, bank=2, record_interval=1)),
+    (DummyForcing, DummyForcingSettings(local_blocks=1, num_dummy=1)),
+    (ForcingKv, ForcingKvSettings(static_frames=2, dynamic_frames=1, patches_per_frame=6)),
+    (ForcingKv, APART),
     (Rag, SMALL_RAG),
     (Rag, replace(SMALL_RAG, admission="local")),
+    (RollingForcing, RollingForcingSettings(window=9)),
 ]
 
 
@@ -60,7 +68,7 @@ def device() -> Iterator[Device]:
 @pytest.mark.parametrize(("policy", "settings"), METHODS, ids=lambda value: getattr(value, "__name__", ""))
 def test_rollout_and_replay(policy: type[ContextPolicy[Any]], settings: object, device: Device) -> None:
     model = tiny_transformer().to("cuda")
-    rollout = start(model, policy, settings)
+    rollout = start(model, policy, settings, total_blocks=9)
     done = list(rollout.blocks(5))
     device.waits.clear()
     device.calls.clear()
@@ -68,7 +76,7 @@ def test_rollout_and_replay(policy: type[ContextPolicy[Any]], settings: object, 
     calls = list(device.calls)
     assert device.waits == []
 
-    again = start(model, policy, settings)
+    again = start(model, policy, settings, total_blocks=9)
     for result in done:
         again.replay(result.latents.cpu(), [result.state])
     device.calls.clear()
@@ -93,6 +101,19 @@ def test_a_pass_launches_few_kernels(device: Device) -> None:
     passes, layers = 3, 2
     assert len(device.calls) / passes / layers < 45
     assert sum(map(_values, device.calls)) / passes / layers < 36_000
+
+
+def test_heads_are_gathered_only_where_they_differ(device: Device) -> None:
+    """Given a method whose heads attend alike, nothing of a pass is picked by head."""
+    for policy, settings in ((Base, BaseSettings(window=6)), (ForcingKv, APART)):
+        rollout = start(tiny_transformer().to("cuda"), policy, settings)
+        list(rollout.blocks(4))
+        device.calls.clear()
+        list(rollout.blocks(1))
+        gathered = sum(call[0] == "aten.index_copy_.default" for call in device.calls)
+        # Nobody attends in the last layer of a clean-context pass.
+        layers_of_groups, groups, passes = 1, 2, 2
+        assert gathered == (layers_of_groups * groups * passes if policy is ForcingKv else 0)
 
 
 def test_retrieval_adds_one_span_per_layer_to_what_is_launched(device: Device) -> None:

@@ -51,7 +51,7 @@ class Watch:
     def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None:
         self.x0[block, step] = x0
 
-    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None: ...
+    def on_attention(self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: Any) -> None: ...
 
 
 class Spy(Base):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lrag_ray.errors import LeaseError
+from lrag_ray.errors import LeaseError, StorageError
 from lrag_ray.store import lease as lease_module
 from lrag_ray.store.address import Storage
 from lrag_ray.store.lease import DECODE, FOLDER, Lease, LeaseRecord, holder, new_record, take_lease
@@ -46,6 +46,14 @@ def elsewhere(**changes: object) -> LeaseRecord:
 
 def take(storage: Storage, record: LeaseRecord | None = None, told: Told | None = None) -> Lease:
     return take_lease(storage, record or new_record("run", TTL_S), told or Told())
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (Path("/proc/nothing/run"), tmp_path / "file" / "run"):
+        expected = rf"cannot (make the folder|read) {folder}.*: .*\. (Check the path|A file is)"
+        with pytest.raises(StorageError, match=expected):
+            take(Storage(str(folder)))
 
 
 def test_nobody_holds_a_new_run_and_a_lease_given_back_is_taken_at_once(storage: Storage) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import io
+
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lrag_ray.store.parts import BrokenPartError, read_chain, read_part
+from lrag_ray.store.parts import BrokenPartError, read_chain, read_part, read_trace, trace_bytes
 from lrag_ray.store.rollouts import RolloutRun
 from tests.store.make import FRAMES_PER_BLOCK, make_blocks, rollout_id, store_part
 
@@ -78,3 +81,25 @@ def test_an_unreadable_part_record_is_reported(run: RolloutRun) -> None:
     path = f"{rollout_id().path}/attempt-one/part-00000-00006.json"
     run.storage.write(path, b"{")
     assert run.part_records(run.inventory(rollout_id()), rollout_id()) == ([], [f"{path} is not a part record"])
+
+
+def test_traces_name_heads_where_they_differ() -> None:
+    """Given a trace without groups of heads, its file is that of earlier versions; given one with, both come back."""
+    (block,) = make_blocks(1, 1)
+    plain, grouped = block.trace, [row._replace(layer=2, heads=(0, 3)) for row in block.trace]
+    columns = pq.read_schema(io.BytesIO(trace_bytes([block]))).names
+    assert "heads" not in columns
+    assert read_trace(trace_bytes([block])) == plain
+    both = trace_bytes([block._replace(trace=plain + grouped)])
+    assert pq.read_schema(io.BytesIO(both)).names == [*columns, "heads"]
+    assert read_trace(both) == plain + grouped
+
+
+def test_traces_name_windows_where_blocks_are_denoised_together() -> None:
+    """Given rows of calls, the columns that they fill are stored, and come back in their places."""
+    (block,) = make_blocks(1, 1)
+    columns = pq.read_schema(io.BytesIO(trace_bytes([block]))).names
+    rows = [row._replace(window=3, clean=i > 0, timestep=937.5 if i else None) for i, row in enumerate(block.trace)]
+    stored = trace_bytes([block._replace(trace=rows)])
+    assert pq.read_schema(io.BytesIO(stored)).names == [*columns, "window", "clean", "timestep"]
+    assert read_trace(stored) == rows

@@ -37,12 +37,12 @@ def latents(rollouts: Rollouts) -> list[Tensor]:
 
 
 def reader_of(data: Sequence[Tensor], broken: Window | None = None) -> WindowReader:
-    def read(window: Window) -> Tensor:
+    def read_into(window: Window, out: Tensor) -> None:
         if window == broken:
             raise UnusableWindowError(f"rollout {window.rollout} is damaged")
-        return data[window.rollout][window.start : window.start + LENGTH]
+        out.copy_(data[window.rollout][window.start : window.start + LENGTH])
 
-    return WindowReader(read, (LENGTH, *SHAPE), torch.float32, lambda w: f"rollout {w.rollout} from {w.start}")
+    return WindowReader(read_into, (LENGTH, *SHAPE), torch.float32, lambda w: f"rollout {w.rollout} from {w.start}")
 
 
 class Memory:

@@ -16,7 +16,7 @@ from lrag_ray.retrieval.measures import bend, mean_by_distance, similarity_map
 from lrag_ray.retrieval.training import OptimizerConfig
 from lrag_ray.training.loop import Trainer, TrainingSettings
 from lrag_ray.training.read_ahead import WindowReader
-from lrag_ray.training.windows import Rollouts, WindowSampler
+from lrag_ray.training.windows import Rollouts, Window, WindowSampler
 from lrag_ray.wan.keyed import keyed_generator
 from tests.training.small import Memory
 
@@ -45,9 +45,11 @@ class Found(NamedTuple):
 
 def trained(data: list[Tensor], delta: float, smooth: float) -> Found:
     rollouts = Rollouts([f"{i:02d}" for i in range(COUNT)], np.full(COUNT, FRAMES), np.arange(COUNT) < HELD_OUT)
-    reader = WindowReader(
-        lambda w: data[w.rollout][w.start : w.start + LENGTH], (LENGTH, *SHAPE), torch.float32, str
-    )  # fmt: skip
+
+    def read_into(window: Window, out: Tensor) -> None:
+        out.copy_(data[window.rollout][window.start : window.start + LENGTH])
+
+    reader = WindowReader(read_into, (LENGTH, *SHAPE), torch.float32, str)
     settings = TrainingSettings(
         sizes=EncoderConfig(*SHAPE, 8, (16,)), losses=LossConfig(delta_weight=delta, smooth_weight=smooth),
         optimizer=OptimizerConfig(lr=1e-2), epochs=50, seed=3,

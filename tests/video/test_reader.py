@@ -88,6 +88,17 @@ def test_half_a_file_is_refused(name: str, share: float, tmp_path: Path) -> None
             read()
 
 
+def test_an_mp4_that_ends_within_its_header_is_refused(tmp_path: Path) -> None:
+    """Given sound, whose track comes last: the video's index is whole, or lacks frames at its end alone."""
+    path = make(tmp_path / "video.mp4", Stream(), sound_s=2)
+    content = path.read_bytes()
+    header = content.rindex(b"moov") - 4
+    for end in range(header + 16, len(content), 40):
+        path.write_bytes(content[:end])
+        with pytest.raises(VideoError):
+            list(decode(path))
+
+
 @pytest.mark.parametrize("name", ["h264.ts", "mpeg2.mpg", "vp8.ogv", "live.mkv"])
 def test_half_a_file_without_a_declared_length_is_read_and_marked(name: str, tmp_path: Path) -> None:
     stream, options = UNDECLARING[name]

@@ -94,7 +94,7 @@ def test_memory_counts_the_buffers_a_rollout_really_holds() -> None:
         tiny_transformer(), SAMPLER, InfinityRope, InfinityRope.Settings(), prompt_embeds("p"), noise, LATENT
     )
     list(rollout.blocks(5))
-    memory = rollout_memory(CONFIG, *LATENT[1:], frames_per_block=3, window_frames=12, bytes_per_value=FLOAT32_BYTES)
+    memory = rollout_memory(CONFIG, *LATENT[1:], frames_per_pass=3, window_frames=12, bytes_per_value=FLOAT32_BYTES)
     policy: Any = rollout.context.policies[0]
     assert memory.window == policy.window._slots.nbytes
     buffers = [buffer for buffer in rollout.context._buffers if buffer is not None]
@@ -104,10 +104,8 @@ def test_memory_counts_the_buffers_a_rollout_really_holds() -> None:
 
 
 def test_memory_parts_follow_batch_and_options() -> None:
-    one = rollout_memory(FULL, 60, 104, frames_per_block=3, window_frames=12)
-    two = rollout_memory(
-        FULL, 60, 104, frames_per_block=3, window_frames=12, method_bytes=1000, batch=2, vae=VaeSizes()
-    )
+    one = rollout_memory(FULL, 60, 104, frames_per_pass=3, window_frames=12)
+    two = rollout_memory(FULL, 60, 104, frames_per_pass=3, window_frames=12, method_bytes=1000, batch=2, vae=VaeSizes())
     assert (two.window, two.exposed, two.text) == (2 * one.window, 2 * one.exposed, 2 * one.text)
     assert two.method == 2 * 1000
     assert (one.method, one.vae) == (0, 0)

@@ -8,8 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from lrag_ray.weights.pull import pull
 from lrag_ray.weights.verify import verify
 from tests.conftest import REPOSITORY
 from tests.tiny import CONFIG, tiny_transformer
+from tests.waiting import wait_until
 from tests.weights.hub import COMMIT, Hub
 
 RAG = "qixinhu11/LongLive-RAG/checkpoints"
@@ -165,13 +165,6 @@ pull(needs_of(load_config(sys.argv[1]))[0])
     subprocess.run(command, cwd=REPOSITORY, check=True)
     assert hub.ranges == [None, f"bytes={CHUNK_BYTES}-"]
     assert (tmp_path / "w" / "self_forcing.pt").read_bytes() == content
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
-    while not true():
-        assert time.monotonic() < deadline, "waited for four minutes"
-        time.sleep(0.05)
 
 
 def test_a_failing_hub_is_told(hub: Hub, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 from urllib.parse import quote
 
 import requests
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.engine.ray_jobs.dashboard import Dashboard, Token, check_versions, find_dashboard, find_token
@@ -29,6 +30,7 @@ _SIGKILL = 9
 _AGENT_POLL_S = 2.0
 _NO_AGENT = re.compile("No available agent|Failed to get head node agent")
 
+_Answer = TypeVar("_Answer")
 JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 
 
@@ -108,6 +110,56 @@ class RayJob:
                 return ""
 
 
+class _Job(BaseModel):
+    """A job as the dashboard describes it; whoever may submit to the cluster decides what is in it."""
+
+    submission_id: str
+    status: JobState
+    message: str | None = None
+    driver_exit_code: int | None = Field(default=None, ge=-255, le=255)
+    metadata: dict[str, str] | None = None
+    start_time: int | None = Field(default=None, ge=0, lt=1 << 53)
+    end_time: int | None = Field(default=None, ge=0, lt=1 << 53)
+
+    def found(self) -> RayJob:
+        """As the rest of the program knows it."""
+        return RayJob(
+            id=self.submission_id,
+            state=self.status,
+            message=self.message or "",
+            driver_exit_code=self.driver_exit_code,
+            metadata=self.metadata or {},
+            began_ms=self.start_time or 0,
+            ended_ms=self.end_time,
+        )
+
+
+class _Driver(BaseModel):
+    """One that was not submitted."""
+
+    submission_id: None = None
+
+
+class _Log(BaseModel):
+    logs: str | None = None
+
+
+class _Stopped(BaseModel):
+    stopped: bool = False
+
+
+class _Version(BaseModel):
+    ray_version: str
+
+
+class _Metadata(BaseModel):
+    python_version: Annotated[str, Field(alias="pythonVersion", pattern=r"^\d+\.\d+")]
+
+
+class _Cluster(BaseModel):
+    data: _Metadata
+
+
 class JobClient:
     """Talks to the dashboard of one cluster."""
 
@@ -130,13 +182,9 @@ class JobClient:
         """Ask who answers: ClusterError unless it is the dashboard of a Ray that suits us and takes our token."""
         answer = self._request("GET", "/api/version")
         try:
-            ray = answer.json()["ray_version"]
-            assert isinstance(ray, str)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise ClusterError(
-                f"{self._where()} answers, but not as a Ray dashboard (HTTP {answer.status_code}). Fix: give the port "
-                "of the dashboard, 8265 unless set otherwise"
-            ) from None
+            ray = _Version.model_validate_json(answer.content).ray_version
+        except ValidationError:
+            raise self._other_service(f"HTTP {answer.status_code}") from None
         self.note = check_versions(ray, self._python(), self._where())
         return self
 
@@ -145,7 +193,8 @@ class JobClient:
         answer = self._request("GET", "/api/jobs/")
         if answer.status_code != 200:
             self._refuse(answer, "does not list its jobs")
-        found = [_job(each) for each in answer.json() if each.get("submission_id")]
+        listed = self._parsed(answer, TypeAdapter(list[_Job | _Driver]))
+        found = [job.found() for job in listed if isinstance(job, _Job)]
         return sorted(found, key=lambda job: (job.began_ms, job.id))
 
     def job(self, job_id: str) -> RayJob:
@@ -155,7 +204,7 @@ class JobClient:
             raise UnknownJobError(f"{self._where()} has no job {job_id!r}")
         if answer.status_code != 200:
             self._refuse(answer, f"does not describe job {job_id!r}")
-        return _job(answer.json())
+        return self._parsed(answer, TypeAdapter(_Job)).found()
 
     def log(self, job_id: str) -> str:
         """All that the job has written so far. LogError where the cluster cannot read it."""
@@ -164,8 +213,7 @@ class JobClient:
             raise UnknownJobError(f"{self._where()} has no job {job_id!r}")
         if answer.status_code != 200:
             raise LogError(f"{self._where()} cannot read the log of {job_id}: {_last_line(answer.text)}")
-        logs = answer.json().get("logs")
-        return logs if isinstance(logs, str) else ""
+        return self._parsed(answer, TypeAdapter(_Log)).logs or ""
 
     def upload(self, package: Path) -> str:
         """Upload a zip archive or a wheel unless the cluster has it; the address under which a job names it.
@@ -217,16 +265,15 @@ class JobClient:
             raise UnknownJobError(f"{self._where()} has no job {job_id!r}")
         if answer.status_code != 200:
             self._refuse(answer, f"did not stop job {job_id!r}")
-        return bool(answer.json().get("stopped"))
+        return self._parsed(answer, TypeAdapter(_Stopped)).stopped
 
     def _python(self) -> str | None:
         """The cluster's Python; None where it does not say."""
         answer = self._request("GET", "/api/v0/cluster_metadata")
         try:
-            found = answer.json()["data"]["pythonVersion"]
-        except (ValueError, KeyError, TypeError):
+            return _Cluster.model_validate_json(answer.content).data.python_version
+        except ValidationError:
             return None
-        return found if isinstance(found, str) and re.match(r"\d+\.\d+", found) else None
 
     def _where(self) -> str:
         return f"{self.url} ({self.dashboard.source})"
@@ -243,6 +290,8 @@ class JobClient:
                 "certificate, or REQUESTS_CA_BUNDLE for one of your own"
             ) from None
         except requests.exceptions.RequestException as error:
+            if "BadStatusLine" in str(error):
+                raise self._other_service("not HTTP") from None
             raise NoAnswerError(
                 f"no Ray dashboard answers at {self._where()}: {_cause(error)}. Fix: start the cluster (`ray start "
                 "--head`), give the dashboard's address (--address http://host:8265), or open a tunnel to it (ssh -L, "
@@ -259,6 +308,24 @@ class JobClient:
             raise ClusterError(f"{self._where()} refuses {used}. Fix: use the token of that cluster")
         return answer
 
+    def _other_service(self, answer: str) -> ClusterError:
+        return ClusterError(
+            f"{self._where()} answers, but not as a Ray dashboard ({answer}). Fix: give the dashboard's port, 8265 "
+            "unless set otherwise"
+        )
+
+    def _parsed(self, answer: requests.Response, expected: TypeAdapter[_Answer]) -> _Answer:
+        """What an answer says; ClusterError where it is not what Ray answers."""
+        try:
+            return expected.validate_json(answer.content)
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or "its start"
+            raise ClusterError(
+                f"{self._where()} does not answer as Ray does ({first['msg']} at {place}). Fix: check what listens at "
+                "that address; where it is Ray's dashboard, use the Ray version of constraints.txt there"
+            ) from None
+
     def _refuse(self, answer: requests.Response, what: str) -> NoReturn:
         raise ClusterError(f"{self._where()} {what}: HTTP {answer.status_code}, {_last_line(answer.text)}")
 
@@ -266,18 +333,6 @@ class JobClient:
 def connect(address: str | None = None) -> JobClient:
     """A client of the cluster that `address` or the environment names, once it has answered. See `find_dashboard`."""
     return JobClient(find_dashboard(address), find_token()).check()
-
-
-def _job(data: Mapping[str, Any]) -> RayJob:
-    return RayJob(
-        id=data["submission_id"],
-        state=data["status"],
-        message=data.get("message") or "",
-        driver_exit_code=data.get("driver_exit_code"),
-        metadata=data.get("metadata") or {},
-        began_ms=data.get("start_time") or 0,
-        ended_ms=data.get("end_time"),
-    )
 
 
 def _mode_off() -> str:
@@ -293,7 +348,6 @@ def _cause(error: BaseException) -> str:
         (r"Name or service not known|getaddrinfo|NameResolution", "no such host"),
         (r"[Tt]imed out", "no answer in time"),
         (r"No route to host|Network is unreachable", "no route to that host"),
-        (r"BadStatusLine", "the port does not speak HTTP"),
         (r"Connection aborted|RemoteDisconnected|reset by peer", "the connection was closed without an answer"),
     ):
         if re.search(pattern, text):

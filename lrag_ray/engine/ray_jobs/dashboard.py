@@ -89,7 +89,7 @@ def check_versions(ray: str, python: str | None, where: str) -> str:
     if _numbers(ray) < LEAST_RAY:
         raise ClusterError(
             f"{where} runs Ray {ray}, and lrag-ray needs {_dotted(LEAST_RAY)} or later there. Fix: install the version "
-            "of constraints.txt on every node, or use an image that has it (cluster/Dockerfile)"
+            "of constraints.txt on every node, or use an image that has it (cluster/docker/Dockerfile)"
         )
     if python is None:
         return ""
@@ -143,6 +143,9 @@ def _asked(text: str, source: str) -> str:
     else:
         if asked.returncode == 0:
             return asked.stdout.split()[-1].rstrip("/")
+        if "AuthenticationError" in asked.stderr:
+            used = f"refuses the token in {token.source}" if token else "asks for a token, and there is none here"
+            raise ClusterError(f"the cluster at {text} ({source}) {used}. Fix: use the token of that cluster")
         lines = asked.stderr.strip().splitlines()
         why = redact(lines[-1]) if lines else "no cluster is there"
     raise ClusterError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ class Bundle:
         for name, path in sorted(self.files.items()):
             digest.update(f"\0{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:16]
+
+    def check_size(self) -> None:
+        """UsageError where the archive is too large."""
+        if sum(path.stat().st_size for path in self.files.values()) > MOST_BYTES:
+            with tempfile.TemporaryDirectory(prefix="lrag-submit-") as folder:
+                self.write(Path(folder))
 
     def write(self, folder: Path) -> Path:
         """The archive, in `folder`; the same content makes the same file. UsageError where it is too large."""

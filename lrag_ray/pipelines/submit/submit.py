@@ -10,7 +10,7 @@ import hashlib
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -84,6 +84,8 @@ class Preparation(NamedTuple):
 def prepare(config: JobConfig) -> Preparation:
     """Check here what can be checked without a cluster. Raises PromptError and UsageError."""
     bundle = make_bundle(config)
+    # First: to plan with prompts that are too large to travel takes minutes.
+    bundle.check_size()
     return Preparation(
         bundle, make_plan(config, load_prompts(config.prompts)) if isinstance(config, RunConfig) else None
     )
@@ -107,15 +109,11 @@ def submit(
         # Before the cluster is asked: it may be too large.
         archive = prepared.bundle.write(Path(folder))
         client = _connected(address, listener)
-        if found := working_job(client, prepared.run):
+        if found := _working(client.jobs(), prepared.run):
             return _attached(client, found, prepared, listener)
         runtime_env: dict[str, object] = {
             "working_dir": client.upload(archive),
-            "env_vars": {
-                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
-                # Where the head was started by `uv run`, Ray would start workers through uv, in the job's folder.
-                "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-            },
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
         }
         sizes = [archive.stat().st_size]
         if upload:
@@ -132,18 +130,23 @@ def submit(
     program = [python, "-m", "jobs.evaluate", CONFIG_NAME, "--progress", "json"]
     program += ["--client-version", f"{lrag_ray.__version__}/{lrag_ray.NUMERICS_VERSION}"]
     for _ in range(_TRIES):
-        job_id = _next_id(client, prepared)
+        # One list for both: a job that another submit started meanwhile is attached to, and not the reason for a
+        # higher number.
+        known = client.jobs()
+        if found := _working(known, prepared.run):
+            return _attached(client, found, prepared, listener)
+        job_id = _next_id(known, prepared)
         try:
             client.submit(job_id, f"exec {shlex.join(program)}", runtime_env, metadata)
-        except (TakenIdError, NoAnswerError) as error:
-            # Taken by a submit at the same moment, or by ours whose answer was lost.
-            if found := working_job(client, prepared.run):
-                ours = isinstance(error, NoAnswerError)
-                return submitted(client, found) if ours else _attached(client, found, prepared, listener)
-            if isinstance(error, NoAnswerError):
+        except TakenIdError:
+            # By a submit at the same moment.
+            continue
+        except NoAnswerError:
+            # The answer may be what was lost.
+            if (found := _working(client.jobs(), prepared.run)) is None:
                 raise
-        else:
-            return submitted(client, client.job(job_id))
+            return submitted(client, found)
+        return submitted(client, client.job(job_id))
     raise ClusterError(f"{client.url} keeps ids of jobs of {prepared.run} that are not in its list. Fix: submit again")
 
 
@@ -152,11 +155,6 @@ def submitted(client: JobClient, job: RayJob) -> SubmittedJob:
     code = job.exit_code if job.ended else None
     run = job.metadata.get(RUN_KEY, "")
     return SubmittedJob(job.id, client.url, run, job.state, code, job.began_ms, job.ended_ms)
-
-
-def working_job(client: JobClient, run: str) -> RayJob | None:
-    """The job that works on the run at this address, or is about to."""
-    return next((job for job in client.jobs() if job.metadata.get(RUN_KEY) == run and not job.ended), None)
 
 
 def jobs(address: str | None = None, listener: Listener = silent) -> list[SubmittedJob]:
@@ -195,6 +193,11 @@ def _ours(client: JobClient) -> list[RayJob]:
     return [job for job in client.jobs() if RUN_KEY in job.metadata]
 
 
+def _working(known: Iterable[RayJob], run: str) -> RayJob | None:
+    """The job that works on the run at this address, or is about to."""
+    return next((job for job in known if job.metadata.get(RUN_KEY) == run and not job.ended), None)
+
+
 def _attached(client: JobClient, job: RayJob, prepared: Preparation, listener: Listener) -> SubmittedJob:
     if job.metadata.get(CONFIG_KEY) != prepared.bundle.digest:
         text = (
@@ -205,11 +208,11 @@ def _attached(client: JobClient, job: RayJob, prepared: Preparation, listener: L
     return submitted(client, job)._replace(attached=True)
 
 
-def _next_id(client: JobClient, prepared: Preparation) -> str:
+def _next_id(known: Iterable[RayJob], prepared: Preparation) -> str:
     """The first id of this run that no job has had."""
     storage = prepared.bundle.config.storage
     digest = hashlib.sha256(f"{prepared.run}\0{storage.endpoint_url or ''}".encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", prepared.run.rstrip("/").rsplit("/", 1)[-1])[:40].strip("-.") or "run"
     stem = f"lrag-{name}-{digest}-"
-    taken = [int(job.id[len(stem) :]) for job in client.jobs() if re.fullmatch(re.escape(stem) + r"\d{1,9}", job.id)]
+    taken = [int(job.id[len(stem) :]) for job in known if re.fullmatch(re.escape(stem) + r"\d{1,9}", job.id)]
     return f"{stem}{max(taken, default=0) + 1}"

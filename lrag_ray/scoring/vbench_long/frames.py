@@ -15,8 +15,6 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from lrag_ray.scoring.vbench_long.clips import Frame, clip_length
 from lrag_ray.scoring.vbench_long.old_scaler import OldScaler
 from lrag_ray.video.reader import OpenVideo, VideoError
@@ -67,10 +65,8 @@ def decode(source: str | Path | io.BytesIO) -> Iterator[Frame]:
             if (frame.width, frame.height) != size:
                 raise VideoError(f"{video.name} changes its size at frame {video.decoded}")
             _check_memory(video, frame.width * frame.height, video.decoded + 1)
-            rgb = scaler.rgb(frame)
             # Degrees against the clock. A mirrored file counts as turned, as it does for decord and OpenCV.
-            if turns := round(frame.rotation / 90) % 4:
-                rgb = np.ascontiguousarray(np.rot90(rgb, turns))
+            rgb = scaler.rgb(frame, round(frame.rotation / 90) % 4)
             yield rgb
         yield from repeat(rgb, video.packets - video.decoded)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lrag_ray.rollout.rollout import Rollout
+from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.stages.horizon_videos import HorizonVideos
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import sha256_of
@@ -56,7 +56,7 @@ class Restoration:
         storage: Storage,
         damaged: Damaged,
         frames_per_block: int,
-        start: Callable[[], Rollout],
+        start: Callable[[], RolloutLoop],
         open_videos: Callable[[Sequence[int]], HorizonVideos | None],
         step: Callable[[int, str], None],
     ) -> None:

@@ -28,8 +28,9 @@ from lrag_ray.config.schema import (
 from lrag_ray.context.policy import bank_of
 from lrag_ray.errors import WeightsError
 from lrag_ray.retrieval.similarity import HostCopy
+from lrag_ray.rollout.loop import RolloutLoop
+from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise, NoiseVersion
-from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.rollout.types import BlockResult
 from lrag_ray.stages.backbone import device_for, load_generator, load_method_weights, load_vae, weights_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
@@ -201,18 +202,19 @@ class RolloutWorker:
 def _read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
     """Blocks in host memory. With `behind`, one is read when the next has been launched, so that the device, whose
     times are known by then, never waits for the host."""
-    waiting: list[tuple[BlockResult, HostCopy]] = []
+    waiting: list[tuple[BlockResult, HostCopy, dict[str, HostCopy]]] = []
     for result in results:
-        waiting.append((result, HostCopy(result.latents[0])))
+        state = {name: HostCopy(value) for name, value in result.state[0].items()}
+        waiting.append((result, HostCopy(result.latents[0]), state))
         if len(waiting) > behind:
             yield _finished(*waiting.pop(0))
     for last in waiting:
         yield _finished(*last)
 
 
-def _finished(result: BlockResult, latents: HostCopy) -> FinishedBlock:
-    state = {name: value.cpu() for name, value in result.state[0].items()}
-    return FinishedBlock(result.block, latents.read(), result.trace[0], state)
+def _finished(result: BlockResult, latents: HostCopy, state: dict[str, HostCopy]) -> FinishedBlock:
+    kept = {name: value.read() for name, value in state.items()}
+    return FinishedBlock(result.block, latents.read(), result.trace[0], kept)
 
 
 class _MustLeaveError(Exception):
@@ -370,20 +372,23 @@ class _Attempt:
                 if following is not None:
                     rollout.expect([row.frame for row in following.trace if row.kind == "retrieved"])
                 rollout.replay(block.latents[None], [[block.state]])
-        self._notes += rollout.notes
         self._report(len(stored), "generating")
-        for block in _read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
-            self._watch.timings_s.update(rollout.timings_s)
-            yield block
-            self._report(block.block + 1, "generating")
-            if block.block + 1 < self._blocks_total:
-                self._leave_if_asked()
+        try:
+            for block in _read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
+                self._watch.timings_s.update(rollout.timings_s)
+                yield block
+                self._report(block.block + 1, "generating")
+                if block.block + 1 < self._blocks_total:
+                    self._leave_if_asked()
+        finally:
+            # Histories grow to the end, and with them what is to be said of them.
+            self._notes += rollout.notes
 
     def _leave_if_asked(self) -> None:
         if self._worker.host.must_leave():
             raise _MustLeaveError
 
-    def _start(self) -> Rollout:
+    def _start(self) -> RolloutLoop:
         task, config = self._task, self._backbone
         rows = read_embedding(self._run.storage, task.text_digest, task.prompt)
         if rows is None:
@@ -394,7 +399,7 @@ class _Attempt:
         shape = (latent.channels, latent.height, latent.width)
         seed, sample = self._stage.seed, task.rollout.sample
         expected = history_frames(config, method, self._blocks_total * self._n)
-        return Rollout(
+        return loop_of(method.policy)(
             self._worker.generator(task.weights_digest),
             config.sampler,
             method.policy,
@@ -405,6 +410,7 @@ class _Attempt:
             weights=load_method_weights(method, self._device),
             make_bank=bank_of(method.history, tiers_of(self._stage.engine.bank, expected)),
             keys=[(seed, task.prompt, sample)],
+            total_blocks=self._blocks_total,
         )
 
     def _open_videos(self, scratch: Path, horizons: Sequence[int]) -> HorizonVideos | None:

@@ -117,22 +117,54 @@ def test_a_video_cut_without_encoding_ends_as_it_does_for_decord(
     assert repeated == [False] * 8 + [True] * 4 if suffix == ".mp4" else [False] * 11 + [True]
 
 
-@pytest.mark.parametrize(
-    ("matrix", "turns"),
-    [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((-1, 0, 0, 1), 2)],
-    ids=["90", "180", "270", "mirrored"],
-)
-def test_frames_are_turned_as_the_file_says(
-    matrix: tuple[int, int, int, int], turns: int, make_video: VideoMaker
-) -> None:
-    path = make_video(frames=2, size=(96, 64))
-    upright = ours(path)
+def turn(path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Set the matrix of the track in an mp4 file."""
     a, b, c, d = (value * _WHOLE for value in matrix)
     header = path.read_bytes()
     # Type, version and flags, times, track, duration, reserved, layer, group and volume come before the matrix.
     start = header.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
     path.write_bytes(header[:start] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, _LAST) + header[start + 36 :])
 
+
+_TURNED = pytest.mark.parametrize(
+    ("matrix", "turns"),
+    [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((-1, 0, 0, 1), 2)],
+    ids=["90", "180", "270", "mirrored"],
+)
+
+
+@_TURNED
+def test_frames_are_turned_as_the_file_says(
+    matrix: tuple[int, int, int, int], turns: int, make_video: VideoMaker
+) -> None:
+    path = make_video(frames=2, size=(96, 64))
+    upright = ours(path)
+    turn(path, matrix)
     turned = ours(path)
     assert np.array_equal(turned, by_decord(path))
     assert np.array_equal(turned, np.rot90(upright, turns, axes=(1, 2)))
+
+
+@_TURNED
+@pytest.mark.parametrize("size", [(96, 67), (97, 64), (97, 67)], ids=str)
+@pytest.mark.parametrize("codec", ["mpeg4", "libvpx-vp9"])
+def test_frames_of_odd_sizes_are_turned_before_their_chroma_is_spread(
+    codec: str, size: tuple[int, int], matrix: tuple[int, int, int, int], turns: int, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "video.mp4", Stream(codec, *size, fps=25, frames=2))
+    upright = ours(path)
+    turn(path, matrix)
+    assert np.array_equal(ours(path), by_decord(path))
+    assert ours(path).shape == np.rot90(upright, turns, axes=(1, 2)).shape
+
+
+@_TURNED
+@pytest.mark.parametrize("pixels", ["yuv420p10le", "yuv422p", "yuv422p10le", "yuv444p10le"])
+def test_every_pixel_format_is_turned_as_decord_does_it(
+    pixels: str, matrix: tuple[int, int, int, int], turns: int, make_video: VideoMaker
+) -> None:
+    path = make_video(frames=2, size=(98, 66), pixels=pixels)
+    turn(path, matrix)
+    turned = ours(path)
+    assert np.array_equal(turned, by_decord(path))
+    assert turned.shape == ((2, 98, 66, 3) if turns % 2 else (2, 66, 98, 3))

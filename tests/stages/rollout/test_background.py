@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import threading
 import traceback
+from functools import partial
 
 import pytest
 import torch
 
 from lrag_ray.stages.rollout.background import BackgroundThread
+from tests.waiting import wait_until
 
 
 def test_calls_are_done_in_order_and_never_more_than_the_depth_are_open() -> None:
@@ -31,17 +33,9 @@ def test_calls_are_done_in_order_and_never_more_than_the_depth_are_open() -> Non
         # One more is given only when one is done.
         assert len(given) <= released + 2
         go.release()
-        wait_for(done, released + 1)
+        wait_until(partial(done.__contains__, released), 120, every_s=0.01)
     thread.join()
     assert done == given == [0, 1, 2, 3, 4]
-
-
-def wait_for(found: list[int], length: int) -> None:
-    for _ in range(12_000):
-        if len(found) >= length:
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"{found} does not grow to {length}")
 
 
 def test_an_exception_keeps_its_own_traceback_and_ends_what_follows() -> None:

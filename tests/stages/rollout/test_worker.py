@@ -16,6 +16,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import StorageError, WeightsError
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
+from lrag_ray.stages.rollout.restore import Damaged
 from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage, RolloutTask, RolloutWorker
 from lrag_ray.stages.spec import LocalHost, Yielded
 from lrag_ray.store.records import Commit, new_attempt_id
@@ -26,6 +27,7 @@ from tests.stages.make import BACKBONE, METHODS, encode_texts, make_config, make
 
 PROMPTS = make_prompts("a red fox in the snow")
 DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink": 3}
+ROLLING = {"method": "rolling_forcing", "window": 9}
 
 
 class Bench:
@@ -84,7 +86,9 @@ def test_every_horizon_is_committed_with_parts_trace_and_video(quiet: Bench) -> 
     assert {state.step for state in quiet.told} == {"loading", "generating"}
 
 
-@pytest.mark.parametrize("method", [METHODS["base"], METHODS["rag"], DEEP], ids=["base", "rag", "deep_forcing"])
+@pytest.mark.parametrize(
+    "method", [METHODS["base"], METHODS["rag"], DEEP, ROLLING], ids=["base", "rag", "deep_forcing", "rolling_forcing"]
+)
 def test_an_attempt_that_dies_is_continued_from_its_parts_with_the_same_result(
     tmp_path: Path, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +325,26 @@ def test_independent_durations_are_rollouts_of_their_own(tmp_path: Path, quiet: 
     assert {f: c.latents_digest for f, c in alone.commits().items()} == {
         f: c.latents_digest for f, c in quiet.commits().items()
     }
+
+
+def test_durations_of_rolling_windows_are_rollouts_of_their_own_and_can_be_restored(tmp_path: Path) -> None:
+    """Given a part that is lost in the middle, its gap is made again from the noisy latents stored before it."""
+    rolling = bench(tmp_path, ROLLING)
+    tasks = rolling.tasks()
+    assert [task.horizons for task in tasks] == [(6,), (12,)]
+    for task in tasks:
+        rolling.worker.work(task, new_attempt_id())
+    commits = rolling.commits()
+    assert commits[6].latent_parts[0].sha256 != commits[12].latent_parts[0].sha256
+    lost = frozenset({commits[12].latent_parts[1].path, commits[12].trace_parts[1].path})
+    before = {path: rolling.run.storage.read_bytes(path) for path in lost}
+    for path in lost:
+        rolling.run.storage.write(path, b"lost")
+    damaged = Damaged(commits=(commits[12],), paths=lost)
+    result = rolling.worker.work(replace(tasks[1], damaged=damaged), new_attempt_id())
+    assert isinstance(result, RolloutResult) and result.restored is not None
+    assert result.restored.paths == tuple(sorted(lost))
+    assert {path: rolling.run.storage.read_bytes(path) for path in lost} == before
 
 
 def test_of_two_attempts_the_first_commit_stands(tmp_path: Path) -> None:

@@ -1,0 +1,314 @@
+"""``lrag-ray plan``: what a run comes to, and whether these GPUs, this time and this money suffice for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lrag_ray.cli.options import AsJson, Config, Overrides
+from lrag_ray.cli.output import console, count, duration, print_json, quantity, say, tells_errors
+from lrag_ray.cli.tables import table
+from lrag_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from lrag_ray.pipelines.plan import GpuHours, Hours, Plan
+
+_LEAST_GPU_HOURS = 0.1
+"""Plans below this are not worth a line about GPUs."""
+_GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
+_CELLS_SHOWN = 6
+"""More cells are counted and not listed."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command()(plan)
+
+
+@tells_errors
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", metavar="N", min=1, help="GPUs of the run: tells its wall-clock time.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="KIND", help="Their kind, such as H100 [default: all usual ones].")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", metavar="P", min=0, help="Price of an hour of one GPU, in your currency.")
+    ] = None,
+    host_memory: Annotated[
+        float | None,
+        typer.Option("--host-memory", metavar="GB", min=0, help="Host memory of a node for each of its GPUs."),
+    ] = None,
+    node_memory_gb: Annotated[
+        float | None, typer.Option("--node-memory-gb", min=1, help="Check histories against nodes of this much memory.")
+    ] = None,
+    gpu_memory_gb: Annotated[
+        float | None,
+        typer.Option("--gpu-memory-gb", min=1, help="With --node-memory-gb: and such GPUs."),
+    ] = None,
+    rollouts_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--rollouts-per-node", min=1, help="With --node-memory-gb: actors on a node [default: engine.actors]."
+        ),
+    ] = None,
+    speeds_of: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Take speeds from the timings of this run [default: of run.uri, if local]."
+        ),
+    ] = None,
+    cells: Annotated[bool, typer.Option("--cells", help="List every cell.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a run comes to, without running anything: rollouts, hours, price, memory, bytes stored.
+
+    Works without weights, and with prompts.count also without the prompt file. Hours come from measured timings; where
+    nothing was measured, they are bounds. With --node-memory-gb it says where histories fit on such nodes, and refuses
+    those that do not, with storage types and tiers that do.
+
+    \b
+    Examples:
+      lrag-ray plan configs/table2.yaml --set durations_s=[30,60]
+      lrag-ray plan configs/table2.yaml --gpus 6 --gpu H100 --price 2.5 --host-memory 200
+      lrag-ray plan configs/table2.yaml --node-memory-gb 256 --gpu-memory-gb 80 --rollouts-per-node 6
+      lrag-ray plan configs/table2.yaml --gpus 6 --from runs/one_prompt
+    """
+    from lrag_ray.cli.training import print_training_plan
+    from lrag_ray.config.load import load_job
+    from lrag_ray.config.prompts import plan_prompts
+    from lrag_ray.config.training import TrainEncoderConfig
+    from lrag_ray.pipelines.history_choice import Machine
+    from lrag_ray.pipelines.plan import make_plan
+    from lrag_ray.pipelines.plan_training import plan_training
+    from lrag_ray.pipelines.speeds import device_named, speeds_for
+    from lrag_ray.wan.devices import DEVICES
+
+    if gpu is not None and device_named(gpu) is None:
+        known = ", ".join(device.name for device in DEVICES)
+        raise UsageError(f"--gpu {gpu}: not a kind that plan knows. Fix: one of {known}")
+    loaded = load_job(config, overrides or [])
+    if isinstance(loaded, TrainEncoderConfig):
+        planned = plan_training(loaded)
+        if as_json:
+            print_json(planned)
+        else:
+            print_training_plan(console(), planned)
+        return
+    machine = None
+    if node_memory_gb is not None:
+        share = min(1.0, loaded.engine.gpus_per_actor or 1.0)
+        rollouts = rollouts_per_node or loaded.engine.least_actors
+        machine = Machine(round(node_memory_gb * 1e9), round((gpu_memory_gb or 0) * share * 1e9), rollouts)
+    elif gpu_memory_gb is not None or rollouts_per_node is not None:
+        raise UsageError("--gpu-memory-gb and --rollouts-per-node need --node-memory-gb")
+    made = make_plan(loaded, plan_prompts(loaded.prompts), speeds_for(loaded, speeds_of), machine)
+    if as_json:
+        print_json(made)
+    else:
+        print_plan(console(), made, gpus=gpus, gpu=gpu, price=price, host_memory_gb=host_memory, cells=cells)
+
+
+def print_plan(
+    out: Console,
+    plan: Plan,
+    *,
+    gpus: int | None = None,
+    gpu: str | None = None,
+    price: float | None = None,
+    host_memory_gb: float | None = None,
+    cells: bool = False,
+) -> None:
+    """Rollouts and work per method with their totals, hours and price, memory in one sentence, notes."""
+    samples = f" x {plan.samples} samples" if plan.samples > 1 else ""
+    out.print(f"{plan.uri}: {count(plan.prompts)} prompts{samples}\n")
+    backbones = table("Backbones", "name", "label", "parameters", "tokens/frame", "KV per latent frame", text_columns=2)
+    for backbone in plan.backbones:
+        backbones.add_row(
+            backbone.name,
+            backbone.label,
+            quantity(backbone.parameters, ""),
+            count(backbone.tokens_per_frame),
+            quantity(backbone.kv_bytes_per_frame, "B"),
+        )
+    shown = [backbones, *_methods(plan), _hours(plan, gpu)]
+    if cells or len(plan.cells) <= _CELLS_SHOWN:
+        shown.insert(1, _cells(plan))
+    for each in shown:
+        out.print(each)
+        out.print()
+    if len(shown) == len(_methods(plan)) + 2:
+        durations = ", ".join(f"{seconds:g}" for seconds in dict.fromkeys(cell.duration_s for cell in plan.cells))
+        methods = len({cell.method for cell in plan.cells})
+        say(
+            out,
+            f"Cells: {len(plan.backbones)} backbones x {methods} methods x durations of {durations} s = "
+            f"{len(plan.cells)}, {count(plan.cells[0].videos)} videos each (--cells lists them).",
+        )
+    totals = plan.totals
+    say(
+        out,
+        f"Stored: about {quantity(totals.latent_bytes, 'B')} of latents and {quantity(totals.video_bytes, 'B')} of "
+        f"video ({count(totals.video_frames)} video frames).",
+    )
+    for line in (_source(plan), *_wall_clock(plan, gpus, gpu, price), _memory(plan, gpu, host_memory_gb)):
+        say(out, line)
+    for note in plan.notes:
+        say(out, f"Note: {note}")
+
+
+def _cells(plan: Plan) -> Table:
+    cells = table("Cells", "backbone", "method", "duration", "latent frames", "video frames", "videos", text_columns=2)
+    for cell in plan.cells:
+        cells.add_row(
+            cell.backbone,
+            cell.method,
+            f"{cell.duration_s:g} s",
+            count(cell.latent_frames),
+            count(cell.video_frames),
+            count(cell.videos),
+        )
+    return cells
+
+
+def _methods(plan: Plan) -> list[Table]:
+    """Three tables: eleven columns fit on no common terminal."""
+    both = ("backbone", "method")
+    rollouts = table("Rollouts", *both, "rollouts", "latent frames", "passes", "stored", text_columns=2)
+    work = table("Work of these rollouts", *both, "last block", "decoding it", "all passes", text_columns=2)
+    tiers = ("history", "in host memory", "on disk", "actor (GPU)")
+    memory = table("Memory at the end of a rollout", *both, *tiers, text_columns=3)
+    for each in plan.methods:
+        names = (each.backbone, each.method)
+        stored = quantity(each.latent_bytes + each.video_bytes, "B")
+        rollouts.add_row(*names, count(each.rollouts), count(each.latent_frames), count(each.passes), stored)
+        flops = (each.block_flops, each.block_decode_flops, each.transformer_flops)
+        work.add_row(*names, *(quantity(value, "FLOP") for value in flops))
+        held = (each.history_bytes, each.history_disk_bytes, each.gpu_bytes)
+        memory.add_row(*names, each.history, *(quantity(value, "B") for value in held))
+    totals = plan.totals
+    stored = quantity(totals.latent_bytes + totals.video_bytes, "B")
+    numbers = (count(totals.rollouts), count(totals.latent_frames), count(totals.passes))
+    for made, row in ((rollouts, (*numbers, stored)), (work, ("", "", quantity(totals.transformer_flops, "FLOP")))):
+        made.add_section()
+        made.add_row("total", "", *row, style="bold")
+    return [rollouts, work, memory]
+
+
+def _hours(plan: Plan, gpu: str | None) -> Table:
+    """Operations by kind of work, and GPU-hours where there are enough to speak of."""
+    kinds = _kinds(plan, gpu)
+    long = bool(kinds) and max(hours.total.most for hours in kinds.values()) >= _LEAST_GPU_HOURS
+    made = table(
+        "Work in all, and hours of one GPU" if long else "Work in all", "", "operations", *(kinds if long else ())
+    )
+    totals = plan.totals
+    for kind, flops, hours in (
+        ("generation", totals.transformer_flops, [each.generation for each in kinds.values()]),
+        ("decoding", totals.decode_flops, [each.decoding for each in kinds.values()]),
+        ("VBench-Long, if run", totals.scoring_flops, [each.scoring for each in kinds.values()]),
+    ):
+        made.add_row(kind, quantity(flops, "FLOP"), *(map(_span, hours) if long else ()))
+    if long:
+        made.add_section()
+        total = quantity(totals.transformer_flops + totals.decode_flops, "FLOP")
+        made.add_row("total without scores", total, *(_span(each.total) for each in kinds.values()), style="bold")
+    return made
+
+
+def _kinds(plan: Plan, gpu: str | None) -> dict[str, GpuHours]:
+    """Devices to speak of: the measured ones, or the one that was asked for, or the usual ones."""
+    from lrag_ray.pipelines.speeds import device_named
+
+    name = device_named(gpu) if gpu is not None else None
+    if name is not None and name not in plan.gpu_hours:
+        raise UsageError(
+            f"--gpu {gpu}: the timings are of {', '.join(plan.gpu_hours)}. Fix: leave --gpu out, or give --from a run "
+            f"that was made on {name}"
+        )
+    names = [name] if name is not None else list(plan.gpu_hours) if plan.speeds else _GPUS_SHOWN
+    return {name: plan.gpu_hours[name] for name in names}
+
+
+def _span(hours: Hours | None) -> str:
+    if hours is None:
+        return "–"
+    low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in hours)
+    return low if low == high else f"{low} to {high}"
+
+
+def _source(plan: Plan) -> str:
+    if not plan.speeds:
+        from lrag_ray.pipelines.speeds import GENERATION_SHARE, SCORING_SHARE
+
+        generation, scoring = (
+            f"{100 * low:.0f} to {100 * high:.0f} %" for low, high in (GENERATION_SHARE, SCORING_SHARE)
+        )
+        return (
+            f"Hours are bounds, since nothing was measured: {generation} of the peak for generation and decoding, "
+            f"{scoring} for scores (docs/performance.md). Run one prompt and give it with --from RUN for hours of your "
+            "own GPUs."
+        )
+    found = [
+        f"{quantity(speed.generation_flops_per_s, 'FLOP/s')} generating"
+        + (f" and {quantity(speed.decoding_flops_per_s, 'FLOP/s')} decoding" if speed.decoding_flops_per_s else "")
+        + f" on {speed.device} ({count(speed.rollouts)} rollouts of {speed.source})"
+        for speed in plan.speeds
+    ]
+    return f"Hours are from measured timings: {'; '.join(found)}."
+
+
+def _wall_clock(plan: Plan, gpus: int | None, gpu: str | None, price: float | None) -> list[str]:
+    if gpus is None and price is None:
+        return []
+    lines = []
+    for name, hours in _kinds(plan, gpu).items():
+        total = hours.total
+        parts = [f"{name}:"]
+        if gpus is not None:
+            wall = [max(whole / gpus, longest) * 3600 for whole, longest in zip(total, hours.longest, strict=True)]
+            low, high = map(duration, wall)
+            parts.append(f"{low if low == high else f'{low} to {high}'} on {count(gpus)} GPU{'' if gpus == 1 else 's'}")
+            if total.most / gpus < hours.longest.most:
+                parts.append("(the longest rollout alone takes that)")
+        if price is not None:
+            # What is paid for is time that GPUs are held, not time that they work.
+            paid = [value / 3600 * gpus for value in wall] if gpus is not None else list(total)
+            low, high = (f"{value * price:,.2f}" for value in paid)
+            parts.append(f"for {low if low == high else f'{low} to {high}'} at {price:g} an hour")
+        lines.append(f"{' '.join(parts)}, without scores.")
+    return lines
+
+
+def _memory(plan: Plan, gpu: str | None, host_memory_gb: float | None) -> str:
+    """Whether memory suffices, in one sentence."""
+    from lrag_ray.pipelines.doctor import CUDA_CONTEXT_BYTES
+    from lrag_ray.wan.devices import DEVICES
+
+    largest = max(plan.methods, key=lambda each: each.gpu_bytes)
+    longest = max(plan.methods, key=lambda each: each.history_bytes)
+    device_gb = (largest.gpu_bytes + CUDA_CONTEXT_BYTES) / 1e9
+    names = _kinds(plan, gpu)
+    memory = {device.name: device.memory_gb for device in DEVICES if device.name in names}
+    fitting = [name for name, gb in memory.items() if gb >= device_gb]
+    small = [name for name in memory if name not in fitting]
+    said = f"Memory: an actor needs {device_gb:.1f} GB of its GPU ({largest.backbone}/{largest.method})"
+    if memory:
+        said += f", which {', '.join(fitting) or 'none'} {'have' if len(fitting) > 1 else 'has'}"
+        said += f" and {', '.join(small)} {'have' if len(small) > 1 else 'has'} not" if small and fitting else ""
+    history_gb = longest.history_bytes / 1e9
+    if not longest.history_bytes:
+        return f"{said}, and no history in host memory."
+    said += f"; its history grows to {history_gb:.1f} GB of host memory ({longest.backbone}/{longest.method})"
+    if host_memory_gb is None:
+        return f"{said}, for every GPU of a node (--host-memory GB checks it)."
+    # What the operating system, Ray and the other tasks of a node need besides.
+    enough = history_gb <= 0.8 * host_memory_gb
+    verdict = "suffice" if enough else "do not suffice: shorter durations, or fewer actors per node"
+    return f"{said}, for which {host_memory_gb:g} GB per GPU {verdict}."
