@@ -63,3 +63,11 @@ def test_every_part_is_measured_and_methods_are_compared() -> None:
 def test_unknown_names_are_refused_with_the_known_ones(wrong: str) -> None:
     done = CliRunner().invoke(program(), ["bench", "rollout", wrong, "none"])
     assert done.exit_code == 2 or isinstance(done.exception, UsageError)
+
+
+def test_rolling_windows_are_measured_with_their_own_loop() -> None:
+    arguments = ["bench", "rollout", "--method", "rolling_forcing", "--blocks", "1", "--depth-s", "0.75"]
+    done = CliRunner().invoke(program(), [*arguments, "--device", "cpu", "--no-decode"])
+    assert done.exit_code == 0, done.output
+    (rolling,) = json.loads(done.stdout)["methods"]
+    assert rolling["parts_ms"]["denoise"] > 0 and rolling["parts_ms"]["context"] > 0

@@ -123,7 +123,7 @@ def test_the_demo_has_prompts_of_its_own() -> None:
     )
 )
 def test_every_text_line_is_kept_as_it_is(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.mktemp("prompts")
     # A mark at the very start belongs to the file, not to its first prompt.
     expected = [(i, line.strip(" \t")) for i, line in enumerate(lines) if line.strip(" \t")]
     content = b"\xef\xbb\xbf" + "\n".join(lines).encode()

@@ -337,8 +337,8 @@ def test_rag_holds_retrieved_frames_and_its_encoder_on_the_device() -> None:
     with torch.device("meta"):
         encoder = LatentAutoencoder(EncoderConfig())
     assert sum(p.numel() for p in encoder.parameters()) == ENCODER_PARAMETERS
-    assert Rag.device_bytes(RagSettings(), 3, 480, 287_539_200) == 6 * 287_539_200 + 4 * ENCODER_PARAMETERS
-    assert Rag.device_bytes(POOLED, 3, 480, 287_539_200) == 6 * 287_539_200
+    assert Rag.device_bytes(RagSettings(), 3, 480, 287_539_200) == 12 * 287_539_200 + 4 * ENCODER_PARAMETERS
+    assert Rag.device_bytes(POOLED, 3, 480, 287_539_200) == 12 * 287_539_200
     assert Base.device_bytes(BaseSettings(), 3, 480, 287_539_200) == 0
 
 
