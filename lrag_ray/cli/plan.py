@@ -289,6 +289,7 @@ def _wall_clock(plan: Plan, gpus: int | None, gpu: str | None, price: float | No
 def _memory(plan: Plan, gpu: str | None, host_memory_gb: float | None) -> str:
     """Whether memory suffices, in one sentence."""
     from lrag_ray.pipelines.doctor import CUDA_CONTEXT_BYTES
+    from lrag_ray.pipelines.history_choice import HOST_SHARE
     from lrag_ray.wan.devices import DEVICES
 
     largest = max(plan.methods, key=lambda each: each.gpu_bytes)
@@ -309,6 +310,6 @@ def _memory(plan: Plan, gpu: str | None, host_memory_gb: float | None) -> str:
     if host_memory_gb is None:
         return f"{said}, for every GPU of a node (--host-memory GB checks it)."
     # What the operating system, Ray and the other tasks of a node need besides.
-    enough = history_gb <= 0.8 * host_memory_gb
+    enough = history_gb <= HOST_SHARE * host_memory_gb
     verdict = "suffice" if enough else "do not suffice: shorter durations, or fewer actors per node"
     return f"{said}, for which {host_memory_gb:g} GB per GPU {verdict}."
