@@ -21,6 +21,7 @@ from lrag_ray.cli import (
     import_config,
     init,
     inspect,
+    refine,
     report,
     runs,
     score,
@@ -258,6 +259,7 @@ decode.register(app)
 score.register(app)
 report.register(app)
 inspect.register(app)
+refine.register(app)
 runs.register(app)
 view.register(app)
 init.register(app)

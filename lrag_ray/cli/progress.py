@@ -46,6 +46,7 @@ _PLAIN_EVERY_S = 10.0
 
 STAGE_TITLES: dict[StageName, str] = {
     "connect": "connecting to Ray",
+    "refine": "refining prompts",
     "text": "encoding prompts",
     "rollouts": "rollouts",
     "decode": "decoding",

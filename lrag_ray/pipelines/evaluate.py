@@ -25,6 +25,7 @@ from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
 from lrag_ray.pipelines.repair import decode_stages, identity_of_commits, plan_repair
+from lrag_ray.pipelines.refine import refine_prompts
 from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves
@@ -75,7 +76,14 @@ def evaluate(
     nothing that was committed or stored is lost.
     """
     prompts = load_prompts(config.prompts) if prompts is None else prompts
-    return EvaluateJob(config, prompts, listener, repair=repair).start()
+    if config.prompts.refine is None:
+        return EvaluateJob(config, prompts, listener, repair=repair).start()
+    refined = refine_prompts(config, prompts, listener=listener)
+    if refined.exit_code == INTERRUPTED or not refined.prompts:
+        return RunOutcome(refined.exit_code, config.run.uri, 0, 0, 0, (), refined.missing, refined.seconds)
+    job = EvaluateJob(config, refined.prompts, listener, repair=repair)
+    job.missing |= refined.missing
+    return job.start()
 
 
 class EvaluateJob(Job[RunOutcome]):

@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from lrag_ray.chat.store import Spent
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.presets import CHECKPOINT_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
+from lrag_ray.config.refine import RefineSection, described
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.scoring.flops import vbench_flops
+from lrag_ray.stages.refinement import read_template
 from lrag_ray.wan.devices import DEVICES, gpu_hours
 from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, setup_flops
 from lrag_ray.wan.vae import video_frames
@@ -292,7 +295,10 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         yield f"{named}: planned for prompts.count {len(prompts)}. `run` needs the file: {WHERE_TO_GET}"
     yield from sample_notes(config.prompts)
     yield from duplicate_warnings(prompts)
-    yield from cut_notes(list(config.backbones.values()), prompts)
+    if config.prompts.refine is not None and not any(prompt.original for prompt in prompts):
+        yield from _refine_notes(config.prompts.refine, prompts)
+    else:
+        yield from cut_notes(list(config.backbones.values()), prompts)
     for name, backbone in config.backbones.items():
         if note := CHECKPOINT_NOTES.get((backbone.weights.path or "").rpartition("/")[2]):
             yield f"backbones.{name}: {note}"
@@ -307,6 +313,18 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         for backbone in config.backbones.values():
             for note in method.policy.notes(method.settings, backbone.sampler.frames_per_block):
                 yield f"methods.{name}: {note}"
+
+
+def _refine_notes(section: RefineSection, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """What refining comes to, for a plan. Tokens are guessed from characters."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    instruction = len(read_template(section))
+    tokens_in = sum((instruction + len(text)) // 4 for text in texts)
+    tokens_out = len(texts) * min(section.max_tokens, 200)
+    spent = Spent(len(texts), tokens_in, tokens_out, 0)
+    yield f"prompts are refined by {described(section)} first: about {spent.described(section)}, without retries"
+    if section.max_calls is not None and section.max_calls < len(texts):
+        yield f"prompts.refine.max_calls {section.max_calls} is less than the {len(texts)} prompts"
 
 
 def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:

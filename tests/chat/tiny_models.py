@@ -15,7 +15,8 @@ from typing import Any
 ASSISTANT, END, PAD = "<|im_start|>assistant\n", "<|im_end|>", "<|endoftext|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 _TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }} "
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
