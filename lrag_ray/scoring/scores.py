@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lrag_ray.scoring.drift import VideoClips
 from lrag_ray.scoring.ranks import Unit, VideoScore
@@ -35,6 +36,13 @@ class Scores:
     """How rows were computed (device, precision, versions), and how many."""
     networks: set[str] = field(default_factory=set)
     """``name:digest`` of all networks behind the values."""
+
+    records: list[Any] = field(default_factory=list)
+    """Stored records of suites that store something else than a row per video."""
+    remarks: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    """What stands under a video, by the rollout's path and latent frames; written by a model, so text alone."""
+    remarks_on_all: list[str] = field(default_factory=list)
+    """What is known of all values together, such as how far raters agree."""
 
     @property
     def dimensions(self) -> set[str]:
