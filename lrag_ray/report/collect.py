@@ -14,10 +14,11 @@ from lrag_ray.context.registry import family
 from lrag_ray.errors import UsageError
 from lrag_ray.report.choice import choose_suite
 from lrag_ray.report.differences import BlockStatistics, block_statistics
+from lrag_ray.report.judged import Judged, beside, judged
 from lrag_ray.report.merge import merged_identity
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns, shown_columns
 from lrag_ray.scoring.drift import DriftPoint, drift
-from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks
+from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks, without_ranks
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import Suite
 from lrag_ray.store.identity import RunIdentity
@@ -65,6 +66,8 @@ class ReportData:
     """One per block."""
     rollouts: Mapping[RolloutId, ShownRollout]
     """In prompt-major order."""
+    judged: Sequence[Judged] = ()
+    """Answers of judges, the shown suite's included; never ranked with other suites."""
 
     @property
     def uris(self) -> list[str]:
@@ -154,12 +157,14 @@ def collect(
     choice, others = choose_suite(run_dirs, suite, mode, suites=suites, must_have=must_have)
     scores = Scores()
     rollouts: dict[RolloutId, ShownRollout] = {}
+    by_run: dict[RolloutRun, Mapping[RolloutId, Sequence[CommittedVideo]]] = {}
     for run_dir in run_dirs:
         videos: dict[RolloutId, list[CommittedVideo]] = {}
         for video in committed_videos(run_dir):
             if video.rollout not in rollouts:
                 videos.setdefault(video.rollout, []).append(video)
         rollouts |= {rollout: ShownRollout(run_dir, group) for rollout, group in videos.items()}
+        by_run[run_dir] = videos
         choice.read(scores, run_dir, videos)
     shown = choice.shown(scores)
     blocks = [
@@ -169,6 +174,9 @@ def collect(
             (video for video in scores.videos if video.backbone == backbone), methods, shown.measures, shown.pooling
         )
     ]
+    if not shown.ranked:
+        blocks = [without_ranks(block) for block in blocks]
+    own = [judged(shown, scores, merged.methods)] if shown.beside else []
     methods_by_name = merged.identity.methods
     return ReportData(
         sources=[Source(run_dir, run_status(run_dir, scores=False)) for run_dir in run_dirs],
@@ -180,6 +188,7 @@ def collect(
         blocks=blocks,
         statistics=[block_statistics(block, scores.videos, methods_by_name, shown.measures) for block in blocks],
         rollouts=_prompt_major(rollouts, merged.identity),
+        judged=[*own, *beside(shown, by_run, merged.methods, suites)],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote
 
 import pyarrow.compute as pc
@@ -34,6 +34,8 @@ class Player:
     figure: TraceFigure | None
     damage: str = ""
     """Why there is no figure although there is a trace, or ''."""
+    remarks: Sequence[str] = ()
+    """What judges wrote of it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Row:
 
     anchor: str
     prompt: str
+    original: str
+    """The prompt before it was refined, or ''."""
     prompt_index: int
     columns: Mapping[str, str]
     """The other columns of the prompt table."""
@@ -79,12 +83,26 @@ def rows(data: ReportData, link: Link) -> Iterator[Row]:
         yield Row(
             anchor=f"{backbone}-{prompt_id}-{sample}",
             prompt=prompt.text,
+            original=prompt.original,
             prompt_index=prompt.index,
             columns=data.prompt_columns[prompt_id],
             sample=sample,
             backbone=backbone,
-            players=[_player(method, rollout, link, maps) for method, rollout in shown.items()],
+            players=[
+                replace(_player(method, rollout, link, maps), remarks=_remarks(data, rollout))
+                for method, rollout in shown.items()
+            ],
         )
+
+
+def _remarks(data: ReportData, shown: ShownRollout | None) -> list[str]:
+    """Of every duration, with its length where there are several."""
+    found = []
+    for video in shown.videos if shown is not None else ():
+        for each in data.judged:
+            remarks = each.scores.remarks.get((video.rollout.path, video.latent_frames), ())
+            found += [f"{video.duration_s:g} s, {remark}" for remark in remarks]
+    return found
 
 
 def _with_maps(data: ReportData) -> set[tuple[str, str]]:

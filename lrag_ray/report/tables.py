@@ -80,6 +80,11 @@ def interval(found: Interval, measure: Measure) -> str:
     return "" if found.lower is None else f"[{signed(found.lower, measure)}, {signed(found.upper, measure)}]"
 
 
+def between(found: Interval, measure: Measure) -> str:
+    """Both ends of an interval of a mean, or nothing where there is none."""
+    return "" if found.lower is None else f"[{number(found.lower, measure)}, {number(found.upper, measure)}]"
+
+
 def favours(found: Interval, measure: Measure) -> str:
     """Whom a difference speaks for: ``better``, ``worse``, or ``unclear`` where its interval holds zero."""
     if not found.excludes_zero:

@@ -113,6 +113,8 @@ class Suite(ABC, Generic[SettingsT]):
     """Dataclass of the keys below ``scoring.settings``. Defaults must allow stored scores to be read."""
     uses_gpu: ClassVar[bool] = False
     """Whether a worker reserves ``scoring.gpus_per_worker``."""
+    beside: ClassVar[bool] = False
+    """Whether a report also shows its table beside another suite's."""
     pooling: ClassVar[Pooling] = "prompts"
     """What the mean of a table is over, see `lrag_ray.scoring.ranks`."""
     measures: Sequence[Measure]
@@ -149,6 +151,11 @@ class Suite(ABC, Generic[SettingsT]):
     def label(self) -> str:
         """Suite and mode as options name them."""
         return f"{self.name}, {self.mode} mode" if self.mode else self.name
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a report ranks methods by its values."""
+        return True
 
     @property
     def note(self) -> str:

@@ -36,6 +36,7 @@ class Judge(Suite[JudgeSettings]):
     """Answers of a vision-language model about videos."""
 
     name = "judge"
+    beside = True
     Settings = JudgeSettings
 
     def __init__(self, settings: JudgeSettings) -> None:
