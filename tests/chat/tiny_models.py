@@ -131,6 +131,8 @@ def _saved(folder: Path, network: Any, tokenizer: Any, answers: Sequence[str], r
         out[end, :] = 1
         for place, answer in enumerate(chosen):
             out[answer, mark] = 2 - 1e-4 * place
+    # As chat models have it; servers look it up.
+    network.generation_config.do_sample = True
     network.generation_config.eos_token_id = end
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     network.save_pretrained(folder)

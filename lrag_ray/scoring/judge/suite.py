@@ -250,8 +250,8 @@ def agreement_lines(cases: Sequence[CaseRecord], sets: Sequence[QuestionSet]) ->
     for each in sets:
         own = [case for case in cases if case.question == each.name and not case.reason]
         title = each.title or each.name
-        alpha = krippendorff_alpha(_oriented(case) for case in own)
-        if alpha is not None and any(len(case.scores) > 1 for case in own):
+        alpha = krippendorff_alpha(votes for case in own for votes in _by_order(case))
+        if alpha is not None:
             lines.append(f"{title}: Krippendorff's alpha between votes {alpha:.2f}")
         if each.compare and (bias := position_bias(pair for case in own for pair in _both_orders(case))):
             lines.append(
@@ -261,8 +261,12 @@ def agreement_lines(cases: Sequence[CaseRecord], sets: Sequence[QuestionSet]) ->
     return lines
 
 
-def _oriented(case: CaseRecord) -> list[float]:
-    return case.scores
+def _by_order(case: CaseRecord) -> list[list[float]]:
+    """Scores of the votes; of a comparison those of each order, since the order is not noise."""
+    return [
+        [vote.score for vote in case.votes if vote.score is not None and vote.swapped == swapped]
+        for swapped in (False, True)
+    ]
 
 
 def _both_orders(case: CaseRecord) -> list[tuple[float, float]]:
