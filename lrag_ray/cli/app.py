@@ -21,6 +21,7 @@ from lrag_ray.cli import (
     import_config,
     init,
     inspect,
+    judge,
     refine,
     report,
     runs,
@@ -260,6 +261,7 @@ score.register(app)
 report.register(app)
 inspect.register(app)
 refine.register(app)
+judge.register(app)
 runs.register(app)
 view.register(app)
 init.register(app)

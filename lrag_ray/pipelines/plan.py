@@ -18,6 +18,7 @@ from lrag_ray.config.refine import RefineSection, described
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.scoring.flops import vbench_flops
+from lrag_ray.scoring.registry import suite_of
 from lrag_ray.stages.refinement import read_template
 from lrag_ray.wan.devices import DEVICES, gpu_hours
 from lrag_ray.wan.flops import VaeSizes, block_flops, decode_flops, rollout_memory, setup_flops
@@ -299,6 +300,9 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         yield from _refine_notes(config.prompts.refine, prompts)
     else:
         yield from cut_notes(list(config.backbones.values()), prompts)
+    if (suite := suite_of(config.scoring)) is not None and config.video.enabled:
+        cells = len(config.backbones) * len(config.methods) * len(config.durations_s)
+        yield from suite.plan_notes(cells, len(prompts) * config.prompts.samples)
     for name, backbone in config.backbones.items():
         if note := CHECKPOINT_NOTES.get((backbone.weights.path or "").rpartition("/")[2]):
             yield f"backbones.{name}: {note}"

@@ -72,7 +72,12 @@ class RunScoring:
         if self.suite is None:
             return []
         stage = self._stage(self.suite)
-        return score_tasks(stage, tasks, self._scoring, self._engine, listener, most_workers=most_workers, began=began)
+        failed = score_tasks(
+            stage, tasks, self._scoring, self._engine, listener, most_workers=most_workers, began=began
+        )
+        if tasks and (cost := self.suite.spent(self.run.storage)):
+            listener(Notice(cost))
+        return failed
 
     def set_aside_damaged(self, damaged: Collection[str], listener: Listener = silent) -> dict[str, str]:
         """Rename score files of the suite that cannot be read, so that the next start scores their videos again.

@@ -172,6 +172,14 @@ class Suite(ABC, Generic[SettingsT]):
 
     # Before scoring
 
+    def plan_notes(self, cells: int, units: int) -> Sequence[str]:
+        """What scoring costs besides arithmetic, for `cells` of `units` prompts and samples each."""
+        return ()
+
+    def spent(self, rows: Storage) -> str:
+        """What scoring has cost so far besides time, or ''."""
+        return ""
+
     def weight_files(self) -> Sequence[WeightFile]:
         """Files that `weights list|pull|verify` and `doctor` handle."""
         return ()

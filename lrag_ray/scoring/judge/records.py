@@ -4,7 +4,6 @@
 
     scores/judge/<version>/<judge>/judge.json                        who judged, and every question in full
     scores/judge/<version>/<judge>/cases/<question>/<backbone>/<methods>/<prompt_id>-<sample>/<frames>-<video>.json
-    scores/judge/<version>/<judge>/human/<rater>.json                answers of people (`lrag-ray judge import`)
 
 ``<judge>`` is a digest of model, settings, media and questions. A comparison's ``<methods>`` are two, joined by ``~``,
 which names do not contain.

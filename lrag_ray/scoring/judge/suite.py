@@ -11,9 +11,11 @@ from typing import Any
 import pyarrow as pa
 
 from lrag_ray.chat.client import check_backend, model_identity
+from lrag_ray.chat.store import ChatStore, Spent
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.judge.agreement import krippendorff_alpha, position_bias
 from lrag_ray.scoring.judge.cases import all_cases
+from lrag_ray.scoring.judge.human import human_lines
 from lrag_ray.scoring.judge.questions import QuestionSet, load_questions
 from lrag_ray.scoring.judge.records import CaseRecord, JudgeRecord, parsed_case, parsed_judge
 from lrag_ray.scoring.judge.settings import JudgeSettings
@@ -30,6 +32,8 @@ from lrag_ray.store.videos import CommittedVideo
 
 NOT_VBENCH = "A judge's number is not VBench, and does not compare with another model's, question's or paper's."
 _SECTION = "scoring.settings.chat"
+_TOKENS_PER_PICTURE = 258
+"""Gemini's own figure; what a vision model makes of a picture of 512 pixels is of this order."""
 
 
 class Judge(Suite[JudgeSettings]):
@@ -97,6 +101,27 @@ class Judge(Suite[JudgeSettings]):
                 "{backend: openai, model: NAME, base_url: http://host:8000/v1}}}"
             )
         check_backend(self.settings.chat)
+
+    def plan_notes(self, cells: int, units: int) -> Sequence[str]:
+        """Calls and tokens; how many tokens a picture has is a guess, for models differ."""
+        settings, chat = self.settings, self.settings.chat
+        if chat is None:
+            return ()
+        drawn = min(units, settings.cases or units)
+        single = [each for each in self.sets if not each.compare]
+        calls = drawn * settings.votes * cells * len(single)
+        read = sum(len(each.question) // 4 for each in single) // max(1, len(single))
+        bound = Spent(calls, calls * (read + settings.max_frames * _TOKENS_PER_PICTURE), calls * chat.max_tokens, 0)
+        pairs = "; comparisons add two per vote for each pair of methods" if len(single) < len(self.sets) else ""
+        return [
+            f"the judge {chat.model} is asked about {drawn} cases per cell: at most about {bound.described(chat)}, "
+            f"without retries{pairs}"
+        ]
+
+    def spent(self, rows: Storage) -> str:
+        """Calls, tokens and cost of the run."""
+        chat = self.settings.chat
+        return f"judge: {ChatStore(rows).spent().described(chat)} in this run so far" if chat is not None else ""
 
     @property
     def record(self) -> JudgeRecord:
@@ -197,6 +222,8 @@ class Judge(Suite[JudgeSettings]):
         scores.computed[f"{judge.model}, {judge.backend}"] += len(cases)
         scores.records += cases
         scores.remarks_on_all += agreement_lines(cases, self.sets)
+        listed = list(run.storage.list_files(f"{self.folder}/human"))
+        scores.remarks_on_all += human_lines(run.storage, self.folder, listed, cases, self.sets)
 
     def table(self, scores: Scores) -> pa.Table:
         """One row per vote."""
@@ -230,18 +257,6 @@ class Judge(Suite[JudgeSettings]):
             others = "; ".join(f"{judges[each].model} ({each})" for each in sorted(judges) if each != chosen)
             scores.remarks_on_all.append(f"other judges have scores too and are not shown: {others}")
         return chosen, judges[chosen]
-
-    def plan_notes(self, cells: int, units: int) -> list[str]:
-        """What judging comes to, in calls."""
-        settings = self.settings
-        if settings.chat is None:
-            return []
-        drawn = min(units, settings.cases or units)
-        calls = drawn * settings.votes * cells * sum(not each.compare for each in self.sets)
-        text = f"the judge {settings.chat.model} is asked about {drawn} cases per cell: {calls:,} calls"
-        if any(each.compare for each in self.sets):
-            text += ", and two more per vote for each pair of methods"
-        return [f"{text}, without retries"]
 
 
 def agreement_lines(cases: Sequence[CaseRecord], sets: Sequence[QuestionSet]) -> list[str]:
