@@ -24,8 +24,8 @@ from lrag_ray.events import Event, Listener, RunPlanned, TaskFinished, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
-from lrag_ray.pipelines.repair import decode_stages, identity_of_commits, plan_repair
 from lrag_ray.pipelines.refine import refine_prompts
+from lrag_ray.pipelines.repair import decode_stages, identity_of_commits, plan_repair
 from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.pipelines.waves import scoring_waves

@@ -101,7 +101,7 @@ def comparison_note(block: RankBlock) -> str:
     """What a table is over and what is left out of its ranks, in words."""
     left_out = left_out_note(block)
     if not any(row.ranks for row in block.rows) and not left_out:
-        return f"Means over the {_count(block.prompts, 'prompt')} that all methods have; not ranked."
+        return f"Means over the {counted(block.prompts, 'prompt')} that all methods have; not ranked."
     if not any(row.ranks for row in block.rows):
         own = " Means are over each method's own videos." if any(row.means for row in block.rows) else ""
         return f"Not ranked: {left_out}.{own}"
