@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -60,17 +61,23 @@ def key_of(section: ChatSection) -> str | None:
     return key
 
 
-def scrubbed(value: Any, key: str | None) -> Any:
-    """JSON data without the key, should a server repeat it."""
-    if not key:
-        return value
-    if isinstance(value, str):
-        return value.replace(key, "***")
-    if isinstance(value, list):
-        return [scrubbed(item, key) for item in value]
-    if isinstance(value, dict):
-        return {scrubbed(name, key): scrubbed(item, key) for name, item in value.items()}
-    return value
+def storable(value: Any, key: str | None = None) -> Any:
+    """JSON data as it can be stored: without the key, should a server repeat it; what JSON of ours lacks as text."""
+    match value:
+        case str():
+            plain = value.encode("utf-8", "replace").decode()
+            return plain.replace(key, "***") if key else plain
+        case list():
+            return [storable(item, key) for item in value]
+        case dict():
+            return {storable(str(name), key): storable(item, key) for name, item in value.items()}
+        case bool() | None:
+            return value
+        case int() if -(2**63) <= value < 2**63:
+            return value
+        case float() if math.isfinite(value):
+            return value
+    return str(value)[:100]
 
 
 def retry_after(value: str | None) -> float | None:

@@ -20,21 +20,27 @@ from types import TracebackType
 
 from lrag_ray.chat.backend import Backend, RejectedError, TransientError
 from lrag_ray.chat.messages import Question, Reply
-from lrag_ray.chat.store import AnswerRecord, CallRecord, ChatStore
+from lrag_ray.chat.store import AnswerRecord, CallRecord, ChatStore, answer_path
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import ChatError
-from lrag_ray.store.records import JsonValue, now_utc
+from lrag_ray.store.records import now_utc
 
 _FIRST_WAIT_S = 1.0
 _LOOK_EVERY_S = 0.5
+_MOST_UNANSWERED = 3
+"""Questions in a row without an answer after which the model counts as out of order; one alone may be at fault."""
 
 
 class LeftError(Exception):
     """The caller was asked to stop; what is answered is stored."""
 
 
-Outcome = AnswerRecord | RejectedError
-"""The answer to a question, or why it can have none."""
+class UnansweredError(Exception):
+    """A question got no answer in all its attempts; nothing is stored, and the next start asks again."""
+
+
+Outcome = AnswerRecord | RejectedError | UnansweredError
+"""The answer to a question, or why it has none."""
 
 
 class ChatClient:
@@ -62,6 +68,7 @@ class ChatClient:
         self._lock = threading.Lock()
         self._not_before_s = 0.0
         """No call begins earlier, on the monotonic clock."""
+        self._unanswered_in_row = 0
 
     def ask(self, questions: Sequence[Question]) -> list[Outcome]:
         """Answers in the order of the questions.
@@ -121,24 +128,29 @@ class ChatClient:
             return self._backend
 
     def _answered(self, digests: Sequence[str], questions: Sequence[Question]) -> list[Outcome]:
+        """Ask in one call, several questions where the backend is `batched`, until there are answers."""
         section = self.section
         not_before_s = 0.0
+        later: list[tuple[str, Question]] = []
+        found: list[Outcome] = []
         for attempt in range(1, section.attempts + 1):
             self._wait_for_turn(not_before_s)
-            calls = [self.store.begin(digest, section) for digest in digests]
-            began_s = time.monotonic()
+            calls = self.store.begin(digests, section)
+            # The budget may have no room for all of them.
+            later = [*zip(digests[len(calls) :], questions[len(calls) :], strict=True), *later]
+            digests, questions = digests[: len(calls)], questions[: len(calls)]
             try:
-                replies = self._held().ask(questions)
+                found = self._made(calls, digests, questions)
             except TransientError as error:
-                reason = str(error)
-                self._ended(calls, reason)
                 wait_s = self._wait_s(attempt, error.retry_after_s)
-                if attempt == section.attempts or wait_s > section.max_wait_s:
-                    tried = f"{attempt} call{'' if attempt == 1 else 's'}"
-                    asks = f", and it asks to wait {wait_s:.0f} s (max_wait_s)" if wait_s > section.max_wait_s else ""
+                if error.retry_after_s is not None and wait_s > section.max_wait_s:
                     raise ChatError(
-                        f"model '{section.model}' gave no answer in {tried}{asks}: {reason}. The same command continues"
+                        f"model '{section.model}' asks to wait {wait_s:.0f} s, which is more than max_wait_s: {error}. "
+                        "The same command continues"
                     ) from None
+                if attempt == section.attempts:
+                    found = [self._unanswered(str(error))] * len(digests)
+                    break
                 not_before_s = time.monotonic() + wait_s
                 if error.retry_after_s is not None:
                     # What the server says holds for all threads.
@@ -146,37 +158,58 @@ class ChatClient:
                         self._not_before_s = max(self._not_before_s, not_before_s)
                 continue
             except RejectedError as error:
-                self._ended(calls, str(error))
-                return [error]
-            except BaseException as error:
-                self._ended(calls, type(error).__name__)
-                raise
-            seconds = time.monotonic() - began_s
-            kept = [self._kept(*each, seconds) for each in zip(digests, questions, replies, strict=True)]
-            for (number, record), reply in zip(calls, replies, strict=True):
-                self.store.end(number, record, reply.usage)
-            return kept
-        raise AssertionError("the last attempt returns or raises")
+                found = [error] * len(digests)
+                break
+            with self._lock:
+                self._unanswered_in_row = 0
+            break
+        return found + (self._answered(*zip(*later, strict=True)) if later else [])
+
+    def _unanswered(self, reason: str) -> UnansweredError:
+        """A question that used up its attempts; ChatError where others did before, and none was answered since."""
+        calls = f"{self.section.attempts} call{'' if self.section.attempts == 1 else 's'}"
+        with self._lock:
+            self._unanswered_in_row += 1
+            if self._unanswered_in_row >= _MOST_UNANSWERED:
+                raise ChatError(
+                    f"model '{self.section.model}' answers none of {self._unanswered_in_row} questions in a row, asked "
+                    f"{calls} each: {reason}. The same command continues"
+                )
+        return UnansweredError(f"no answer in {calls}: {reason}")
+
+    def _made(
+        self, calls: Sequence[CallRecord], digests: Sequence[str], questions: Sequence[Question]
+    ) -> list[Outcome]:
+        """Make one call that is begun, store its answers, record how it ended. Raises what the backend raises."""
+        began_s = time.monotonic()
+        try:
+            replies = self._held().ask(questions)
+        except BaseException as error:
+            expected = isinstance(error, TransientError | RejectedError)
+            for call in calls:
+                self.store.end(call, problem=str(error) if expected else type(error).__name__)
+            raise
+        seconds = time.monotonic() - began_s
+        kept = [self._kept(*each, seconds) for each in zip(digests, questions, replies, strict=True)]
+        for call, reply in zip(calls, replies, strict=True):
+            self.store.end(call, reply.usage)
+        return kept
 
     def _kept(self, digest: str, question: Question, reply: Reply, seconds: float) -> Outcome:
-        raw: JsonValue = reply.raw
         return self.store.keep(
             digest,
             AnswerRecord(
+                path=answer_path(digest),
                 question=question.described(self.section, self._model),
                 text=reply.text,
                 finish=reply.finish,
                 input_tokens=reply.usage.input_tokens,
                 output_tokens=reply.usage.output_tokens,
-                raw=raw,
+                raw=reply.raw,
                 answered_at=now_utc(),
                 seconds=seconds,
             ),
         )
-
-    def _ended(self, calls: Sequence[tuple[int, CallRecord]], problem: str) -> None:
-        for number, record in calls:
-            self.store.end(number, record, problem=problem)
 
     def _wait_for_turn(self, not_before_s: float) -> None:
         """Wait until then, while the server wants none of our calls, and for the rate that is allowed."""

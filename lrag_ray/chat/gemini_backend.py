@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from lrag_ray.chat.backend import Backend, RejectedError, TransientError, key_of, retry_after, scrubbed
+from lrag_ray.chat.backend import Backend, RejectedError, TransientError, key_of, retry_after, storable
 from lrag_ray.chat.messages import Finish, Media, Message, Question, Reply, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.config.redaction import redact
@@ -68,7 +68,7 @@ class GeminiBackend(Backend):
             raise
         except Exception as error:  # noqa: BLE001 - the library lets errors of its HTTP client and parser through
             raise TransientError(self._safe(f"{type(error).__name__}: {error}")) from None
-        return [_reply(scrubbed(body, self._key))]
+        return [_reply(storable(body, self._key))]
 
     def close(self) -> None:
         """Delete what was uploaded."""
@@ -131,7 +131,7 @@ class GeminiBackend(Backend):
         return RejectedError(text)
 
     def _safe(self, text: str) -> str:
-        return redact(str(scrubbed(text, self._key)))[:500]
+        return redact(str(storable(text, self._key)))[:500]
 
 
 def _asked_wait(error: Any) -> float | None:

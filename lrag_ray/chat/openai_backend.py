@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lrag_ray.chat.backend import Backend, RejectedError, TransientError, key_of, retry_after, scrubbed
+from lrag_ray.chat.backend import Backend, RejectedError, TransientError, key_of, retry_after, storable
 from lrag_ray.chat.messages import Finish, Media, Message, Question, Reply, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.config.redaction import redact
@@ -60,14 +60,14 @@ class OpenAIBackend(Backend):
         except (errors.APIConnectionError, errors.APIResponseValidationError) as error:
             cause = error.__cause__ or error
             raise TransientError(self._safe(f"{type(error).__name__}: {cause}")) from None
-        return [_reply(scrubbed(_parsed(body), self._key))]
+        return [_reply(storable(_parsed(body), self._key))]
 
     def close(self) -> None:
         """Close its connections."""
         self._client.close()
 
     def _status(self, error: Any) -> Reply:
-        status, body = error.status_code, scrubbed(error.body, self._key)
+        status, body = error.status_code, storable(error.body, self._key)
         text = self._safe(f"HTTP {status}: {error.message}")
         code = str(error.code or "")
         if code in ("content_filter", "content_policy_violation"):
@@ -89,7 +89,7 @@ class OpenAIBackend(Backend):
         return f"model '{self._section.model}' at {self._section.base_url or _VENDOR}:"
 
     def _safe(self, text: str) -> str:
-        return redact(str(scrubbed(text, self._key)))[:500]
+        return redact(str(storable(text, self._key)))[:500]
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _part(part: str | Media) -> dict[str, Any]:
 def _parsed(body: str) -> Any:
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TransientError(f"the answer is not JSON: {body[:80]!r}") from None
 
 

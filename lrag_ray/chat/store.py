@@ -10,24 +10,27 @@ Calls are numbered across all processes and starts: creating a file that exists 
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lrag_ray.chat.messages import Finish, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import BudgetError
 from lrag_ray.store.address import Storage
-from lrag_ray.store.records import JsonValue, Record, now_utc
+from lrag_ray.store.records import JsonValue, PlacedRecord, now_utc
+from lrag_ray.store.run_dir import CHAT
 
-FOLDER = "chat"
+_LOOK_EVERY_S = 0.5
 
-RecordT = TypeVar("RecordT", bound=Record)
+RecordT = TypeVar("RecordT", bound=PlacedRecord)
 
 
-class AnswerRecord(Record):
+class AnswerRecord(PlacedRecord):
     """A stored answer."""
 
     question: dict[str, JsonValue]
@@ -42,7 +45,7 @@ class AnswerRecord(Record):
     seconds: float = Field(ge=0)
 
 
-class CallRecord(Record):
+class CallRecord(PlacedRecord):
     """A call, begun or ended."""
 
     digest: str
@@ -88,7 +91,7 @@ class Spent(NamedTuple):
 
 def answer_path(digest: str) -> str:
     """Where the answer to a question is, relative to the run."""
-    return f"{FOLDER}/answers/{digest[:2]}/{digest}.json"
+    return f"{CHAT}/answers/{digest[:2]}/{digest}.json"
 
 
 class ChatStore:
@@ -96,58 +99,82 @@ class ChatStore:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._under_way: set[int] = set()
+        """Calls of this process."""
         self._next: int | None = None
         self._calls: dict[int, CallRecord] = {}
 
     def answer(self, digest: str) -> AnswerRecord | None:
         """The stored answer, or None where there is none or it cannot be read."""
+        path = answer_path(digest)
         try:
-            data = self.storage.read_bytes(answer_path(digest))
+            data = self.storage.read_bytes(path)
         except FileNotFoundError:
             return None
-        return _parsed(AnswerRecord, data)
+        return _parsed(AnswerRecord, path, data)
 
     def keep(self, digest: str, answer: AnswerRecord) -> AnswerRecord:
         """Store an answer; where another process was first, its answer counts and is returned."""
-        data = answer.model_dump_json().encode()
-        if self.storage.create(answer_path(digest), data):
+        if self.storage.create(answer.path, answer.sealed()):
             return answer
         first = self.answer(digest)
         if first is None:
             # What is there cannot be read: it is replaced.
-            self.storage.write(answer_path(digest), data)
+            self.storage.write(answer.path, answer.sealed())
         return first or answer
 
-    def begin(self, digest: str, section: ChatSection) -> tuple[int, CallRecord]:
-        """Number a call before it is made. Raises BudgetError where the budget is used up."""
-        reserved = section.max_tokens
-        with self._lock:
-            if section.max_total_tokens is not None:
-                self._refresh()
-                used = sum(call.tokens for call in self._calls.values())
-                if used + reserved > section.max_total_tokens:
-                    raise BudgetError(
-                        f"the budget of {section.max_total_tokens:,} tokens (max_total_tokens) has no room for another "
-                        f"call: {used:,} are used, and an answer may take {reserved:,}. Raise it and start again: what "
-                        "is answered is kept"
-                    )
+    def begin(self, digests: Sequence[str], section: ChatSection) -> list[CallRecord]:
+        """Number calls before they are made: one per question, or as many of the first ones as the budget allows.
+
+        Raises BudgetError where it allows none. Where calls under way in other threads may leave room, it waits.
+        """
+        with self._changed:
+            count = self._affordable(len(digests), section)
             if self._next is None:
                 self._next = 1 + max(self._numbers(), default=-1)
-            record = CallRecord(digest=digest, call_id=uuid.uuid4().hex, began_at=now_utc(), reserved_tokens=reserved)
-            data = record.model_dump_json().encode()
-            while True:
+            begun: list[CallRecord] = []
+            while len(begun) < count:
                 if section.max_calls is not None and self._next >= section.max_calls:
+                    if begun:
+                        break
                     raise BudgetError(
                         f"the budget of {section.max_calls:,} calls (max_calls) is used up. Raise it and start again: "
                         "what is answered is kept"
                     )
                 number, self._next = self._next, self._next + 1
-                if self.storage.create(_call_path(number), data):
+                record = CallRecord(
+                    path=_call_path(number),
+                    digest=digests[len(begun)],
+                    call_id=uuid.uuid4().hex,
+                    began_at=now_utc(),
+                    reserved_tokens=section.max_tokens,
+                )
+                if self.storage.create(record.path, record.sealed()):
                     self._calls[number] = record
-                    return number, record
+                    self._under_way.add(number)
+                    begun.append(record)
+            return begun
 
-    def end(self, number: int, record: CallRecord, usage: Usage | None = None, problem: str = "") -> None:
+    def _affordable(self, count: int, section: ChatSection) -> int:
+        """How many of `count` calls the budget of tokens has room for, at least one."""
+        limit, reserved = section.max_total_tokens, section.max_tokens
+        if limit is None:
+            return count
+        while True:
+            self._refresh()
+            used = sum(call.tokens for call in self._calls.values())
+            if room := min(count, (limit - used) // reserved if used < limit else 0):
+                return room
+            spent = used - sum(self._calls[number].tokens for number in self._under_way)
+            if not self._under_way or spent + reserved > limit:
+                raise BudgetError(
+                    f"the budget of {limit:,} tokens (max_total_tokens) has no room for another call: {used:,} are "
+                    f"used, and an answer may take {reserved:,}. Raise it and start again: what is answered is kept"
+                )
+            self._changed.wait(_LOOK_EVERY_S)
+
+    def end(self, record: CallRecord, usage: Usage | None = None, problem: str = "") -> None:
         """Record what a call came to."""
         usage = usage or Usage()
         ended = record.model_copy(
@@ -158,13 +185,16 @@ class ChatStore:
                 "problem": problem,
             }
         )
-        self.storage.write(_call_path(number), ended.model_dump_json().encode())
-        with self._lock:
+        self.storage.write(ended.path, ended.sealed())
+        number = _number(ended.path)
+        with self._changed:
             self._calls[number] = ended
+            self._under_way.discard(number)
+            self._changed.notify_all()
 
     def spent(self) -> Spent:
         """What all starts together have spent."""
-        with self._lock:
+        with self._changed:
             self._refresh()
             calls = list(self._calls.values())
         return Spent(
@@ -175,23 +205,28 @@ class ChatStore:
         )
 
     def _numbers(self) -> list[int]:
-        names = (path.rpartition("/")[2].removesuffix(".json") for path in self.storage.list_files(f"{FOLDER}/calls"))
-        return [int(name) for name in names if name.isdecimal()]
+        paths = self.storage.list_files(f"{CHAT}/calls")
+        return [_number(path) for path in paths if re.fullmatch(r"\d{8,}\.json", path.rpartition("/")[2], re.ASCII)]
 
     def _refresh(self) -> None:
         stale = [n for n in self._numbers() if n not in self._calls or not self._calls[n].ended]
         for path, data in self.storage.read_many([_call_path(number) for number in stale]).items():
             # One that cannot be read was begun all the same.
-            record = _parsed(CallRecord, data) or CallRecord(digest="", call_id="", began_at="", reserved_tokens=0)
-            self._calls[int(path.rpartition("/")[2].removesuffix(".json"))] = record
+            unknown = CallRecord(path=path, digest="", call_id="", began_at="", reserved_tokens=0)
+            record = _parsed(CallRecord, path, data) or unknown
+            self._calls[_number(path)] = record
 
 
 def _call_path(number: int) -> str:
-    return f"{FOLDER}/calls/{number:08d}.json"
+    return f"{CHAT}/calls/{number:08d}.json"
 
 
-def _parsed(kind: type[RecordT], data: bytes) -> RecordT | None:
+def _number(path: str) -> int:
+    return int(path.rpartition("/")[2].removesuffix(".json"))
+
+
+def _parsed(kind: type[RecordT], path: str, data: bytes) -> RecordT | None:
     try:
-        return kind.model_validate_json(data)
-    except ValidationError:
+        return kind.opened_at(path, data)
+    except (ValueError, RecursionError):
         return None

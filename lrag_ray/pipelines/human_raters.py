@@ -19,7 +19,7 @@ from markupsafe import Markup
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import UsageError
 from lrag_ray.scoring.judge.cases import all_cases
-from lrag_ray.scoring.judge.human import MOST_BYTES, ExportKey, HiddenCase, human_folder, store_answers
+from lrag_ray.scoring.judge.human import MOST_BYTES, ExportKey, HiddenCase, key_path, store_answers
 from lrag_ray.scoring.judge.media import make_media
 from lrag_ray.scoring.judge.questions import QuestionSet
 from lrag_ray.scoring.judge.settings import JudgeSettings
@@ -102,13 +102,14 @@ def export_page(uri: str, to: str, settings: JudgeSettings, storage: StorageSect
         )
     export = secrets.token_hex(8)
     record = ExportKey(
+        path=key_path(suite.folder, export),
         export=export,
         questions=[each.model_dump(mode="json", by_alias=True, exclude_defaults=True) for each in suite.sets],
         cases=key,
         created_at=now_utc(),
     )
     page = render({"export": export, "cases": shown, "videos": dict(sorted(videos.items()))})
-    run.storage.write(f"{human_folder(suite.folder, export)}/key.json", record.model_dump_json().encode())
+    run.storage.write(record.path, record.sealed())
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return Exported(str(target), export, len(cases), len(videos), len(page.encode()))

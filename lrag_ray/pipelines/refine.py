@@ -13,6 +13,7 @@ from pathlib import Path
 from lrag_ray.chat.client import check_backend, model_identity
 from lrag_ray.chat.messages import Question
 from lrag_ray.chat.store import AnswerRecord, ChatStore, Spent
+from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.prompts import Prompt, load_prompts, make_prompt
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.session import ray_session
@@ -25,6 +26,7 @@ from lrag_ray.report.csv_text import csv_text
 from lrag_ray.stages.refine import RefineStage, RefineTask
 from lrag_ray.stages.refinement import Refined, Refiner, encoder_limits, read_template
 from lrag_ray.stages.spec import Task
+from lrag_ray.store.lease import RUN
 from lrag_ray.store.rollouts import RolloutRun
 
 _BATCHES_PER_TASK = 4
@@ -48,30 +50,35 @@ class RefinedPrompts:
 
 
 def refine_prompts(
-    config: RunConfig, prompts: Sequence[Prompt] | None = None, *, listener: Listener = silent
+    config: RunConfig, prompts: Sequence[Prompt] | None = None, *, repair: bool = False, listener: Listener = silent
 ) -> RefinedPrompts:
     """Refine the prompts of a configuration, or those that were loaded before.
 
-    Raises ConfigError without prompts.refine or its template; ChatError where the model cannot be asked; BudgetError;
-    IdentityError for an address that holds another run; LeaseError; StorageError; ClusterError.
+    With `repair` a damaged ``run.json`` is accepted. Raises ConfigError without prompts.refine or its template;
+    ChatError where the model cannot be asked; BudgetError; IdentityError for an address that holds another run;
+    LeaseError; StorageError; ClusterError.
     """
-    return RefineJob(config, load_prompts(config.prompts) if prompts is None else prompts, listener).start()
+    prompts = load_prompts(config.prompts) if prompts is None else prompts
+    return RefineJob(config, prompts, listener, repair=repair).start()
 
 
 class RefineJob(Job[RefinedPrompts]):
     """One start of refining."""
 
-    lease = "run"
+    command = "refine"
 
-    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], listener: Listener) -> None:
+    def __init__(
+        self, config: RunConfig, prompts: Sequence[Prompt], listener: Listener, *, repair: bool = False
+    ) -> None:
+        config = with_absolute_paths(config)
         section = config.prompts.refine
         if section is None:
             raise ConfigError("prompts.refine is not given: it names the model that refines, and its backend")
         run = RolloutRun(config.run.uri, config.storage)
         super().__init__(run.storage, config.engine, listener)
-        if run.read() is not None:
+        if not (repair and run.is_damaged()) and run.read() is not None:
             # Another user's run must not receive our lease, nor our answers.
-            run.refuse_another_run(build_identity(config, []))
+            run.continued(build_identity(config, []))
         self._section = section
         self._prompts = prompts
         self._template = read_template(section)
@@ -80,6 +87,11 @@ class RefineJob(Job[RefinedPrompts]):
         self._store = ChatStore(self.storage)
         self._model = model_identity(section)
         self._settled: dict[str, Refined] = {}
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """That of the rollouts: they need the prompts."""
+        return [RUN]
 
     def do(self) -> None:
         """Ask about what is open, then read what became of every prompt."""

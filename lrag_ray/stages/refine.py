@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lrag_ray.chat.backend import RejectedError
 from lrag_ray.chat.client import ChatClient, LeftError
 from lrag_ray.chat.messages import Question
-from lrag_ray.chat.store import FOLDER, AnswerRecord, ChatStore
+from lrag_ray.chat.store import AnswerRecord, ChatStore
 from lrag_ray.config.refine import RefineSection
-from lrag_ray.config.schema import EngineSection
+from lrag_ray.config.schema import WorkersSection
 from lrag_ray.errors import BudgetError, ChatError, ConfigError, WeightsError
 from lrag_ray.stages.refinement import EncoderLimit, Refiner
 from lrag_ray.stages.spec import Host, Refused, Resources, Result, Stage, Task, WorkerState, Yielded
 from lrag_ray.store.address import Storage
+from lrag_ray.store.run_dir import CHAT
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RefineStage(Stage[RefineTask]):
     section: RefineSection
     template: str
     limits: tuple[EncoderLimit, ...]
-    engine: EngineSection
+    engine: WorkersSection
 
     @property
     def resources(self) -> Resources:
@@ -55,7 +55,7 @@ class RefineStage(Stage[RefineTask]):
 
     def progress(self, task: Task[RefineTask]) -> int:
         """Stored answers of the run."""
-        return len(self.storage.list_files(f"{FOLDER}/answers"))
+        return len(self.storage.list_files(f"{CHAT}/answers"))
 
 
 class RefineWorker:
@@ -80,14 +80,14 @@ class RefineWorker:
             except LeftError:
                 return Yielded("it was asked to stop; answers are stored")
             for (prompt, question), answer in zip(questions.items(), answers, strict=True):
-                if isinstance(answer, RejectedError):
-                    rejected[prompt] = str(answer)
-                else:
+                if isinstance(answer, AnswerRecord):
                     found[question] = answer
+                else:
+                    rejected[prompt] = str(answer)
         if rejected:
             prompt, reason = next(iter(rejected.items()))
             more = f" (and {len(rejected) - 1} more)" if len(rejected) > 1 else ""
-            return Refused(f"the model rejects '{prompt[:60]}'{more}: {reason}")
+            return Refused(f"no answer to '{prompt[:60]}'{more}: {reason}")
         return Result(made=len(payload.prompts))
 
     def _open(

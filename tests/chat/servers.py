@@ -19,8 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-Fault = str
-"""429 N (Retry-After: N), an HTTP status, cut, silence, not json, no message, refusal, or text:… (another answer)."""
+Fault = str | bytes
+"""429 N (Retry-After: N), an HTTP status, cut, silence, not json, no message, refusal, or text:… (another answer).
+
+Bytes are sent as they are."""
 SILENCE_S = 2.0
 
 
@@ -122,6 +124,8 @@ class ChatProxy:
         return f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def serve(self, handler: BaseHTTPRequestHandler, body: bytes, fault: Fault | None) -> None:
+        if isinstance(fault, bytes):
+            return _send(handler, 200, fault)
         if fault == "silence":
             time.sleep(SILENCE_S)
             handler.close_connection = True

@@ -4,23 +4,22 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lrag_ray.chat.backend import RejectedError, retry_after
-from lrag_ray.chat.client import ChatClient, LeftError, Outcome, check_backend
+from lrag_ray.chat.client import ChatClient, LeftError, Outcome, UnansweredError, check_backend
 from lrag_ray.chat.messages import Media, Message, Question, text
 from lrag_ray.chat.store import AnswerRecord, ChatStore
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import BudgetError, ChatError
 from lrag_ray.store.address import Storage
-from tests.chat.servers import ChatProxy, Fault, transformers_serve
-from tests.chat.tiny_models import chat_model, vision_model
+from tests.chat.servers import ChatProxy, Fault
+from tests.chat.tiny_models import ANSWERS, chat_model
 
-ANSWER = "Analysis: steady light. <score>4</score>"
 KEY = "a-key-that-must-be-nowhere-1234567890"
 
 
@@ -36,13 +35,6 @@ def section(proxy: ChatProxy, **changes: Any) -> ChatSection:
 def texts(outcomes: list[Outcome]) -> list[str]:
     assert all(isinstance(outcome, AnswerRecord) for outcome in outcomes)
     return [outcome.text for outcome in outcomes if isinstance(outcome, AnswerRecord)]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
-    folder = vision_model(tmp_path_factory.mktemp("models") / "vision", [ANSWER])
-    with transformers_serve(folder) as port:
-        yield folder, port
 
 
 def only(**faults: Fault) -> Callable[[int, dict[str, Any]], Fault | None]:
@@ -68,7 +60,7 @@ def test_a_real_server_is_asked_through_every_fault_and_never_twice(
     with ChatProxy(port, faults) as proxy:
         config = section(proxy, model=str(folder), key_env="MY_KEY", concurrency=3, timeout_s=1.5, attempts=8)
         first = texts(ChatClient(config, ChatStore(Storage(str(tmp_path)))).ask(asked))
-        assert first == [ANSWER] * 6
+        assert first == [ANSWERS[0]] * 6
         assert len(proxy.calls) == 12
         assert set(proxy.answered.values()) == {1} or sum(proxy.answered.values()) <= 8  # a cut answer was one
         assert proxy.most_at_once <= 3
@@ -148,13 +140,58 @@ def test_equal_questions_of_one_call_are_asked_once_and_votes_apart(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("401", "refuses the key"), ("404", "does not serve it"), ("500", "gave no answer in 2 calls: HTTP 500")],
+    [("401", "refuses the key"), ("404", "does not serve it"), ("500", "answers none of 3 questions in a row")],
 )
 def test_what_every_question_would_meet_ends_the_work(tmp_path: Path, fault: Fault, message: str) -> None:
     with ChatProxy(None, lambda number, body: fault) as proxy:
         with pytest.raises(ChatError, match=message):
             ChatClient(section(proxy, attempts=2, concurrency=1), ChatStore(Storage(str(tmp_path)))).ask(questions(3))
-        assert len(proxy.calls) == (2 if fault == "500" else 1)
+        assert len(proxy.calls) == (6 if fault == "500" else 1)
+
+
+def test_a_question_that_the_server_fails_on_leaves_the_others_and_is_asked_at_the_next_start(tmp_path: Path) -> None:
+    broken = {"fault": "500"}
+    fault = lambda number, body: broken["fault"] if "1" in str(body["messages"]) else "text:fine"  # noqa: E731
+    storage = Storage(str(tmp_path))
+    with ChatProxy(None, fault) as proxy:
+        config = section(proxy, attempts=2)
+        found = ChatClient(config, ChatStore(storage)).ask(questions(5))
+        assert [isinstance(each, UnansweredError) for each in found] == [False, True, False, False, False]
+        assert len(proxy.calls) == 6
+        broken["fault"] = "text:at last"
+        assert texts(ChatClient(config, ChatStore(storage)).ask(questions(5)))[1] == "at last"
+        assert len(proxy.calls) == 7
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"choices": [{"message": {"content": "a \\ud800 b"}}], "x": NaN, "y": 1e999, "z": 99999999999999999999}',
+        b'{"choices": [{"message": {"content": "a \\u0000 b"}, "finish_reason": 7}], "usage": [1]}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"null",
+        b'{"choices": [{"message": {"content": {"a": 1}}}]}',
+    ],
+)
+def test_an_odd_answer_is_stored_or_asked_for_again(tmp_path: Path, body: bytes) -> None:
+    storage = Storage(str(tmp_path))
+    with ChatProxy(None, lambda number, asked: body if number == 0 else "text:fine") as proxy:
+        (answer,) = texts(ChatClient(section(proxy), ChatStore(storage)).ask(questions(1)))
+        assert answer in ("fine", "a ? b", "a \0 b")
+        assert len(proxy.calls) == (2 if answer == "fine" else 1)
+        assert texts(ChatClient(section(proxy), ChatStore(storage)).ask(questions(1))) == [answer]
+
+
+def test_a_tight_budget_of_tokens_waits_for_calls_that_are_under_way(tmp_path: Path) -> None:
+    """Each call sets 8 tokens aside and uses 15: four at a time would not fit into 60, one after the other they do."""
+    with ChatProxy(None, lambda number, body: "text:fine") as proxy:
+        limited = section(proxy, max_total_tokens=60, concurrency=4, max_tokens=40)
+        with pytest.raises(BudgetError):
+            ChatClient(limited, ChatStore(Storage(str(tmp_path)))).ask(questions(4))
+        assert len(proxy.calls) == 2
+        enough = section(proxy, max_total_tokens=85, concurrency=4, max_tokens=40)
+        assert texts(ChatClient(enough, ChatStore(Storage(str(tmp_path)))).ask(questions(4))) == ["fine"] * 4
 
 
 def test_a_rejected_question_leaves_the_others(tmp_path: Path) -> None:
@@ -228,11 +265,11 @@ def test_retry_after_is_a_number_or_a_date() -> None:
 
 
 def test_a_local_folder_answers_in_batches(tmp_path: Path) -> None:
-    folder = chat_model(tmp_path / "model", [ANSWER])
+    folder = chat_model(tmp_path / "model", [ANSWERS[0]])
     config = ChatSection(backend="local", model=str(folder), max_tokens=8, concurrency=4)
     store = ChatStore(Storage(str(tmp_path / "run")))
     with ChatClient(config, store) as client:
-        assert texts(client.ask(questions(6))) == [ANSWER] * 6
+        assert texts(client.ask(questions(6))) == [ANSWERS[0]] * 6
     with ChatClient(config, store) as client:
         client.ask(questions(6))
         assert client._backend is None, "nothing is loaded where all is answered"

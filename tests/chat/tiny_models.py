@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ANSWERS = ["The light is steady. <score>4</score>", "Dark corners. <score>2</score>"]
+"""What the served model says; the first one at temperature 0."""
+
 # As Qwen writes them: servers find the answer by them.
 ASSISTANT, END, PAD = "<|im_start|>assistant\n", "<|im_end|>", "<|endoftext|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")

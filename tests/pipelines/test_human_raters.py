@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
 
 
 def key_of(run: RolloutRun, export: str) -> ExportKey:
-    return ExportKey.model_validate_json(run.storage.read_bytes(f"scores/judge/1/human/{export}/key.json"))
+    return ExportKey.opened(run.storage.read_bytes(f"scores/judge/1/human/{export}/key.json"))
 
 
 def answers(export: str, rater: str, given: dict[str, str]) -> str:

@@ -29,7 +29,15 @@ GOOD = "A red fox walks through the snow in the morning light."
 
 def answer(text: str, finish: Any = "stop") -> AnswerRecord:
     return AnswerRecord(
-        question={}, text=text, finish=finish, input_tokens=1, output_tokens=1, raw=None, answered_at="", seconds=0
+        path="",
+        question={},
+        text=text,
+        finish=finish,
+        input_tokens=1,
+        output_tokens=1,
+        raw=None,
+        answered_at="",
+        seconds=0,
     )
 
 

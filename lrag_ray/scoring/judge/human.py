@@ -21,7 +21,7 @@ from lrag_ray.scoring.judge.agreement import krippendorff_alpha
 from lrag_ray.scoring.judge.questions import CHOICES, QuestionSet
 from lrag_ray.scoring.judge.records import CaseRecord
 from lrag_ray.store.address import Storage
-from lrag_ray.store.records import JsonValue, Record
+from lrag_ray.store.records import JsonValue, PlacedRecord, Record
 
 MOST_BYTES = 1 << 24
 """Of a file that is imported."""
@@ -36,7 +36,7 @@ class HiddenCase(Record):
     """Of a comparison: the second target is A."""
 
 
-class ExportKey(Record):
+class ExportKey(PlacedRecord):
     """The key of an export; never on the page."""
 
     export: str
@@ -65,9 +65,20 @@ class PageAnswers(Record):
     answers: dict[str, PersonAnswer]
 
 
+class StoredAnswers(PlacedRecord):
+    """What one person answered, as it is stored."""
+
+    page: PageAnswers
+
+
 def human_folder(folder: str, export: str) -> str:
     """Where an export's files are, relative to the run."""
     return f"{folder}/human/{export}"
+
+
+def key_path(folder: str, export: str) -> str:
+    """Where the key of an export is, relative to the run."""
+    return f"{human_folder(folder, export)}/key.json"
 
 
 def number_of(questions: QuestionSet, case: HiddenCase, answer: str) -> float:
@@ -109,23 +120,28 @@ def store_answers(rows: Storage, folder: str, data: bytes, name: str) -> tuple[P
         except (ValueError, KeyError) as error:
             raise UsageError(f"{name}: answers.{number}.answer: {error}") from None
     rater = hashlib.sha256(found.rater.encode()).hexdigest()[:12]
-    rows.write(f"{human_folder(folder, found.export)}/raters/{rater}.json", found.model_dump_json().encode())
+    path = f"{human_folder(folder, found.export)}/raters/{rater}.json"
+    rows.write(path, StoredAnswers(path=path, page=found).sealed())
     return found, len(key.cases)
 
 
 def read_key(rows: Storage, folder: str, export: str) -> ExportKey | None:
     """The key of an export; None where there is none that can be read."""
+    path = key_path(folder, export)
     try:
-        return ExportKey.model_validate_json(rows.read_bytes(f"{human_folder(folder, export)}/key.json"))
-    except (FileNotFoundError, ValidationError):
+        return ExportKey.opened_at(path, rows.read_bytes(path))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
 def human_lines(
-    rows: Storage, folder: str, listed: Sequence[str], cases: Sequence[CaseRecord], sets: Sequence[QuestionSet]
+    rows: Storage, folder: str, cases: Sequence[CaseRecord], sets: Sequence[QuestionSet], damaged: list[str]
 ) -> list[str]:
-    """Agreement among people, and of people with the judge, one line per question."""
-    by_people = _answers(rows, folder, listed)
+    """Agreement among people, and of people with the judge, one line per question.
+
+    Files that cannot be read are left out and added to `damaged`.
+    """
+    by_people = _answers(rows, folder, damaged)
     by_judge = {
         (case.question, _identity(case.targets)): fmean(case.scores)
         for case in cases
@@ -150,18 +166,22 @@ def human_lines(
     return lines
 
 
-def _answers(rows: Storage, folder: str, listed: Sequence[str]) -> Mapping[tuple[str, Any], dict[str, float]]:
-    """Values by question and targets, by rater. Files that cannot be read or do not fit are left out."""
+def _answers(rows: Storage, folder: str, damaged: list[str]) -> Mapping[tuple[str, Any], dict[str, float]]:
+    """Values by question and targets, by rater."""
     found: dict[tuple[str, Any], dict[str, float]] = defaultdict(dict)
-    paths = [path for path in listed if path.startswith(f"{folder}/human/") and "/raters/" in path]
+    listed = rows.list_files(f"{folder}/human")
+    paths = [path for path in listed if "/raters/" in path and path.endswith(".json")]
     keys: dict[str, ExportKey | None] = {}
-    for _, data in sorted(rows.read_many(paths).items()):
+    for path, data in sorted(rows.read_many(paths).items()):
         try:
-            page = PageAnswers.model_validate_json(data)
-        except ValidationError:
+            page = StoredAnswers.opened_at(path, data).page
+        except (ValueError, RecursionError):
+            damaged.append(path)
             continue
         if page.export not in keys:
             keys[page.export] = read_key(rows, folder, page.export)
+            if keys[page.export] is None:
+                damaged.append(key_path(folder, page.export))
         key = keys[page.export]
         for number, given in page.answers.items():
             case = key.cases.get(number) if key else None

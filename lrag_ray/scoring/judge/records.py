@@ -11,11 +11,11 @@ which names do not contain.
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lrag_ray.scoring.judge.questions import QuestionSet
 from lrag_ray.scoring.video_rows import ScoreTarget
-from lrag_ray.store.records import JsonValue, Record
+from lrag_ray.store.records import JsonValue, PlacedRecord, Record
 
 
 class Vote(Record):
@@ -33,7 +33,7 @@ class Vote(Record):
     """Digests of all answers, in chat/answers."""
 
 
-class CaseRecord(Record):
+class CaseRecord(PlacedRecord):
     """A question about one video, or about a pair."""
 
     question: str
@@ -58,7 +58,7 @@ class CaseRecord(Record):
         return ScoreTarget(**self.targets[index])
 
 
-class JudgeRecord(Record):
+class JudgeRecord(PlacedRecord):
     """Who judged, and what was asked."""
 
     backend: str
@@ -78,21 +78,21 @@ class JudgeRecord(Record):
         return [QuestionSet.model_validate(each) for each in self.questions]
 
 
-def parsed_case(data: bytes) -> CaseRecord | None:
-    """A stored case; None where it cannot be read."""
+def parsed_case(path: str, data: bytes) -> CaseRecord | None:
+    """The case stored at `path`; None where it cannot be read."""
     try:
-        record = CaseRecord.model_validate_json(data)
+        record = CaseRecord.opened_at(path, data)
         for index in range(len(record.targets)):
             record.target(index)
-    except (ValidationError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return record
 
 
-def parsed_judge(data: bytes) -> JudgeRecord | None:
-    """A stored judge; None where it cannot be read."""
+def parsed_judge(path: str, data: bytes) -> JudgeRecord | None:
+    """The judge stored at `path`; None where it cannot be read."""
     try:
-        record = JudgeRecord.model_validate_json(data)
+        record = JudgeRecord.opened_at(path, data)
         return record if record.sets else None
-    except ValidationError:
+    except (ValueError, RecursionError):
         return None

@@ -33,7 +33,7 @@ from lrag_ray.store.videos import CommittedVideo
 NOT_VBENCH = "A judge's number is not VBench, and does not compare with another model's, question's or paper's."
 _SECTION = "scoring.settings.chat"
 _TOKENS_PER_PICTURE = 258
-"""Gemini's own figure; what a vision model makes of a picture of 512 pixels is of this order."""
+"""Of Gemini 2.0, for a tile of 768x768 pixels or a frame of a video. Other models differ: what `plan` says is a guess."""
 
 
 class Judge(Suite[JudgeSettings]):
@@ -145,6 +145,7 @@ class Judge(Suite[JudgeSettings]):
         if not settings.whole_video:
             seen = f"{settings.fps:g} frames per second, at most {settings.max_frames} per video"
         return JudgeRecord(
+            path="",
             backend=chat.backend,
             model=model_identity(chat),
             settings=described,
@@ -156,7 +157,7 @@ class Judge(Suite[JudgeSettings]):
     @cached_property
     def judge_folder(self) -> str:
         """Where this judge's scores are, relative to the run."""
-        identity = self.record.model_dump(mode="json", exclude={"sampling", "used_at"})
+        identity = self.record.model_dump(mode="json", exclude={"path", "sampling", "used_at"})
         return f"{self.folder}/{canonical_digest(identity)[:12]}"
 
     # Scoring
@@ -172,7 +173,8 @@ class Judge(Suite[JudgeSettings]):
         if videos is None:
             raise ValueError("suite judge scores videos of runs only")
         assert self.settings.chat is not None
-        rows.write(f"{self.judge_folder}/judge.json", self.record.model_dump_json(indent=1).encode())
+        path = f"{self.judge_folder}/judge.json"
+        rows.write(path, self.record.model_copy(update={"path": path}).sealed())
         return JudgeWorker(self.settings, self.settings.chat, rows, videos, device)
 
     # Reading
@@ -193,7 +195,7 @@ class Judge(Suite[JudgeSettings]):
         values: dict[tuple[str, int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         cases: list[CaseRecord] = []
         for path, data in sorted(run.storage.read_many(paths).items()):
-            case = parsed_case(data)
+            case = parsed_case(path, data)
             if case is None:
                 scores.damaged.append(path)
                 continue
@@ -222,8 +224,7 @@ class Judge(Suite[JudgeSettings]):
         scores.computed[f"{judge.model}, {judge.backend}"] += len(cases)
         scores.records += cases
         scores.remarks_on_all += agreement_lines(cases, self.sets)
-        listed = list(run.storage.list_files(f"{self.folder}/human"))
-        scores.remarks_on_all += human_lines(run.storage, self.folder, listed, cases, self.sets)
+        scores.remarks_on_all += human_lines(run.storage, self.folder, cases, self.sets, scores.damaged)
 
     def table(self, scores: Scores) -> pa.Table:
         """One row per vote."""
@@ -245,7 +246,7 @@ class Judge(Suite[JudgeSettings]):
     def _stored_judge(self, storage: Storage, scores: Scores) -> tuple[str, JudgeRecord | None]:
         listed = storage.list_files(self.folder)
         paths = [path for path in listed if path.endswith("/judge.json") and path.count("/") == 4]
-        found = {path: parsed_judge(data) for path, data in storage.read_many(paths).items()}
+        found = {path: parsed_judge(path, data) for path, data in storage.read_many(paths).items()}
         scores.damaged += [path for path, record in found.items() if record is None]
         judges = {path.rpartition("/")[0]: record for path, record in found.items() if record is not None}
         if self.settings.chat is not None:

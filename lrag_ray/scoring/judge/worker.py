@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lrag_ray import __version__
 from lrag_ray.chat.backend import RejectedError
-from lrag_ray.chat.client import ChatClient, LeftError, model_identity
+from lrag_ray.chat.client import ChatClient, LeftError, UnansweredError, model_identity
 from lrag_ray.chat.messages import Media, Message, Part, Question, text
 from lrag_ray.chat.store import ChatStore
 from lrag_ray.config.chat import ChatSection
@@ -80,12 +80,12 @@ class JudgeWorker:
             record = self._judged(payload)
         except LeftError:
             raise StoppedError from None
-        except BudgetError as error:
+        except UnansweredError as error:
             raise UnscorableError(str(error)) from None
-        except ChatError as error:
+        except (BudgetError, ChatError) as error:
             self._broken = str(error)
             raise UnscorableError(str(error)) from None
-        self._rows.create(payload.path, record.model_dump_json().encode())
+        self._rows.create(payload.path, record.sealed())
         if record.reason:
             raise UnscorableError(record.reason)
 
@@ -113,6 +113,7 @@ class JudgeWorker:
                     problems = dict.fromkeys(vote.problem for vote in votes)
                     reason = f"no answer has a score: {'; '.join(problems)}"
         return CaseRecord(
+            path=case.path,
             question=case.questions.name,
             targets=[dataclasses.asdict(target) for target in case.targets],
             votes=votes,
@@ -134,6 +135,8 @@ class JudgeWorker:
             left = []
             questions = [Question(vote.messages, vote.number) for vote in waiting]
             for vote, question, answer in zip(waiting, questions, self._client.ask(questions), strict=True):
+                if isinstance(answer, UnansweredError):
+                    raise answer
                 if isinstance(answer, RejectedError):
                     vote.problem = f"the model rejects the question: {answer}"
                     done[vote.number, vote.swapped] = _closed(vote)

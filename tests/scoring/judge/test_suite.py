@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,12 @@ from lrag_ray.scoring.judge.media import shown_frames
 from lrag_ray.scoring.judge.suite import NOT_VBENCH, Judge
 from lrag_ray.scoring.suite import StoppedError, UnscorableError
 from lrag_ray.store.rollouts import RolloutRun
-from tests.chat.servers import ChatProxy, transformers_serve
-from tests.chat.tiny_models import vision_model
+from tests.chat.servers import ChatProxy
 from tests.report.make_run import make_identity, make_run
 from tests.report.test_build import Page, score_all
 
 KEY = "a-key-that-must-be-nowhere-0987654321"
-ANSWERS = ["The light is steady. <score>4</score>", "Dark corners. <score>2</score>"]
 SECRETIVE = ("base", "rag", "tiny", "rollouts", "attempt", "mp4", "lrag")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
-    folder = vision_model(tmp_path_factory.mktemp("models") / "vision", ANSWERS)
-    with transformers_serve(folder) as port:
-        yield folder, port
 
 
 @pytest.fixture
