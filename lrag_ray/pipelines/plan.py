@@ -301,8 +301,9 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     else:
         yield from cut_notes(list(config.backbones.values()), prompts)
     if (suite := suite_of(config.scoring)) is not None and config.video.enabled:
-        cells = len(config.backbones) * len(config.methods) * len(config.durations_s)
-        yield from suite.plan_notes(cells, len(prompts) * config.prompts.samples)
+        yield from suite.plan_notes(
+            len(config.backbones), len(config.methods), config.durations_s, len(prompts) * config.prompts.samples
+        )
     for name, backbone in config.backbones.items():
         if note := CHECKPOINT_NOTES.get((backbone.weights.path or "").rpartition("/")[2]):
             yield f"backbones.{name}: {note}"

@@ -20,6 +20,7 @@ from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.sizing import PoolSize
 from lrag_ray.errors import ConfigError, UsageError
 from lrag_ray.events import Listener, silent
+from lrag_ray.pipelines.costs import with_costs
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.report.csv_text import csv_text
@@ -100,7 +101,7 @@ class RefineJob(Job[RefinedPrompts]):
         if open_texts:
             check_backend(self._section)
             self._ask(open_texts)
-            self.note(f"refining: {self._store.spent().described(self._section)} in this run so far")
+            self.note(self._cost())
         for text in texts:
             found = self._settle(text)
             if isinstance(found, Refined):
@@ -119,6 +120,9 @@ class RefineJob(Job[RefinedPrompts]):
             seconds=self.seconds,
         )
 
+    def _cost(self) -> str:
+        return f"refining: {self._store.spent().described(self._section)} in this run so far"
+
     def _settle(self, text: str) -> Refined | Question:
         def stored(question: Question) -> AnswerRecord | None:
             return self._store.answer(question.digest(self._section, self._model))
@@ -127,8 +131,8 @@ class RefineJob(Job[RefinedPrompts]):
 
     def _ask(self, texts: Sequence[str]) -> None:
         section = self._section
-        size = section.concurrency * (1 if section.backend == "local" else _BATCHES_PER_TASK)
-        groups = [tuple(texts[i : i + size]) for i in range(0, len(texts), size)]
+        many = section.concurrency * (1 if section.backend == "local" else _BATCHES_PER_TASK)
+        groups = [tuple(texts[i : i + many]) for i in range(0, len(texts), many)]
         lines = {prompt.text: prompt.line for prompt in reversed(self._prompts)}
         tasks = [
             Task(key=str(i), payload=RefineTask(group), order=i, name=f"prompts from line {lines[group[0]]}")
@@ -137,7 +141,8 @@ class RefineJob(Job[RefinedPrompts]):
         stage = RefineStage(self.storage, section, self._template, tuple(self._limits), self.engine)
         with ray_session(self.engine):
             # A server's limits are those of one worker.
-            failed = self.run_stage(stage, tasks, size=None if section.backend == "local" else PoolSize(1, 1))
+            size = None if section.backend == "local" else PoolSize(1, 1)
+            failed = self.run_stage(stage, tasks, size=size, listener=with_costs(self.report, self._cost))
         reasons = {text: self.missing.pop(task.title, "") for task in failed for text in task.payload.prompts}
         for prompt in self._prompts:
             if prompt.text in reasons and isinstance(self._settle(prompt.text), Question):

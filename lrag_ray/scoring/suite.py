@@ -172,8 +172,8 @@ class Suite(ABC, Generic[SettingsT]):
 
     # Before scoring
 
-    def plan_notes(self, cells: int, units: int) -> Sequence[str]:
-        """What scoring costs besides arithmetic, for `cells` of `units` prompts and samples each."""
+    def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
+        """What scoring costs besides arithmetic, with `units` prompts and samples per cell."""
         return ()
 
     def spent(self, rows: Storage) -> str:

@@ -1,6 +1,7 @@
-"""A local server with the published protocol of Gemini's API: resumable upload, files, generateContent.
+"""A local server that speaks Gemini's API as the official client does: resumable upload, files, generateContent.
 
-It is written after https://ai.google.dev/api (files, generate-content, errors), not after Google's server.
+Requests and answers follow the models of the installed google-genai (`google.genai.types`), which the tests check.
+Google's server was not asked.
 """
 
 from __future__ import annotations

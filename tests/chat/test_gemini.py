@@ -1,4 +1,4 @@
-"""Gemini's backend against a local server with its published protocol; Google's own was not asked."""
+"""Gemini's backend against a local server that follows the models of the official client; Google's was not asked."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ def test_a_video_is_uploaded_once_without_a_name_and_deleted(tmp_path: Path) -> 
     spent = ChatStore(Storage(str(tmp_path))).spent()
     assert (spent.calls, spent.input_tokens, spent.output_tokens) == (3, 900, 30)
     assert not any(KEY in path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_requests_and_answers_of_the_local_server_fit_the_models_of_the_official_client(tmp_path: Path) -> None:
+    from google.genai import types
+
+    for _, body in (said("text"), said("half", "MAX_TOKENS"), said("", "SAFETY"), blocked()):
+        types.GenerateContentResponse.model_validate(body)
+    with GeminiServer(lambda number: said("fine")) as server:
+        with client(server, tmp_path) as asking:
+            asking.ask(ASKED[:1])
+        (call,) = server.calls
+        types.File.model_validate(server.file("files/f1"))
+    assert call.keys() == {"contents", "systemInstruction", "generationConfig"}
+    for content in (*call["contents"], call["systemInstruction"]):
+        types.Content.model_validate(content)
+    types.GenerationConfig.model_validate(call["generationConfig"])
+    (upload,) = server.upload_requests
+    types.File.model_validate(upload["body"].get("file", {}))
+    with pytest.raises(ValueError, match="nope"):
+        types.GenerateContentResponse.model_validate({"candidates": [{"nope": 1}]})
 
 
 def test_limits_and_errors_are_waited_for(tmp_path: Path) -> None:

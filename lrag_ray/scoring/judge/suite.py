@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -33,7 +34,7 @@ from lrag_ray.store.videos import CommittedVideo
 NOT_VBENCH = "A judge's number is not VBench, and does not compare with another model's, question's or paper's."
 _SECTION = "scoring.settings.chat"
 _TOKENS_PER_PICTURE = 258
-"""Of Gemini 2.0, for a tile of 768x768 pixels or a frame of a video. Other models differ: what `plan` says is a guess."""
+"""Of Gemini 2.0, for a tile of 768x768 pixels or a frame of a video. Other models differ: plans say "about"."""
 
 
 class Judge(Suite[JudgeSettings]):
@@ -102,21 +103,35 @@ class Judge(Suite[JudgeSettings]):
             )
         check_backend(self.settings.chat)
 
-    def plan_notes(self, cells: int, units: int) -> Sequence[str]:
+    def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
         """Calls and tokens; how many tokens a picture has is a guess, for models differ."""
         settings, chat = self.settings, self.settings.chat
         if chat is None:
             return ()
         drawn = min(units, settings.cases or units)
-        single = [each for each in self.sets if not each.compare]
-        calls = drawn * settings.votes * cells * len(single)
-        read = sum(len(each.question) // 4 for each in single) // max(1, len(single))
-        bound = Spent(calls, calls * (read + settings.max_frames * _TOKENS_PER_PICTURE), calls * chat.max_tokens, 0)
-        pairs = "; comparisons add two per vote for each pair of methods" if len(single) < len(self.sets) else ""
-        return [
-            f"the judge {chat.model} is asked about {drawn} cases per cell: at most about {bound.described(chat)}, "
-            f"without retries{pairs}"
+        lengths_s = [each for each in durations_s if settings.duration_s in (None, each)]
+        calls = tokens_in = 0
+        for each in self.sets:
+            # Both orders of every pair, two videos each; otherwise one of every method.
+            asked = methods * (methods - 1) if each.compare else methods
+            made = drawn * settings.votes * backbones * asked
+            calls += made * len(lengths_s)
+            for length_s in lengths_s:
+                shown = length_s * settings.fps if settings.whole_video else self._pictures(length_s)
+                pictures = math.ceil(shown) * (2 if each.compare else 1)
+                tokens_in += made * (len(each.question) // 4 + pictures * _TOKENS_PER_PICTURE)
+        found = [
+            f"the judge {chat.model} is asked about {drawn} cases per cell: about "
+            f"{Spent(calls, tokens_in, calls * chat.max_tokens, 0).described(chat)} at most, without retries"
         ]
+        if not lengths_s:
+            found.append(f"no duration is scoring.settings.duration_s {settings.duration_s:g}: nothing is judged")
+        if chat.max_calls is not None and chat.max_calls < calls:
+            found.append(f"{_SECTION}.max_calls {chat.max_calls} is less than the {calls} calls of the judge")
+        return found
+
+    def _pictures(self, length_s: float) -> float:
+        return max(1.0, min(self.settings.max_frames, length_s * self.settings.fps))
 
     def spent(self, rows: Storage) -> str:
         """Calls, tokens and cost of the run."""
