@@ -12,7 +12,7 @@ EVERY_S = 60.0
 
 
 def with_costs(listener: Listener, spent: Callable[[], str], *, every_s: float = EVERY_S) -> Listener:
-    """A listener that passes events on and, at most every `every_s`, adds a notice with `spent` if that says anything."""
+    """A listener that passes events on and, every `every_s` at most, adds what `spent` says, if anything."""
     last_s = time.monotonic()
 
     def report(event: Event) -> None:
