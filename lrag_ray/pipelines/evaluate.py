@@ -258,7 +258,9 @@ class EvaluateJob(Job[RunOutcome]):
         self._scoring.set_aside_damaged(plan.scores, self.report)
         for path in plan.scores:
             if self._scoring.suite is None or not path.startswith(f"{self._scoring.suite.folder}/"):
-                plan.beyond[path] = "scores of another suite than the configuration's: run with that scoring section"
+                plan.beyond[path] = (
+                    "scores or answers of another suite than the configuration's: run with that scoring section"
+                )
         former = {}
         if plan.restores or plan.texts:
             connect()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 
+import av
 import pytest
 
 from lrag_ray.errors import UsageError
@@ -34,6 +37,13 @@ def key_of(run: RolloutRun, export: str) -> ExportKey:
 
 def answers(export: str, rater: str, given: dict[str, str]) -> str:
     return json.dumps({"export": export, "rater": rater, "answers": {n: {"answer": a} for n, a in given.items()}})
+
+
+def container_facts(video: bytes) -> str:
+    """What a video file says besides its pixels."""
+    with av.open(io.BytesIO(video)) as container:
+        streams = [(stream.type, stream.metadata, stream.duration, stream.codec.name) for stream in container.streams]
+        return str((container.metadata, streams, container.format.name))
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
@@ -74,6 +84,12 @@ def test_the_page_holds_no_trace_of_methods_and_nothing_acts(run: RolloutRun, tm
         assert not re.search(rf"\b{name}\b", plain), name
     assert "</script><script>document.title" not in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)
+    told = [container_facts(base64.b64decode(video)) for video in json.loads(data)["videos"].values()]
+    assert len(told) == 4
+    assert len(set(told)) == 1, "the file tells nothing that differs between methods"
+    assert "handler_name" in told[0]
+    for name in ("base", "rag", "rollouts", "attempt", "tiny", "fox", str(tmp_path), "shown"):
+        assert name not in told[0]
     again = export_page(run.uri, str(tmp_path / "again.html"), JudgeSettings(questions=("exposure",), max_side=64))
     orders = [
         [(key.cases[n].targets[0]["method"], key.cases[n].targets[0]["prompt_id"]) for n in key.cases]

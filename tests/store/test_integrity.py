@@ -257,6 +257,19 @@ def test_damaged_files_of_commits_come_back_byte_for_byte_and_nothing_else_is_to
     assert damage_of(run) == []
 
 
+def test_answers_of_models_are_asked_for_again_and_those_of_people_are_not(run: RolloutRun) -> None:
+    asked, call = some(run, "chat/answers/*/*.json"), some(run, "chat/calls/*.json")
+    case, by = some(run, "scores/judge/*/*/cases/**/*.json"), some(run, "scores/judge/*/*/judge.json")
+    human = {some(run, "scores/judge/*/human/*/key.json"), some(run, "scores/judge/*/human/*/raters/*.json")}
+    for path in (asked, call, case, by, *human):
+        flip(run, path)
+    plan = plan_repair(damage_of(run), build_identity(config_of(Path(run.uri)), PROMPTS), run.inventory(), {}, len)
+    assert set(plan.set_aside) == {asked, call}
+    assert set(plan.scores) == {case, by}
+    assert set(plan.beyond) == human
+    assert all("people's answers" in reason for reason in plan.beyond.values())
+
+
 def test_latents_that_come_out_as_others_are_not_written(run: RolloutRun) -> None:
     path = some(run, "rollouts/**/part-00006-*.safetensors")
     flip(run, path)

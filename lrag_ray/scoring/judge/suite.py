@@ -178,8 +178,11 @@ class Judge(Suite[JudgeSettings]):
     # Scoring
 
     def pending(self, run: RolloutRun, *, settled: bool = False) -> list[ScoringTask]:
-        """Cases whose videos are committed and that have no record."""
+        """Cases whose videos are committed and that have no record; all of them where that of the judge is lost."""
         there = run.storage.list_files(self.judge_folder)
+        if f"{self.judge_folder}/judge.json" not in there:
+            # A worker stores it; answers are there already.
+            there = {}
         cases = all_cases(run, self.settings, list(self.sets), self.judge_folder)
         return [ScoringTask(case.title, case) for case in cases if case.path not in there]
 

@@ -260,3 +260,14 @@ def test_a_damaged_record_is_reported_and_made_again_without_a_call(run: Rollout
         path.unlink()
         assert score(judge(proxy), run) == {}
         assert len(proxy.calls) == 4
+
+
+def test_the_record_of_the_judge_comes_back_without_a_call(run: RolloutRun) -> None:
+    with ChatProxy(None, lambda number, body: "text:<score>3</score>") as proxy:
+        score(judge(proxy), run)
+        (path,) = Path(run.storage.root).rglob("judge.json")
+        path.rename(path.with_suffix(".json.invalid-0123"))
+        assert collect([run]).scores.videos == []
+        assert score(judge(proxy), run) == {}
+        assert len(proxy.calls) == 4
+    assert len(collect([run], "judge").scores.videos) == 4
