@@ -150,6 +150,7 @@ def test_the_examples_of_extending_run(tmp_path: Path, capsys: pytest.CaptureFix
         for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             exec(block, module.__dict__)
         assert "Result(made=2" in capsys.readouterr().out
+        assert not module.CountJob.__abstractmethods__
         run = make_run(str(tmp_path / "run"), ["a red fox"], methods=("base",))
         suite = module.Brightness(module.Settings(scale=0.5))
         worker = suite.worker(run.storage, run.storage, threads=1, device="cpu")

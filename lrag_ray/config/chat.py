@@ -52,7 +52,7 @@ class ChatSection(Section):
     key_env: Annotated[str, AfterValidator(_variable)] | None = None
     """Environment variable, on every node, that holds the key. None takes OPENAI_API_KEY or GEMINI_API_KEY for the
     vendor's own address, and sends no key to any other."""
-    temperature: float = Field(default=0, ge=0, le=2)
+    temperature: float = Field(default=0.0, ge=0, le=2)
     """Sampling temperature; 0 takes the likeliest token."""
     max_tokens: int = Field(default=1024, ge=1, le=1_000_000)
     """Most tokens of an answer."""

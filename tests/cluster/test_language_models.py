@@ -17,12 +17,11 @@ from lrag_ray.store.rollouts import RolloutRun
 from tests.chat.servers import ChatProxy
 from tests.cluster.conftest import KEY_ENV
 from tests.cluster.drivers import driver, write_config
-from tests.stages.make import BACKBONE, make_config
+from tests.stages.make import BACKBONE, METHODS, make_config
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.proof, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
 
 PROMPTS = ["a fox", "a river", "a lamp"]
-VIDEOS = len(PROMPTS) * 2
 
 
 class Server:
@@ -64,6 +63,7 @@ def test_a_run_that_is_killed_twice_asks_nothing_twice_and_shows_no_key(tmp_path
             tmp_path / "run",
             prompts={"path": str(tmp_path / "prompts.txt"), "refine": chat},
             durations_s=[1.5],
+            methods={"base": METHODS["base"]},
             backbones={"tiny": {**BACKBONE, "transformer": {**BACKBONE["transformer"], "text_len": 96}}},
             engine={"address": ray.get_runtime_context().gcs_address, "actors": 1},
             scoring={"suite": "judge", "workers": 1, "settings": {"chat": chat, "max_side": 32}},
@@ -76,13 +76,13 @@ def test_a_run_that_is_killed_twice_asks_nothing_twice_and_shows_no_key(tmp_path
                 killed.process.kill()
                 killed.wait()
         assert len(answers(run)) == len(PROMPTS) + 2
-        server.allowed = Counter(judge=VIDEOS - 2)
+        server.allowed = Counter(judge=len(PROMPTS) - 2)
         for _ in range(2):
             with driver(path) as last:
                 assert last.wait() == 0, last.text
         asked = Counter(kind_of(body) for body in proxy.calls)
         # The two calls that were held got no answer, and were made again.
-        assert asked == {"refine": len(PROMPTS) + 1, "judge": VIDEOS + 1}
+        assert asked == {"refine": len(PROMPTS) + 1, "judge": len(PROMPTS) + 1}
         assert max(Counter(str(body) for body in proxy.calls).values()) == 2
         assert ChatStore(run.storage).spent().calls == len(proxy.calls)
         key = os.environ[KEY_ENV]

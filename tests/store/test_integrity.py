@@ -263,7 +263,9 @@ def test_answers_of_models_are_asked_for_again_and_those_of_people_are_not(run: 
     human = {some(run, "scores/judge/*/human/*/key.json"), some(run, "scores/judge/*/human/*/raters/*.json")}
     for path in (asked, call, case, by, *human):
         flip(run, path)
-    plan = plan_repair(damage_of(run), build_identity(config_of(Path(run.uri)), PROMPTS), run.inventory(), {}, len)
+    plan = plan_repair(
+        damage_of(run), build_identity(config_of(Path(run.uri)), PROMPTS), run.inventory(), {}, lambda *_: 0
+    )
     assert set(plan.set_aside) == {asked, call}
     assert set(plan.scores) == {case, by}
     assert set(plan.beyond) == human
