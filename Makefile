@@ -18,12 +18,12 @@ $(BIN)/python:
 # they are installed without their dependencies; what they do import is the extra `score`.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): about 6 GB, a few minutes"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,score]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,score,chat]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps vbench pyiqa
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,score,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[run,score,chat,test]'
 	@touch $@
 
 install: $(VENV)/.run ## make the environment in .venv

@@ -177,6 +177,8 @@ class Video(NamedTuple):
     frames: int
     """Video frames from its start that belong to the duration."""
     fps: int
+    original_prompt: str = ""
+    """The prompt before it was refined; empty where it was not."""
 
 
 class Run:
@@ -267,6 +269,7 @@ class Run:
                     address=f"{self.uri}/{video.video.path}",
                     frames=video.frames,
                     fps=video.fps,
+                    original_prompt=self.identity.prompts[rollout.prompt_id].original,
                 )
             )
         return found

@@ -4,6 +4,7 @@
 
     LragError                 exit code 1
     ├── VideoError            a video that cannot be read or re-encoded (lrag_ray.video.mp4)
+    ├── BudgetError           a budget of calls or tokens that is used up
     ├── UsageError            exit code 2: the user asked for something that cannot be
     │   ├── ConfigError       a key or value of the run configuration
     │   ├── PromptError       a prompt file
@@ -30,6 +31,10 @@ class LragError(Exception):
     """Base of all errors that are reported to the user without a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+
+class BudgetError(LragError):
+    """A budget of calls or tokens is used up."""
 
 
 class UsageError(LragError):
@@ -66,6 +71,10 @@ class StorageError(RunEnvironmentError):
 
 class LeaseError(RunEnvironmentError):
     """Another driver works on the run, or has taken it over."""
+
+
+class ChatError(RunEnvironmentError):
+    """A language model cannot be asked: no key, no server, no such model, or none that answers."""
 
 
 class ClusterError(RunEnvironmentError):

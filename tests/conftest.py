@@ -47,6 +47,17 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
+    """A tiny vision model behind `transformers serve`: its folder, which is its name there, and the port."""
+    from tests.chat.servers import transformers_serve
+    from tests.chat.tiny_models import ANSWERS, vision_model
+
+    folder = vision_model(tmp_path_factory.mktemp("models") / "vision", ANSWERS)
+    with transformers_serve(folder) as port:
+        yield folder, port
+
+
+@pytest.fixture(scope="session")
 def s3_bucket() -> Iterator[str]:
     """An empty bucket on a real S3 protocol server, for the whole session."""
     from moto.server import ThreadedMotoServer

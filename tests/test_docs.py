@@ -157,6 +157,7 @@ def test_the_examples_of_extending_run(tmp_path: Path, capsys: pytest.CaptureFix
         for policy in (module.BaseOnRepeatedNoise, module.Base):
             plain.append(generate(start(model, policy), 2))
         assert torch.equal(plain[0][:, :3], plain[1][:, :3]) and not torch.equal(plain[0][:, 3:], plain[1][:, 3:])
+        assert not module.CountJob.__abstractmethods__
         run = make_run(str(tmp_path / "run"), ["a red fox"], methods=("base",))
         suite = module.Brightness(module.Settings(scale=0.5))
         worker = suite.worker(run.storage, run.storage, threads=1, device="cpu")

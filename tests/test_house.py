@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"bench", "conformance"},
     {"pipelines"},
     {"engine", "stages", "watch"},
-    {"report", "scoring", "store", "weights"},
+    {"chat", "report", "scoring", "store", "weights"},
     {"rollout", "training"},
     {"context", "retrieval", "video"},
     {"wan"},
@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
 the science; `errors`, `interrupts`, `plugins`, `printable` and the package root by everyone."""
 
 SCIENCE = {"wan", "context", "retrieval", "rollout", "training", "video"}
-WITHOUT_RAY = SCIENCE | {"scoring", "store", "weights", "report", "stages", "watch", "config"}
+WITHOUT_RAY = SCIENCE | {"chat", "scoring", "store", "weights", "report", "stages", "watch", "config"}
 """They work in a notebook."""
 FORBIDDEN_IN_SCIENCE = {"s3fs", "fsspec", "botocore", "aiobotocore", "boto3"}
 NAMES = {"lrag_ray.scoring.registry", "lrag_ray.scoring.vbench_long.names"}

@@ -21,7 +21,9 @@ from lrag_ray.cli import (
     import_config,
     init,
     inspect,
+    judge,
     plan,
+    refine,
     report,
     runs,
     score,
@@ -238,6 +240,8 @@ decode.register(app)
 score.register(app)
 report.register(app)
 inspect.register(app)
+refine.register(app)
+judge.register(app)
 runs.register(app)
 view.register(app)
 init.register(app)

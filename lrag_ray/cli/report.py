@@ -118,8 +118,8 @@ def _print(made: Report) -> None:
     for table in made.terminal_tables():
         out.print(table)
         out.print()
-    if made.data.nested and len(made.blocks) > 1:
-        out.print("Durations are prefixes of one rollout, so their tables are not independent samples.")
+    if made.data.durations_note and len(made.blocks) > 1:
+        out.print(f"{made.data.durations_note}.")
     if not made.blocks:
         out.print(f"No scores yet ({made.data.suite.title}).")
     if made.data.scores.pending:

@@ -87,6 +87,13 @@ def _weights(config: RunConfig, data: dict[str, Any]) -> Iterator[KeyPath]:
         for file, address in resolve_method(method).weights:
             data["methods"][name][file.key] = address
             yield ("methods", name, file.key)
+    judge = config.scoring.settings.get("chat")
+    for path, chat in (
+        (("prompts", "refine"), data["prompts"]["refine"]),
+        (("scoring", "settings", "chat"), judge if isinstance(judge, dict) else None),
+    ):
+        if chat is not None and chat.get("backend") == "local":
+            yield (*path, "model")
     # ``random`` is a recipe, not a path.
     if config.scoring.weights != RANDOM:
         yield ("scoring", "weights")

@@ -47,6 +47,8 @@ class Prompt:
     """Line of the file on which it begins, from 1; in JSON its position."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of a table."""
+    original: str = ""
+    """The text before it was refined; empty where it was not."""
 
 
 def make_prompt(index: int, text: str, line: int = 0, columns: Mapping[str, Any] | None = None) -> Prompt:

@@ -28,7 +28,8 @@ _SECRET_PARAMETER = re.compile(
 _BARE_USER_INFO = re.compile(r"""(?<![\w/:@.-])[^\s:@/'"=,;()]+:(?!//)[^\s@/'",;]+@(?=[\w\[])""")
 """``user:password@host`` where no scheme stands before it."""
 _KNOWN_TOKEN = re.compile(
-    r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,})\b|(?i:(?<=bearer )[\w.~+/=-]{8,})"
+    r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}"
+    r"|AIza[\w-]{35})(?![\w-])|(?i:(?<=bearer )[\w.~+/=-]{8,})"
 )
 
 RAY_ADDRESS_FORM = "auto, local or host:port"
@@ -43,8 +44,8 @@ def redact(text: str) -> str:
 
 
 def holds_credentials(text: str) -> bool:
-    """Whether an address in `text` has user info (``s3://key:secret@bucket``) or options that look like secrets."""
-    return any(
+    """Whether `text` is a known kind of key, or an address in it has user info or options that look like secrets."""
+    return bool(_KNOWN_TOKEN.search(text)) or any(
         _user_info_end(found["scheme"], found["rest"]) or _SECRET_PARAMETER.search(found["rest"].partition("?")[2])
         for found in _ADDRESS.finditer(text)
     )

@@ -6,6 +6,7 @@ A loaded `RunConfig` is complete: presets are merged in, so nothing else needs t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +22,7 @@ from pydantic import (
 
 from lrag_ray.config.problems import described
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
+from lrag_ray.config.refine import RefineSection
 from lrag_ray.config.section import CREDENTIALS, Address, Section
 from lrag_ray.config.watch import WatchSection
 from lrag_ray.retrieval.bank_types import BankType
@@ -100,6 +102,8 @@ class PromptsSection(Section):
     """Number of prompts to plan for while the file is not there yet; ignored by `run`."""
     samples: int = Field(default=1, ge=1, le=MOST_SAMPLES)
     """Independent samples per prompt."""
+    refine: RefineSection | None = None
+    """Rewrite every prompt by a language model first; null: take prompts as they are."""
 
     @model_validator(mode="after")
     def _named(self) -> PromptsSection:
@@ -426,7 +430,7 @@ class ScoringSection(Section):
     @classmethod
     def _no_credentials(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key, setting in value.items():
-            if isinstance(setting, str) and holds_credentials(setting):
+            if any(map(holds_credentials, _texts(setting))):
                 raise ValueError(f"{key} holds {CREDENTIALS}")
         return value
 
@@ -443,6 +447,14 @@ class ScoringSection(Section):
         if len(set(value)) != len(value):
             raise ValueError(f"{value} holds a duplicate")
         return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 class RunConfig(Section):

@@ -19,13 +19,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from lrag_ray.chat.client import check_backend
 from lrag_ray.config.prompts import load_prompts, plan_prompts
+from lrag_ray.config.refine import described
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.errors import LragError
 from lrag_ray.pipelines.plan import Plan, make_plan
 from lrag_ray.printable import quantity
 from lrag_ray.scoring.registry import suite_of
+from lrag_ray.stages.refinement import read_template
 from lrag_ray.store.address import Storage
 from lrag_ray.video.mp4 import Mp4Writer, read_video
 from lrag_ray.weights.local import is_remote, sizes_at
@@ -76,6 +79,7 @@ def examine(config: RunConfig | None = None, file: str = "CONFIG") -> Iterator[R
         plan = make_plan(config, plan_prompts(config.prompts))
     yield from _weights(config, file)
     yield from _scoring_networks(config)
+    yield from _language_model(config)
     yield _storage(config)
     if not is_remote(config.run.uri):
         yield _disk(Path(Storage(config.run.uri).root), plan)
@@ -227,6 +231,20 @@ def _scoring_networks(config: RunConfig) -> Iterator[Row]:
     else:
         names = ", ".join(file.name for file in needed)
         yield Row("scoring networks", "ok", f"all files: {names}" if needed else f"{suite.label} needs no files")
+
+
+def _language_model(config: RunConfig) -> Iterator[Row]:
+    """Whether the model that refines prompts can be asked; it is not."""
+    section = config.prompts.refine
+    if section is None:
+        return
+    try:
+        read_template(section)
+        check_backend(section)
+    except LragError as error:
+        yield Row("prompt refinement", "fail", str(error))
+    else:
+        yield Row("prompt refinement", "ok", f"{described(section)}; the server was not asked")
 
 
 def _storage(config: RunConfig) -> Row:

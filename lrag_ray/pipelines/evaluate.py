@@ -24,6 +24,7 @@ from lrag_ray.events import Listener, RunPlanned, silent
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.plan import history_bytes, make_plan
+from lrag_ray.pipelines.refine import refine_prompts
 from lrag_ray.pipelines.repair import Repair, identity_of_commits, set_aside
 from lrag_ray.pipelines.scoring import RunScoring, report_events
 from lrag_ray.pipelines.stored_config import store_config
@@ -71,8 +72,34 @@ def evaluate(
     the run, and later if another one takes it over; ClusterError. Ctrl-C ends the actors and gives exit code 130;
     nothing that was committed or stored is lost.
     """
+    return begin(config, prompts, listener, EvaluateJob, repair=repair)
+
+
+def begin(
+    config: RunConfig,
+    prompts: Sequence[Prompt] | None,
+    listener: Listener,
+    kind: Callable[..., EvaluateJob],
+    *,
+    repair: bool,
+) -> RunOutcome:
+    """Start a job of `kind` with the prompts of the configuration, refined first where it says so.
+
+    Without a prompt, or after an interruption, that is all, and the outcome is no more than a `RunOutcome`.
+    """
     prompts = load_prompts(config.prompts) if prompts is None else prompts
-    return EvaluateJob(config, prompts, listener, repair=repair).start()
+    if config.prompts.refine is None:
+        return kind(config, prompts, listener, repair=repair).start()
+    absolute = with_absolute_paths(config)
+    # What would keep the run from its work is found before a model is paid for.
+    RunScoring(RolloutRun(config.run.uri, config.storage), absolute.scoring, config.engine).check()
+    build_identity(absolute, [])
+    refined = refine_prompts(config, prompts, repair=repair, listener=listener)
+    if refined.exit_code == INTERRUPTED or not refined.prompts:
+        return RunOutcome(refined.exit_code, config.run.uri, 0, 0, 0, (), refined.missing, refined.seconds)
+    job = kind(config, refined.prompts, listener, repair=repair)
+    job.missing |= refined.missing
+    return job.start()
 
 
 class EvaluateJob(Job[RunOutcome]):

@@ -10,6 +10,7 @@ import lrag_ray
 from lrag_ray.config.horizons import latent_frames
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.prompts import Prompt
+from lrag_ray.config.refine import described
 from lrag_ray.config.schema import MethodConfig, RunConfig
 from lrag_ray.rollout.loops import nests
 from lrag_ray.rollout.noise import NOISE_VERSION
@@ -46,7 +47,13 @@ def build_identity(config: RunConfig, prompts: Sequence[Prompt]) -> RunIdentity:
         },
         methods={name: _method(method, config.independent_durations) for name, method in config.methods.items()},
         prompts={
-            prompt.prompt_id: PromptIdentity(index=prompt.index, text=prompt.text, columns=dict(prompt.columns))
+            prompt.prompt_id: PromptIdentity(
+                index=prompt.index,
+                text=prompt.text,
+                columns=dict(prompt.columns),
+                original=prompt.original,
+                refined_by=described(config.prompts.refine) if prompt.original and config.prompts.refine else "",
+            )
             for prompt in prompts
         },
         created_at=now_utc(),

@@ -17,11 +17,11 @@ from pathlib import PurePath
 from queue import Empty, SimpleQueue
 
 from lrag_ray.config.latents import LatentsConfig
-from lrag_ray.config.prompts import Prompt, load_prompts
+from lrag_ray.config.prompts import Prompt
 from lrag_ray.errors import ConfigError, StorageError
 from lrag_ray.events import Event, Listener, Notice, TaskFinished, silent
 from lrag_ray.pipelines.decode import prefix_groups
-from lrag_ray.pipelines.evaluate import EvaluateJob, RunOutcome
+from lrag_ray.pipelines.evaluate import EvaluateJob, RunOutcome, begin
 from lrag_ray.stages.decode import DecodeStage, DecodeTask
 from lrag_ray.stages.rollout.worker import RolloutStage, RolloutTask
 from lrag_ray.stages.spec import Task
@@ -61,10 +61,10 @@ def make_latents(
 
     Errors are those of `lrag_ray.pipelines.evaluate.evaluate`.
     """
-    prompts = load_prompts(config.prompts) if prompts is None else prompts
-    outcome = LatentsJob(config, prompts, listener, repair=repair).start()
-    assert isinstance(outcome, LatentsOutcome), "a job gives its own outcome"
-    return outcome
+    outcome = begin(config, prompts, listener, LatentsJob, repair=repair)
+    if isinstance(outcome, LatentsOutcome):
+        return outcome
+    return LatentsOutcome(**vars(outcome), dataset_rollouts=0, dataset_frames=0, dataset_digest=None)
 
 
 class LatentsJob(EvaluateJob):

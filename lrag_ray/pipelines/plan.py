@@ -11,11 +11,13 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+from lrag_ray.chat.store import Spent
 from lrag_ray.config.histories import HistoryPlaces, history_places, stored_frame_bytes
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.presets import CHECKPOINT_LOOPS, CHECKPOINT_NOTES, LOOP_NOTES
 from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
+from lrag_ray.config.refine import RefineSection, described
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.history_choice import HistoryNeed, Machine, check_machine
 from lrag_ray.pipelines.speeds import (
@@ -30,6 +32,8 @@ from lrag_ray.pipelines.text_cuts import cut_notes
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.rollout.loops import loop_of, nests
 from lrag_ray.scoring.flops import vbench_flops
+from lrag_ray.scoring.registry import suite_of
+from lrag_ray.stages.refinement import read_template
 from lrag_ray.wan.devices import DEVICES, Device, gpu_hours
 from lrag_ray.wan.flops import decode_flops, rollout_memory, setup_flops
 from lrag_ray.wan.vae import video_frames
@@ -369,7 +373,14 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         yield f"{named}: planned for prompts.count {len(prompts)}. `run` needs the file: {WHERE_TO_GET}"
     yield from sample_notes(config.prompts)
     yield from duplicate_warnings(prompts)
-    yield from cut_notes(list(config.backbones.values()), prompts)
+    if config.prompts.refine is not None and not any(prompt.original for prompt in prompts):
+        yield from _refine_notes(config.prompts.refine, prompts)
+    else:
+        yield from cut_notes(list(config.backbones.values()), prompts)
+    if (suite := suite_of(config.scoring)) is not None and config.video.enabled:
+        yield from suite.plan_notes(
+            len(config.backbones), len(config.methods), config.durations_s, len(prompts) * config.prompts.samples
+        )
     for name, backbone in config.backbones.items():
         file = (backbone.weights.path or "").rpartition("/")[2]
         if note := CHECKPOINT_NOTES.get(file):
@@ -407,6 +418,18 @@ def _loop_notes(backbone: str, file: str, config: RunConfig) -> Iterator[str]:
     others = [name for name, section in config.methods.items() if resolve_method(section).policy.loop != trained_for]
     if file and others:
         yield f"backbones.{backbone}: {LOOP_NOTES[trained_for].format(checkpoint=file, methods=', '.join(others))}"
+
+
+def _refine_notes(section: RefineSection, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """What refining comes to, for a plan. Tokens are guessed from characters."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    instruction = len(read_template(section))
+    tokens_in = sum((instruction + len(text)) // 4 for text in texts)
+    tokens_out = len(texts) * min(section.max_tokens, 200)
+    spent = Spent(len(texts), tokens_in, tokens_out, 0)
+    yield f"prompts are refined by {described(section)} first: about {spent.described(section)}, without retries"
+    if section.max_calls is not None and section.max_calls < len(texts):
+        yield f"prompts.refine.max_calls {section.max_calls} is less than the {len(texts)} prompts"
 
 
 def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ The whole run is read back first (`lrag_ray.store.integrity`). Then, by kind:
   and reported: the run then needs the kind of device that made them.
 - Part records are written again from the commit that names their part; text features are encoded again; score files
   are set aside and their videos scored again; the report is written again.
+- Answers of language models are set aside and asked for again, where they are still needed.
 - Failure records are set aside: what failed is tried again anyway.
 """
 
@@ -120,7 +121,9 @@ class Repair:
         self._scoring.set_aside_damaged(plan.scores, self._job.report)
         for path in plan.scores:
             if self._scoring.suite is None or not path.startswith(f"{self._scoring.suite.folder}/"):
-                plan.beyond[path] = "scores of another suite than the configuration's: run with that scoring section"
+                plan.beyond[path] = (
+                    "scores or answers of another suite than the configuration's: run with that scoring section"
+                )
         if plan.restores or plan.texts:
             connect()
             self._texts.encode(plan.texts)
@@ -230,7 +233,12 @@ def plan_repair(
                     backbone, prompt = texts[found.path]
                     digest = canonical_digest(identity.backbones[backbone].latents["text_encoder"])
                     plan.texts[digest, prompt] = backbone
-            case "scores":
+            case "answers" if "/human/" in found.path:
+                plan.beyond[found.path] = "people's answers: export a page again, or import the file that it saved"
+            case "answers" if not found.path.startswith("scores/"):
+                # The client asks again.
+                plan.set_aside[found.path] = found.what
+            case "scores" | "answers":
                 plan.scores.append(found.path)
             case "decoded video" | "decoded record":
                 plan.decoded.append(found)

@@ -14,6 +14,7 @@ from lrag_ray.engine.fan_out import FanOut
 from lrag_ray.engine.sizing import WorkerShape, cannot_grow, draining_nodes, usable_nodes
 from lrag_ray.errors import ClusterError
 from lrag_ray.events import CellScored, Event, Listener, Notice, ReportWritten, silent
+from lrag_ray.pipelines.costs import with_costs
 from lrag_ray.report.build import Report
 from lrag_ray.scoring.registry import suite_of
 from lrag_ray.scoring.scores import Scores
@@ -71,8 +72,12 @@ class RunScoring:
         """
         if self.suite is None:
             return []
-        stage = self._stage(self.suite)
-        return score_tasks(stage, tasks, self._scoring, self._engine, listener, most_workers=most_workers, began=began)
+        suite, stage = self.suite, self._stage(self.suite)
+        shown = with_costs(listener, lambda: suite.spent(self.run.storage))
+        failed = score_tasks(stage, tasks, self._scoring, self._engine, shown, most_workers=most_workers, began=began)
+        if tasks and (cost := suite.spent(self.run.storage)):
+            listener(Notice(cost))
+        return failed
 
     def set_aside_damaged(self, damaged: Collection[str], listener: Listener = silent) -> dict[str, str]:
         """Rename score files of the suite that cannot be read, so that the next start scores their videos again.

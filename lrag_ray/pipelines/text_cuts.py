@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from lrag_ray.config.prompts import Prompt, listed
 from lrag_ray.config.schema import BackboneConfig
-from lrag_ray.wan.text import Tokenize, byte_tokenizer, clean_prompt, load_tokenizer
-
-_UNCUT = 1 << 30
+from lrag_ray.stages.text_length import uncut_tokenizer
+from lrag_ray.wan.text import clean_prompt
 
 
 def cut_notes(backbones: Sequence[BackboneConfig], prompts: Sequence[Prompt]) -> Iterator[str]:
@@ -24,7 +22,7 @@ def cut_notes(backbones: Sequence[BackboneConfig], prompts: Sequence[Prompt]) ->
     ):
         # A token holds at least one character, or one byte of one that the vocabulary lacks.
         long = [(each, text) for each in prompts if _most_tokens(text := clean_prompt(each.text)) > text_len]
-        tokenize = _tokenizer(kind, tokenizer) if long else None
+        tokenize = uncut_tokenizer(kind, tokenizer) if long else None
         kept: dict[tuple[int, ...], list[Prompt]] = {}
         cut = []
         for prompt, text in long:
@@ -45,11 +43,3 @@ def cut_notes(backbones: Sequence[BackboneConfig], prompts: Sequence[Prompt]) ->
 def _most_tokens(text: str) -> int:
     """An upper bound of umT5's tokens and of the tiny encoder's bytes, with the mark before and that of the end."""
     return max(len(form.encode()) for form in (text, unicodedata.normalize("NFKC", text))) + 2
-
-
-def _tokenizer(kind: str, folder: str | None) -> Tokenize | None:
-    if kind == "tiny":
-        return byte_tokenizer(_UNCUT)
-    if folder is None or not Path(folder).is_dir():
-        return None
-    return load_tokenizer(Path(folder), _UNCUT)[0]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lrag_ray.report.collect import ReportData, collect
 from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet, videos_csv
+from lrag_ray.report.judged import judged_csv
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import render_page
 from lrag_ray.report.players import Link, relative_address
@@ -115,12 +116,21 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
         "videos.csv": videos_csv(data).encode(),
         "scores.parquet": scores_parquet(data),
     }
+    if data.judged:
+        seconds = {
+            (block.backbone, block.latent_frames): data.duration_s(block.backbone, block.latent_frames)
+            for each in data.judged
+            for block in each.blocks
+        }
+        contents["judge.csv"] = judged_csv(data.judged, seconds).encode()
     if data.drift:
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
     write_changed(folder, contents)
     # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
     files = folder.list_files()
-    for name in {"drift.csv", "drift.parquet"} & files.keys() - contents.keys() | unused_strips(files, sheets):
+    for name in {"drift.csv", "drift.parquet", "judge.csv"} & files.keys() - contents.keys() | unused_strips(
+        files, sheets
+    ):
         folder.remove(name)
     if to is None:
         _write_index(data.sources[0].run_dir.storage)

@@ -31,7 +31,8 @@ def choose_suite(
     """
     known = [variant for name in registered() for variant in suite_class(name).variants()]
     folders = {suite.folder for suite in known}
-    known = [*(suite for suite in suites if suite.folder not in folders), *known]
+    given = {suite.folder: suite for suite in suites}
+    known = [*(suite for suite in suites if suite.folder not in folders), *(given.get(s.folder, s) for s in known)]
     if isinstance(asked_for, Suite):
         open_to = [asked_for]
     elif asked_for is not None:

@@ -14,10 +14,11 @@ from lrag_ray.context.registry import family
 from lrag_ray.errors import UsageError
 from lrag_ray.report.choice import choose_suite
 from lrag_ray.report.differences import BlockStatistics, block_statistics
+from lrag_ray.report.judged import Counted, Judged, beside, judged
 from lrag_ray.report.merge import merged_identity
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns, shown_columns
 from lrag_ray.scoring.drift import DriftPoint, drift
-from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks
+from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks, without_ranks
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import Suite
 from lrag_ray.store.identity import RunIdentity
@@ -67,6 +68,8 @@ class ReportData:
     """In prompt-major order."""
     run_notes: Sequence[str] = ()
     """In what labelled runs differ."""
+    judged: Sequence[Judged] = ()
+    """Answers of judges, the shown suite's included; never ranked with other suites."""
 
     @property
     def uris(self) -> list[str]:
@@ -118,10 +121,14 @@ class ReportData:
         return list(dict.fromkeys(backbone.label for backbone in self.identity.backbones.values() if backbone.label))
 
     @property
-    def nested(self) -> bool:
-        """Whether any method's shorter durations are prefixes of its longest rollout."""
+    def durations_note(self) -> str:
+        """That durations are prefixes of one rollout, and of which methods they are not; '' where they are of none."""
         several = any(len(backbone.horizons) > 1 for backbone in self.identity.backbones.values())
-        return several and any(method.nested for method in self.identity.methods.values())
+        anew = [name for name, method in self.identity.methods.items() if not method.nested]
+        if not several or len(anew) == len(self.identity.methods):
+            return ""
+        but = f" (except of {', '.join(anew)}, with a rollout per duration)" if anew else ""
+        return f"Durations are prefixes of one rollout{but}, not independent samples"
 
     @property
     def device_kinds(self) -> Mapping[str, int]:
@@ -158,15 +165,15 @@ def collect(
     choice, others = choose_suite(run_dirs, suite, mode, suites=suites, must_have=must_have)
     scores = Scores()
     rollouts: dict[RolloutId, ShownRollout] = {}
+    counted: list[Counted] = []
     for run_dir, names in zip(run_dirs, merged.names, strict=True):
         videos: dict[RolloutId, list[CommittedVideo]] = {}
         for video in committed_videos(run_dir):
             if names.rollout(video.rollout) not in rollouts:
                 videos.setdefault(video.rollout, []).append(video)
         rollouts |= {names.rollout(rollout): ShownRollout(run_dir, group) for rollout, group in videos.items()}
-        own = Scores()
-        choice.read(own, run_dir, videos)
-        scores.add(own, names.methods, names.backbones)
+        counted.append(Counted(run_dir, names, videos))
+        counted[-1].read(choice, scores)
     shown = choice.shown(scores)
     blocks = [
         block
@@ -175,6 +182,9 @@ def collect(
             (video for video in scores.videos if video.backbone == backbone), methods, shown.measures, shown.pooling
         )
     ]
+    if not shown.ranked:
+        blocks = [without_ranks(block) for block in blocks]
+    own = [judged(shown, scores, merged.methods)] if shown.beside else []
     methods_by_name = merged.identity.methods
     return ReportData(
         sources=[Source(run_dir, run_status(run_dir, scores=False)) for run_dir in run_dirs],
@@ -187,6 +197,7 @@ def collect(
         statistics=[block_statistics(block, scores.videos, methods_by_name, shown.measures) for block in blocks],
         rollouts=_prompt_major(rollouts, merged.identity),
         run_notes=merged.notes,
+        judged=[*own, *beside(shown, counted, merged.methods, suites)],
     )
 
 

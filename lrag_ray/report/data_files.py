@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.csv_text import csv_text
-from lrag_ray.report.prompt_columns import PREFIX
+from lrag_ray.report.prompt_columns import ORIGINAL, PREFIX
 from lrag_ray.report.tables import AVERAGE
 from lrag_ray.scoring.ranks import RankBlock
 
@@ -140,12 +140,14 @@ def scores_parquet(data: ReportData) -> bytes:
 
 def _prompt_names(data: ReportData) -> list[str]:
     names = dict.fromkeys(name for columns in data.prompt_columns.values() for name in columns)
-    return ["prompt", *(f"{PREFIX}{name}" for name in names)]
+    original = [ORIGINAL] if any(prompt.original for prompt in data.identity.prompts.values()) else []
+    return ["prompt", *original, *(f"{PREFIX}{name}" for name in names)]
 
 
 def _prompt_cells(data: ReportData, prompt_id: str) -> dict[str, Any]:
     columns = {f"{PREFIX}{name}": value for name, value in data.prompt_columns[prompt_id].items()}
-    return {"prompt": data.identity.prompts[prompt_id].text, **columns}
+    prompt = data.identity.prompts[prompt_id]
+    return {"prompt": prompt.text, **({ORIGINAL: prompt.original} if prompt.original else {}), **columns}
 
 
 _BLOCK_COLUMNS = ["suite", "mode", "backbone", "backbone_label", "duration_s", "latent_frames"]

@@ -158,8 +158,8 @@ def _caption(data: ReportData, backbones: Mapping[str, str]) -> str:
         counts = sorted({block.prompts for block in data.blocks})
         parts.append(f"Over the prompts that all ranked methods have: {counts[0]} to {counts[-1]} per block.")
         parts += [f"{heading(data, block)}: {note}." for block in data.blocks if (note := left_out_note(block))]
-    if data.nested:
-        parts.append("Durations are prefixes of one rollout, not independent samples.")
+    if data.durations_note:
+        parts.append(data.durations_note)
     if any(places(block, data.suite.measures) for block in data.blocks):
         parts.append("Best bold, second underlined.")
     return " ".join(part if part.endswith(".") else f"{part}." for part in parts)

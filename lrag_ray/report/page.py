@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -24,6 +24,7 @@ from lrag_ray.report.drift_svg import drift_figures
 from lrag_ray.report.ends import ENDS_S, ends_tables
 from lrag_ray.report.environment import asset, page_environment, style_sheet
 from lrag_ray.report.headline import headline
+from lrag_ray.report.judged import Judged
 from lrag_ray.report.players import MAPS, Link, rows
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns
 from lrag_ray.report.strips import StripSheet
@@ -36,6 +37,7 @@ _FILES = {
     "table.tex": "the rank tables as one LaTeX table",
     "videos.csv": "the scores of every video beside its prompt and the columns of the prompt table",
     "scores.parquet": "what they are made of, one row per clip or video",
+    "judge.csv": "means of judges' answers with both ends of the interval",
     "drift.csv": "the drift curves with their bands",
     "drift.parquet": "the same",
 }
@@ -90,6 +92,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
     environment.filters["quantity"] = quantity
     environment.filters["rank_number"] = tables.rank_number
     environment.filters["arrow"] = tables.arrow
+    environment.filters["between"] = tables.between
     environment.filters["favours"] = tables.favours
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     return environment.get_template("report.html.j2").render(
@@ -127,7 +130,8 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
         average=tables.AVERAGE,
         noise_floor=tables.noise_floor,
         drift=drift_figures(data),
-        files={name: what for name, what in _FILES.items() if data.drift or not name.startswith("drift")},
+        files={name: what for name, what in _FILES.items() if _is_written(name, data)},
+        judged=[_judged_view(data, each) for each in data.judged],
         strips=strips,
         rows=rows(data, link),
         maps=MAPS,
@@ -150,6 +154,27 @@ def _sorted_by(data: ReportData) -> dict[str, str]:
     if compared:
         return {"one": compared[-1].method, "other": compared[-1].reference}
     return {"one": names[-1], "other": names[0]} if names else {"one": "", "other": ""}
+
+
+def _is_written(name: str, data: ReportData) -> bool:
+    return bool(data.judged) if name == "judge.csv" else bool(data.drift) or not name.startswith("drift")
+
+
+def _judged_view(data: ReportData, judged: Judged) -> dict[str, Any]:
+    """Tables of one suite: per measure methods in rows, cells in columns."""
+    cells = [(block.backbone, block.latent_frames) for block in judged.blocks]
+    banner = judged.suite.banner(judged.scores)
+    return {
+        "title": judged.suite.title,
+        "note": banner.text if banner else judged.suite.note,
+        "remarks": judged.suite.warnings(judged.scores),
+        "columns": [f"{backbone}, {data.duration_s(backbone, frames):g} s" for backbone, frames in cells],
+        "tables": [
+            (measure, {m: [row.get(cell) for cell in cells] for m, row in judged.means(measure).items()})
+            for measure in judged.suite.measures
+        ],
+        "failures": judged.scores.failures if judged.suite is not data.suite else {},
+    }
 
 
 def video_means_differ(block: RankBlock) -> bool:

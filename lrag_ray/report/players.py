@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 import pyarrow.compute as pc
@@ -48,6 +48,8 @@ class Player:
     """Values of each of its videos that has any, by latent frames."""
     frame_s: float = 0.0
     """Seconds of a latent frame."""
+    remarks: Sequence[str] = ()
+    """What judges wrote of it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Row:
 
     anchor: str
     prompt: str
+    original: str
+    """The prompt before it was refined, or ''."""
     prompt_id: str
     number: int
     """Of the prompt, from 1."""
@@ -88,24 +92,39 @@ def rows(data: ReportData, link: Link) -> Iterator[Row]:
     with_maps = _with_maps(data)
     scores = _scores(data)
     for prompt_id, sample, backbone in dict.fromkeys((r.prompt_id, r.sample, r.backbone) for r in data.rollouts):
-        shown = {
-            method: data.rollouts.get(RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample))
+        named = {
+            method: RolloutId(backbone=backbone, method=method, prompt_id=prompt_id, sample=sample)
             for method in data.methods[backbone]
         }
+        shown = {method: data.rollouts.get(rollout) for method, rollout in named.items()}
         prompt, maps = data.identity.prompts[prompt_id], (backbone, prompt_id) in with_maps
         yield Row(
             anchor=f"{backbone}-{prompt_id}-{sample}",
             prompt=prompt.text,
+            original=prompt.original,
             prompt_id=prompt_id,
             number=prompt.index + 1,
             columns=data.prompt_columns[prompt_id],
             sample=sample,
             backbone=backbone,
             players=[
-                _player(method, rollout, link, maps, scores.get((backbone, method, prompt_id, sample), {}))
+                replace(
+                    _player(method, rollout, link, maps, scores.get((backbone, method, prompt_id, sample), {})),
+                    remarks=_remarks(data, named[method].path, rollout),
+                )
                 for method, rollout in shown.items()
             ],
         )
+
+
+def _remarks(data: ReportData, path: str, shown: ShownRollout | None) -> list[str]:
+    """Of every duration, with its length where there are several."""
+    found = []
+    for video in shown.videos if shown is not None else ():
+        for each in data.judged:
+            remarks = each.scores.remarks.get((path, video.latent_frames), ())
+            found += [f"{video.duration_s:g} s, {remark}" for remark in remarks]
+    return found
 
 
 def _with_maps(data: ReportData) -> set[tuple[str, str]]:

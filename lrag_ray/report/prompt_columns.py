@@ -9,6 +9,8 @@ from lrag_ray.store.identity import PromptIdentity, RunIdentity
 
 MOST_SHOWN = 100
 """Columns of a report; a run directory may claim any number of them."""
+ORIGINAL = "original_prompt"
+"""Column of data files with the prompt before it was refined, in runs that refine."""
 PREFIX = "prompt."
 """Of their names in data files, which have columns of their own."""
 

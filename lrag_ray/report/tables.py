@@ -105,6 +105,11 @@ def percent(share: float) -> str:
     return f"{shown.replace('-', '−') if float(shown) else shown[1:]} %"
 
 
+def between(found: Interval, measure: Measure) -> str:
+    """Both ends of an interval of a mean, or nothing where there is none."""
+    return "" if found.lower is None else f"[{number(found.lower, measure)}, {number(found.upper, measure)}]"
+
+
 def favours(found: Interval, measure: Measure) -> str:
     """Whom a difference speaks for: ``better``, ``worse``, or ``unclear`` where its interval holds zero."""
     if not found.excludes_zero:
@@ -120,6 +125,8 @@ def rank_number(value: float | None) -> str:
 def comparison_note(block: RankBlock) -> str:
     """What a table is over and what is left out of its ranks, in words."""
     left_out = left_out_note(block)
+    if not any(row.ranks for row in block.rows) and not left_out:
+        return f"Means over the {counted(block.prompts, 'prompt')} that all methods have; not ranked."
     if not any(row.ranks for row in block.rows):
         own = " Means are over each method's own videos." if any(row.means for row in block.rows) else ""
         return f"Not ranked: {left_out}.{own}"
@@ -214,6 +221,8 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
         cells = [_marked(number(row.means.get(name), measure), marks.get((row.method, name))) for row in block.rows]
         control = [Text(number(frozen.get(name), measure), style="italic")] if frozen else []
         table.add_row(f"{measure.title} {arrow(measure)}", *cells, *control)
+    if not data.suite.ranked:
+        return table
     table.add_section()
     ranks = [_marked(rank_number(row.average_rank), marks.get((row.method, AVERAGE))) for row in block.rows]
     table.add_row("Average rank ↓", *ranks)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from lrag_ray.scoring.measure import Measure
@@ -120,6 +120,11 @@ def average_ranks(
             block = blocks.setdefault((score.backbone, score.latent_frames), {method: {} for method in methods})
             block[score.method][score.unit] = score
     return [_ranked(*key, blocks[key], measures, pooling) for key in sorted(blocks)]
+
+
+def without_ranks(block: RankBlock) -> RankBlock:
+    """The same means without places, for values that are not to be ranked."""
+    return replace(block, rows=[replace(row, ranks={}, average_rank=None) for row in block.rows])
 
 
 def _ranked(

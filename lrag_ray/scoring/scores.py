@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from lrag_ray.scoring.drift import VideoClips
 from lrag_ray.scoring.ranks import Unit, VideoScore
@@ -35,6 +36,12 @@ class Scores:
     """How rows were computed (device, precision, versions), and how many."""
     networks: set[str] = field(default_factory=set)
     """``name:digest`` of all networks behind the values."""
+    records: list[Any] = field(default_factory=list)
+    """Stored records of suites that store something else than a row per video."""
+    remarks: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    """What stands under a video, by the rollout's path and latent frames; written by a model, so text alone."""
+    remarks_on_all: list[str] = field(default_factory=list)
+    """What is known of all values together, such as how far raters agree."""
 
     def add(self, other: Scores, methods: Mapping[str, str], backbones: Mapping[str, str]) -> None:
         """Take in the scores of another run, whose methods and backbones get new names where the mappings have one.
@@ -52,6 +59,10 @@ class Scores:
             clips=[replace(clips, video=named(clips.video)) for clips in other.clips],
             rows=[_renamed_row(row, methods, backbones) for row in other.rows],
             frozen={backbones.get(name, name): units for name, units in other.frozen.items()},
+            remarks={
+                (_renamed_path(path, methods, backbones), frames): texts
+                for (path, frames), texts in other.remarks.items()
+            },
         )
         for name, units in self.frozen.items():
             renamed.frozen[name] = {**renamed.frozen.get(name, {}), **units}
@@ -71,6 +82,11 @@ class Scores:
     def dimensions(self) -> set[str]:
         """Measures that any video has."""
         return {name for video in self.videos for name in video.values}
+
+
+def _renamed_path(path: str, methods: Mapping[str, str], backbones: Mapping[str, str]) -> str:
+    folder, backbone, method, rest = path.split("/", 3)
+    return "/".join((folder, backbones.get(backbone, backbone), methods.get(method, method), rest))
 
 
 def _renamed_row(row: VideoRow, methods: Mapping[str, str], backbones: Mapping[str, str]) -> VideoRow:

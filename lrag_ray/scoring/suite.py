@@ -113,6 +113,8 @@ class Suite(ABC, Generic[SettingsT]):
     """Dataclass of the keys below ``scoring.settings``. Defaults must allow stored scores to be read."""
     uses_gpu: ClassVar[bool] = False
     """Whether a worker reserves ``scoring.gpus_per_worker``."""
+    beside: ClassVar[bool] = False
+    """Whether a report also shows its table beside another suite's."""
     pooling: ClassVar[Pooling] = "prompts"
     """What the mean of a table is over, see `lrag_ray.scoring.ranks`."""
     measures: Sequence[Measure]
@@ -151,6 +153,11 @@ class Suite(ABC, Generic[SettingsT]):
         return f"{self.name}, {self.mode} mode" if self.mode else self.name
 
     @property
+    def ranked(self) -> bool:
+        """Whether a report ranks methods by its values."""
+        return True
+
+    @property
     def note(self) -> str:
         """What a reader of the tables should know about how values come about."""
         return ""
@@ -164,6 +171,14 @@ class Suite(ABC, Generic[SettingsT]):
         return []
 
     # Before scoring
+
+    def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
+        """What scoring costs besides arithmetic, with `units` prompts and samples per cell."""
+        return ()
+
+    def spent(self, rows: Storage) -> str:
+        """What scoring has cost so far besides time, or ''."""
+        return ""
 
     def weight_files(self) -> Sequence[WeightFile]:
         """Files that `weights list|pull|verify` and `doctor` handle."""

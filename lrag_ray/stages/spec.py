@@ -23,7 +23,7 @@ Payload = TypeVar("Payload")
 PayloadIn = TypeVar("PayloadIn", contravariant=True)
 
 StageName = Literal[
-    "connect", "text", "rollouts", "decode", "scoring", "dataset", "training", "report", "verify"
+    "connect", "refine", "text", "rollouts", "decode", "scoring", "dataset", "training", "report", "verify"
 ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ _BESIDE = (f"{DECODED}/", "scores/", "summary/")
 _ATTEMPT_FILE = re.compile(r"^(?P<rollout>rollouts/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/(?P<name>[^/]+)$")
 _DECODED_FILE = re.compile(rf"^(?P<rollout>{DECODED}/[^/]+/[^/]+/[^/]+/[^/]+)/attempt-[^/]+/[^/]+$")
 _SET_ASIDE = re.compile(
-    rf"^((rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json|scores/.+\.parquet|"
+    rf"^((rollouts|{DECODED}/[^/]+)/[^/]+/[^/]+/[^/]+/(commit|video)-\d+\.json|(scores|chat)/.+\.(parquet|json)|"
     r"rollouts/[^/]+/[^/]+/[^/]+/attempt-[^/]+/part-\d+-\d+\.json|embeddings/.+\.safetensors|failures/.+\.json|"
     r"run\.json)\.invalid-[0-9a-f]+$"
 )

@@ -60,6 +60,10 @@ class PromptIdentity(Record):
     columns: dict[str, JsonValue] = Field(default_factory=dict, exclude_if=lambda columns: not columns)
     """The other columns of the prompt file, such as an id or references; free to change. Absent where there are none,
     so that earlier versions can read the run."""
+    original: str = Field(default="", exclude_if=lambda text: not text)
+    """The text before it was refined. Absent where it was not."""
+    refined_by: str = Field(default="", exclude_if=lambda text: not text)
+    """Model and template that refined it; for people."""
 
 
 class RunIdentity(Record):

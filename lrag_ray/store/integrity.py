@@ -50,12 +50,12 @@ from lrag_ray.store.records import (
     why_not,
 )
 from lrag_ray.store.rollouts import RolloutRun, commit_problem, without_cycle_search
-from lrag_ray.store.run_dir import CONFIG_FILE, RUN_FILE, SUMMARY, SUMMARY_INDEX
-from lrag_ray.store.seal import opened_json
+from lrag_ray.store.run_dir import CHAT, CONFIG_FILE, RUN_FILE, SUMMARY, SUMMARY_INDEX
+from lrag_ray.store.seal import check_placed, opened_json
 
 Kind = Literal[
     "run", "configuration", "commit", "latents", "trace", "video", "part record", "text features", "decoded video",
-    "decoded record", "scores", "failure record", "lease", "report", "dataset",
+    "decoded record", "scores", "answers", "failure record", "lease", "report", "dataset",
 ]  # fmt: skip
 
 _ROLLOUT = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/(?:commit-\d+\.json|attempt-[^/]+/part-\d+-\d+\.json)$")
@@ -157,6 +157,8 @@ class _Verification:
             return self._features
         if top == "scores" and name.endswith(".parquet"):
             return self._scores
+        if (top == "scores" or top == CHAT) and name.endswith(".json"):
+            return self._answers
         if path == SUMMARY_INDEX:
             return self._summary
         if path == CARD_FILE:
@@ -213,6 +215,16 @@ class _Verification:
         data = self._read(path)
         what = damage_of(data, path, self._files) if data is not None else None
         return [self._damage(path, "scores", what)] if what else ()
+
+    def _answers(self, path: str) -> Sequence[Damage]:
+        """Answers of models and people, and what was asked."""
+        data = self._read(path)
+        try:
+            if data is not None:
+                check_placed(data, path)
+        except (ValueError, RecursionError) as error:
+            return [self._damage(path, "answers", str(error))]
+        return ()
 
     def _summary(self, path: str) -> Sequence[Damage]:
         repair = f"lrag-ray report {shlex.quote(self._run.uri)}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lrag_ray.store.seal import opened_json, sealed_json
+from lrag_ray.store.seal import check_placed, opened_json, sealed_json
 
 HOW_TO_REPAIR = (
     "Fix: `lrag-ray run CONFIG --repair`, with the configuration of the run, makes again what is damaged; "
@@ -87,6 +87,19 @@ class Record(BaseModel):
     def opened(cls, data: bytes) -> Self:
         """The record in a file. ValueError, which `why_not` puts in words, where it is none or is damaged."""
         return cls.model_validate_json(opened_json(data))
+
+
+class PlacedRecord(Record):
+    """A record that says where it is stored, so that a file in another one's place is noticed."""
+
+    path: str
+    """Below the run."""
+
+    @classmethod
+    def opened_at(cls, path: str, data: bytes) -> Self:
+        """The record in the file at `path`; ValueError where it is damaged or another one's."""
+        check_placed(data, path)
+        return cls.opened(data)
 
 
 def why_not(error: ValueError) -> str:

@@ -9,6 +9,7 @@
       rollouts/                         results of rollouts (`lrag_ray.store.rollouts`)
       failures/                         why attempts failed (`lrag_ray.store.failures`)
       embeddings/<text encoder>/<prompt>.safetensors
+      chat/                             answers of language models (`lrag_ray.chat.store`)
       scores/<suite>/…  summary/…
 """
 
@@ -28,6 +29,8 @@ from lrag_ray.store.seal import DamagedError, is_sealed_json
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
 """The configuration that a run was last started with."""
+CHAT = "chat"
+"""Folder of answers of language models, relative to the run."""
 SUMMARY = "summary"
 """Folder of the report of one run, relative to the run."""
 SUMMARY_INDEX = f"{SUMMARY}/files.json"

@@ -9,6 +9,7 @@ are read as they are.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 
 _JSON = re.compile(rb',\n "seal": "sha256:([0-9a-f]{64})"\n}\Z')
@@ -48,6 +49,14 @@ def opened_json(data: bytes) -> bytes:
     if hashlib.sha256(head).hexdigest().encode() != match[1]:
         raise DamagedError("it is not what was sealed")
     return head + b"\n}"
+
+
+def check_placed(data: bytes, path: str) -> None:
+    """DamagedError unless `data` is a sealed object whose key `path` says that it is stored at `path`."""
+    if not is_sealed_json(data):
+        raise DamagedError("its seal is missing or damaged")
+    if (place := json.loads(opened_json(data)).get("path")) != path:
+        raise DamagedError(f"is the record of {place}")
 
 
 def is_sealed_json(data: bytes) -> bool:

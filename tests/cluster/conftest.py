@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 
@@ -11,9 +12,13 @@ import ray
 
 from tests.cluster.nodes import patiently
 
+KEY_ENV = "LRAG_TEST_KEY"
+"""Variable that holds a language model's key on the nodes of the cluster."""
+
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
+    os.environ.setdefault(KEY_ENV, secrets.token_hex(24))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's sockets are below its folder and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True) as folder:

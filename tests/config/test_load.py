@@ -18,6 +18,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 KEYS = """
 job preset run run.uri run.seed prompts prompts.path prompts.column prompts.limit prompts.count prompts.samples
+prompts.refine prompts.refine.attempts prompts.refine.backend prompts.refine.base_url prompts.refine.concurrency
+prompts.refine.key_env prompts.refine.language prompts.refine.max_calls prompts.refine.max_tokens
+prompts.refine.max_total_tokens prompts.refine.max_wait_s prompts.refine.model prompts.refine.on_failure
+prompts.refine.price_per_million_input prompts.refine.price_per_million_output prompts.refine.requests_per_minute
+prompts.refine.retries prompts.refine.seed prompts.refine.temperature prompts.refine.template prompts.refine.timeout_s
 durations_s independent_durations
 backbones backbones.* backbones.*.preset backbones.*.label backbones.*.transformer backbones.*.transformer.dim
 backbones.*.transformer.ffn_dim backbones.*.transformer.freq_dim backbones.*.transformer.text_dim
@@ -248,8 +253,8 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "engine: {actors: 2}",
             "scoring: {suite: previw}",
-            "run.yaml:10: scoring.suite: expected 'none', 'preview', 'vbench_long' or package.module:Suite, got text "
-            "'previw'; did you mean 'preview'?",
+            "run.yaml:10: scoring.suite: expected 'judge', 'none', 'preview', 'vbench_long' or package.module:Suite, "
+            "got text 'previw'; did you mean 'preview'?",
         ),
         (
             "{descriptor: avg_pool}",

@@ -143,3 +143,21 @@ def test_command(tmp_path: Path) -> None:
     assert (done.exit_code, result["healthy"]) == (0, True)
     lost = runner.invoke(app, [*demo, "--set", f"prompts.path={tmp_path / 'absent.txt'}"])
     assert lost.exit_code == 3 and "no such prompt file" in lost.stdout
+
+
+def test_the_model_that_refines_is_looked_at_and_not_asked(
+    tmp_path: Path, prompts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    refine: dict[str, Any] = {"backend": "openai", "model": "m"}
+
+    def row() -> Row:
+        return rows_of(make_config(tmp_path / "run", prompts={**prompts, "refine": refine}))["prompt refinement"]
+
+    assert row().state == "fail" and "OPENAI_API_KEY" in row().found
+    refine["base_url"] = "http://127.0.0.1:9/v1"
+    assert row() == Row("prompt refinement", "ok", "m (openai), template extend; the server was not asked")
+    refine["template"] = str(tmp_path / "absent.txt")
+    assert row().state == "fail" and "absent.txt" in row().found
+    refine |= {"template": "extend", "backend": "local", "model": str(tmp_path / "no-model"), "base_url": None}
+    assert row().state == "fail" and "no-model" in row().found

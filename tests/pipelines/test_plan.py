@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,29 @@ def test_the_tiny_vae_is_counted_with_its_own_sizes() -> None:
     parameters = tiny_vae().model.named_parameters()
     convolutions = [p for n, p in parameters if n.startswith(("decoder.", "post_quant")) and "norm" not in n]
     assert decoder_parameter_count(VAE_SIZES["tiny"]) == sum(p.numel() for p in convolutions)
+
+
+def test_calls_of_language_models_are_planned_with_their_cost(tmp_path: Path) -> None:
+    refine = "prompts.refine={backend: openai, model: m, price_per_million_output: 10000, max_calls: 1}"
+    notes = small(tmp_path, refine).notes
+    (note,) = [note for note in notes if "prompts are refined by m (openai), template extend first" in note]
+    assert "about 2 calls" in note and note.endswith("400 output tokens, cost 4.00, without retries")
+    assert "prompts.refine.max_calls 1 is less than the 2 prompts" in notes
+
+
+@pytest.mark.parametrize(
+    ("question", "calls", "pictures"),
+    # 2 prompts, 2 durations of 4.5 and 9 s at a picture a second; a pair of methods is shown in both orders.
+    [("exposure", 2 * 2 * 2, 2 * 2 * (5 + 9)), ("preference", 2 * 2 * 2, 2 * 2 * (5 + 9) * 2)],
+)
+def test_a_judge_of_pairs_sees_both_videos_in_both_orders(
+    tmp_path: Path, question: str, calls: int, pictures: int
+) -> None:
+    chat = "chat: {backend: openai, model: m, max_tokens: 16}"
+    plan = small(tmp_path, f"scoring={{suite: judge, settings: {{{chat}, questions: [{question}]}}}}")
+    (note,) = [note for note in plan.notes if note.startswith("the judge m is asked about 2 cases per cell")]
+    assert f"about {calls} calls" in note and f"{calls * 16} output tokens" in note
+    found = re.search(r"([\d,]+) input", note)
+    assert found is not None
+    text = int(found[1].replace(",", "")) - pictures * 258
+    assert 0 < text < calls * 500, "the rest is the question"

@@ -266,3 +266,29 @@ def test_of_two_submits_at_once_one_attaches(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(head, moment, after_the_other)
     ours = submit_module.submit(prepared)
     assert [job.id for job in head.started] == [ours.id] and ours.attached
+
+
+def test_question_files_and_the_template_travel_and_local_models_do_not(folder: Path) -> None:
+    (folder / "mine.yaml").write_text("name: mood\nquestion: 'How?'\n", encoding="utf-8")
+    (folder / "template.txt").write_text("Say more: {prompt}", encoding="utf-8")
+    chat = "{backend: local, model: weights/judge}"
+    text = SMALL.replace(
+        "{path: prompts.txt}",
+        "{path: prompts.txt, refine: {backend: local, model: weights/qwen, template: template.txt}}",
+    )
+    text += f"scoring: {{suite: judge, settings: {{questions: [exposure, mine.yaml], chat: {chat}}}}}\n"
+    made = make_bundle(load_config(write(folder, text)))
+    assert set(made.files) == {"prompts.txt", "mine.yaml", "template.txt"}
+    assert isinstance(made.config, RunConfig)
+    assert made.config.prompts.refine is not None
+    assert made.config.prompts.refine.template == "template.txt"
+    assert made.config.prompts.refine.model == str(folder / "weights" / "qwen")
+    assert list(made.config.scoring.settings["questions"]) == ["exposure", "mine.yaml"]
+    assert made.config.scoring.settings["chat"]["model"] == str(folder / "weights" / "judge")
+    on_nodes = dict(made.on_nodes)
+    assert on_nodes["prompts.refine.model"] == str(folder / "weights" / "qwen")
+    assert on_nodes["scoring.settings.chat.model"] == str(folder / "weights" / "judge")
+    served = load_config(write(folder, text.replace("local", "openai")))
+    sent = make_bundle(served).config
+    assert isinstance(sent, RunConfig) and sent.prompts.refine is not None
+    assert sent.prompts.refine.model == "weights/qwen", "the name of a model at a server"

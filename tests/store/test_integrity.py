@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,11 +15,13 @@ from typer.testing import CliRunner
 from lrag_ray.cli.app import app
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.errors import StorageError
+from lrag_ray.pipelines.human_raters import export_page, import_answers
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.repair import plan_repair
 from lrag_ray.pipelines.stored_config import store_config
 from lrag_ray.report import build_report
 from lrag_ray.report.inspect import inspect_rollout
+from lrag_ray.scoring.judge.settings import JudgeSettings
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.stages.backbone import pixels_identity
 from lrag_ray.stages.decode import DecodeStage, DecodeTask
@@ -33,6 +36,8 @@ from lrag_ray.store.local_copy import DamagedVideoError
 from lrag_ray.store.records import FailureRecord, new_attempt_id, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.seal import DamagedError, opened_json, sealed_json
+from tests.chat.servers import ChatProxy
+from tests.scoring.judge.test_suite import judge, score
 from tests.stages.make import METHODS, do_all, make_config, make_prompts
 
 PROMPTS = make_prompts("a red fox", "a river")
@@ -45,7 +50,13 @@ KINDS = {
     "embeddings/*/*": "text features",
     "decoded/*/*/*/*/video-*.json": "decoded record",
     "decoded/*/*/*/*/attempt-*/*": "decoded video",
-    "scores/**/*.parquet": "scores",
+    "scores/preview/**/*.parquet": "scores",
+    "scores/judge/*/*/cases/**/*.json": "answers",
+    "scores/judge/*/*/judge.json": "answers",
+    "scores/judge/*/human/*/key.json": "answers",
+    "scores/judge/*/human/*/raters/*.json": "answers",
+    "chat/answers/*/*.json": "answers",
+    "chat/calls/*.json": "answers",
     "failures/**/*.json": "failure record",
     "lease/*": "lease",
     "summary/**/*": "report",
@@ -87,8 +98,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_failure(run.storage, failure)
     take_lease(run.storage, new_record("run", 60), print).release()
+    ask_and_export(run, folder.parent)
     build_report(run)
     return folder
+
+
+def ask_and_export(run: RolloutRun, scratch: Path) -> None:
+    """Two judges' answers, two pages for people, and what two of them answered."""
+    with ChatProxy(None, lambda number, body: f"text:<score>{number % 6}</score>") as proxy:
+        for max_side in (32, 48):
+            assert score(judge(proxy, max_side=max_side), run) == {}
+    for number in range(2):
+        page = export_page(run.uri, str(scratch / f"page-{number}.html"), JudgeSettings(max_side=32))
+        for rater in ("Ann", "Bob"):
+            answers = scratch / "answers.json"
+            answers.write_text(json.dumps({"export": page.export, "rater": rater, "answers": {}}))
+            import_answers(run.uri, str(answers))
 
 
 @pytest.fixture
@@ -230,6 +255,21 @@ def test_damaged_files_of_commits_come_back_byte_for_byte_and_nothing_else_is_to
     assert {path: data for path, (data, _) in after.items()} == {path: data for path, (data, _) in before.items()}
     assert {path for path in after if after[path] != before[path]} == {*broken, gone}
     assert damage_of(run) == []
+
+
+def test_answers_of_models_are_asked_for_again_and_those_of_people_are_not(run: RolloutRun) -> None:
+    asked, call = some(run, "chat/answers/*/*.json"), some(run, "chat/calls/*.json")
+    case, by = some(run, "scores/judge/*/*/cases/**/*.json"), some(run, "scores/judge/*/*/judge.json")
+    human = {some(run, "scores/judge/*/human/*/key.json"), some(run, "scores/judge/*/human/*/raters/*.json")}
+    for path in (asked, call, case, by, *human):
+        flip(run, path)
+    plan = plan_repair(
+        damage_of(run), build_identity(config_of(Path(run.uri)), PROMPTS), run.inventory(), {}, lambda *_: 0
+    )
+    assert set(plan.set_aside) == {asked, call}
+    assert set(plan.scores) == {case, by}
+    assert set(plan.beyond) == human
+    assert all("people's answers" in reason for reason in plan.beyond.values())
 
 
 def test_latents_that_come_out_as_others_are_not_written(run: RolloutRun) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from lrag_ray.config.addresses import addresses_of
 from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.paths import RANDOM, weight_paths, with_absolute_paths
+from lrag_ray.config.refine import PRESET
 from lrag_ray.config.source import KeyPath, dotted
 from lrag_ray.errors import UsageError
 from lrag_ray.pipelines.submit.plugins import plugin_files, plugin_modules
@@ -31,6 +32,8 @@ _MOST_RAW_BYTES = 1 << 30
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _LISTED = 5
 _RUN: KeyPath = ("run", "uri")
+_RECIPES = {"weights": RANDOM, "template": PRESET}
+"""Values of keys for files that name no file."""
 
 
 class OnNodes(NamedTuple):
@@ -95,7 +98,7 @@ def make_bundle(config: JobConfig) -> Bundle:
     for path in dict.fromkeys([*(path for path, _ in addresses_of(absolute)), *weights]):
         section, key = _section_of(data, path), path[-1]
         address = section[key]
-        if not isinstance(address, str) or not _is_local(address) or address == RANDOM:
+        if not isinstance(address, str) or not _is_local(address) or address == _RECIPES.get(str(key)):
             continue
         local = _absolute(address)
         if path not in weights and path != _RUN and Path(local).is_file():
@@ -169,8 +172,10 @@ def _plugin_settings(config: JobConfig) -> Iterator[tuple[KeyPath, str]]:
         sections.append((("scoring", "settings"), config.scoring.settings))
     for path, settings in sections:
         for key, value in settings.items():
-            if isinstance(value, str) and ("/" in value or Path(value).suffix) and Path(value).is_file():
-                yield (*path, key), value
+            listed = [((*path, key, i), text) for i, text in enumerate(value)] if isinstance(value, list) else []
+            for place, text in listed or [((*path, key), value)]:
+                if isinstance(text, str) and ("/" in text or Path(text).suffix) and Path(text).is_file():
+                    yield place, text
 
 
 def _too_large(total: int, sizes: Mapping[str, int]) -> str:
