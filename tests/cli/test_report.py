@@ -37,11 +37,11 @@ def invoke(*arguments: str) -> Result:
 def test_tables_are_printed_and_the_page_is_written_beside_the_run(run: RolloutRun) -> None:
     shown = invoke(run.uri, "--strips", "1")
     assert shown.exit_code == 0, shown.output
-    for text in ("VBench-Long, compat mode", "rag − base", "+10.00*", "[+10.00, +10.00]", "frozen", "tiny, untrained"):
+    for text in ("VBench-Long, compat mode", "rag − base", "+10.00▲", "[+10.00, +10.00]", "frozen", "tiny, untrained"):
         assert text in shown.output
     assert f"page: {run.uri}/summary/report.html" in shown.output
     below = next(line for line in shown.output.splitlines() if line.startswith("VBench-Long, compat mode. Paired"))
-    assert below.endswith("* it leaves out zero."), "one line for other programs"
+    assert below.endswith("▲ better, ▼ worse: it leaves out zero."), "one line for other programs"
     files = set(run.storage.list_files("summary"))
     names = ("report.html", "ranks.csv", "differences.csv", "drift.csv", "drift.parquet", "scores.parquet", "table.tex")
     assert {f"summary/{name}" for name in names} <= files

@@ -178,7 +178,7 @@ def test_a_port_that_speaks_something_else() -> None:
             accepted.close()
 
         threading.Thread(target=hang_up, daemon=True).start()
-        with pytest.raises(ClusterError, match=r"not as a Ray dashboard \(not HTTP\)\. Fix: give the port"):
+        with pytest.raises(ClusterError, match=r"not as a Ray dashboard \(not HTTP\)\. Fix: give the dashboard's port"):
             connect(f"http://127.0.0.1:{other.getsockname()[1]}")
 
 
