@@ -110,6 +110,7 @@ def check_loading(files: Files, blocks: int) -> None:
     assert merged["load_peak_anon_bytes"] < files.weight_bytes + SLACK_BYTES, "one copy, layer by layer"
 
 
+@pytest.mark.proof
 def test_a_moderate_generator_is_held_once(tmp_path: Path) -> None:
     check_loading(written(tmp_path, MODERATE, rank=256), blocks=1)
 

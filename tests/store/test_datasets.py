@@ -319,6 +319,7 @@ def synthetic(rollouts: int, first: int = 0) -> list[FormedRow]:
     return rows
 
 
+@pytest.mark.proof
 def test_a_large_index_is_opened_and_planned_without_reading_it_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,17 +57,15 @@ def test_a_column_of_pickles_is_not_unpickled(
 
 def _repeated(rows: int) -> dict[str, bytes]:
     """Traces of a few kilobytes: very many rows, a long text in each row, and zeros that compress to nothing."""
-    few = {field.name: pa.array([None], field.type) for field in TRACE_SCHEMA}
-    many = {**few, "kind": pa.array(["current"], pa.string())}
-    long = {**few, "kind": pa.array(["x" * 50_000], pa.string())}
     return {
-        "rows": _written({name: pa.concat_arrays([column] * rows) for name, column in many.items()}),
-        "texts": _written({name: pa.concat_arrays([column] * 20_000) for name, column in long.items()}),
-        "bytes": _written({**few, "kind": pa.array(["\0" * (300 << 20)], pa.string())}),
+        "rows": _of_one_kind("current", rows),
+        "texts": _of_one_kind("x" * 50_000, 20_000),
+        "bytes": _of_one_kind("\0" * (300 << 20), 1),
     }
 
 
-def _written(columns: dict[str, pa.Array]) -> bytes:
+def _of_one_kind(kind: str, rows: int) -> bytes:
+    columns = {field.name: pa.nulls(rows, field.type) for field in TRACE_SCHEMA} | {"kind": pa.repeat(kind, rows)}
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema=TRACE_SCHEMA), sink, compression="zstd")
     return sink.getvalue()
