@@ -223,12 +223,13 @@ def rollout(
     import torch
 
     from lrag_ray.bench.rollout import bench_rollout, random_backbone
+    from lrag_ray.config.bank import BankSection
     from lrag_ray.config.histories import tiers_of
     from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND
     from lrag_ray.config.load import load_config
     from lrag_ray.config.methods import resolve_method
     from lrag_ray.config.presets import PRESETS
-    from lrag_ray.config.schema import BankSection, MethodConfig
+    from lrag_ray.config.schema import MethodConfig
     from lrag_ray.context.registry import registered
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

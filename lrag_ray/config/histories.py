@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from lrag_ray.config.bank import BankSection
 from lrag_ray.config.methods import Method
-from lrag_ray.config.schema import BackboneConfig, BankSection
+from lrag_ray.config.schema import BackboneConfig
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.history import Tiers
 from lrag_ray.retrieval.payload import FrameShape, make_payload

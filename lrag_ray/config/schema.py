@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from lrag_ray.config.bank import BankSection
 from lrag_ray.config.problems import described
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
 from lrag_ray.config.refine import RefineSection
@@ -335,23 +336,6 @@ class WorkersSection(Section):
             raise ValueError(f"gpus_per_actor {self.gpus_per_actor:g}: a share above 1 must be a whole number of GPUs")
         if self.actors == "per_gpu" and self.gpus_per_actor == 0:
             raise ValueError("actors: per_gpu needs gpus_per_actor above 0; on CPUs use a number or {min: a, max: b}")
-        return self
-
-
-class BankSection(Section):
-    """Where each rollout keeps its history; results do not depend on it. Free to change between starts."""
-
-    device_gb: float = Field(default=0, ge=0, le=1e6)
-    """GPU memory per rollout; filled first."""
-    host_gb: float | None = Field(default=None, gt=0, le=1e6)
-    """Host memory per rollout, which its actor reserves; None for all that is left."""
-    disk: str | None = Field(default=None, min_length=1)
-    """Folder on a local disk of every node for what exceeds `host_gb`. Its file vanishes with the rollout."""
-
-    @model_validator(mode="after")
-    def _disk_is_used(self) -> BankSection:
-        if self.disk is not None and self.host_gb is None:
-            raise ValueError("disk takes what exceeds host_gb: give host_gb, or leave disk out")
         return self
 
 

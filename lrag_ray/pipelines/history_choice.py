@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from lrag_ray.config.bank import BankSection
 from lrag_ray.config.histories import history_frames, history_places, stored_frame_bytes
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND
 from lrag_ray.config.methods import Method
-from lrag_ray.config.schema import BackboneConfig, BankSection, RunConfig
+from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.errors import ConfigError
 from lrag_ray.retrieval.bank_types import BankType
 
