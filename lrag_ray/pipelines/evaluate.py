@@ -218,7 +218,7 @@ class EvaluateJob(Job[RunOutcome]):
                 commits_done=pending.commits_total - pending.commits_open,
                 rollouts_to_do=len(pending.tasks),
                 blocks_to_do=pending.blocks,
-                cells=Counter(cell_of(task.title) for task in pending.tasks),
+                cells=dict(Counter(cell_of(task.title) for task in pending.tasks)),  # `asdict` spoils a Counter
             )
         )
 

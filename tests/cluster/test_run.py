@@ -193,7 +193,7 @@ class _Picky(TextWorker):
 def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: type[TextStage], reason: str
 ) -> None:
-    monkeypatch.setattr("lrag_ray.pipelines.evaluate.TextStage", stage)
+    monkeypatch.setattr("lrag_ray.pipelines.text_features.TextStage", stage)
     with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: {reason}.*The same command continues"):
         evaluate(make_config(tmp_path, encoded=False), PROMPTS[:1])
     assert RolloutRun(str(tmp_path)).commits() == []
@@ -207,7 +207,7 @@ def test_a_prompt_that_cannot_be_encoded_costs_its_own_rollouts_alone(
 ) -> None:
     config, directory = make_config(tmp_path, encoded=False), RolloutRun(str(tmp_path))
     poisoned = PROMPTS[1].prompt_id
-    monkeypatch.setattr("lrag_ray.pipelines.evaluate.TextStage", Picky)
+    monkeypatch.setattr("lrag_ray.pipelines.text_features.TextStage", Picky)
     outcome = evaluate(config, PROMPTS)
     assert (outcome.exit_code, outcome.commits_made) == (1, 8)
     assert {commit.rollout.prompt_id for commit in directory.commits()} == {PROMPTS[0].prompt_id, PROMPTS[2].prompt_id}
