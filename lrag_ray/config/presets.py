@@ -123,11 +123,11 @@ CHECKPOINT_LOOPS = {"longvideo.pt": "rolling"}
 
 LOOP_NOTES = {
     "rolling": (
-        "{checkpoint} is trained for rolling windows (method rolling_forcing); {methods} sample it block by block, "
+        "{checkpoint} is trained for rolling windows (method rolling_forcing); {methods}: sampled block by block, "
         "which its authors have not tested"
     ),
     "blocks": (
-        "{methods} denoise blocks of several noise levels together, for which {checkpoint} is not known to be "
+        "{methods}: blocks of several noise levels are denoised together, for which {checkpoint} is not known to be "
         "trained (preset causal_forcing_long is)"
     ),
 }
