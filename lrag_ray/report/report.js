@@ -89,6 +89,8 @@
     const seconds = Number(values.get("t"));
     if (Number.isFinite(seconds)) row.seekTo(seconds);
     row.element.scrollIntoView();
+    // Videos and pictures above take their room when they have loaded.
+    window.addEventListener("load", () => row.element.scrollIntoView(), { once: true });
   }
 
   function setUpRow(element) {

@@ -122,7 +122,7 @@ def test_a_click_on_a_map_goes_there_shows_what_was_retrieved_and_can_be_linked_
     fresh.go(f"{address}&t=1.5&d=12")
     time = "document.querySelectorAll('.row')[1].querySelector('.time').textContent"
     assert fresh.until(time) == "1.5 of 2.8 s"
-    assert abs(fresh.run("document.querySelectorAll('.row')[1].getBoundingClientRect().top")) < 400
+    fresh.until("Math.abs(document.querySelectorAll('.row')[1].getBoundingClientRect().top) < 400")
 
 
 def test_tables_scores_and_videos_are_there_without_the_script(tab: Tab, page: Path) -> None:
