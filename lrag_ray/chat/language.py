@@ -44,7 +44,7 @@ def language_of(text: str) -> str:
     words = re.findall(r"[^\W\d_]+", text.lower())
     hits = {name: sum(word in known for word in words) for name, known in _LATIN.items()}
     best = max(hits, key=lambda name: hits[name])
-    # What English and another language share, such as "in", is no sign of the other one.
+    # What English and another language share, such as "in", is not a sign of the other one.
     return "" if not hits[best] else "en" if hits["en"] == hits[best] else best
 
 

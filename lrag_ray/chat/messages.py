@@ -24,7 +24,7 @@ class Media:
     """image/jpeg, image/png or video/mp4."""
     data: bytes = field(repr=False)
     fps: float | None = None
-    """Frames per second at which a model should look at a video, where its API can be told."""
+    """Frames per second at which a model should look at a video, where its API takes a rate."""
 
     @property
     def sha256(self) -> str:

@@ -1,4 +1,4 @@
-"""Policies whose heads attend to different rows, at absolute temporal indices, and how heads are told apart.
+"""Policies whose heads attend to different rows, at absolute temporal indices, and how heads are classified.
 
 Whole frames are cached once, for all heads: a sink that stays and the newest frames behind it. What a group of heads
 attends to is a choice among them. Heads that are classified by what they attend to are measured once, in the

@@ -85,7 +85,7 @@ def begin(
 ) -> RunOutcome:
     """Start a job of `kind` with the prompts of the configuration, refined first where it says so.
 
-    Without a prompt, or after an interruption, that is all, and the outcome is no more than a `RunOutcome`.
+    Without a prompt, or after an interruption, that is all, and the outcome is a plain `RunOutcome`.
     """
     prompts = load_prompts(config.prompts) if prompts is None else prompts
     if config.prompts.refine is None:

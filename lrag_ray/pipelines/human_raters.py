@@ -33,7 +33,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 
 MOST_STEPS = 21
-"""Buttons of a scale; finer ones are shown in so many steps."""
+"""Buttons of a scale; finer ones are shown in this many steps."""
 
 
 @dataclass(frozen=True)

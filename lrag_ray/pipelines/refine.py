@@ -153,14 +153,14 @@ class RefineJob(Job[RefinedPrompts]):
             found = self._settled.get(prompt.text)
             if found is None or not found.problems:
                 continue
-            told = "; then: ".join(found.problems)
+            reasons = "; then: ".join(found.problems)
             if not found.failed:
-                self.note(f"{_title(prompt)} was refined after {len(found.problems)} unusable answers: {told}")
+                self.note(f"{_title(prompt)} was refined after {len(found.problems)} unusable answers: {reasons}")
             elif self._section.on_failure == "original":
-                self.warn(f"{_title(prompt)} stays as it was: {told}")
+                self.warn(f"{_title(prompt)} stays as it was: {reasons}")
             else:
                 self.missing[_title(prompt)] = (
-                    f"no answer could be used: {told}. Change prompts.refine, or set on_failure: original"
+                    f"no answer could be used: {reasons}. Change prompts.refine, or set on_failure: original"
                 )
 
     def _refined(self) -> Iterator[Prompt]:

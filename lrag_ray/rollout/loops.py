@@ -17,7 +17,7 @@ _REGISTERED: dict[str, type[RolloutLoop]] = {loop.name: loop for loop in (Rollou
 def loop_of(policy: type[ContextPolicy[Any]]) -> type[RolloutLoop]:
     """The loop that a method is made for: a registered name or ``package.module:Loop``.
 
-    Raises UsageError where the method names one that cannot be had.
+    Raises UsageError where the method names one that does not exist.
     """
     if policy.loop in _REGISTERED:
         return _REGISTERED[policy.loop]

@@ -38,7 +38,7 @@ def read_torch_file(path: Path) -> Any:
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        # Opening a pipe would wait for somebody who writes into it.
+        # Opening a pipe would block until a writer appears.
         raise PickleRefusedError("it is not a regular file")
     size = status.st_size
     with path.open("rb") as file:

@@ -18,7 +18,7 @@ from lrag_ray.scoring.judge.human import ExportKey
 from lrag_ray.scoring.judge.questions import QuestionSet, Scale, load_questions
 from lrag_ray.scoring.judge.settings import JudgeSettings
 from lrag_ray.store.rollouts import RolloutRun
-from tests.chat.browser import BROWSER, opened
+from tests.browser import BROWSER, opened
 from tests.chat.servers import ChatProxy
 from tests.report.make_run import make_run
 from tests.scoring.judge.test_suite import judge, score
@@ -84,12 +84,12 @@ def test_the_page_holds_no_trace_of_methods_and_nothing_acts(run: RolloutRun, tm
         assert not re.search(rf"\b{name}\b", plain), name
     assert "</script><script>document.title" not in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)
-    told = [container_facts(base64.b64decode(video)) for video in json.loads(data)["videos"].values()]
-    assert len(told) == 4
-    assert len(set(told)) == 1, "the file tells nothing that differs between methods"
-    assert "handler_name" in told[0]
+    facts = [container_facts(base64.b64decode(video)) for video in json.loads(data)["videos"].values()]
+    assert len(facts) == 4
+    assert len(set(facts)) == 1, "the files differ in nothing between methods"
+    assert "handler_name" in facts[0]
     for name in ("base", "rag", "rollouts", "attempt", "tiny", "fox", str(tmp_path), "shown"):
-        assert name not in told[0]
+        assert name not in facts[0]
     again = export_page(run.uri, str(tmp_path / "again.html"), JudgeSettings(questions=("exposure",), max_side=64))
     orders = [
         [(key.cases[n].targets[0]["method"], key.cases[n].targets[0]["prompt_id"]) for n in key.cases]

@@ -13,7 +13,7 @@ import pytest
 
 from lrag_ray.report import report
 from lrag_ray.store.rollouts import RolloutRun
-from tests.report.browser import BROWSER, Tab, opened
+from tests.browser import BROWSER, Tab, opened
 from tests.report.make_run import make_run
 from tests.report.vbench_rows import by_rollout, store_rows, video_rows
 
@@ -156,7 +156,7 @@ def test_an_accessibility_checker_finds_nothing(fresh: Tab, tmp_path: Path) -> N
         [npm, "install", "--prefix", str(tmp_path), "axe-core@4.14.1"], capture_output=True, text=True, timeout=120
     )
     if got.returncode:
-        pytest.skip(f"axe-core cannot be had from npm: {got.stderr.strip()[-200:]}")
+        pytest.skip(f"axe-core is not available from npm: {got.stderr.strip()[-200:]}")
     fresh.run((tmp_path / "node_modules" / "axe-core" / "axe.min.js").read_text() + ";0")
     for width in (400, 1280):
         fresh.resize(width)

@@ -32,8 +32,8 @@ def test_another_precision_is_told_from_the_header_alone(tmp_path: Path, state: 
         size = math.prod(entry["shape"]) * bits // 8
         entry |= {"dtype": dtype, "data_offsets": [at, at + size]}
         at += size
-    told = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(told)) + told + bytes(at))
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(at))
     with pytest.raises(WeightsError, match=r"expected bfloat16 or float32(.|\n)*Fix:") as refusal:
         mapped_transformer(path, CONFIG)
     assert "compare its size" not in str(refusal.value), "the file is whole"

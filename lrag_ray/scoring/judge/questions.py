@@ -88,7 +88,7 @@ class AnswerForm(Section):
 
     @property
     def described(self) -> str:
-        """What the judge is told about the form of its answer."""
+        """What the question says about the form of the answer."""
         if self.tag:
             return f"<{self.tag}>…</{self.tag}>"
         if self.json_field:
@@ -149,7 +149,7 @@ class QuestionSet(Section):
 
     @property
     def form(self) -> str:
-        """What the judge is told at the end of the question."""
+        """The end of the question."""
         what = "A, B or tie" if self.compare else ", ".join(self.values) if self.values else self._range
         return (
             f"First write one or two sentences on what you saw, then the final answer ({what}) in this form and only "

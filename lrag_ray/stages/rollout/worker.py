@@ -381,7 +381,7 @@ class _Attempt:
                 if block.block + 1 < self._blocks_total:
                     self._leave_if_asked()
         finally:
-            # Histories grow to the end, and with them what is to be said of them.
+            # Histories grow until the end, so their notes are read last.
             self._notes += rollout.notes
 
     def _leave_if_asked(self) -> None:

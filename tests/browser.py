@@ -73,7 +73,7 @@ class Tab:
 
 @contextmanager
 def opened(page: Path, scratch: Path) -> Iterator[Tab]:
-    """A tab that shows `page`; the browser's own files go to `scratch`."""
+    """A tab that shows `page`; its downloads and the browser's own files go to `scratch`."""
     from websockets.sync.client import connect
 
     profile = scratch / "profile"
@@ -89,6 +89,7 @@ def opened(page: Path, scratch: Path) -> Iterator[Tab]:
             address = next(tab["webSocketDebuggerUrl"] for tab in json.load(answer) if tab["type"] == "page")
         with connect(address, max_size=None, open_timeout=_PATIENCE_S) as socket:
             tab = Tab(socket)
+            tab.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(scratch))
             tab.go(page.as_uri())
             yield tab
     finally:
