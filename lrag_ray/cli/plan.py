@@ -41,10 +41,6 @@ def plan(
     price: Annotated[
         float | None, typer.Option("--price", metavar="P", min=0, help="Price of an hour of one GPU, in your currency.")
     ] = None,
-    host_memory: Annotated[
-        float | None,
-        typer.Option("--host-memory", metavar="GB", min=0, help="Host memory of a node for each of its GPUs."),
-    ] = None,
     node_memory_gb: Annotated[
         float | None, typer.Option("--node-memory-gb", min=1, help="Check histories against nodes of this much memory.")
     ] = None,
@@ -76,7 +72,7 @@ def plan(
     \b
     Examples:
       lrag-ray plan configs/table2.yaml --set durations_s=[30,60]
-      lrag-ray plan configs/table2.yaml --gpus 6 --gpu H100 --price 2.5 --host-memory 200
+      lrag-ray plan configs/table2.yaml --gpus 6 --gpu H100 --price 2.5
       lrag-ray plan configs/table2.yaml --node-memory-gb 256 --gpu-memory-gb 80 --rollouts-per-node 6
       lrag-ray plan configs/table2.yaml --gpus 6 --from runs/one_prompt
     """
@@ -112,7 +108,7 @@ def plan(
     if as_json:
         print_json(made)
     else:
-        print_plan(console(), made, gpus=gpus, gpu=gpu, price=price, host_memory_gb=host_memory, cells=cells)
+        print_plan(console(), made, gpus=gpus, gpu=gpu, price=price, cells=cells)
 
 
 def print_plan(
@@ -122,7 +118,6 @@ def print_plan(
     gpus: int | None = None,
     gpu: str | None = None,
     price: float | None = None,
-    host_memory_gb: float | None = None,
     cells: bool = False,
 ) -> None:
     """Rollouts and work per method with their totals, hours and price, memory in one sentence, notes."""
@@ -157,7 +152,7 @@ def print_plan(
         f"Stored: about {quantity(totals.latent_bytes, 'B')} of latents and {quantity(totals.video_bytes, 'B')} of "
         f"video ({count(totals.video_frames)} video frames).",
     )
-    for line in (_source(plan), *_wall_clock(plan, gpus, gpu, price), _memory(plan, gpu, host_memory_gb)):
+    for line in (_source(plan), *_wall_clock(plan, gpus, gpu, price), _memory(plan, gpu)):
         say(out, line)
     for note in plan.notes:
         say(out, f"Note: {note}")
@@ -286,10 +281,9 @@ def _wall_clock(plan: Plan, gpus: int | None, gpu: str | None, price: float | No
     return lines
 
 
-def _memory(plan: Plan, gpu: str | None, host_memory_gb: float | None) -> str:
-    """Whether memory suffices, in one sentence."""
+def _memory(plan: Plan, gpu: str | None) -> str:
+    """What an actor needs of its GPU, which have it, and how large histories become, in one sentence."""
     from lrag_ray.pipelines.doctor import CUDA_CONTEXT_BYTES
-    from lrag_ray.pipelines.history_choice import HOST_SHARE
     from lrag_ray.wan.devices import DEVICES
 
     largest = max(plan.methods, key=lambda each: each.gpu_bytes)
@@ -306,10 +300,5 @@ def _memory(plan: Plan, gpu: str | None, host_memory_gb: float | None) -> str:
     history_gb = longest.history_bytes / 1e9
     if not longest.history_bytes:
         return f"{said}, and no history in host memory."
-    said += f"; its history grows to {history_gb:.1f} GB of host memory ({longest.backbone}/{longest.method})"
-    if host_memory_gb is None:
-        return f"{said}, for every GPU of a node (--host-memory GB checks it)."
-    # What the operating system, Ray and the other tasks of a node need besides.
-    enough = history_gb <= HOST_SHARE * host_memory_gb
-    verdict = "suffice" if enough else "do not suffice: shorter durations, or fewer actors per node"
-    return f"{said}, for which {host_memory_gb:g} GB per GPU {verdict}."
+    grows = f"a history grows to {history_gb:.1f} GB of host memory per rollout ({longest.backbone}/{longest.method})"
+    return f"{said}; {grows}, which --node-memory-gb checks against a node."

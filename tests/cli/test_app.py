@@ -44,7 +44,6 @@ SURFACE = {
         "--gpus",
         "--gpu",
         "--price",
-        "--host-memory",
         "--node-memory-gb",
         "--gpu-memory-gb",
         "--rollouts-per-node",

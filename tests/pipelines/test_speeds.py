@@ -89,7 +89,7 @@ def test_wall_clock_price_and_memory_are_answered(measured: tuple[Path, Plan]) -
     speed = Speed("H100", "runs/x", 3, RATE / 1000, None)
     plan = make_plan(config, plan_prompts(config.prompts), [speed])
     out = io.StringIO()
-    print_plan(Console(file=out, width=200, markup=False), plan, gpus=6, price=2.5, host_memory_gb=1)
+    print_plan(Console(file=out, width=200, markup=False), plan, gpus=6, price=2.5)
     text = out.getvalue()
     hours = plan.gpu_hours["H100"].total.most
     assert f"for {hours * 2.5:,.2f} at 2.5 an hour, without scores." in text and "on 6 GPUs" in text
