@@ -114,9 +114,9 @@ class HeadPolicy(ContextPolicy[S]):
         """Classes [layers, H] of attention shares [layers, H, 3] (first, middle, last), on the CPU."""
         raise NotImplementedError
 
+    @abstractmethod
     def cached_frames(self, block: int) -> int:
         """Most frames behind the sink that stay cached for this block."""
-        raise NotImplementedError
 
     @property
     def observes_queries(self) -> bool:  # type: ignore[override]

@@ -25,6 +25,7 @@ from lrag_ray.config.refine import described
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.errors import LragError
+from lrag_ray.pipelines.history_choice import HOST_SHARE
 from lrag_ray.pipelines.plan import Plan, make_plan
 from lrag_ray.printable import quantity
 from lrag_ray.scoring.registry import suite_of
@@ -293,7 +294,7 @@ def _host_memory(config: RunConfig, plan: Plan) -> Row:
     history = max(method.history_bytes for method in plan.methods)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = f"{total / 1e9:.0f} GB; the history of a rollout grows to {quantity(history, 'B')} per actor"
-    if history > 0.8 * total:
+    if history > HOST_SHARE * total:
         return Row(
             "host memory",
             "warn" if config.engine.address else "fail",
@@ -301,7 +302,7 @@ def _host_memory(config: RunConfig, plan: Plan) -> Row:
             "shorter durations, or nodes with more memory",
         )
     actors = config.engine.most_actors or config.engine.least_actors
-    if history * actors > 0.8 * total:
+    if history * actors > HOST_SHARE * total:
         return Row("host memory", "warn", found, f"{actors} such rollouts do not fit on one such machine")
     return Row("host memory", "ok", found)
 
