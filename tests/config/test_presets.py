@@ -46,9 +46,10 @@ def test_the_plan_says_where_a_checkpoint_is_sampled_as_it_was_not_trained() -> 
         return [note for note in found if note.startswith("backbones.model: ") and "trained" in note]
 
     (long,) = notes("causal_forcing_long")
-    assert "longvideo.pt is trained for rolling windows" in long and "base, infinity_rope sample it block by" in long
+    assert "longvideo.pt is trained for rolling windows" in long
+    assert "base, infinity_rope: sampled block by block" in long
     (ordinary,) = notes("self_forcing")
-    assert "rolling_forcing denoise" in ordinary and "self_forcing.pt" in ordinary
+    assert "rolling_forcing: blocks of several noise levels" in ordinary and "self_forcing.pt" in ordinary
     assert notes("tiny") == []
 
 
