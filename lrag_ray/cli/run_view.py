@@ -18,6 +18,7 @@ from lrag_ray.watch.tally import Tally
 
 STAGE_TITLES: dict[StageName, str] = {
     "connect": "connecting to Ray",
+    "verify": "looking for damage",
     "refine": "refining prompts",
     "text": "encoding prompts",
     "rollouts": "rollouts",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from datetime import UTC, datetime, timedelta
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -26,7 +27,7 @@ from lrag_ray.events import (
 )
 from lrag_ray.pipelines.submit.follow import show
 from lrag_ray.printable import json_text
-from lrag_ray.stages.spec import Result
+from lrag_ray.stages.spec import Result, StageName
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 
 
@@ -79,6 +80,14 @@ def view() -> RunView:
     view.take(at(0, PLANNED))
     view.take(at(0, StageBegan("rollouts", 3)))
     return view
+
+
+@pytest.mark.parametrize("stage", get_args(StageName))
+def test_every_stage_has_a_title(view: RunView, stage: StageName) -> None:
+    view.take(StageBegan(stage, 1))
+    assert view.headline()
+    line = view.take(StageEnded(stage, 2.0))
+    assert line is not None and line.endswith(": done in 2 s")
 
 
 def test_the_headline_counts_finished_and_running_blocks(view: RunView) -> None:
