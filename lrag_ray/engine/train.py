@@ -21,8 +21,11 @@ import pyarrow.fs
 import ray
 import ray.train
 import torch
+from ray._private.state import state as cluster_state
+from ray._private.worker import global_worker
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from lrag_ray.config.training import TrainingEngineSection
@@ -31,6 +34,7 @@ from lrag_ray.engine.failures import first_line
 from lrag_ray.engine.sizing import WorkerShape, cannot_grow, this_node_drains, usable_nodes
 from lrag_ray.errors import ClusterError
 from lrag_ray.events import Listener, Notice, TrainingAdvanced, WorkerLost
+from lrag_ray.interrupts import take_next
 from lrag_ray.store.address import Storage
 from lrag_ray.training.loop import Leave, Progress
 from lrag_ray.training.peers import Alone, Peers, ProcessGroup
@@ -40,6 +44,8 @@ _LOOK_EVERY_S = 1.0
 """How often a worker looks whether its node drains or the driver wants it to stop."""
 _STOP_WITHIN_S = 50.0
 """After Ctrl-C: time for a step, a checkpoint and the end of the workers."""
+_END_WITHIN_S = 10.0
+"""For the end of a controller that is killed; a cluster that hangs is left after that."""
 _LONGEST_WAIT_S = 7 * 24 * 3600
 RAY_FOLDER = "ray"
 """Below the run."""
@@ -86,7 +92,7 @@ def train(work: Work[T], engine: TrainingEngineSection, storage: Storage, name: 
     """What `work` returns on the first worker. Needs Ray.
 
     `name` must differ between trainings: Ray does not check what it finds under it. On KeyboardInterrupt the workers
-    are asked to store a checkpoint and stop.
+    are asked to store a checkpoint and stop; a second one ends them at once. Nothing of it is left afterwards.
 
     Raises ClusterError where the cluster has no room or Ray Train itself fails, WorkersFailedError where the workers
     failed too often.
@@ -102,6 +108,7 @@ def train(work: Work[T], engine: TrainingEngineSection, storage: Storage, name: 
         while not fit.done.wait(_POLL_S):
             _relay(reader, listener)
     except KeyboardInterrupt:
+        take_next()
         listener(Notice("storing a checkpoint before the end; a second Ctrl-C ends at once"))
         with suppress(ray.exceptions.RayError):
             ray.get(board.stop.remote())
@@ -110,6 +117,7 @@ def train(work: Work[T], engine: TrainingEngineSection, storage: Storage, name: 
             _relay(reader, listener)
         raise
     finally:
+        fit.end()
         ray.kill(board)
     result: T = fit.result()
     return result
@@ -132,6 +140,21 @@ class _Fit(threading.Thread):
         except Exception as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
         self.done.set()
+
+    def end(self) -> None:
+        """Kill the controller of a training that is still under way; the workers are its own and end with it.
+
+        A thread that outlives the connection would start a cluster with its next call.
+        """
+        deadline = time.monotonic() + _END_WITHIN_S
+        while not self.done.wait(_POLL_S) and time.monotonic() < deadline:
+            with suppress(ray.exceptions.RayError):
+                job = global_worker.current_job_id
+                for key, actor in cluster_state.actor_table(None, job, None).items():
+                    # Ray Train hands out no handle; its actor may be about to be created.
+                    if actor["ActorClassName"] == TrainController.__name__ and actor["State"] != "DEAD":
+                        global_worker.core_worker.kill_actor(ray.ActorID(bytes.fromhex(key)), True)
+        self.join(_POLL_S)
 
     def result(self) -> Any:
         """What the first worker returned."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pyarrow.compute as pc
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
@@ -28,6 +29,7 @@ from lrag_ray.store.training_run import BEST, LAST, TrainingRun
 from lrag_ray.store.training_status import training_status
 from lrag_ray.training.peers import ProcessGroup
 from lrag_ray.wan.state_dict import state_dict_digest
+from tests.cluster.drivers import command
 from tests.training.corpus import make_corpus, training_file
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
@@ -141,3 +143,37 @@ def test_nan_latents_end_the_training_at_once_with_their_name(tmp_path: Path) ->
     status = training_status(TrainingRun(str(tmp_path / "run")))
     assert (status.exit_code, len(status.failures)) == (1, 1)
     assert os.path.exists(tmp_path / "run" / "summary" / "report.html")  # noqa: PTH110
+
+
+def test_one_ctrl_c_stops_a_training_at_a_step_and_a_second_one_at_once(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    changes: dict[str, Any] = {
+        "training": {"epochs": 100_000},
+        "engine": {"actors": 1, "checkpoint_every_steps": 2, "address": ray.get_runtime_context().gcs_address},
+    }
+    run = TrainingRun(str(tmp_path / "run"))
+
+    def step() -> int:
+        state = run.state()
+        return 0 if state is None else state.step
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, TrainingAdvanced) and event.step > 2:
+            raise KeyboardInterrupt
+
+    outcome = train_encoder(make_config(tmp_path, corpus, run.uri, **changes), listener=interrupt)
+    assert (outcome.exit_code, outcome.steps) == (130, step())
+    assert outcome.steps > 2 and not psutil.wait_procs(training_workers(), timeout=30)[1]
+
+    path = training_file(tmp_path / "training.yaml", corpus, run.uri, **changes)
+    with command(tmp_path / "log", "run", str(path)) as driver:
+        driver.wait_until(lambda: step() > outcome.steps)
+        workers = training_workers()
+        for worker in workers:
+            worker.suspend()  # as in a step that takes very long
+        driver.process.send_signal(signal.SIGINT)
+        driver.wait_until(lambda: "a second Ctrl-C ends at once" in driver.text)
+        driver.process.send_signal(signal.SIGINT)
+        assert driver.wait(30) == 130
+    assert "Traceback" not in driver.text and "the same command continues" in driver.text
+    assert workers and not psutil.wait_procs(workers, timeout=30)[1]
