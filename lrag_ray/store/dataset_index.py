@@ -21,17 +21,19 @@ import json
 import secrets
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from math import prod
 from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from lrag_ray.errors import StorageError
 from lrag_ray.store.address import Storage
+from lrag_ray.store.parquet import written_out_bytes
 from lrag_ray.store.parts import BrokenPartError
 from lrag_ray.store.records import Count, FileRecord, Record, why_not
 
@@ -75,6 +77,30 @@ ROW_SCHEMA = pa.schema(
 )
 """Columns of a segment: the fields of `IndexRow`; of each part its file, frames, offset of the first latent value,
 size of the file and checksum."""
+
+_LEAST = {
+    "prompt_index": 0,
+    "sample": 0,
+    "frames": 1,
+    "part_first_frame": 0,
+    "part_frames": 1,
+    "part_offset": 0,
+    "part_bytes": 1,
+}
+"""Smallest values of columns."""
+_LONGEST = {"key": 64, "latents_digest": 64, "backbone": 1000, "method": 1000, "prompt_id": 1000}
+"""Characters of texts, as records of exported latents allow them."""
+_TEXTS = [field.name for field in ROW_SCHEMA if field.type == pa.string()]
+_TEXTS += [f"{field.name}.list.element" for field in ROW_SCHEMA if field.type == pa.list_(pa.string())]
+_AS_READ = {pa.string(): pa.dictionary(pa.int32(), pa.string())}
+_AS_READ[pa.list_(pa.string())] = pa.list_(_AS_READ[pa.string()])
+_READ_SCHEMA = pa.schema([(field.name, _AS_READ.get(field.type, field.type)) for field in ROW_SCHEMA])
+"""A text that is repeated a million times is kept once until it is known what all of them take."""
+_MOST_VALUES = ROWS_PER_GROUP * 2048
+"""Parts of the rollouts of a row group."""
+_MOST_GROUP_BYTES = 64 * 2**20
+_MOST_BYTES = 2**30
+"""Of the columns that are read at once: those of half a million rollouts with long prompts."""
 
 _DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 """Of safetensors: torch's name and bytes per value."""
@@ -290,7 +316,10 @@ class RangeFile(io.RawIOBase):
 
 
 class SegmentFile:
-    """A segment whose columns are read by byte range. Several threads may read; they take turns."""
+    """A segment whose columns are read by byte range. Several threads may read; they take turns.
+
+    It may come from a stranger, so what the file would become is known before it does, as in `parquet`.
+    """
 
     def __init__(self, storage: Storage, segment: IndexSegment) -> None:
         """FileNotFoundError where the segment is gone; StorageError where it is not what the manifest says."""
@@ -298,28 +327,46 @@ class SegmentFile:
         # A ParquetFile over a Python file hangs where two threads read at once.
         self._lock = threading.Lock()
         self._file = self._checked(
-            lambda: pq.ParquetFile(pa.PythonFile(RangeFile(storage, segment.path, segment.size_bytes)))
+            lambda: pq.ParquetFile(
+                pa.PythonFile(RangeFile(storage, segment.path, segment.size_bytes)), read_dictionary=_TEXTS
+            )
         )
         metadata = self._file.metadata
-        self.group_ends = list(accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        self.group_ends = list(accumulate(group.num_rows for group in groups))
         """Rows before the end of each row group."""
         found = metadata.num_rows
-        if found != segment.rollouts or not self._file.schema_arrow.equals(ROW_SCHEMA):
+        if found != segment.rollouts or not self._file.schema_arrow.equals(_READ_SCHEMA):
             raise self._damaged(f"{found} rows or other columns")
+        for group in groups:
+            columns = [group.column(i) for i in range(group.num_columns)]
+            if (
+                group.num_rows > ROWS_PER_GROUP
+                or any(column.num_values > _MOST_VALUES for column in columns)
+                or sum(column.total_uncompressed_size for column in columns) > _MOST_GROUP_BYTES
+            ):
+                raise self._damaged(f"it claims more than {ROWS_PER_GROUP} rollouts have")
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """These columns of all rows."""
-        return self._checked(lambda: self._valid(self._file.read(columns=list(columns), use_threads=False)))
+        return self._checked(lambda: self._table(range(len(self.group_ends)), columns, _MOST_BYTES))
 
     def read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of the rows of one row group."""
-        return self._checked(
-            lambda: self._valid(self._file.read_row_group(group, columns=list(columns), use_threads=False))
-        )
+        return self._checked(lambda: self._table([group], columns, _MOST_GROUP_BYTES))
 
-    def _valid(self, table: pa.Table) -> pa.Table:
-        table.validate(full=True)
-        return table
+    def _table(self, groups: Iterable[int], columns: Sequence[str], most_bytes: int) -> pa.Table:
+        schema = pa.schema([ROW_SCHEMA.field(name) for name in columns])
+        made, held = [schema.empty_table()], 0
+        for group in groups:
+            table = self._file.read_row_group(group, columns=list(columns), use_threads=False).select(columns)
+            table.validate(full=True)
+            held += sum(written_out_bytes(column) for column in table.columns)
+            if held > most_bytes:
+                raise ValueError(f"its values take more than {most_bytes >> 20} MiB")
+            made.append(table.cast(schema))
+            _refuse_impossible(made[-1])
+        return pa.concat_tables(made)
 
     def _checked(self, read: Callable[[], Any]) -> Any:
         try:
@@ -335,6 +382,25 @@ class SegmentFile:
             f"{self._name} is damaged ({reason}). Fix: delete {MANIFEST_FILE} beside it; the command that made the "
             "dataset makes the index again"
         )
+
+
+def _refuse_impossible(table: pa.Table) -> None:
+    """ValueError for rows that no writer makes: values that are missing, too small or too long, lists that differ."""
+    parts = None
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        is_list = pa.types.is_list(column.type)
+        values = pc.list_flatten(column) if is_list else column
+        if column.null_count or values.null_count:
+            raise ValueError(f"its column {name} lacks values")
+        if name in _LEAST and len(values) and (least := pc.min(values).as_py()) < _LEAST[name]:
+            raise ValueError(f"its column {name} holds {least}")
+        if name in _LONGEST and len(values) and (most := pc.max(pc.utf8_length(values)).as_py()) > _LONGEST[name]:
+            raise ValueError(f"its column {name} holds a text of {most:,} characters")
+        if is_list:
+            lengths = pc.list_value_length(column)
+            if not pc.all(pc.greater(lengths, 0)).as_py() or not (parts is None or lengths.equals(parts)):
+                raise ValueError("its lists of parts are empty or differ in length")
+            parts = lengths
 
 
 class PartLayout(NamedTuple):

@@ -172,9 +172,14 @@ class LatentDataset:
         for files that are missing or short.
         """
         frames = int(self._planned().frames[rollout_index])
-        latents = torch.empty(
-            (frames - start if length is None else max(0, length), *self.form.shape), dtype=self.dtype
-        )
+        size = (frames - start if length is None else max(0, length), *self.form.shape)
+        try:
+            latents = torch.empty(size, dtype=self.dtype)
+        except RuntimeError as error:
+            raise StorageError(
+                f"rollout {rollout_index} is {list(size)} {self.form.dtype}, which does not fit into memory. Fix: read "
+                "fewer frames at a time; `lrag-ray dataset verify` says whether the index is right"
+            ) from error
         self.read_into(rollout_index, start, latents)
         return latents
 

@@ -106,14 +106,18 @@ def _refuse_claims(metadata: pq.FileMetaData) -> None:
 def _bounded(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     size = 0
     for batch in file.iter_batches(_ROWS_AT_ONCE):
-        size += sum(_bytes_of(column) for column in batch.columns)
+        size += sum(written_out_bytes(column) for column in batch.columns)
         if size > MOST_BYTES:
             raise pa.ArrowInvalid(f"its values take more than {MOST_BYTES >> 20} MiB")
         yield batch
 
 
-def _bytes_of(column: pa.Array) -> int:
+def written_out_bytes(column: pa.Array | pa.ChunkedArray) -> int:
     """Memory of a column once every text is written out."""
+    if isinstance(column, pa.ChunkedArray):
+        return sum(map(written_out_bytes, column.chunks))
+    if pa.types.is_list(column.type):
+        return written_out_bytes(column.flatten()) + 4 * len(column)
     if not pa.types.is_dictionary(column.type):
         return int(column.nbytes)
     lengths = pc.binary_length(column.dictionary)

@@ -22,7 +22,12 @@ _MAX_INT_BYTES = 16
 _MAX_DIMENSIONS = 32
 _MAX_DEPTH = 100
 _MAX_NAME = 1000
+_MAX_LINE = 10_000
 _MAX_ENTRIES = 10_000_000
+MAX_BYTES = 1 << 26
+"""Of one pickle; with its optimizer's state, a generator's has one or two megabytes."""
+_MAX_OPCODES = 1 << 21
+"""Of one pickle, that is a few seconds: about forty make a tensor, and compressed ones cost a file nothing."""
 
 
 class PickleRefusedError(ValueError):
@@ -99,9 +104,31 @@ def read_pickle(stream: BinaryIO, storage: Callable[[StorageNeed], torch.Untyped
     `storage` gives the bytes of the storages that the pickle refers to; where it gives None, tensors are None.
     Raises PickleRefusedError, PickleDamagedError, and ValueError for a stream that is not a pickle.
     """
-    value = _Machine(storage).run(stream)
+    value = _Machine(storage).run(_Bounded(stream))
     _check_containers(value)
     return value
+
+
+class _Bounded:
+    """What `pickletools` reads from: no step takes what no checkpoint needs into memory."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._left = MAX_BYTES
+        self.tell = stream.tell
+
+    def read(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0:
+            raise PickleRefusedError(f"its pickle has more than {MAX_BYTES:,} bytes, as no checkpoint has")
+        return self._stream.read(size)
+
+    def readline(self) -> bytes:
+        line = self._stream.readline(_MAX_LINE + 1)
+        if len(line) > _MAX_LINE:
+            raise PickleRefusedError(f"its pickle has a line of more than {_MAX_LINE:,} characters")
+        self._left -= len(line)
+        return line
 
 
 class _Machine:
@@ -110,11 +137,13 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self, stream: BinaryIO) -> Any:
+    def run(self, stream: _Bounded) -> Any:
         try:
-            for opcode, argument, _ in pickletools.genops(stream):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
                 if opcode.name == "STOP":
                     return self._plain(self._stack.pop())
+                if count >= _MAX_OPCODES:
+                    raise PickleRefusedError(f"its pickle has more than {_MAX_OPCODES:,} steps, as no checkpoint has")
                 self._step(opcode.name, argument)
         except (IndexError, KeyError, AttributeError, TypeError, OverflowError) as error:
             # What a stream does that pops more than it pushed or treats one kind of value as another.

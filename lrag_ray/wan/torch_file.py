@@ -19,9 +19,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lrag_ray.wan.tensor_pickle import Module, PickleDamagedError, PickleRefusedError, StorageNeed, read_pickle
+from lrag_ray.wan.tensor_pickle import (
+    MAX_BYTES,
+    Module,
+    PickleDamagedError,
+    PickleRefusedError,
+    StorageNeed,
+    read_pickle,
+)
 
-_MAX_PICKLE_BYTES = 1 << 28
 _MAX_CODE_BYTES = 1 << 26
 _MAX_RECORDS = 1 << 18
 _MAX_SHARING = 8
@@ -109,7 +115,7 @@ def _from_archive(file: BinaryIO, path: Path, size: int) -> Any:
                 raise PickleDamagedError(f"its record data/{need.key[:40]} reaches beyond its end")
             return storages.part(first, entry.file_size)
 
-        content = read_pickle(io.BytesIO(_record(archive, records[f"{root}/data.pkl"], _MAX_PICKLE_BYTES)), storage)
+        content = read_pickle(io.BytesIO(_record(archive, records[f"{root}/data.pkl"], MAX_BYTES)), storage)
     if isinstance(content, Module):
         return dict(_tensors_of(content))
     if is_script:

@@ -10,11 +10,25 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
+from lrag_ray.errors import StorageError
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.vbench_long.parquet import rows_from_parquet, rows_to_parquet
 from lrag_ray.scoring.video_rows import from_parquet, to_parquet
+from lrag_ray.store.address import Storage
+from lrag_ray.store.dataset_index import (
+    ROW_SCHEMA,
+    ROWS_PER_GROUP,
+    SEGMENT_PREFIX,
+    DamagedIndexError,
+    IndexManifest,
+    IndexSegment,
+    LatentForm,
+)
+from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.parts import TRACE_SCHEMA, BrokenPartError, read_trace
 
 
@@ -77,4 +91,106 @@ def test_a_small_file_that_becomes_gigabytes_is_refused_before_it_does() -> None
         before = pa.total_allocated_bytes()
         with pytest.raises(BrokenPartError, match="more than"):
             read_trace(data)
+        assert pa.total_allocated_bytes() - before < 64 << 20, name
+
+
+ROW = {
+    "key": "k" * 64, "prompt_index": 0, "sample": 0, "frames": 2, "part": ["dataset/latents/a.safetensors"],
+    "part_first_frame": [0], "part_frames": [2], "part_offset": [88], "part_bytes": [96], "part_sha256": ["0" * 64],
+    "rollout": "a.pt", "backbone": "", "method": "", "prompt_id": "", "prompt": "", "latents_digest": "d" * 64,
+}  # fmt: skip
+
+
+def dataset_of(folder: Path, table: pa.Table, *, rows_per_group: int = ROWS_PER_GROUP) -> Storage:
+    """A dataset whose index is `table`, and whose only part is too short for anything."""
+    storage, sink = Storage(str(folder)), io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=rows_per_group)
+    segment = IndexSegment(
+        path=f"{SEGMENT_PREFIX}1-a.parquet",
+        size_bytes=len(sink.getvalue()),
+        sha256="0" * 64,
+        rollouts=max(1, table.num_rows),
+        frames=1,
+        shortest=1,
+    )
+    form = LatentForm(channels=1, height=1, width=1, dtype="float32")
+    storage.write(segment.path, sink.getvalue())
+    storage.write("dataset/latents/a.safetensors", bytes(88))
+    storage.write("dataset/index.json", IndexManifest(generation="g", form=form, segments=[segment]).sealed())
+    return storage
+
+
+def read_everything(storage: Storage) -> None:
+    data = LatentDataset.open(storage.uri)
+    assert data.keys and data.digest
+    for index in range(len(data)):
+        assert len(data.parts(index)) > 0 and data.rollouts[index].frames > 0
+        data.read(index)
+
+
+VALUES = st.one_of(
+    st.none(), st.sampled_from([0, -1, 1, 2, 3, 2**31 - 1, 2**62, "", "../x", "/etc/passwd", "\x1b", "x" * 2000])
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(ROW_SCHEMA.names), value=st.one_of(VALUES, st.lists(VALUES, max_size=3)))
+def test_any_value_in_the_index_of_a_dataset_is_refused_with_a_message(
+    name: str, value: object, tmp_path: Path
+) -> None:
+    try:
+        table = pa.table({field.name: pa.array([{**ROW, name: value}[field.name]], field.type) for field in ROW_SCHEMA})
+    except (pa.ArrowException, OverflowError, TypeError):
+        return
+    storage = dataset_of(tmp_path, table)
+    with pytest.raises(StorageError):
+        read_everything(storage)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("key", [None]),
+        ("frames", [0]),
+        ("frames", [-5]),
+        ("prompt_index", [-1]),
+        ("part", [None]),
+        ("part", [[None]]),
+        ("part", [[]]),
+        ("part_offset", [[1, 2]]),
+        ("part_offset", [[-1]]),
+        ("prompt_id", ["x" * 2000]),
+    ],
+)
+def test_rows_that_no_writer_makes_damage_the_index(name: str, values: list[object], tmp_path: Path) -> None:
+    columns = {field.name: pa.array([ROW[field.name]], field.type) for field in ROW_SCHEMA}
+    columns[name] = pa.array(values, ROW_SCHEMA.field(name).type)
+    with pytest.raises(DamagedIndexError, match=rf"(column {name}|lists of parts).*Fix: delete dataset/index\.json"):
+        read_everything(dataset_of(tmp_path, pa.table(columns)))
+
+
+def _index_of(rows: int, **changes: object) -> pa.Table:
+    def column(value: object, kind: pa.DataType) -> pa.Array:
+        if not pa.types.is_list(kind):
+            return pa.repeat(pa.scalar(value, kind), rows)
+        assert isinstance(value, list)
+        ends = pa.array(range(0, rows * len(value) + 1, len(value)), pa.int32())
+        return pa.ListArray.from_arrays(ends, pa.repeat(pa.scalar(value[0], kind.value_type), rows * len(value)))
+
+    return pa.table({field.name: column({**ROW, **changes}[field.name], field.type) for field in ROW_SCHEMA})
+
+
+def test_a_small_index_that_becomes_gigabytes_is_refused_before_it_does(tmp_path: Path) -> None:
+    tables = {
+        "rows": (_index_of(100_000), 100_000),
+        "texts": (_index_of(ROWS_PER_GROUP, prompt="x" * 200_000), ROWS_PER_GROUP),
+        "bytes": (_index_of(1, prompt="\0" * (65 << 20)), 1),
+        "parts": (_index_of(1, **{n: ROW[n] * 1_100_000 for n in ROW_SCHEMA.names if n.startswith("part")}), 1),
+    }
+    for name, (table, rows_per_group) in tables.items():
+        storage = dataset_of(tmp_path / name, table, rows_per_group=rows_per_group)
+        del table
+        before = pa.total_allocated_bytes()
+        with pytest.raises(DamagedIndexError, match=r"claims more|take more"):
+            LatentDataset.open(storage.uri).rollouts[0]
         assert pa.total_allocated_bytes() - before < 64 << 20, name

@@ -209,6 +209,9 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     ),
     "negative": (b"\x80\x02" + _tensor(b"J\xff\xff\xff\xff\x85", b"K\x01\x85") + b".", "impossible shape"),
     "negative offset": (b"\x80\x02" + _tensor(b"K\x01\x85", b"K\x01\x85", b"J\xff\xff\xff\xff") + b".", "begins at -1"),
+    "more steps than a checkpoint has": (b"\x80\x02" + b"]" * (1 << 22) + b".", "steps"),
+    "more bytes than a checkpoint has": (b"\x80\x02X\xff\xff\xff\x7f" + bytes(1 << 10), "bytes, as no checkpoint"),
+    "a line without end": (b"\x80\x02I" + b"1" * 20_000 + b"\n.", "line of more"),
     "overlapping": (b"\x80\x02" + _tensor(b"K\x03K\x02\x86", b"K\x01K\x01\x86") + b".", r"\[3, 2\] repeats 4"),
 }
 
