@@ -157,8 +157,11 @@ def test_one_ctrl_c_stops_a_training_at_a_step_and_a_second_one_at_once(tmp_path
         state = run.state()
         return 0 if state is None else state.step
 
+    interrupted = threading.Event()
+
     def interrupt(event: Event) -> None:
-        if isinstance(event, TrainingAdvanced) and event.step > 2:
+        if isinstance(event, TrainingAdvanced) and event.step > 2 and not interrupted.is_set():
+            interrupted.set()
             raise KeyboardInterrupt
 
     outcome = train_encoder(make_config(tmp_path, corpus, run.uri, **changes), listener=interrupt)
