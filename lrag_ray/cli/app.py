@@ -188,7 +188,8 @@ def verify(
     Recognises by content: rollouts, methods, schedules, retrieval encoders, checkpoints, LoRA, VAE, text encoder, and
     VBench-Long where its own folder is named (that takes half an hour on a CPU). With --run, checks on a run's own
     latents that base and infinity_rope are equal until the window fills and differ after. With --run and --bytes,
-    every stored file is read back instead: one row per damaged file, with the command that makes it again.
+    every stored file is read back instead, of an encoder training too: one row per damaged file, with what makes it
+    again.
 
     \b
     Examples:
@@ -224,9 +225,14 @@ def _verify_bytes(run_uri: str, sample: int | None, *, as_json: bool) -> int:
     from lrag_ray.cli.tables import print_damage
     from lrag_ray.store.integrity import Coverage, find_damage
     from lrag_ray.store.rollouts import RolloutRun
+    from lrag_ray.store.training_integrity import find_training_damage
+    from lrag_ray.store.training_run import TrainingRun, holds_training
 
-    coverage = Coverage()
-    found = find_damage(RolloutRun(run_uri), coverage, sample=sample)
+    coverage, run = Coverage(), RolloutRun(run_uri)
+    if holds_training(run.storage):
+        found = find_training_damage(TrainingRun(run_uri), coverage)
+    else:
+        found = find_damage(run, coverage, sample=sample)
     if as_json:
         damage = [each._asdict() for each in found]
         print_json({"whole": not damage, "damaged": damage, **plain(coverage)})

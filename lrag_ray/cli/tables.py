@@ -135,7 +135,8 @@ def _state(status: RunStatus) -> str:
     else:
         parts.append(f"results not there yet: {count(open_cells)}")
     if scores is not None and scores.pending is None:
-        parts.append(f"scores of the plug-in {scores.suite} are not counted")
+        what = "the judge" if scores.suite == "judge" else f"the plug-in {scores.suite}"
+        parts.append(f"scores of {what} are not counted")
     elif scores is not None and scores.pending:
         parts.append(f"scores of {scores.suite} not there yet: {count(scores.pending)}")
     if failed := len(status.failures):

@@ -17,6 +17,8 @@ from lrag_ray.config.redaction import redact
 from lrag_ray.config.source import Document, KeyPath, dotted
 from lrag_ray.errors import ConfigError
 
+_MOST_PROBLEMS = 50
+"""That are put into words; each takes a search for a similar key."""
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 _EXPECTED = {
     "string_type": "text",
@@ -66,7 +68,8 @@ def translate(
     The first `skip` steps of pydantic's locations are replaced by `prefix`. `elsewhere` are key paths of the whole
     configuration, to tell where a key that is unknown here would belong.
     """
-    found = error.errors(include_url=False)
+    everything = error.errors(include_url=False)
+    found = everything[:_MOST_PROBLEMS]
     misspelt = {
         (*details["loc"][:-1], near)
         for details in found
@@ -80,6 +83,8 @@ def translate(
         if inner and inner[-1] == "[key]":
             inner = inner[:-1]
         yield Problem((*prefix, *inner), _words(details, keys_at(root, inner[:-1]), elsewhere))
+    if more := len(everything) - len(found):
+        yield Problem(prefix, f"{more:,} more problems of this kind; correct these first")
 
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:

@@ -25,6 +25,8 @@ _MOST_DIGITS = 40
 _MOST_DEPTH = 100
 _MOST_BYTES = 4 << 20
 _MOST_NODES = 100_000
+_MOST_WRITTEN = 20_000
+"""Values without aliases: reading them takes a second or two."""
 """Values that a file may hold, aliases expanded; far above any real configuration."""
 
 
@@ -70,6 +72,8 @@ def parse_document(name: str, text: str) -> Document:
         place = f"{name}:{mark.line + 1}" if mark else name
         context = f" ({error.context})" if error.context else ""
         raise ConfigError(f"{place}: not YAML: {error.problem}{context}") from None
+    except _TooManyError as error:
+        raise ConfigError(f"{name}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {error}") from None
     except RecursionError:
@@ -144,15 +148,23 @@ def _not_allowed(error: yaml.reader.ReaderError) -> str:
     return f"the character U+{int(error.character):04X} is not allowed"
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
-    """The safe loader with the scalar rules of YAML 1.2; RecursionError for what is nested too deeply."""
+class _TooManyError(yaml.YAMLError):  # type: ignore[misc]  # PyYAML is untyped
+    """More than a configuration has."""
 
-    depth = 0
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
+    """The safe loader with the scalar rules of YAML 1.2; RecursionError for what is nested too deeply,
+    _TooManyError for too many values."""
+
+    depth = written = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """A node and what is in it."""
         if self.depth >= _MOST_DEPTH:
             raise RecursionError
+        self.written += 1
+        if self.written > _MOST_WRITTEN:
+            raise _TooManyError(f"more than {_MOST_WRITTEN} values, which no configuration has")
         self.depth += 1
         try:
             return super().compose_node(parent, index)

@@ -56,6 +56,7 @@ from lrag_ray.store.seal import check_placed, opened_json
 Kind = Literal[
     "run", "configuration", "commit", "latents", "trace", "video", "part record", "text features", "decoded video",
     "decoded record", "scores", "answers", "failure record", "lease", "report", "dataset",
+    "state", "checkpoint", "losses", "rollouts",
 ]  # fmt: skip
 
 _ROLLOUT = re.compile(r"^(rollouts/[^/]+/[^/]+/[^/]+)/(?:commit-\d+\.json|attempt-[^/]+/part-\d+-\d+\.json)$")

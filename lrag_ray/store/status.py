@@ -166,7 +166,11 @@ def _scores(run_dir: RolloutRun, quarantined: set[str]) -> ScoreStatus | None:
         return None
     if suite is None:
         return None
-    pending = {task.name for task in suite.pending(run_dir)}
+    try:
+        pending = {task.name for task in suite.pending(run_dir)}
+    except ConfigError:
+        # A judge's model is never taken from a run directory.
+        return ScoreStatus(suite=suite.label, pending=None, quarantined=len(quarantined))
     return ScoreStatus(suite=suite.label, pending=len(pending), quarantined=len(pending & quarantined))
 
 

@@ -18,7 +18,6 @@ only put an older checkpoint of the same training there, from which the same ste
 
 from __future__ import annotations
 
-import io
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,15 +26,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from lrag_ray.errors import StorageError
+from lrag_ray.errors import StorageError, WeightsError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import FORMAT_VERSION, canonical_digest, compare
-from lrag_ray.store.parquet import read_parquet
+from lrag_ray.store.parquet import read_parquet, write_parquet
 from lrag_ray.store.records import Count, JsonValue, Record, UtcTime, now_utc, why_not
-from lrag_ray.store.run_dir import RUN_FILE, IdentifiedRun
+from lrag_ray.store.run_dir import CONFIG_FILE, RUN_FILE, IdentifiedRun
 from lrag_ray.training.checkpoint import OWN_KEY, checkpoint_bytes
 from lrag_ray.training.loop import LossRow
 from lrag_ray.training.windows import Rollouts
@@ -46,6 +44,17 @@ BEST = "checkpoints/best.pt"
 ROLLOUTS_FILE = "data/rollouts.parquet"
 METRICS = "metrics"
 STATE_FILE = "state.json"
+_ANEW = "begin a new training (another run.uri)"
+REPAIRS = {
+    RUN_FILE: _ANEW,
+    CONFIG_FILE: "`lrag-ray run CONFIG` writes it again",
+    ROLLOUTS_FILE: _ANEW,
+    LAST: f"remove {LAST} and {STATE_FILE}, and `lrag-ray run CONFIG` trains again from the start",
+    BEST: f"remove {LAST} and {STATE_FILE}, and `lrag-ray run CONFIG` trains again from the start",
+    STATE_FILE: f"remove it; `lrag-ray run CONFIG` continues from {LAST} and writes it again",
+    METRICS: "remove it; the plots then lack these steps, the training does not",
+}
+"""What to do about a damaged file of a training, by its path or folder."""
 _PART = re.compile(rf"^{METRICS}/steps-(\d{{12}})-(\d{{12}})\.parquet$")
 
 LOSS_SCHEMA = pa.schema(
@@ -132,7 +141,7 @@ class TrainingRun(IdentifiedRun[TrainingIdentity]):
         try:
             table = read_parquet(data, _ROLLOUTS_SCHEMA)
         except pa.ArrowInvalid as error:
-            raise StorageError(f"{self.uri}/{ROLLOUTS_FILE} is damaged ({error}). Fix: begin a new training") from error
+            raise StorageError(f"{self.uri}/{ROLLOUTS_FILE} is damaged ({error}). Fix: {_ANEW}") from error
         return Rollouts(
             table["key"].to_pylist(),
             table["frames"].to_numpy().astype(np.int64),
@@ -142,13 +151,20 @@ class TrainingRun(IdentifiedRun[TrainingIdentity]):
     def fix_rollouts(self, rollouts: Rollouts) -> None:
         """Store the rollouts of a training that begins."""
         columns = [list(rollouts.keys), rollouts.frames, rollouts.validation]
-        self.storage.write(ROLLOUTS_FILE, _parquet(pa.table(columns, schema=_ROLLOUTS_SCHEMA)))
+        table = pa.table(columns, schema=_ROLLOUTS_SCHEMA)
+        self.storage.write(ROLLOUTS_FILE, write_parquet(table, ROLLOUTS_FILE))
 
     def checkpoint(self, path: str = LAST) -> dict[str, Any] | None:
         """A stored checkpoint, tensors on the CPU; None where there is none.
 
         Raises WeightsError for a damaged one.
         """
+        try:
+            return self._checkpoint(path)
+        except WeightsError as error:
+            raise WeightsError(f"{error}. Nothing else holds what is in it: {REPAIRS[path]}") from error
+
+    def _checkpoint(self, path: str) -> dict[str, Any] | None:
         if self.storage.is_local:
             full = Path(self.storage.full(path))
             return read_checkpoint(full) if full.is_file() else None
@@ -165,7 +181,7 @@ class TrainingRun(IdentifiedRun[TrainingIdentity]):
         if rows:
             part = f"{METRICS}/steps-{rows[0].step:012d}-{rows[-1].step:012d}.parquet"
             columns = [list(column) for column in zip(*rows, strict=True)]
-            self.storage.write(part, _parquet(pa.table(columns, schema=LOSS_SCHEMA)))
+            self.storage.write(part, write_parquet(pa.table(columns, schema=LOSS_SCHEMA), part))
         self.storage.write(LAST, checkpoint_bytes(checkpoint))
         at = checkpoint[OWN_KEY]
         state = TrainingState(
@@ -180,7 +196,9 @@ class TrainingRun(IdentifiedRun[TrainingIdentity]):
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise StorageError(f"{self.uri}/{STATE_FILE} is damaged ({why_not(error)}). Fix: remove it") from error
+            raise StorageError(
+                f"{self.uri}/{STATE_FILE} is damaged ({why_not(error)}). Fix: {REPAIRS[STATE_FILE]}"
+            ) from error
 
     def save_best(self, checkpoint: Mapping[str, Any]) -> None:
         """Store the best checkpoint."""
@@ -193,7 +211,7 @@ class TrainingRun(IdentifiedRun[TrainingIdentity]):
             try:
                 tables.append(read_parquet(self.storage.read_bytes(path), LOSS_SCHEMA))
             except (pa.ArrowInvalid, FileNotFoundError) as error:
-                raise StorageError(f"{self.uri}/{path} is damaged ({error}). Fix: remove it") from error
+                raise StorageError(f"{self.uri}/{path} is damaged ({error}). Fix: {REPAIRS[METRICS]}") from error
         if not tables:
             return LOSS_SCHEMA.empty_table()
         # A part that was cut elsewhere before a crash may repeat steps; the values are the same.
@@ -225,9 +243,3 @@ def holds_training(storage: Storage) -> bool:
 def rollouts_digest(rollouts: Rollouts) -> str:
     """SHA-256 over keys and frames."""
     return canonical_digest([list(rollouts.keys), rollouts.frames.tolist()])
-
-
-def _parquet(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()

@@ -22,6 +22,7 @@ from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.losses import LossConfig
 from lrag_ray.retrieval.training import OptimizerConfig
 from lrag_ray.wan.state_dict import load_strict, refuse_non_finite
+from lrag_ray.wan.torch_seal import sealed
 
 OWN_KEY = "lrag_ray"
 """Of what the released format has no place for."""
@@ -73,10 +74,10 @@ def trainer_config(
 
 
 def checkpoint_bytes(content: Mapping[str, Any]) -> bytes:
-    """A checkpoint as the file that ``torch.save`` writes."""
+    """A checkpoint as the file that ``torch.save`` writes, sealed."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    return buffer.getvalue()
+    return sealed(buffer.getvalue())
 
 
 def on_host(value: Any) -> Any:

@@ -27,6 +27,7 @@ from lrag_ray.wan.tensor_pickle import (
     StorageNeed,
     read_pickle,
 )
+from lrag_ray.wan.torch_seal import check_seal
 
 _MAX_CODE_BYTES = 1 << 26
 _MAX_RECORDS = 1 << 18
@@ -48,6 +49,8 @@ def read_torch_file(path: Path) -> Any:
         raise PickleRefusedError("it is not a regular file")
     size = status.st_size
     with path.open("rb") as file:
+        check_seal(file, size)
+        file.seek(0)
         content = _from_archive(file, path, size) if file.read(2) == b"PK" else _from_pickles(file, path, size)
     held = _bytes_of_tensors(content)
     if held > _MAX_SHARING * size:

@@ -165,6 +165,11 @@ def test_aliases_cannot_be_expanded_without_bound(tmp_path: Path) -> None:
     assert refused(tmp_path, "\n".join(layers)).startswith("bad.yaml: more than 100000 values")
 
 
+def test_values_without_end_are_refused_before_they_are_all_read(tmp_path: Path) -> None:
+    keys = "\n".join(f"k{i}: 1" for i in range(200_000))
+    assert refused(tmp_path, keys) == "bad.yaml: more than 20000 values, which no configuration has"
+
+
 def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "bom.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")

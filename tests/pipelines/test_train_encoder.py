@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from lrag_ray.pipelines.train_encoder import TrainEncoderJob
 from lrag_ray.report.training import write_training_report
 from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.stages.training import LocalTrainingHost, TrainingWork
+from lrag_ray.store.integrity import Coverage
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.training_integrity import find_training_damage
 from lrag_ray.store.training_run import BEST, LAST, TrainingRun, holds_training
 from lrag_ray.training.loop import TrainingEnd
 from lrag_ray.training.peers import Alone
@@ -254,3 +257,22 @@ def test_commands_that_need_generators_refuse_a_training(tmp_path: Path, corpus:
     path = training_file(tmp_path / "training.yaml", corpus, str(tmp_path / "run"))
     with pytest.raises(LragError, match="job train_encoder has no generators"):
         load_config(path)
+
+
+def test_one_flipped_bit_in_any_file_of_a_training_is_noticed_and_named(tmp_path: Path, corpus: str) -> None:
+    config = config_of(tmp_path, corpus, training={"epochs": 2, "batch_size": 4})
+    trained(config)
+    run = TrainingRun(str(tmp_path / "run"))
+    assert list(find_training_damage(run, coverage := Coverage())) == [] and coverage.unnamed == []
+    random = Random(11)
+    for path in run.storage.list_files():
+        whole = run.storage.read_bytes(path)
+        for _ in range(20):
+            at = random.randrange(8 * len(whole))
+            run.storage.write(path, bytes(b ^ (1 << at % 8) if i == at // 8 else b for i, b in enumerate(whole)))
+            damaged = [each.path for each in find_training_damage(run, Coverage())]
+            assert damaged == [path], f"bit {at} of {path}"
+        run.storage.write(path, whole)
+    run.storage.write(LAST, whole[:-1])
+    with pytest.raises(WeightsError, match=r"last\.pt.*trains again from the start"):
+        run.checkpoint()

@@ -116,6 +116,13 @@ def test_scores_that_the_run_was_meant_to_have_are_work(tmp_path: Path) -> None:
     assert run_status(run).done
 
 
+def test_scores_of_a_judge_whose_model_only_its_configuration_names_are_not_counted(run: RolloutRun) -> None:
+    run.storage.write("config.json", b'{"scoring": {"suite": "judge", "settings": {"chat": {"model": "m"}}}}')
+    shown = CliRunner().invoke(cli.app, ["status", run.uri])
+    assert shown.exception is None or isinstance(shown.exception, SystemExit)
+    assert "scores of the judge are not counted" in shown.stdout
+
+
 def test_a_plug_in_that_a_run_names_is_reported_and_not_imported(run: RolloutRun) -> None:
     sys.modules.pop("this", None)
     run.storage.write("config.json", b'{"scoring": {"suite": "this:x"}}')

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from lrag_ray.chat.client import check_backend, model_identity
 from lrag_ray.chat.store import ChatStore, Spent
+from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.judge.agreement import krippendorff_alpha, position_bias
 from lrag_ray.scoring.judge.cases import all_cases
@@ -96,12 +97,17 @@ class Judge(Suite[JudgeSettings]):
 
     def check_weights(self) -> None:
         """ConfigError without a model, ChatError without a key, library or model folder. Asks nothing."""
+        check_backend(self._chat)
+
+    @property
+    def _chat(self) -> ChatSection:
+        """ConfigError without a model, as where a run directory alone says that a judge was meant."""
         if self.settings.chat is None:
             raise ConfigError(
                 f"{_SECTION} is not given: it names the judge. For example scoring: {{suite: judge, settings: {{chat: "
                 "{backend: openai, model: NAME, base_url: http://host:8000/v1}}}"
             )
-        check_backend(self.settings.chat)
+        return self.settings.chat
 
     def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
         """Calls and tokens; how many tokens a picture has is a guess, for models differ."""
@@ -140,9 +146,8 @@ class Judge(Suite[JudgeSettings]):
 
     @property
     def record(self) -> JudgeRecord:
-        """Who judges, as it is stored."""
-        settings, chat = self.settings, self.settings.chat
-        assert chat is not None, "check_weights comes first"
+        """Who judges, as it is stored; ConfigError without a model."""
+        settings, chat = self.settings, self._chat
         described: dict[str, JsonValue] = {
             "temperature": chat.temperature,
             "max_tokens": chat.max_tokens,
@@ -190,10 +195,9 @@ class Judge(Suite[JudgeSettings]):
         """Set up in a worker's process. A local model is loaded with the first question."""
         if videos is None:
             raise ValueError("suite judge scores videos of runs only")
-        assert self.settings.chat is not None
         path = f"{self.judge_folder}/judge.json"
         rows.write(path, self.record.model_copy(update={"path": path}).sealed())
-        return JudgeWorker(self.settings, self.settings.chat, rows, videos, device)
+        return JudgeWorker(self.settings, self._chat, rows, videos, device)
 
     # Reading
 
