@@ -28,10 +28,7 @@ from lrag_ray.store.dataset_files import (
     tensor_bytes,
     values_digest,
 )
-from lrag_ray.store.dataset_index import (
-    FOLDER,
-    part_layout,
-)
+from lrag_ray.store.dataset_index import FOLDER, MANIFEST_FILE, part_layout, read_manifest
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.parts import BrokenPartError
 from lrag_ray.store.records import Record
@@ -126,11 +123,21 @@ class DatasetCheck:
 
 
 def verify_dataset(uris: Sequence[str]) -> DatasetCheck:
-    """Read every latent: sizes, checksums, digests, shapes, and values that are not finite."""
+    """Read every latent and the index: sizes, checksums, digests, shapes, and values that are not finite."""
     data = LatentDataset.open(*uris)
     found = list(_side_by_side(partial(_damage_of, data), range(len(data))))
-    damaged = tuple(each for each in found if each is not None)
+    damaged = (*_damage_of_indexes(uris), *(each for each in found if each is not None))
     return DatasetCheck(int(bool(damaged)), tuple(data.uris), len(data), int(data.frames.sum()), damaged)
+
+
+def _damage_of_indexes(uris: Sequence[str]) -> Iterator[Damage]:
+    """Segments that are not what their manifest says: readers take rows out of them without reading them whole."""
+    for storage in map(Storage, uris):
+        manifest = read_manifest(storage)
+        for segment in manifest.segments if manifest is not None else ():
+            if storage.digest(segment.path) != (segment.size_bytes, segment.sha256):
+                problem = f"does not have the recorded checksum. Fix: delete {MANIFEST_FILE} and make the dataset again"
+                yield Damage(f"{storage.uri}/{segment.path}", problem)
 
 
 def _damage_of(data: LatentDataset, index: int) -> Damage | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
-from lrag_ray.errors import UsageError
+from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.pipelines.dataset import dataset_info, export_dataset, verify_dataset
 from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.store.dataset_card import read_card
@@ -280,6 +280,17 @@ def test_verify_finds_every_kind_of_damage(imported: str) -> None:
     # Damaged latents are named and not exported, the others are.
     made = export_dataset([imported], imported + "-exported")
     assert (made.exit_code, made.files_made, len(made.damaged)) == (1, 2, 3)
+
+
+def test_a_flipped_bit_in_the_text_of_an_index_is_noticed(imported: str) -> None:
+    (segment,) = Path(imported).glob("dataset/index/*.parquet")
+    whole = segment.read_bytes()
+    for at in range(0, 8 * len(whole), 8 * len(whole) // 40):
+        segment.write_bytes(bytes(b ^ (1 << at % 8) if i == at // 8 else b for i, b in enumerate(whole)))
+        try:
+            assert any(segment.name in each.rollout for each in verify_dataset([imported]).damaged)
+        except StorageError as error:
+            assert segment.name in str(error)
 
 
 def test_values_that_are_not_finite_are_named(folder: Path, tmp_path: Path) -> None:
