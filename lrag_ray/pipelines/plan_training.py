@@ -191,17 +191,16 @@ def _activation_bytes(model: LatentAutoencoder, length: int) -> int:
     sizes = model.config
 
     def saved(windows: int) -> int:
-        total = 0
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal total
-            total += tensor.numel() * tensor.element_size()
+        kept: dict[int, torch.Tensor] = {}
+        # By identity: several operations keep one tensor.
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[id(tensor)] = tensor
             return tensor
 
         shape = (windows, length, sizes.in_channels, sizes.spatial_h, sizes.spatial_w)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             encoder_losses(model, torch.empty(shape, device="meta"), LossConfig())
-        return total
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
     # Weights are saved once, however many windows there are.
     return saved(2) - saved(1)
