@@ -192,6 +192,7 @@ def _activation_bytes(model: LatentAutoencoder, length: int) -> int:
 
     def saved(windows: int) -> int:
         kept: dict[int, torch.Tensor] = {}
+
         # By identity: several operations keep one tensor.
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             kept[id(tensor)] = tensor
