@@ -105,7 +105,8 @@ def _training_hours(plan: TrainingPlan, gpus: int | None, gpu: str | None, price
         def span(low: float, high: float) -> str:
             if high < 0.1:
                 return "less than 0.1"
-            return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+            shown = [f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in (low, high)]
+            return shown[0] if shown[0] == shown[1] else " to ".join(shown)
 
         line = f"{name}: {span(fewest, most)} hours"
         if gpus is not None:
