@@ -137,6 +137,10 @@ def _dino(folder: str | None) -> Callable[[Path, int], Tensor]:
 @contextmanager
 def _video(uri: str, entry: RolloutEntry) -> Iterator[Path]:
     run = RolloutRun(uri)
+    if run.read() is None:
+        raise UsageError(
+            f"{uri} was imported and has no videos, and {DINO} needs decoded frames. Fix: name the run that made them"
+        )
     for video in committed_videos(run):
         if video.rollout.path == entry.rollout and video.latent_frames >= entry.frames:
             with tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,7 @@ from lrag_ray.bench.retrieval import bench_retrieval
 from lrag_ray.cli.app import app
 from lrag_ray.context.rag import RagSettings
 from lrag_ray.errors import LragError, UsageError
+from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.embeddings import inspect_embeddings
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.scoring.vbench_long import networks as networks_module
@@ -172,6 +173,14 @@ def test_what_cannot_be_measured_is_refused(corpus: str, descriptor: str, prompt
         inspect_embeddings(corpus, [descriptor], prompts=prompts, networks="random")
 
 
+def test_imported_latents_have_no_frames_for_dino(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    torch.save(torch.zeros(8, *SHAPE), tmp_path / "latents" / "latent_000000.pt")
+    import_dataset(str(tmp_path / "latents"), str(tmp_path / "imported"))
+    with pytest.raises(UsageError, match="was imported and has no videos"):
+        inspect_embeddings(str(tmp_path / "imported"), ["dino"], networks="random", to=str(tmp_path / "out"))
+
+
 def test_an_encoder_of_another_shape_is_refused(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for latents"):
         inspect_embeddings(corpus, [encoder(tmp_path / "other.pt", (16, 4, 4))])
@@ -185,6 +194,7 @@ def test_the_command_prints_a_table_or_json(corpus: str, tmp_path: Path) -> None
     assert found["measures"][0]["descriptor"] == "avg_pool"
     assert len(found["measures"][0]["by_distance"]) == 24
     assert found["measures"][0]["retrieval"]["distance"] is None or found["measures"][0]["retrieval"]["distance"] > 0
+    assert "nan" not in shown.output
     wrong = CliRunner().invoke(app, [*arguments, "--window", "1"])
     assert wrong.exit_code == 2
 
