@@ -11,7 +11,7 @@ import torch
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.events import Event, Notice
-from lrag_ray.pipelines.doctor import CUDA_CONTEXT_BYTES, Row, disk_row, storage_row, threads_row
+from lrag_ray.pipelines.doctor import CUDA_CONTEXT_BYTES, Row, State, disk_row, storage_row, threads_row
 from lrag_ray.pipelines.history_choice import HOST_SHARE
 from lrag_ray.pipelines.plan_training import TrainingPlan, plan_training
 from lrag_ray.pipelines.train_encoder import TrainEncoderJob
@@ -82,7 +82,7 @@ def _workers(config: TrainEncoderConfig) -> Row:
         found += f" and {here} GPUs"
     if least * cpus <= cores and (here is None or least * gpus <= here):
         return Row("workers", "ok", found)
-    state = "warn" if engine.address or os.environ.get("RAY_ADDRESS") else "fail"
+    state: State = "warn" if engine.address or os.environ.get("RAY_ADDRESS") else "fail"
     return Row("workers", state, found, "fewer engine.actors or engine.cpus_per_actor, or a cluster (engine.address)")
 
 
@@ -106,5 +106,5 @@ def _memory(config: TrainEncoderConfig, plan: TrainingPlan) -> Row:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found += f"; {least} at once, of {quantity(total, 'B')}"
     fits = least * plan.worker_bytes < HOST_SHARE * total
-    state = "ok" if fits else "warn" if engine.address else "fail"
+    state: State = "ok" if fits else "warn" if engine.address else "fail"
     return Row("host memory", state, found, "" if fits else fix)

@@ -30,7 +30,7 @@ from tests.cluster.drivers import Driver, driver
 from tests.cluster.nodes import nodes
 from tests.training.corpus import make_corpus, training_file
 
-pytestmark = [pytest.mark.cluster, pytest.mark.proof, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.proof, pytest.mark.timeout(1500)]
 
 BATCH, WINDOW, ROLLOUTS = 2, 6, 160
 
