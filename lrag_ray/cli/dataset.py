@@ -166,7 +166,7 @@ def print_corpus(out: Console, outcome: LatentsOutcome) -> None:
 def _print_info(out: Console, found: DatasetInfo) -> None:
     shown = table(" + ".join(found.uris), "", "", text_columns=2)
     facts = {
-        "rollouts": f"{count(found.rollouts)} of {count(found.prompts)} prompts",
+        "rollouts": f"{count(found.rollouts)} of {count(found.prompts) if found.prompts else 'unknown'} prompts",
         "latent frames": f"{count(found.frames)}, {count(found.shortest)} to {count(found.longest)} per rollout",
         "one frame": f"[{', '.join(map(str, found.shape))}] {found.dtype}",
         "size": quantity(found.size_bytes, "B"),

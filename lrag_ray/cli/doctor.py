@@ -26,11 +26,11 @@ def register(app: typer.Typer) -> None:
 
 @tells_errors
 def doctor(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="Check what this run needs as well.")] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="Check what this job needs as well.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine: packages, Ray, GPUs, video codec; with CONFIG also its weights, storage, disk and memory.
+    """Check this machine: packages, Ray, GPUs, video codec; with CONFIG also its weights or data, storage and memory.
 
     Exit code 3 if anything fails.
 
@@ -38,11 +38,12 @@ def doctor(
     Examples:
       lrag-ray doctor
       lrag-ray doctor configs/table2.yaml
+      lrag-ray doctor configs/encoder.yaml
     """
-    from lrag_ray.config.load import load_config
+    from lrag_ray.config.load import load_job
     from lrag_ray.pipelines.doctor import examine, healthy
 
-    loaded = load_config(config, overrides or []) if config is not None else None
+    loaded = load_job(config, overrides or []) if config is not None else None
     rows = []
     out = console()
     for row in examine(loaded, shlex.quote(config) if config is not None else "CONFIG"):

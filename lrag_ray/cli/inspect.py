@@ -159,6 +159,6 @@ def embeddings(
     for each in found.measures:
         neighbours = each.by_distance[1] if len(each.by_distance) > 1 else float("nan")
         numbers = (neighbours, each.bend, *each.retrieval[1:])
-        shown.add_row(each.rollout, each.descriptor, *(f"{number:.3g}" for number in numbers))
+        shown.add_row(each.rollout, each.descriptor, *(f"{n:.3g}" if math.isfinite(n) else "–" for n in numbers))
     console().print(shown)
     say(console(), f"page: {found.folder}/{found.files[0]}; data beside it: {', '.join(found.files[1:])}")

@@ -11,6 +11,7 @@ from rich.table import Table
 from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, count, duration, print_json, quantity, say, tells_errors
 from lrag_ray.cli.tables import table
+from lrag_ray.cli.training import GPUS_SHOWN, print_training_plan
 from lrag_ray.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 _LEAST_GPU_HOURS = 0.1
 """Plans below this are not worth a line about GPUs."""
-_GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
 _CELLS_SHOWN = 6
 """More cells are counted and not listed."""
 
@@ -63,11 +63,11 @@ def plan(
     cells: Annotated[bool, typer.Option("--cells", help="List every cell.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a run comes to, without running anything: rollouts, hours, price, memory, bytes stored.
+    """Tell what a job comes to, without running anything: rollouts or steps, hours, price, memory, bytes stored.
 
     Works without weights, and with prompts.count also without the prompt file. Hours come from measured timings; where
     nothing was measured, they are bounds. With --node-memory-gb it says where histories fit on such nodes, and refuses
-    those that do not, with storage types and tiers that do.
+    those that do not, with storage types and tiers that do. For a training it reads the index of the data.
 
     \b
     Examples:
@@ -75,8 +75,8 @@ def plan(
       lrag-ray plan configs/table2.yaml --gpus 6 --gpu H100 --price 2.5
       lrag-ray plan configs/table2.yaml --node-memory-gb 256 --gpu-memory-gb 80 --rollouts-per-node 6
       lrag-ray plan configs/table2.yaml --gpus 6 --from runs/one_prompt
+      lrag-ray plan configs/encoder.yaml --gpu A100
     """
-    from lrag_ray.cli.training import print_training_plan
     from lrag_ray.config.load import load_job
     from lrag_ray.config.prompts import plan_prompts
     from lrag_ray.config.training import TrainEncoderConfig
@@ -91,11 +91,19 @@ def plan(
         raise UsageError(f"--gpu {gpu}: not a kind that plan knows. Fix: one of {known}")
     loaded = load_job(config, overrides or [])
     if isinstance(loaded, TrainEncoderConfig):
-        planned = plan_training(loaded)
+        rollouts_only = {
+            "--node-memory-gb": node_memory_gb, "--gpu-memory-gb": gpu_memory_gb,
+            "--rollouts-per-node": rollouts_per_node, "--cells": cells or None,
+        }  # fmt: skip
+        if given := [name for name, value in rollouts_only.items() if value is not None]:
+            raise UsageError(f"{', '.join(given)}: these are about rollouts, and {config} trains. Fix: leave them out")
+        if gpu is not None and speeds_of is not None:
+            raise UsageError(f"--gpu {gpu}: the timings of a training do not tell its GPU. Fix: leave --gpu out")
+        planned = plan_training(loaded, speeds_of)
         if as_json:
             print_json(planned)
         else:
-            print_training_plan(console(), planned)
+            print_training_plan(console(), planned, gpus, device_named(gpu) if gpu else None, price)
         return
     machine = None
     if node_memory_gb is not None:
@@ -227,7 +235,7 @@ def _kinds(plan: Plan, gpu: str | None) -> dict[str, GpuHours]:
             f"--gpu {gpu}: the timings are of {', '.join(plan.gpu_hours)}. Fix: leave --gpu out, or give --from a run "
             f"that was made on {name}"
         )
-    names = [name] if name is not None else list(plan.gpu_hours) if plan.speeds else _GPUS_SHOWN
+    names = [name] if name is not None else list(plan.gpu_hours) if plan.speeds else GPUS_SHOWN
     return {name: plan.gpu_hours[name] for name in names}
 
 

@@ -9,13 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lrag_ray.cli.output import count, duration, quantity, say
-from lrag_ray.errors import INTERRUPTED
+from lrag_ray.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
     from lrag_ray.events import TrainingAdvanced
     from lrag_ray.pipelines.plan_training import TrainingPlan
     from lrag_ray.pipelines.train_encoder import TrainingOutcome
     from lrag_ray.store.training_status import TrainingStatus
+
+
+GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
+"""Kinds that a plan speaks of where none is asked for."""
 
 
 def training_headline(event: TrainingAdvanced) -> str:
@@ -63,24 +67,72 @@ def print_training(console: Console, outcome: TrainingOutcome) -> None:
         console.print(f"{what + ':':20}{place}", soft_wrap=True)
 
 
-def print_training_plan(console: Console, plan: TrainingPlan) -> None:
-    """Data, steps, arithmetic, memory."""
+def print_training_plan(
+    console: Console, plan: TrainingPlan, gpus: int | None = None, gpu: str | None = None, price: float | None = None
+) -> None:
+    """Data, steps, hours, memory."""
     rows = {
-        "data": f"{count(plan.rollouts)} rollouts, {count(plan.frames)} latent frames; about "
+        "data": f"{', '.join(plan.data)}: {count(plan.rollouts)} rollouts, {count(plan.frames)} latent frames; "
         f"{count(plan.training_rollouts)} for training, {count(plan.validation_rollouts)} for validation",
         "model": f"{quantity(plan.parameters, '')} parameters",
-        "steps": f"{count(plan.steps_per_epoch)} per epoch, {count(plan.steps)} in {count(plan.epochs)} epochs",
+        "steps": f"{count(plan.steps_per_epoch)} per epoch with one window of each of {count(plan.training_rollouts)} "
+        f"rollouts, {count(plan.steps)} in {count(plan.epochs)} epochs",
         "work": f"{quantity(plan.flops, 'FLOP')} in all",
         "read": f"{quantity(plan.read_bytes, 'B')} in all, {quantity(plan.window_bytes, 'B')} per window",
-        "memory per worker": f"{quantity(plan.model_bytes, 'B')} of weights, gradients and optimiser, and "
-        f"{quantity(plan.batch_bytes, 'B')} of windows read ahead",
-        "stored": f"{quantity(plan.checkpoint_bytes, 'B')} per checkpoint, two of them",
+        "memory per worker": f"{quantity(plan.worker_bytes, 'B')}: {quantity(plan.model_bytes, 'B')} of weights, "
+        f"gradients and optimiser, {quantity(plan.activation_bytes, 'B')} of activations in float32 (about half with "
+        f"float16 on a GPU), {quantity(plan.batch_bytes, 'B')} of windows read ahead",
+        "stored": f"{quantity(plan.stored_bytes, 'B')}: two checkpoints of {quantity(plan.checkpoint_bytes, 'B')}, and "
+        "the losses",
     }
+    hours = _training_hours(plan, gpus, gpu, price)
     console.print(f"{plan.uri}: training of the retrieval encoder\n")
     for name, text in rows.items():
         say(console, f"{name + ':':20}{text}", 20)
+    for index, line in enumerate(hours):
+        say(console, f"{'' if index else 'hours:':20}{line}", 20)
     for note in plan.notes:
-        console.print(f"Note: {note}")
+        say(console, f"Note: {note}")
+
+
+def _training_hours(plan: TrainingPlan, gpus: int | None, gpu: str | None, price: float | None) -> list[str]:
+    """Hours of one worker where a speed was measured, else bounds for one GPU of the usual kinds, or of `gpu`."""
+    from lrag_ray.pipelines.plan_training import TRAINING_SHARE
+
+    lines: list[str] = []
+
+    def add(name: str, fewest: float, most: float) -> None:
+        def span(low: float, high: float) -> str:
+            if high < 0.1:
+                return "less than 0.1"
+            shown = [f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in (low, high)]
+            return shown[0] if shown[0] == shown[1] else " to ".join(shown)
+
+        line = f"{name}: {span(fewest, most)} hours"
+        if gpus is not None:
+            line += f", {span(fewest / gpus, most / gpus)} on {count(gpus)} of them"
+        if price is not None:
+            line += f", for {fewest * price:,.2f}" + ("" if fewest == most else f" to {most * price:,.2f}")
+        lines.append(line)
+
+    if plan.speed is not None and plan.worker_hours is not None and gpu is None:
+        add("one worker", plan.worker_hours, plan.worker_hours)
+        speed = plan.speed
+        lines.append(
+            f"measured: {speed.train_windows_per_s:.3g} windows/s per worker in {count(speed.steps)} steps of "
+            f"{speed.source}"
+        )
+        return lines
+    later = "after the first steps, plan takes the measured speed of run.uri, or of --from RUN"
+    if not plan.gpu_hours:
+        if gpu is not None:
+            raise UsageError(f"--gpu {gpu}: engine.gpus_per_actor is 0. Fix: set it to 1, or leave --gpu out")
+        return [f"unknown, since nothing was measured on these CPUs: {later}"]
+    for name in (gpu,) if gpu is not None else GPUS_SHOWN:
+        add(f"one {name}", *plan.gpu_hours[name])
+    low, high = (f"{100 * share:g}" for share in TRAINING_SHARE)
+    lines.append(f"bounds: {low} to {high} % of the peak; reading may take longer (`lrag-ray bench dataset`); {later}")
+    return lines
 
 
 def print_training_status(console: Console, status: TrainingStatus) -> None:

@@ -116,10 +116,10 @@ def list_needs(
         present = [row for row in rows if row["present_bytes"]]
         there = f"{len(present)} here{_bytes(present, 'present_bytes')}"
         _say(f"{len(rows)} files: {there}, {len(missing)} missing{_bytes(missing, 'published_bytes')}.")
-    if missing:
+    if any(row["source"] for row in missing):
         _say(f"Fix: lrag-ray weights pull {_arguments(config, suite, folder)}")
     if not rows:
-        console().print("nothing: every backbone of this configuration has random weights")
+        console().print("nothing: this configuration begins with random weights")
 
 
 @weights.command()
@@ -207,6 +207,7 @@ def verify(
     began = time.monotonic()
 
     def add(kind: str, address: str, ok: bool, detail: str) -> None:
+        detail = detail.replace("CONFIG", shlex.quote(config)) if config is not None else detail
         rows.append({"kind": kind, "address": address, "ok": ok, "detail": detail})
         if not as_json:
             _say(f"{'ok' if ok else 'fail':<5} {kind:<{_KIND}} {address}: {detail}", "green" if ok else "red")
@@ -263,17 +264,17 @@ class _Selection(NamedTuple):
 
 
 def _selected(config: str | None, overrides: list[str] | None, suite: str | None, folder: str | None) -> _Selection:
-    from lrag_ray.config.load import load_config
-    from lrag_ray.config.schema import ScoringSection
+    from lrag_ray.config.load import load_job
+    from lrag_ray.config.schema import RunConfig, ScoringSection
     from lrag_ray.scoring.registry import NONE, suite_class
     from lrag_ray.weights.local import is_remote
     from lrag_ray.weights.needs import needs_of
 
     if config is None and suite is None:
         raise UsageError("neither CONFIG nor --suite is given. Fix: name a configuration, or --suite vbench_long")
-    loaded = load_config(config, overrides or []) if config is not None else None
+    loaded = load_job(config, overrides or []) if config is not None else None
     needs = needs_of(loaded) if loaded is not None else []
-    scoring = loaded.scoring if loaded is not None else ScoringSection()
+    scoring = loaded.scoring if isinstance(loaded, RunConfig) else ScoringSection(suite=NONE)
     name = suite or scoring.suite
     if name == NONE:
         return _Selection(needs, None)

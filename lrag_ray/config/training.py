@@ -99,7 +99,8 @@ class TrainingEngineSection(WorkersSection):
     stall_timeout_s: float | None = Field(default=1800, gt=0, le=7 * 24 * 3600)
     """A worker that waits for the others for longer ends, and all are started again; null: a week."""
     start_timeout_s: float = Field(default=600, gt=0, le=24 * 3600)
-    """Longest start of all workers together."""
+    """Longest wait for room for all workers together; then it is asked for again. Elastic workers choose their number
+    again after 30 s."""
     resize_every_s: float = Field(default=60, gt=0, le=24 * 3600)
     """With {min: a, max: b}: how often a change of the number of workers is considered."""
     checkpoint_every_steps: int = Field(default=500, ge=1, le=1_000_000)

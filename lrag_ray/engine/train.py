@@ -47,6 +47,9 @@ _STOP_WITHIN_S = 50.0
 _END_WITHIN_S = 10.0
 """For the end of a controller that is killed; a cluster that hangs is left after that."""
 _LONGEST_WAIT_S = 7 * 24 * 3600
+_ELASTIC_START_S = 30.0
+"""How long an elastic group waits for room before its size is chosen again. Ray counts a node that was just lost for up
+to 20 s, and a group of that size would wait for it until the end of the timeout."""
 RAY_FOLDER = "ray"
 """Below the run."""
 
@@ -98,8 +101,7 @@ def train(work: Work[T], engine: TrainingEngineSection, storage: Storage, name: 
     failed too often.
     """
     scaling = _scaling(engine)
-    for variable, value in _environment(engine).items():
-        os.environ[variable] = value
+    _set_limits(engine)
     board = start_board()
     fit = _Fit(lambda: _trainer(work, engine, storage, name, scaling, board).fit())
     reader = BoardReader(board)
@@ -231,13 +233,22 @@ def _scaling(engine: TrainingEngineSection) -> ScalingConfig:
     )
 
 
-def _environment(engine: TrainingEngineSection) -> dict[str, str]:
+_own_limits: dict[str, str] = {}
+"""Those that `_set_limits` set for the training before, in this process."""
+
+
+def _set_limits(engine: TrainingEngineSection) -> None:
     """Limits that Ray Train takes from the environment only; what the user set there wins."""
+    start_s = engine.start_timeout_s
+    if engine.most_actors != engine.least_actors:
+        start_s = min(start_s, _ELASTIC_START_S)
     limits = {
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(engine.stall_timeout_s or _LONGEST_WAIT_S),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(engine.start_timeout_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_s),
     }
-    return {name: value for name, value in limits.items() if name not in os.environ}
+    for name, value in limits.items():
+        if os.environ.get(name) == _own_limits.get(name):
+            os.environ[name] = _own_limits[name] = value
 
 
 class _Deaths(UserCallback):  # type: ignore[misc]  # Ray has no types

@@ -65,6 +65,7 @@ class DatasetInfo:
     windows: int
     """Runs of `WINDOW` consecutive latent frames."""
     prompts: int
+    """Known ones: an imported folder may come without."""
     by_method: dict[str, int]
     """Rollouts by backbone and method."""
     duplicates: int
@@ -89,7 +90,7 @@ def dataset_info(uris: Sequence[str]) -> DatasetInfo:
         shortest=int(frames.min()),
         longest=int(frames.max()),
         windows=int((frames - WINDOW + 1).clip(min=0).sum()),
-        prompts=len(set(groups["prompt_id"])),
+        prompts=len(set(groups["prompt_id"]) - {""}),
         by_method=dict(
             Counter(
                 " ".join(filter(None, pair)) or "imported"

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from lrag_ray.chat.client import check_backend
+from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.prompts import load_prompts, plan_prompts
 from lrag_ray.config.refine import described
-from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.schema import RunConfig, StorageSection, WorkersSection
 from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.errors import LragError
 from lrag_ray.pipelines.history_choice import HOST_SHARE
@@ -56,18 +57,30 @@ class Row(NamedTuple):
     """What to do; empty where nothing is to be done or `found` says it."""
 
 
-def examine(config: RunConfig | None = None, file: str = "CONFIG") -> Iterator[Row]:
+def examine(config: JobConfig | None = None, file: str = "CONFIG") -> Iterator[Row]:
     """All findings for this machine, and for `config` where one is given, in the order in which they matter.
 
     `file` is the configuration's, for the commands of fixes. One cause makes one row, whatever it is the cause of.
     """
     yield from _packages()
-    yield _ray(config)
-    yield from _gpus(config)
+    engine = config.engine if config is not None else None
+    yield _ray(engine)
+    yield from _gpus(engine)
+    if config is not None and not isinstance(config, RunConfig):
+        # Imports Ray, which takes seconds.
+        from lrag_ray.pipelines.doctor_training import examine_training
+
+        yield from examine_training(config)
+        return
     yield _video()
     if config is None:
-        yield _disk(Path.cwd(), None)
+        yield disk_row(Path.cwd(), None)
         return
+    yield from _examine_run(config, file)
+
+
+def _examine_run(config: RunConfig, file: str) -> Iterator[Row]:
+    """What a run of rollouts needs."""
     plan = None
     try:
         prompts = load_prompts(config.prompts)
@@ -81,10 +94,11 @@ def examine(config: RunConfig | None = None, file: str = "CONFIG") -> Iterator[R
     yield from _weights(config, file)
     yield from _scoring_networks(config)
     yield from _language_model(config)
-    yield _storage(config)
+    yield storage_row(config.run.uri, config.storage)
     if not is_remote(config.run.uri):
-        yield _disk(Path(Storage(config.run.uri).root), plan)
-    yield _threads(config)
+        needed = plan.totals.latent_bytes + plan.totals.video_bytes if plan is not None else None
+        yield disk_row(Path(Storage(config.run.uri).root), needed)
+    yield threads_row(config.engine)
     if plan is not None:
         yield _host_memory(config, plan)
         yield from _gpu_memory(config, plan)
@@ -110,9 +124,9 @@ def _packages() -> Iterator[Row]:
         yield Row("packages", "ok", ", ".join(found))
 
 
-def _ray(config: RunConfig | None) -> Row:
+def _ray(engine: WorkersSection | None) -> Row:
     try:
-        address = cluster_address(config.engine if config is not None else None)
+        address = cluster_address(engine)
         if address is None:
             # Imports Ray, which takes seconds.
             from lrag_ray.engine.local_cluster import folder_for_ray
@@ -131,8 +145,8 @@ def _ray(config: RunConfig | None) -> Row:
         return Row("ray", "fail", f"the Ray cluster at {address.text} does not answer: {error}", fix)
 
 
-def _gpus(config: RunConfig | None) -> Iterator[Row]:
-    wanted = config.engine.gpus_per_actor if config is not None else 0
+def _gpus(engine: WorkersSection | None) -> Iterator[Row]:
+    wanted = engine.gpus_per_actor if engine is not None else 0
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -146,10 +160,10 @@ def _gpus(config: RunConfig | None) -> Iterator[Row]:
         yield Row("gpu", "fail", f"driver {driver} is there, but torch {torch.__version__} cannot use it", fix)
     elif wanted > 0:
         fix = "set engine.gpus_per_actor: 0 to run on CPUs, or run where the GPUs are"
-        remote = bool(config and config.engine.address)
+        remote = bool(engine and engine.address)
         yield Row("gpu", "warn" if remote else "fail", f"none here, but engine.gpus_per_actor is {wanted:g}", fix)
     else:
-        yield Row("gpu", "ok", "none; rollouts run on the CPU")
+        yield Row("gpu", "ok", "none; work runs on the CPU")
 
 
 def _driver() -> str | None:
@@ -248,9 +262,10 @@ def _language_model(config: RunConfig) -> Iterator[Row]:
         yield Row("prompt refinement", "ok", f"{described(section)}; the server was not asked")
 
 
-def _storage(config: RunConfig) -> Row:
+def storage_row(uri: str, options: StorageSection) -> Row:
+    """Whether results can be written to `uri`."""
     try:
-        storage = Storage(config.run.uri, config.storage)
+        storage = Storage(uri, options)
         made = [] if not storage.is_local else [p for p in _and_parents(Path(storage.root)) if not p.exists()]
         probe = storage.probe()
         for folder in made:
@@ -267,21 +282,22 @@ def _and_parents(folder: Path) -> list[Path]:
     return [folder, *folder.parents]
 
 
-def _disk(folder: Path, plan: Plan | None) -> Row:
+def disk_row(folder: Path, stored_bytes: int | None) -> Row:
+    """Whether `folder`, which may not exist yet, has room for what a job stores; None where that is not known."""
     folder = next(path for path in _and_parents(folder) if path.exists())
     free = shutil.disk_usage(folder).free
-    needed = plan.totals.latent_bytes + plan.totals.video_bytes if plan is not None else LEAST_FREE_BYTES
     found = f"{free / 1e9:.1f} GB free at {folder}"
-    if plan is not None:
-        found += f", the whole run stores about {quantity(needed, 'B')}"
-    if free < needed:
-        return Row("disk", "warn" if plan is None else "fail", found, "make room, or set run.uri to another place")
+    if stored_bytes is not None:
+        found += f", the whole run stores about {quantity(stored_bytes, 'B')}"
+    if free < (LEAST_FREE_BYTES if stored_bytes is None else stored_bytes):
+        state: State = "warn" if stored_bytes is None else "fail"
+        return Row("disk", state, found, "make room, or set run.uri to another place")
     return Row("disk", "ok", found)
 
 
-def _threads(config: RunConfig) -> Row:
+def threads_row(engine: WorkersSection) -> Row:
+    """Whether the actors' threads fit on this machine's cores."""
     cores = len(os.sched_getaffinity(0))
-    engine = config.engine
     actors = engine.most_actors or engine.least_actors
     found = f"{actors} actors of {engine.threads_per_actor} torch threads, {cores} cores here"
     if engine.gpus_per_actor == 0 and not engine.address and actors * engine.threads_per_actor > cores:

@@ -7,7 +7,7 @@ Descriptors are named ``avg_pool``, ``random`` (the encoder with untrained weigh
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ def inspect_embeddings(
     dataset = LatentDataset.open(uri)
     settings = settings or RagSettings(encoder="-")
     describe = {name: _descriptor(name, dataset.shape) for name in dict.fromkeys(descriptors) if name != DINO}
+    dino = _dino(networks) if DINO in descriptors else None
     chosen = _chosen(dataset, prompts, most)
     found: list[EmbeddingMeasures] = []
 
@@ -80,8 +81,9 @@ def inspect_embeddings(
         for name, describe_frames in describe.items():
             with torch.no_grad():
                 add(entry, name, torch.cat([describe_frames(part) for part in latents.split(_AT_ONCE)]))
-        if DINO in descriptors:
-            add(entry, DINO, _dino(uri, entry, networks))
+        if dino is not None:
+            with _video(uri, entry) as path:
+                add(entry, DINO, dino(path, entry.frames))
     folder = Storage(to) if to is not None else Storage(uri).below("summary/embeddings")
     return InspectedEmbeddings(folder.uri, write_embeddings(found, folder, ", ".join(dataset.uris)), found)
 
@@ -114,25 +116,31 @@ def _descriptor(name: str, shape: tuple[int, int, int]) -> Descriptor:
     return lambda latents: model.encode(latents, normalize=False)
 
 
-def _dino(uri: str, entry: RolloutEntry, networks: str | None) -> Tensor:
-    """DINO features [T, 768] of the last video frame of each latent frame."""
+def _dino(folder: str | None) -> Callable[[Path, int], Tensor]:
+    """From a video and its number T of latent frames to DINO features [T, D] of the last video frame of each."""
     from lrag_ray.scoring.vbench_long.networks import Networks
     from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
     from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
     from lrag_ray.scoring.vbench_long.subject_consistency import features
     from lrag_ray.scoring.vbench_long.weights import WeightFiles
 
-    source = RandomWeights() if networks == "random" else WeightFiles(Path(networks) if networks else None)
-    with _video(uri, entry) as path, torch.no_grad():
-        frames = list(frames_at(path, [4 * frame for frame in range(entry.frames)]))
-        if len(frames) < entry.frames:
-            raise UsageError(f"the video of {entry.rollout} has {len(frames)} of {entry.frames} latent frames")
-        return features(ClipFrames(frames, 16, torch.device("cpu")), Networks(source))
+    networks = Networks(RandomWeights() if folder == "random" else WeightFiles(Path(folder) if folder else None))
+
+    def describe(path: Path, latent_frames: int) -> Tensor:
+        frames = list(frames_at(path, [4 * frame for frame in range(latent_frames)]))
+        with torch.no_grad():
+            return features(ClipFrames(frames, 16, torch.device("cpu")), networks)
+
+    return describe
 
 
 @contextmanager
 def _video(uri: str, entry: RolloutEntry) -> Iterator[Path]:
     run = RolloutRun(uri)
+    if run.read() is None:
+        raise UsageError(
+            f"{uri} was imported and has no videos, and {DINO} needs decoded frames. Fix: name the run that made them"
+        )
     for video in committed_videos(run):
         if video.rollout.path == entry.rollout and video.latent_frames >= entry.frames:
             with tempfile.TemporaryDirectory() as folder:

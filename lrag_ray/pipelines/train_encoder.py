@@ -12,19 +12,20 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
+from torch.amp.grad_scaler import GradScaler
 
 from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.train import RAY_FOLDER, WorkersFailedError, train
-from lrag_ray.errors import IdentityError, UsageError
+from lrag_ray.errors import IdentityError
 from lrag_ray.events import AttemptFailed, Listener, TaskFinished, silent
 from lrag_ray.pipelines.job import Job
+from lrag_ray.pipelines.training_data import choose_rollouts
 from lrag_ray.report.training import write_training_report
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.retrieval.losses import LossConfig
-from lrag_ray.retrieval.training import OptimizerConfig
+from lrag_ray.retrieval.training import OptimizerConfig, make_optimizer
 from lrag_ray.stages.spec import Result
 from lrag_ray.stages.training import TrainingWork
 from lrag_ray.store.datasets import LatentDataset
@@ -34,9 +35,12 @@ from lrag_ray.store.run_dir import CONFIG_FILE
 from lrag_ray.store.seal import sealed_json
 from lrag_ray.store.training_run import TrainingIdentity, TrainingRun, rollouts_digest
 from lrag_ray.store.versions import versions
-from lrag_ray.training.loop import TrainingEnd, TrainingSettings
-from lrag_ray.training.windows import Rollouts, in_validation
+from lrag_ray.training.checkpoint import load_state
+from lrag_ray.training.loop import TrainingEnd, TrainingSettings, make_model
+from lrag_ray.training.windows import Rollouts
+from lrag_ray.wan.state_dict import read_checkpoint
 from lrag_ray.weights.digests import weights_digest
+from lrag_ray.weights.local import local_copy
 
 TASK = "encoder"
 """Title of the one task of a training, in events and failure records."""
@@ -89,6 +93,8 @@ class TrainEncoderJob(Job[TrainingOutcome]):
         self._identity = _identity(config, self._sizes, self._rollouts)
         # Before anything is written: another user's run must not receive our lease.
         run.refuse_another_run(self._identity)
+        if stored is None:
+            self._check_start()
 
     @property
     def kinds(self) -> Sequence[str]:
@@ -159,7 +165,7 @@ class TrainEncoderJob(Job[TrainingOutcome]):
             hidden_dims=config.encoder.hidden_dims,
         )
         if stored is None:
-            return self._chosen(dataset), sizes
+            return choose_rollouts(dataset, config, self.warn), sizes
         frames = dict(zip(dataset.keys, dataset.frames.tolist(), strict=True))
         lost = [key for key, count in zip(stored.keys, stored.frames, strict=True) if frames.get(key, 0) < count]
         if lost:
@@ -175,40 +181,15 @@ class TrainEncoderJob(Job[TrainingOutcome]):
             )
         return stored, sizes
 
-    def _chosen(self, dataset: LatentDataset) -> Rollouts:
-        """The rollouts that a new training takes."""
-        data, length = self._config.data, self._config.data.window_frames
-        # By key, so that the order of windows does not depend on how a dataset is laid out.
-        keys, first = np.unique(np.array(dataset.keys, dtype=object), return_index=True)
-        frames = dataset.frames[first]
-        if short := np.flatnonzero(frames < length).tolist():
-            entries = [dataset.rollouts[int(first[at])] for at in short[:_MOST_NAMED]]
-            named = ", ".join(f"{entry.run}/{entry.rollout} ({entry.frames} frames)" for entry in entries)
-            more = f" and {len(short) - len(entries)} more" if len(short) > len(entries) else ""
-            text = f"{len(short)} of {len(keys)} rollouts are shorter than data.window_frames {length}: {named}{more}"
-            if data.short_rollouts == "refuse":
-                raise UsageError(
-                    f"{text}. Fix: data.short_rollouts: skip leaves them out; a smaller data.window_frames takes them"
-                )
-            self.warn(f"left out: {text}")
-        kept = frames >= length
-        validation = np.array([in_validation(key, data.validation_fraction) for key in keys], dtype=bool)
-        rollouts = Rollouts(keys[kept].tolist(), frames[kept].astype(np.int64), validation[kept])
-        held_out = int(rollouts.validation.sum())
-        training = len(rollouts.keys) - held_out
-        if not training or (data.validation_fraction and not held_out):
-            empty = "validation" if training else "training"
-            raise UsageError(
-                f"none of the {len(rollouts.keys)} rollouts of {', '.join(data.uris)} falls into the {empty} split at "
-                f"data.validation_fraction {data.validation_fraction:g}: the split follows from each rollout's digest. "
-                "Fix: more rollouts, another fraction, or 0 to train on all of them"
-            )
-        if training < self._config.training.batch_size:
-            self.warn(
-                f"the training split has {training} rollouts, fewer than training.batch_size "
-                f"{self._config.training.batch_size}: each epoch is one step with a batch of {training}"
-            )
-        return rollouts
+    def _check_start(self) -> None:
+        """WeightsError for a checkpoint to begin with that does not fit, before any worker is started."""
+        address = self._config.training.start_from
+        if address is not None:
+            settings = _settings(self._config, self._sizes)
+            model = make_model(self._sizes, settings.seed)
+            optimizer, scaler = make_optimizer(model, settings.optimizer), GradScaler("cpu", enabled=False)
+            source = f"checkpoint {address} (training.start_from)"
+            load_state(read_checkpoint(local_copy(address)), source, model, optimizer, scaler)
 
     def _done(self) -> bool:
         state = self._run.state()

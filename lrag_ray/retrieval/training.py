@@ -78,16 +78,19 @@ def train_step(
 
     `share` is its fraction of the global batch's sequences and may be 0. `combine` sums gradients and losses over the
     workers, so that all of them take the same step. An enabled `scaler` runs the model in float16; it skips steps
-    whose gradients overflow and lowers its scale.
+    whose gradients overflow and lowers its scale, down to 1: gradients that are not finite then are the model's own.
 
     Raises NonFiniteStepError, on every worker alike, before the weights change.
     """
     optimizer.zero_grad(set_to_none=True)
     amp = scaler is not None and scaler.is_enabled()
     terms = shared_losses(model, batch, losses, share=share, amp=amp)
+    total = terms[0] + terms[1] + terms[2]
+    if scaler is not None and amp:
+        # Also where the batch is empty: the scaler has no scale before.
+        total = scaler.scale(total)
     if len(batch):
-        total = terms[0] + terms[1] + terms[2]
-        (scaler.scale(total) if scaler is not None and amp else total).backward()
+        total.backward()
     parameters = list(model.parameters())
     terms = terms.detach()
     if combine is not None:
@@ -102,8 +105,10 @@ def train_step(
         if grad_clip > 0
         else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     )
-    # One wait per step: a step on NaN would leave nothing to continue from.
-    if not bool(torch.isfinite(terms if amp else torch.cat([terms, grad_norm.reshape(1)])).all()):
+    # A scale above 1 may be to blame for gradients, and is lowered then.
+    scaled = scaler is not None and amp and scaler.get_scale() > 1
+    # A step on NaN would leave nothing to continue from.
+    if not bool(torch.isfinite(terms if scaled else torch.cat([terms, grad_norm.reshape(1)])).all()):
         raise NonFiniteStepError(f"losses {terms.tolist()}, gradient norm {float(grad_norm)}")
     if scaler is not None and amp:
         scaler.step(optimizer)

@@ -146,7 +146,12 @@ def committed_rows(storage: Storage) -> tuple[pa.Table, LatentForm | None]:
     Raises StorageError where there is no run or a part is damaged, UsageError where backbones differ in latent shape.
     """
     run = RolloutRun(storage.address, storage.options)
-    identity = run.require()
+    identity = run.read()
+    if identity is None:
+        raise StorageError(
+            f"{storage.uri} holds no dataset: there is no run at this address. Fix: `lrag-ray run` makes latents (job: "
+            "latents), `lrag-ray dataset import` makes a dataset of .pt files or tar shards; or correct the address"
+        )
 
     def refuse(reason: str) -> None:
         raise StorageError(f"{storage.uri}: {reason}. Fix: the command that made the run makes it again")

@@ -74,7 +74,7 @@ class LossRow(NamedTuple):
     """Over all workers."""
     workers: int
     seconds: float
-    """Wall time of the step or of the validation."""
+    """Wall time of the step or of the validation, with the wait for its windows and for the checkpoint before it."""
 
 
 class Progress(NamedTuple):
@@ -221,8 +221,10 @@ class Trainer:
         self.model.train()
         mine = (self._share(self._sampler.batch(self._at.epoch, i)) for i in self._positions())
         with read_ahead(self._reader, mine, threads=self._settings.readers, pin=self._cuda) as batches:
+            began = time.monotonic()
             for batch in batches:
-                leave = self._step(batch)
+                leave = self._step(batch, began)
+                began = time.monotonic()
                 due = self._at.step % self._settings.checkpoint_every_steps == 0
                 if leave or due:
                     self._store()
@@ -233,9 +235,8 @@ class Trainer:
     def _positions(self) -> Iterator[int]:
         yield from range(self._at.batch, self._sampler.batches_per_epoch)
 
-    def _step(self, batch: Batch) -> Leave:
-        """One step; returns what any worker wishes."""
-        began = time.monotonic()
+    def _step(self, batch: Batch, began: float) -> Leave:
+        """One step; returns what any worker wishes. `began` is the time since when it waited for its batch."""
         everyone = len(self._sampler.batch(self._at.epoch, self._at.batch))
         latents = self._on_device(batch)
         if batch.problems:

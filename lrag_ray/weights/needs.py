@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lrag_ray.config.jobs import JobConfig
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.context.weights import WeightFile
+from lrag_ray.retrieval.encoder import load_encoder
 from lrag_ray.weights.published import PUBLISHED, Published
 
 
@@ -40,7 +42,7 @@ class Need:
         return PUBLISHED.get(self.name)
 
 
-def needs_of(config: RunConfig) -> list[Need]:
+def needs_of(config: JobConfig) -> list[Need]:
     """Everything that `config` needs, each once, in the order in which a run reads it."""
     merged: dict[tuple[object, ...], Need] = {}
     for need in _all(config):
@@ -61,7 +63,12 @@ def _must_fit(need: Need) -> tuple[object, ...]:
     return (backbone.transformer.text_dim, backbone.transformer.text_len)
 
 
-def _all(config: RunConfig) -> Iterator[Need]:
+def _all(config: JobConfig) -> Iterator[Need]:
+    if not isinstance(config, RunConfig):
+        if config.training.start_from is not None:
+            file = WeightFile("start_from", "retrieval_encoder", load_encoder)
+            yield Need(file.kind, ("training.start_from",), config.training.start_from, None, file)
+        return
     for name, backbone in config.backbones.items():
         at = f"backbones.{name}"
         weights, text, vae = backbone.weights, backbone.text_encoder, backbone.vae

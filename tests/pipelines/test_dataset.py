@@ -56,6 +56,11 @@ def test_an_imported_folder_is_read_bit_for_bit(imported: str) -> None:
         assert data.rollouts[number].rollout == f"latent_{number:06d}.pt"
 
 
+def test_prompts_that_nobody_knows_are_not_counted(imported: str) -> None:
+    assert dataset_info([imported]).prompts == 0
+    assert "5 of unknown prompts" in CliRunner().invoke(app, ["dataset", "info", imported]).output
+
+
 def test_every_bit_pattern_survives(tmp_path: Path) -> None:
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     source = tmp_path / "latents"

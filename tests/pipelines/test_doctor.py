@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ import typer
 from typer.testing import CliRunner
 
 from lrag_ray.cli import doctor as cli
+from lrag_ray.cli.app import app
+from lrag_ray.config.load import load_job
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.pipelines.doctor import Row, examine, healthy
+from lrag_ray.retrieval.encoder import EncoderConfig
+from lrag_ray.training.checkpoint import checkpoint_bytes
+from lrag_ray.training.loop import make_model
 from tests.conftest import REPOSITORY
 from tests.stages.make import BACKBONE, make_config
+from tests.training.corpus import SHAPE, make_corpus, training_file
 
 
 def rows_of(config: RunConfig | None) -> dict[str, Row]:
@@ -161,3 +168,60 @@ def test_the_model_that_refines_is_looked_at_and_not_asked(
     assert row().state == "fail" and "absent.txt" in row().found
     refine |= {"template": "extend", "backend": "local", "model": str(tmp_path / "no-model"), "base_url": None}
     assert row().state == "fail" and "no-model" in row().found
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def training_rows(folder: Path, corpus: str, **changes: Any) -> dict[str, Row]:
+    config = load_job(training_file(folder / "training.yaml", corpus, str(folder / "new" / "run"), **changes))
+    return {row.check: row for row in examine(config)}
+
+
+def test_a_training_is_examined_for_its_data_workers_and_memory(tmp_path: Path, corpus: str) -> None:
+    rows = training_rows(tmp_path, corpus, engine={"actors": 1})
+    assert healthy(list(rows.values())), rows
+    assert {"dataset", "storage", "disk", "workers", "threads", "host memory"} <= rows.keys()
+    assert not {"video codec", "prompts"} & rows.keys()
+    assert "12 rollouts, 288 latent frames" in rows["dataset"].found and "steps per epoch" in rows["dataset"].found
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "problem"),
+    [
+        ({"data": {"uris": ["nowhere"]}}, "dataset", "nowhere holds no dataset"),
+        ({"data": {"window_frames": 30}}, "dataset", "shorter than data.window_frames 30"),
+        ({"training": {"start_from": "absent.pt"}}, "start_from", "absent.pt cannot be read"),
+        ({"engine": {"cpus_per_actor": 4096}}, "workers", "at least 2 with 4096 CPUs each"),
+        ({"training": {"batch_size": 12}, "encoder": {"hidden_dims": [65_536], "latent_dim": 65_536}}, "host memory",
+         "activations"),
+    ],
+)  # fmt: skip
+def test_what_a_training_would_fail_on_is_found(
+    tmp_path: Path, corpus: str, changes: dict[str, Any], check: str, problem: str
+) -> None:
+    rows = training_rows(tmp_path, corpus, **changes)
+    assert rows[check].state == "fail" and problem in rows[check].found, rows
+
+
+def test_a_training_that_another_run_is_in_the_way_of_is_told_so(tmp_path: Path, corpus: str) -> None:
+    rows = training_rows(tmp_path, corpus, run={"uri": corpus})
+    assert rows["run"].state == "fail" and "is not an encoder training" in rows["run"].found
+    assert rows["dataset"].state == "ok"
+
+
+def test_the_commands_of_weights_take_a_training(tmp_path: Path, corpus: str) -> None:
+    path = str(training_file(tmp_path / "training.yaml", corpus, str(tmp_path / "run")))
+    shown = CliRunner().invoke(app, ["weights", "list", path])
+    assert (shown.exit_code, "begins with random weights" in shown.output) == (0, True)
+    sizes = EncoderConfig(*SHAPE, 16, (8, 16))
+    content = {"config": {**asdict(sizes), "hidden_dims": [8, 16]}, "model": make_model(sizes, 0).state_dict()}
+    (tmp_path / "encoder.pt").write_bytes(checkpoint_bytes(content))
+    for name, code in (("encoder.pt", 0), ("absent.pt", 3)):
+        arguments = ["weights", "verify", path, "--set", f"training.start_from={tmp_path / name}", "--json"]
+        shown = CliRunner().invoke(app, arguments)
+        (row,) = json.loads(shown.output)["verified"]
+        assert (shown.exit_code, row["kind"], row["ok"]) == (code, "retrieval_encoder", code == 0)

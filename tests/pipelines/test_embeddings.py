@@ -10,16 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from lrag_ray.bench.retrieval import bench_retrieval
 from lrag_ray.cli.app import app
 from lrag_ray.context.rag import RagSettings
 from lrag_ray.errors import LragError, UsageError
+from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.embeddings import inspect_embeddings
 from lrag_ray.retrieval.encoder import EncoderConfig
+from lrag_ray.scoring.vbench_long import networks as networks_module
+from lrag_ray.scoring.vbench_long.official import OFFICIAL
+from lrag_ray.scoring.vbench_long.vit import VisionTransformer, VitConfig
+from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.training.checkpoint import checkpoint_bytes
 from lrag_ray.training.loop import make_model
+from lrag_ray.video.mp4 import read_video
 from tests.training.corpus import SHAPE, make_corpus
 
 SETTINGS = RagSettings(window=6, sink=1, top_k=2, recent_exclude=1, descriptor="avg_pool")
@@ -54,6 +62,92 @@ def test_every_descriptor_has_a_map_and_numbers(corpus: str, tmp_path: Path) -> 
     assert len((tmp_path / "out" / "measures.csv").read_text().splitlines()) == 5
 
 
+def moving_square(index: int, frames: int) -> NDArray[np.uint8]:
+    """A bright square that crosses a dark, noisy picture [4 * frames - 3, 48, 80, 3]."""
+    count = 4 * frames - 3
+    noise = np.random.default_rng(index).integers(0, 60, (48, 80, 3), dtype=np.uint8)
+    pictures = np.repeat(noise[None], count, axis=0)
+    for t in range(count):
+        left = t * 60 // count
+        pictures[t, 10 + 6 * index : 30 + 6 * index, left : left + 20] = (250, 200 - 60 * index, 30)
+    return pictures
+
+
+def dino_by_hand(video: Path, weights: dict[str, torch.Tensor], indices: list[int], heads: int) -> NDArray[np.float64]:
+    """CLS features [T, D] of the frames at `indices`: the DINO vision transformer in float64, written out."""
+    w = {name: value.double() for name, value in weights.items()}
+    x = torch.from_numpy(read_video(video)[indices]).permute(0, 3, 1, 2).double()
+    x = F.interpolate(x, (224, int(224 * 80 / 48)), mode="bilinear", align_corners=False) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (x - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1)
+    rows, columns = x.shape[2] // 16, x.shape[3] // 16
+    x = x[..., : 16 * rows, : 16 * columns].unfold(2, 16, 16).unfold(3, 16, 16)
+    x = x.permute(0, 2, 3, 1, 4, 5).reshape(len(indices), rows * columns, -1)
+    x = x @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
+    square = w["pos_embed"][0, 1:].view(1, 14, 14, -1).permute(0, 3, 1, 2)
+    scale = ((rows + 0.1) / 14, (columns + 0.1) / 14)
+    places = F.interpolate(square, scale_factor=scale, mode="bicubic", recompute_scale_factor=False)
+    x = x + places.permute(0, 2, 3, 1).flatten(1, 2)
+    x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), x], dim=1)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+        )
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    for block in range(sum(name.endswith("norm1.weight") for name in w)):
+        at = f"blocks.{block}"
+        q, k, v = linear(norm(x, f"{at}.norm1"), f"{at}.attn.qkv").unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        attention = ((q @ k.mT) / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + linear((attention @ v).transpose(1, 2).flatten(2), f"{at}.attn.proj")
+        hidden = linear(norm(x, f"{at}.norm2"), f"{at}.mlp.fc1")
+        x = x + linear(hidden * (1 + torch.erf(hidden / 2**0.5)) / 2, f"{at}.mlp.fc2")
+    return norm(x, "norm")[:, 0].numpy()
+
+
+def test_the_dino_map_is_that_of_the_decoded_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network in DINO's own file, real mp4 files, and the map computed by hand (paper, Figure 5)."""
+    small = VitConfig(patch=16, grid=14, width=24, depth=2, heads=3)
+    monkeypatch.setattr(networks_module, "DINO", small)
+    network = VisionTransformer(small)
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for name, value in network.state_dict().items():
+        # Features of the picture, rather than of biases and of the class token.
+        scale = 0.02 if name.endswith("bias") or name == "cls_token" else 0.6
+        weights[name] = scale * torch.randn(value.shape, generator=generator) + ("norm" in name and "weight" in name)
+    file = tmp_path / "networks" / OFFICIAL["dino_vitb16"].path
+    file.parent.mkdir(parents=True)
+    torch.save(weights, file)
+    corpus = make_corpus(tmp_path / "corpus", count=2, frames=9, video=moving_square)
+
+    arguments = ["inspect", "embeddings", corpus, "--descriptor", "dino", "--weights", str(tmp_path / "networks")]
+    shown = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "out"), "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = np.load(tmp_path / "out" / "similarity.npz")
+    videos = sorted((tmp_path / "corpus").rglob("*.mp4"))
+    rollouts = LatentDataset.open(corpus).rollouts
+    for index, entry in enumerate(rollouts):
+        (video,) = [path for path in videos if entry.rollout in str(path)]
+        features = dino_by_hand(video, weights, [4 * t for t in range(9)], heads=3)
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        expected = unit @ unit.T
+        assert expected.min() < 0.99, "the map would be flat"
+        np.testing.assert_allclose(found[f"map_{index}"], expected, atol=1e-4)
+    measures = json.loads(shown.output)["measures"]
+    assert [each["descriptor"] for each in measures] == ["dino", "dino"]
+    page = (tmp_path / "out" / "embeddings.html").read_text()
+    assert page.count('<svg class="map square"') == 2
+
+    videos[0].write_bytes(videos[0].read_bytes()[:3000].ljust(videos[0].stat().st_size, b"\0"))
+    damaged = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "damaged")])
+    assert damaged.exit_code == 1 and "video" in damaged.stderr and "Traceback" not in damaged.output
+
+
 def test_hostile_prompts_are_escaped(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", count=1)
     run = tmp_path / "corpus" / "run.json"
@@ -79,6 +173,14 @@ def test_what_cannot_be_measured_is_refused(corpus: str, descriptor: str, prompt
         inspect_embeddings(corpus, [descriptor], prompts=prompts, networks="random")
 
 
+def test_imported_latents_have_no_frames_for_dino(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    torch.save(torch.zeros(8, *SHAPE), tmp_path / "latents" / "latent_000000.pt")
+    import_dataset(str(tmp_path / "latents"), str(tmp_path / "imported"))
+    with pytest.raises(UsageError, match="was imported and has no videos"):
+        inspect_embeddings(str(tmp_path / "imported"), ["dino"], networks="random", to=str(tmp_path / "out"))
+
+
 def test_an_encoder_of_another_shape_is_refused(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for latents"):
         inspect_embeddings(corpus, [encoder(tmp_path / "other.pt", (16, 4, 4))])
@@ -92,6 +194,7 @@ def test_the_command_prints_a_table_or_json(corpus: str, tmp_path: Path) -> None
     assert found["measures"][0]["descriptor"] == "avg_pool"
     assert len(found["measures"][0]["by_distance"]) == 24
     assert found["measures"][0]["retrieval"]["distance"] is None or found["measures"][0]["retrieval"]["distance"] > 0
+    assert "nan" not in shown.output
     wrong = CliRunner().invoke(app, [*arguments, "--window", "1"])
     assert wrong.exit_code == 2
 

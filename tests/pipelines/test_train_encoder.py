@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from lrag_ray.cli.app import app
 from lrag_ray.config.load import load_config, load_job
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.errors import ConfigError, IdentityError, LragError, StorageError, UsageError, WeightsError
@@ -17,7 +19,8 @@ from lrag_ray.events import Event, Notice
 from lrag_ray.pipelines.plan_training import plan_training
 from lrag_ray.pipelines.train_encoder import TrainEncoderJob
 from lrag_ray.report.training import write_training_report
-from lrag_ray.retrieval.encoder import load_encoder
+from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder, load_encoder
+from lrag_ray.retrieval.losses import LossConfig, encoder_losses
 from lrag_ray.stages.training import LocalTrainingHost, TrainingWork
 from lrag_ray.store.integrity import Coverage
 from lrag_ray.store.rollouts import RolloutRun
@@ -221,6 +224,60 @@ def test_a_plan_counts_what_the_training_does(tmp_path: Path, corpus: str) -> No
     encoder = load_encoder(tmp_path / "run" / BEST)
     assert plan.parameters == sum(parameter.numel() for parameter in encoder.parameters())
     assert plan.window_bytes == 6 * SHAPE[0] * SHAPE[1] * SHAPE[2] * torch.float32.itemsize
+
+
+def test_a_plan_of_activations_is_what_the_backward_pass_keeps(tmp_path: Path, corpus: str) -> None:
+    """Counted on the meta device, against what a real step on the CPU saves for it."""
+    plan = plan_training(config_of(tmp_path, corpus, engine={"actors": 1}))
+    model = LatentAutoencoder(EncoderConfig(*SHAPE, 16, (8, 16)))
+    alive: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        return tensor
+
+    batch = torch.randn(4, 6, *SHAPE)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        encoder_losses(model, batch, LossConfig())
+    places = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert plan.activation_bytes == pytest.approx(sum(places.values()), abs=weights)
+
+
+def test_hours_are_bounds_until_a_training_has_measured_its_speed(tmp_path: Path, corpus: str) -> None:
+    """And then windows of both splits at their own speeds; a fixed number of seconds per step makes it exact."""
+    config = config_of(tmp_path, corpus)
+    plan = plan_training(config)
+    assert (plan.speed, plan.worker_hours, plan.gpu_hours) == (None, None, {})
+    on_gpus = plan_training(config_of(tmp_path, corpus, engine={"gpus_per_actor": 1}))
+    assert on_gpus.gpu_hours["A100"].most == pytest.approx(plan.flops / (312e12 * 0.008) / 3600)
+    run = TrainingRun(str(tmp_path / "run"))
+    trained(config_of(tmp_path, corpus, training={"epochs": 1, "batch_size": 4}))
+    losses = run.losses().to_pylist()
+    spent = {split: sum(row["seconds"] for row in losses if row["split"] == split) for split in ("train", "validation")}
+    for each in (plan_training(config), plan_training(config, run.uri)):
+        assert each.speed is not None and each.speed.steps == plan.steps_per_epoch
+        assert each.worker_hours == pytest.approx(plan.epochs * sum(spent.values()) / 3600)
+    begun, _ = job_of(config_of(tmp_path, corpus, str(tmp_path / "begun")))
+    begun.prepare()
+    assert plan_training(config_of(tmp_path, corpus, str(tmp_path / "begun"))).speed is None
+    with pytest.raises(UsageError, match="has stored no step yet"):
+        plan_training(config, str(tmp_path / "begun"))
+    with pytest.raises(StorageError, match="not an encoder training"):
+        plan_training(config, corpus)
+
+
+def test_the_plan_answers_price_and_refuses_options_about_rollouts(tmp_path: Path, corpus: str) -> None:
+    path = str(training_file(tmp_path / "training.yaml", corpus, str(tmp_path / "run"), engine={"gpus_per_actor": 1}))
+    longer = ["--set", "training.epochs=1000000", "--gpu", "A100", "--gpus", "4", "--price", "2"]
+    shown = CliRunner().invoke(app, ["plan", path, *longer])
+    assert shown.exit_code == 0 and "one A100: " in shown.output and "on 4 of them, for " in shown.output
+    assert "H100" not in shown.output
+    for wrong in (["--cells"], ["--node-memory-gb", "64"], ["--gpu", "A100", "--from", "x"]):
+        assert CliRunner().invoke(app, ["plan", path, *wrong]).exit_code == 2
+    long = ["--set", "data.window_frames=30"]
+    refused = CliRunner().invoke(app, ["plan", path, *long])
+    assert refused.exit_code == 2 and "shorter than data.window_frames 30" in refused.output
 
 
 def test_presets_are_the_rows_of_the_paper(tmp_path: Path, corpus: str) -> None:

@@ -224,7 +224,7 @@ def test_datasets_of_different_shapes_are_not_joined(run: RolloutRun, tmp_path: 
 
 
 def test_what_is_no_dataset_is_named(run: RolloutRun, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"run\.json"):
+    with pytest.raises(StorageError, match="holds no dataset"):
         LatentDataset.open(str(tmp_path / "nothing"))
     empty = RolloutRun(str(tmp_path / "empty"))
     empty.ensure(run.require())

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, RolloutId, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.wan.keyed import keyed_generator
-from tests.report.make_run import make_identity, trace_rows
+from tests.report.make_run import make_identity, store_video, trace_rows
 
 SHAPE = (16, 8, 12)
 
@@ -36,8 +38,12 @@ def make_corpus(
     latents: Callable[[int, int], Tensor] = scene,
     dtype: torch.dtype = torch.float32,
     first: int = 0,
+    video: Callable[[int, int], NDArray[np.uint8]] | None = None,
 ) -> str:
-    """Commit `count` rollouts of `frames` latent frames in parts of 12; returns the run's address."""
+    """Commit `count` rollouts of `frames` latent frames in parts of 12; returns the run's address.
+
+    `video` gives the video frames [4 * frames - 3, H, W, 3] of a rollout.
+    """
     identity = make_identity([f"scene {i}" for i in range(first + count)], ["base"], [frames])
     run = RolloutRun(str(folder))
     identity = run.ensure(identity)
@@ -56,10 +62,14 @@ def make_corpus(
             parts.append(
                 write_part(run.storage, f"{rollout.path}/attempt-one", blocks, rollout_key=key, device_kind="cpu")
             )
+        shown = video(prompt.index, frames) if video is not None else None
+        path = f"{rollout.path}/attempt-one/video-{frames}.mp4"
         commit = Commit(
             rollout=rollout, rollout_key=key, latent_frames=frames, attempt="one",
             latent_parts=[part.latents for part in parts], trace_parts=[part.trace for part in parts],
-            video=None, video_frames=0, fps=16, latents_digest=f"{prompt.index:064d}", device_kind="cpu",
+            video=store_video(run, path, shown) if shown is not None else None,
+            video_frames=len(shown) if shown is not None else 0, fps=16,
+            latents_digest=f"{prompt.index:064d}", device_kind="cpu",
             versions={}, timings_s={}, created_at=now_utc(),
         )  # fmt: skip
         assert run.commit(commit)

@@ -1,0 +1,53 @@
+"""Which rollouts of a dataset a new encoder training takes, and how they are split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lrag_ray.config.training import TrainEncoderConfig
+from lrag_ray.errors import UsageError
+from lrag_ray.store.datasets import LatentDataset
+from lrag_ray.training.windows import Rollouts, in_validation
+
+_MOST_NAMED = 8
+
+
+def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Callable[[str], None]) -> Rollouts:
+    """The rollouts that are long enough, in order of their keys, so that windows do not depend on a dataset's layout.
+
+    `warn` receives what a person should know. Raises UsageError for short rollouts that are not to be left out, and
+    for an empty split.
+    """
+    data, length = config.data, config.data.window_frames
+    keys, first = np.unique(np.array(dataset.keys, dtype=object), return_index=True)
+    frames = dataset.frames[first]
+    if short := np.flatnonzero(frames < length).tolist():
+        entries = [dataset.rollouts[int(first[at])] for at in short[:_MOST_NAMED]]
+        named = ", ".join(f"{entry.run}/{entry.rollout} ({entry.frames} frames)" for entry in entries)
+        more = f" and {len(short) - len(entries)} more" if len(short) > len(entries) else ""
+        text = f"{len(short)} of {len(keys)} rollouts are shorter than data.window_frames {length}: {named}{more}"
+        if data.short_rollouts == "refuse":
+            raise UsageError(
+                f"{text}. Fix: data.short_rollouts: skip leaves them out; a smaller data.window_frames takes them"
+            )
+        warn(f"left out: {text}")
+    kept = frames >= length
+    validation = np.array([in_validation(key, data.validation_fraction) for key in keys], dtype=bool)
+    rollouts = Rollouts(keys[kept].tolist(), frames[kept].astype(np.int64), validation[kept])
+    held_out = int(rollouts.validation.sum())
+    training = len(rollouts.keys) - held_out
+    if not training or (data.validation_fraction and not held_out):
+        empty = "validation" if training else "training"
+        raise UsageError(
+            f"none of the {len(rollouts.keys)} rollouts of {', '.join(data.uris)} falls into the {empty} split at "
+            f"data.validation_fraction {data.validation_fraction:g}: the split follows from each rollout's digest. "
+            "Fix: more rollouts, another fraction, or 0 to train on all of them"
+        )
+    if training < config.training.batch_size:
+        warn(
+            f"the training split has {training} rollouts, fewer than training.batch_size "
+            f"{config.training.batch_size}: each epoch is one step with a batch of {training}"
+        )
+    return rollouts
