@@ -171,7 +171,9 @@ class ContextRuntime:
         needed = max(_rows_of_all_heads(own, self.layout.num_heads) for own in groups)
         buffer = self._buffers[layer]
         if buffer is None or buffer.capacity < needed + self._own_rows:
-            buffer = _Buffer(self.layout, len(self.policies), self._buffer_rows(needed), self._head_indices)
+            bounded = all(policy.max_context_rows() is not None for policy in self.policies)
+            capacity = self._buffer_rows(needed)
+            buffer = _Buffer(self.layout, len(self.policies), capacity, self._head_indices, bounded=bounded)
             self._buffers[layer] = buffer
         buffer.groups, buffer.current = groups, self._own_rows
         for i, each in enumerate(exposures):
@@ -226,7 +228,15 @@ class _Buffer:
     Groups of heads lie one behind the other, each as [rows, its heads, head_dim].
     """
 
-    def __init__(self, layout: Layout, batch: int, capacity: int, head_indices: dict[tuple[int, ...], Tensor]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        batch: int,
+        capacity: int,
+        head_indices: dict[tuple[int, ...], Tensor],
+        *,
+        bounded: bool,
+    ) -> None:
         self.current = layout.tokens_per_block
         """Rows of the current block that are attended to."""
         self.capacity = capacity
@@ -236,6 +246,8 @@ class _Buffer:
         self.groups = [[_Group(None, 0)] for _ in range(batch)]
         """Per batch element."""
         self._head_indices = head_indices
+        self._frame = layout.tokens_per_frame
+        self._bounded = bounded
 
     def batches(self) -> list[_Rows]:
         """The whole batch at once where all elements have the same groups of the same lengths (most methods)."""
@@ -251,16 +263,20 @@ class _Buffer:
         """Attention of rotated q [B, n·f, H, head_dim] over the used rows."""
         batches = self.batches()
         if all(rows.indices is None for rows in batches):
-            out = [attention(q[rows.batch], rows.k, rows.v) for rows in batches]
+            out = [attention(q[rows.batch], rows.k, rows.v, ragged=self._ragged(rows)) for rows in batches]
             return out[0] if len(out) == 1 else torch.cat(out)
         whole = torch.empty_like(q)
         for rows in batches:
-            out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v)
+            out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v, ragged=self._ragged(rows))
             if rows.indices is None:
                 whole[rows.batch] = out_rows
             else:
                 whole[rows.batch].index_copy_(2, rows.indices, out_rows)
         return whole
+
+    def _ragged(self, rows: _Rows) -> bool:
+        """Whether a rollout has many such shapes: those of all heads over whole frames of a window are few."""
+        return rows.indices is not None or not self._bounded or rows.k.shape[1] % self._frame != 0
 
     def _rows(self, batch: slice, groups: list[_Group]) -> list[_Rows]:
         if groups[0].heads is None:

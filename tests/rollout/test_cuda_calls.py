@@ -31,10 +31,13 @@ from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import TieredBank, Tiers
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.slabs import SlabPool
+from lrag_ray.wan.attention import backend_of
+from lrag_ray.wan.attention_choice import AttentionChoice
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.streams import side_stream
+from lrag_ray.wan.transformer import CausalWanTransformer
 from tests.pretend_cuda import Device, Stream, pretend_cuda
-from tests.tiny import LATENT, gathered, start, tiny_layout, tiny_transformer
+from tests.tiny import CONFIG, LATENT, attention_by, gathered, start, tiny_layout, tiny_transformer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: see test_gpu.py")
 
@@ -101,6 +104,53 @@ def test_a_pass_launches_few_kernels(device: Device) -> None:
     passes, layers = 3, 2
     assert len(device.calls) / passes / layers < 45
     assert sum(map(_values, device.calls)) / passes / layers < 36_000
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "choice", "chosen"),
+    [
+        (torch.bfloat16, 1, "auto", "flash"),
+        (torch.float32, 1, "auto", "efficient"),
+        (torch.bfloat16, 2, "auto", "math"),
+        (torch.bfloat16, 1, "cudnn", "cudnn"),
+    ],
+)
+def test_the_kernel_of_attention_follows_from_precision_and_head_size(
+    dtype: torch.dtype, heads: int, choice: AttentionChoice, chosen: str, device: Device
+) -> None:
+    """Given heads of 24 or 12 channels; flash and cuDNN need a multiple of 8."""
+    model = CausalWanTransformer(replace(CONFIG, num_heads=heads))
+    fill_random(model, seed=3)
+    with attention_by(choice):
+        assert backend_of(CUDA, dtype, 24 // heads) == chosen
+        list(start(model.requires_grad_(False).to("cuda", dtype), InfinityRope).blocks(2))
+    assert {kernel for kernel, _, _ in device.attended} == ({chosen} if chosen != "math" else set())
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "ragged"),
+    [
+        (InfinityRope, BaseSettings(window=8), False),
+        (Rag, SMALL_RAG, False),
+        (DeepForcing, DeepForcingSettings(window=8, budget=8), False),
+        (Base, BaseSettings(window=-1), True),
+        (ForcingKv, APART, True),
+    ],
+)
+def test_cudnn_compiles_for_few_shapes(
+    policy: type[ContextPolicy[Any]], settings: object, ragged: bool, device: Device
+) -> None:
+    """Contexts that grow for ever, and groups of heads, go to flash beside it; the first blocks fill the window."""
+    model = CausalWanTransformer(replace(CONFIG, dim=48))
+    fill_random(model, seed=3)
+    rollout = start(model.requires_grad_(False).to("cuda", torch.bfloat16), policy, settings)
+    with attention_by("cudnn"):
+        list(rollout.blocks(7))
+        first = {each for each in device.attended if each[0] == "cudnn"}
+        device.attended.clear()
+        list(rollout.blocks(3))
+    assert {each for each in device.attended if each[0] == "cudnn"} <= first
+    assert ("flash" in {kernel for kernel, _, _ in device.attended}) == ragged
 
 
 def test_heads_are_gathered_only_where_they_differ(device: Device) -> None:
