@@ -23,6 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lrag_ray.wan import fused_rows
+from lrag_ray.wan.rope import Angles, rotate
+from lrag_ray.wan.transformer import Projected
+
 _NEEDS_VALUES = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default")
 _attention = F.scaled_dot_product_attention
 
@@ -168,6 +172,21 @@ class Device(TorchDispatchMode):
         out = self._own(_attention(*map(_held, (q, k, v))), True)
         return [out if str(each.type) == "Tensor" else 0 for each in func._schema.returns]
 
+    def write_rows(
+        self, projected: Projected, angles: Angles, k_out: Tensor, v_out: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The kernel of `wan.fused_rows`, by the plain operations."""
+        q, k, v, norm_q, norm_k, _ = projected
+        self._launch("fused rows", [q, k, v, norm_q.weight, norm_k.weight, angles.turns, k_out, v_out], [k_out, v_out])
+        shape, turns = k_out.shape, Angles(_held(angles.turns))
+        q, k = (
+            F.rms_norm(_held(x), x.shape[-1:], eps=norm.eps).mul_(_held(norm.weight)).view(shape)
+            for x, norm in ((q, norm_q), (k, norm_k))
+        )
+        _held(k_out).copy_(rotate(k, turns))
+        _held(v_out).copy_(_held(v).view(shape))
+        return self._own(rotate(q, turns), True), self._own(k, True) if keep else None
+
     def record(self, tensor: OnDevice, stream: Stream) -> None:
         """`Tensor.record_stream`."""
         self._of(tensor.held).recorded.add(stream)
@@ -272,6 +291,8 @@ def pretend_cuda() -> Iterator[Device]:
         patch.setattr(torch.cuda, "cudart", lambda: device)
         patch.setattr(Tensor, "pin_memory", lambda x: device.lock(x.clone()))
         patch.setattr(Tensor, "record_stream", lambda x, stream: device.record(x, stream))
+        patch.setattr(fused_rows, "refusal", lambda of: None)
+        patch.setattr(fused_rows, "write_rows", device.write_rows)
         patch.setattr(torch.cuda, "get_device_capability", lambda of=None: (9, 0))
         patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         patch.setattr(torch.backends.cudnn, "is_available", lambda: True)

@@ -344,9 +344,12 @@ class EngineSection(WorkersSection):
     """How the work is spread. Free to change between starts of the same run."""
 
     attention: AttentionChoice = "auto"
-    """Kernel of the generator's attention. auto takes the first of flash, efficient and math that fits device, precision
-    and head size. cudnn compiles for each new shape, so contexts of many shapes take flash beside it. Parts made by
-    another kernel are those of another device kind (`resume.on`)."""
+    """Kernel of the generator's attention. auto takes the first of flash, efficient and math that fits the device,
+    precision and head size. cudnn compiles for each new shape, so contexts of many shapes take flash beside it.
+    Parts made by another kernel are those of another device kind (`resume.on`)."""
+    fused_rows: bool = True
+    """On a GPU, do query/key norm, rotation and the write into the context in one Triton kernel. Switched on or off, it
+    makes another device kind (`resume.on`): values may differ in the last bit."""
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
     bank: BankSection = BankSection()

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lrag_ray.context.policy import ContextPolicy, Exposure, Layout
 from lrag_ray.context.trace import TraceRow
+from lrag_ray.wan import fused_rows
 from lrag_ray.wan.attention import attention
 from lrag_ray.wan.rope import Angles, Rope, rotate, rotate_into
 from lrag_ray.wan.transfer import to_device
+from lrag_ray.wan.transformer import Projected
 
 
 class Probe(Protocol):
@@ -48,6 +50,7 @@ class ContextRuntime:
         self._rope = rope
         self._probe = probe
         self._observed = False
+        self._device_fuses = fused_rows.fuses(layout.device)
         self._buffers: list[_Buffer | None] = [None] * layout.num_layers
         self._head_indices: dict[tuple[int, ...], Tensor] = {}
         """Groups of heads that were seen, on the device."""
@@ -112,13 +115,40 @@ class ContextRuntime:
         q_rotated = rotate(q, self._current)
         if self._observed:
             self._observe(layer, q, q_rotated)
+        return self._attended(layer, self._laid_out(layer), q_rotated, k, v)
+
+    @property
+    def fuses(self) -> bool:
+        """The device has the kernel, and no policy looks at queries before they are rotated."""
+        return self._device_fuses and not self._observed
+
+    def attend_projected(self, layer: int, projected: Projected) -> Tensor:
+        """`attend` with norms, rotation and write in one kernel where all heads and elements attend to alike rows."""
+        buffer = self._laid_out(layer)
+        rows = buffer.batches()
+        if len(rows) > 1 or rows[0].indices is not None or self._own is not None:
+            return self._attended(layer, buffer, rotate(projected.queries(), self._current), *projected.keys_values())
+        k_out, v_out = (x[:, x.shape[1] - buffer.current :] for x in (rows[0].k, rows[0].v))
+        q_rotated, k = fused_rows.write_rows(projected, self._current, k_out, v_out, keep=self._clean)
+        if k is not None:
+            self._store(layer, k, projected.v.view(k.shape))
+        return self._watched(layer, buffer, q_rotated)
+
+    def _laid_out(self, layer: int) -> _Buffer:
+        """The layer's buffer with the context of the block."""
         if not self._exposed:
             self._expose(layer)
         buffer = self._buffers[layer]
         assert buffer is not None
+        return buffer
+
+    def _attended(self, layer: int, buffer: _Buffer, q_rotated: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._write_current(buffer, k, v)
         if self._clean:
             self._store(layer, k, v)
+        return self._watched(layer, buffer, q_rotated)
+
+    def _watched(self, layer: int, buffer: _Buffer, q_rotated: Tensor) -> Tensor:
         if self._probe is not None:
             for rows in buffer.batches():
                 q_rows = rows.of_heads(q_rotated[rows.batch])

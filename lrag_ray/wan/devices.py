@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from lrag_ray.wan import fused_rows
 from lrag_ray.wan.attention import backend_of
 
 
@@ -45,11 +46,12 @@ def device_kind(device: torch.device) -> str:
 
 
 def generator_kind(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """`device_kind` with the attention kernel of a generator of this precision and head size.
+    """`device_kind` with the kernels that a generator of this precision and head size is computed by.
 
     ValueError where the chosen kernel cannot compute it (`attention.backend_of`).
     """
-    return f"{device_kind(device)}, {backend_of(device, dtype, head_dim)} attention"
+    kind = f"{device_kind(device)}, {backend_of(device, dtype, head_dim)} attention"
+    return f"{kind}, fused rows {fused_rows.VERSION}" if fused_rows.fuses(device) else kind
 
 
 def same_kind(recorded: str, own: str) -> bool:

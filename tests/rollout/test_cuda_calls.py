@@ -31,8 +31,10 @@ from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import TieredBank, Tiers
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.slabs import SlabPool
+from lrag_ray.wan import fused_rows
 from lrag_ray.wan.attention import backend_of
 from lrag_ray.wan.attention_choice import AttentionChoice
+from lrag_ray.wan.devices import generator_kind
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.streams import side_stream
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -151,6 +153,30 @@ def test_cudnn_compiles_for_few_shapes(
         list(rollout.blocks(3))
     assert {each for each in device.attended if each[0] == "cudnn"} <= first
     assert ("flash" in {kernel for kernel, _, _ in device.attended}) == ragged
+
+
+def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever all heads attend to alike rows; where they do not, the plain operations do it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda of: "H100")
+    launched, kinds = {}, {}
+    for on in (True, False):
+        fused_rows.choose_fused_rows(on)
+        kinds[on] = generator_kind(CUDA, torch.float32, 12)
+        for policy, settings in ((InfinityRope, None), (ForcingKv, APART)):
+            rollout = start(tiny_transformer().to("cuda"), policy, settings)
+            list(rollout.blocks(4))
+            device.calls.clear()
+            list(rollout.blocks(1))
+            fused = sum(call[0] == "fused rows" for call in device.calls)
+            launched[on, policy] = (fused, len(device.calls))
+    fused_rows.choose_fused_rows(True)
+    assert kinds[True] == f"{kinds[False]}, fused rows {fused_rows.VERSION}"
+    # Two passes over two layers, and the first layer of the clean-context pass.
+    assert launched[True, InfinityRope][0] == 2 * 2 + 1
+    assert launched[False, InfinityRope][0] == launched[False, ForcingKv][0] == 0
+    # Two norms with their scales, a rotation and a write take the place of one launch.
+    assert launched[False, InfinityRope][1] - launched[True, InfinityRope][1] == 5 * (2 * 2 + 1)
+    assert launched[True, ForcingKv][0] == 2 + 1, "in the layer whose heads are alike"
 
 
 def test_heads_are_gathered_only_where_they_differ(device: Device) -> None:

@@ -58,7 +58,7 @@ def test_a_chosen_kernel_is_called_and_recorded() -> None:
     assert not torch.equal(by_math, by_flash), "each rounds in its own way"
     assert kind == f"cpu, torch {torch.__version__}, flash attention"
     assert other == f"cpu, torch {torch.__version__}, math attention"
-    with attention_by("cudnn"), pytest.raises(ValueError, match="cudnn attention runs on GPUs alone.*attention: auto"):
+    with attention_by("cudnn"), pytest.raises(ValueError, match=r"cudnn attention runs on GPUs alone.*attention: auto"):
         backend_of(cpu, torch.float32, 16)
 
 

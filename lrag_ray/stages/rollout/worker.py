@@ -48,6 +48,7 @@ from lrag_ray.store.records import PartRecord, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
+from lrag_ray.wan import fused_rows
 from lrag_ray.wan.attention import choose_attention
 from lrag_ray.wan.devices import generator_kind, same_kind
 from lrag_ray.wan.text import pad_text
@@ -167,6 +168,7 @@ class RolloutWorker:
         require_run(self.run, stage.created_at)
         make_reproducible(stage.threads)
         choose_attention(stage.engine.attention)
+        fused_rows.choose_fused_rows(stage.engine.fused_rows)
         self.device = device_for(stage.resources.gpus)
         self._backbone_name = ""
         self._transformer: CausalWanTransformer | None = None
@@ -387,7 +389,7 @@ class _Attempt:
                     self._leave_if_asked()
         finally:
             # Histories grow until the end, so their notes are read last.
-            self._notes += rollout.notes
+            self._notes += [*rollout.notes, *fused_rows.notes(self._device)]
 
     def _leave_if_asked(self) -> None:
         if self._worker.host.must_leave():
