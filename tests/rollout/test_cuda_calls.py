@@ -179,6 +179,44 @@ def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pyt
     assert launched[True, ForcingKv][0] == 2 + 1, "in the layer whose heads are alike"
 
 
+WINDOW_8 = BaseSettings(window=8)
+BUDGETS = [
+    (Base, WINDOW_8, {}, 388, 338_000),
+    (InfinityRope, WINDOW_8, {}, 380, 337_000),
+    (DeepForcing, DeepForcingSettings(window=8, budget=8), {}, 668, 411_000),
+    (Rag, SMALL_RAG, {}, 422, 375_000),
+    (Rag, SMALL_RAG, {"device_bytes": 30 * FRAME_BYTES}, 416, 366_000),
+    (Rag, SMALL_RAG, {"host_bytes": 3 * FRAME_BYTES}, 422, 375_000),
+]
+"""Launches, and values read and written in place, of two blocks."""
+
+
+@pytest.mark.parametrize(("policy", "settings", "tiers", "launches", "values"), BUDGETS)
+def test_blocks_keep_to_their_budget(
+    policy: type[ContextPolicy[Any]],
+    settings: object,
+    tiers: dict[str, int],
+    launches: int,
+    values: int,
+    device: Device,
+    tmp_path: Path,
+) -> None:
+    """Given a full window, two blocks wait for nothing, and what crosses the bus on the compute stream is small."""
+    disk = tmp_path if "host_bytes" in tiers else None
+    make_bank = bank_of("exact", Tiers(**tiers, disk=disk, expected_frames=30))
+    rollout = start(tiny_transformer().to("cuda"), policy, settings, make_bank=make_bank)
+    list(rollout.blocks(8))
+    device.calls.clear()
+    device.crossed.clear()
+    device.waits.clear()
+    list(rollout.blocks(2))
+    assert device.waits == []
+    assert len(device.calls) <= launches
+    assert sum(map(_values, device.calls)) <= values
+    noise = 2 * 2 * 3 * math.prod(LATENT) * 4
+    assert sum(nbytes for stream, nbytes in device.crossed if stream is device.stream) < noise + FRAME_BYTES / 2
+
+
 def test_heads_are_gathered_only_where_they_differ(device: Device) -> None:
     """Given a method whose heads attend alike, nothing of a pass is picked by head."""
     for policy, settings in ((Base, BaseSettings(window=6)), (ForcingKv, APART)):
