@@ -23,6 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lrag_ray.wan import fused_rows
+from lrag_ray.wan.rope import Angles, rotate
+from lrag_ray.wan.transformer import Projected
+
 _NEEDS_VALUES = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default")
 _attention = F.scaled_dot_product_attention
 
@@ -110,6 +114,8 @@ class Device(TorchDispatchMode):
         self.races: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
         """Every kernel: its name, and shapes, strides, types and alignments of what it gets."""
+        self.attended: list[tuple[str, int, int]] = []
+        """Every attention: its kernel, queries and keys."""
         self.crossed: list[tuple[Stream, int]] = []
         """Copies over the bus: their stream and bytes."""
         self._memory: dict[int, _Memory] = {}
@@ -134,6 +140,8 @@ class Device(TorchDispatchMode):
             return self._to_copy(args[0], **kwargs)
         if name == "aten.copy_.default":
             return self._copy(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
+        if name.startswith("aten._scaled_dot_product_"):
+            return self._attend(func, *args[:3])
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ours = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
         if any(leaf.dim() for leaf in leaves if not isinstance(leaf, OnDevice)):
@@ -156,12 +164,28 @@ class Device(TorchDispatchMode):
 
         return tree_map(own, result)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention, one kernel here whatever the CPU makes of it."""
-        if not isinstance(q, OnDevice):
-            return _attention(q, k, v)
+    def _attend(self, func: Any, q: OnDevice, k: OnDevice, v: OnDevice) -> list[Any]:
+        """One kernel here whatever the CPU makes of it; nobody reads what it returns beside its output."""
         self._launch("attention", [q, k, v], [])
-        return self._own(_attention(*map(_held, (q, k, v))), True)
+        kernel = str(func).split("_attention")[0].removeprefix("aten._scaled_dot_product_")
+        self.attended.append((kernel, q.shape[2], k.shape[2]))
+        out = self._own(_attention(*map(_held, (q, k, v))), True)
+        return [out if str(each.type) == "Tensor" else 0 for each in func._schema.returns]
+
+    def write_rows(
+        self, projected: Projected, angles: Angles, k_out: Tensor, v_out: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The kernel of `wan.fused_rows`, by the plain operations."""
+        q, k, v, norm_q, norm_k, _ = projected
+        self._launch("fused rows", [q, k, v, norm_q.weight, norm_k.weight, angles.turns, k_out, v_out], [k_out, v_out])
+        shape, turns = k_out.shape, Angles(_held(angles.turns))
+        q, k = (
+            F.rms_norm(_held(x), x.shape[-1:], eps=norm.eps).mul_(_held(norm.weight)).view(shape)
+            for x, norm in ((q, norm_q), (k, norm_k))
+        )
+        _held(k_out).copy_(rotate(k, turns))
+        _held(v_out).copy_(_held(v).view(shape))
+        return self._own(rotate(q, turns), True), self._own(k, True) if keep else None
 
     def record(self, tensor: OnDevice, stream: Stream) -> None:
         """`Tensor.record_stream`."""
@@ -267,7 +291,11 @@ def pretend_cuda() -> Iterator[Device]:
         patch.setattr(torch.cuda, "cudart", lambda: device)
         patch.setattr(Tensor, "pin_memory", lambda x: device.lock(x.clone()))
         patch.setattr(Tensor, "record_stream", lambda x, stream: device.record(x, stream))
-        patch.setattr(F, "scaled_dot_product_attention", device.attend)
+        patch.setattr(fused_rows, "refusal", lambda of: None)
+        patch.setattr(fused_rows, "write_rows", device.write_rows)
+        patch.setattr(torch.cuda, "get_device_capability", lambda of=None: (9, 0))
+        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        patch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         with device:
             yield device
     torch.__future__.set_overwrite_module_params_on_conversion(False)

@@ -46,6 +46,9 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         assert results[f"bank {bank}"]["pass"], bank
         assert results[f"replay rag, bank {bank}"]["pass"], bank
     assert results["operations"]["self-attention"]["tflops"] > 0
+    kernels = results["kernels"]
+    assert all(kernels[name]["ms"] > 0 for name in ("flash", "math", "plain rows"))
+    assert "runs on GPUs alone" in kernels["cudnn"] and kernels["fused rows"] == "runs on GPUs alone"
     skipped = {name for name, found in results.items() if isinstance(found, str)}
     assert skipped == {
         "bus",

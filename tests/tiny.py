@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lrag_ray.retrieval.history import HistoryBank
 from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise
+from lrag_ray.wan.attention import choose_attention
+from lrag_ray.wan.attention_choice import AttentionChoice
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.random_weights import fill_random
@@ -22,6 +25,16 @@ from lrag_ray.wan.transformer import CausalWanTransformer
 CONFIG = WanConfig(dim=24, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=2)
 LATENT = (16, 4, 6)
 SAMPLER = SamplerConfig(denoising_steps=(1000, 500))
+
+
+@contextmanager
+def attention_by(choice: AttentionChoice) -> Iterator[None]:
+    """All attention by this kernel."""
+    choose_attention(choice)
+    try:
+        yield
+    finally:
+        choose_attention("auto")
 
 
 def tiny_transformer() -> CausalWanTransformer:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lrag_ray.config.histories import history_frames
 from lrag_ray.config.methods import Method
 from lrag_ray.config.presets import PRESETS
 from lrag_ray.config.schema import BackboneConfig
 from lrag_ray.conformance.stored_history import changed_frames, retrieved
 from lrag_ray.context.policy import bank_of
 from lrag_ray.context.weights import Loaded
+from lrag_ray.errors import UsageError
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.retrieval.history import TieredBank, Tiers
@@ -153,8 +155,15 @@ def bench_rollout(
     """Measure `blocks` blocks of each method behind `depth_frames` latent frames, which are replayed from random ones.
 
     The first method is what the others are compared with, and, for `banks`, rolled out over `bank_blocks` blocks with
-    every storage type.
+    every storage type. UsageError where it then keeps no history that could be stored.
     """
+    name, method = next(iter(methods.items()))
+    rolled_out = bank_blocks * backbone.sampler.frames_per_block
+    if banks and not history_frames(backbone, method, rolled_out):
+        raise UsageError(
+            f"--bank {banks[0]}: {name} keeps no history over {rolled_out} latent frames, so none is stored. "
+            "Fix: leave --bank out, name a method with a history (rag), or raise --bank-blocks"
+        )
     model = load_generator(backbone, device)
     vae = load_vae(backbone, device) if decode else None
     n = backbone.sampler.frames_per_block
@@ -173,7 +182,6 @@ def bench_rollout(
         ratios = [b / a for a, b in zip(first.seconds, other.seconds, strict=True)]
         compared.append(Comparison(other.name, statistics.median(ratios), min(ratios), max(ratios)))
     del runs
-    name, method = next(iter(methods.items()))
     differences = list(_bank_differences(backbone, model, name, method, device, banks, bank_blocks)) if banks else []
     on_gpu = device.type == "cuda"
     return RolloutBench(

@@ -231,6 +231,8 @@ def rollout(
     from lrag_ray.config.presets import PRESETS
     from lrag_ray.config.schema import MethodConfig
     from lrag_ray.context.registry import registered
+    from lrag_ray.wan.attention import choose_attention
+    from lrag_ray.wan.fused_rows import choose_fused_rows
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_config(config) if config is not None else None
@@ -238,6 +240,8 @@ def rollout(
         name = _one_of(backbone or next(iter(loaded.backbones)), loaded.backbones, "backbone")
         chosen, known = loaded.backbones[name], loaded.methods
         tiers = tiers_of(loaded.engine.bank)
+        choose_attention(loaded.engine.attention)
+        choose_fused_rows(loaded.engine.fused_rows)
     else:
         name = _one_of(backbone or ("self_forcing" if place.type == "cuda" else "tiny"), PRESETS, "backbone")
         chosen, known = random_backbone(name), {each: MethodConfig(method=each) for each in registered()}

@@ -34,6 +34,7 @@ from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.registry import NONE, suite_class
 from lrag_ray.scoring.registry import registered as registered_suites
+from lrag_ray.wan.attention_choice import unfit
 
 LONGEST_FRAMES = 10_000
 """Latent frames after which every method that keeps a history has one."""
@@ -250,6 +251,7 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
     rollouts = prompts * config.prompts.samples * len(config.backbones) * len(config.methods)
     if rollouts > MOST_ROLLOUTS:
         yield Problem(("prompts", "samples"), f"comes to {rollouts:,} rollouts; a run has at most {MOST_ROLLOUTS:,}")
+    yield from _check_attention(config)
     for name, section in config.methods.items():
         method = resolve_method(section)
         path: KeyPath = ("methods", name)
@@ -268,6 +270,22 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(path, str(error))
             yield from _check_length(path, method, config.durations_s, frames_per_block)
             yield from _check_history(path, method, config, backbone)
+
+
+def _check_attention(config: RunConfig) -> Iterator[Problem]:
+    """A kernel that no device could compute a backbone with."""
+    engine = config.engine
+    for name, backbone in config.backbones.items():
+        if engine.attention == "auto":
+            return
+        on_gpu, head_dim = engine.gpus_per_actor > 0, backbone.transformer.head_dim
+        reason = unfit(engine.attention, on_gpu=on_gpu, dtype=backbone.dtype, head_dim=head_dim)
+        if reason is not None:
+            yield Problem(
+                ("engine", "attention"),
+                f"is {engine.attention}, which {reason}, for {dotted(('backbones', name))} with "
+                f"engine.gpus_per_actor {engine.gpus_per_actor:g}: use auto",
+            )
 
 
 def _check_history(path: KeyPath, method: Method, config: RunConfig, backbone: BackboneConfig) -> Iterator[Problem]:

@@ -29,6 +29,7 @@ from lrag_ray.config.watch import WatchSection
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.scoring.registry import check_name
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
+from lrag_ray.wan.attention_choice import AttentionChoice
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 
 # Far above anything that is meant: values beyond them are slips, and would fail late or never.
@@ -342,6 +343,13 @@ class WorkersSection(Section):
 class EngineSection(WorkersSection):
     """How the work is spread. Free to change between starts of the same run."""
 
+    attention: AttentionChoice = "auto"
+    """Kernel of the generator's attention. auto takes the first of flash, efficient and math that fits the device,
+    precision and head size. cudnn compiles for each new shape, so contexts of many shapes take flash beside it.
+    Parts made by another kernel are those of another device kind (`resume.on`)."""
+    fused_rows: bool = True
+    """On a GPU, do query/key norm, rotation and the write into the context in one Triton kernel. Switched on or off, it
+    makes another device kind (`resume.on`): values may differ in the last bit."""
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
     bank: BankSection = BankSection()

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lrag_ray.context.policy import ContextPolicy, Exposure, Layout
 from lrag_ray.context.trace import TraceRow
+from lrag_ray.wan import fused_rows
 from lrag_ray.wan.attention import attention
 from lrag_ray.wan.rope import Angles, Rope, rotate, rotate_into
 from lrag_ray.wan.transfer import to_device
+from lrag_ray.wan.transformer import Projected
 
 
 class Probe(Protocol):
@@ -48,6 +50,7 @@ class ContextRuntime:
         self._rope = rope
         self._probe = probe
         self._observed = False
+        self._device_fuses = fused_rows.fuses(layout.device)
         self._buffers: list[_Buffer | None] = [None] * layout.num_layers
         self._head_indices: dict[tuple[int, ...], Tensor] = {}
         """Groups of heads that were seen, on the device."""
@@ -112,13 +115,40 @@ class ContextRuntime:
         q_rotated = rotate(q, self._current)
         if self._observed:
             self._observe(layer, q, q_rotated)
+        return self._attended(layer, self._laid_out(layer), q_rotated, k, v)
+
+    @property
+    def fuses(self) -> bool:
+        """The device has the kernel, and no policy looks at queries before they are rotated."""
+        return self._device_fuses and not self._observed
+
+    def attend_projected(self, layer: int, projected: Projected) -> Tensor:
+        """`attend` with norms, rotation and write in one kernel where all heads and elements attend to alike rows."""
+        buffer = self._laid_out(layer)
+        rows = buffer.batches()
+        if len(rows) > 1 or rows[0].indices is not None or self._own is not None:
+            return self._attended(layer, buffer, rotate(projected.queries(), self._current), *projected.keys_values())
+        k_out, v_out = (x[:, x.shape[1] - buffer.current :] for x in (rows[0].k, rows[0].v))
+        q_rotated, k = fused_rows.write_rows(projected, self._current, k_out, v_out, keep=self._clean)
+        if k is not None:
+            self._store(layer, k, projected.v.view(k.shape))
+        return self._watched(layer, buffer, q_rotated)
+
+    def _laid_out(self, layer: int) -> _Buffer:
+        """The layer's buffer with the context of the block."""
         if not self._exposed:
             self._expose(layer)
         buffer = self._buffers[layer]
         assert buffer is not None
+        return buffer
+
+    def _attended(self, layer: int, buffer: _Buffer, q_rotated: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._write_current(buffer, k, v)
         if self._clean:
             self._store(layer, k, v)
+        return self._watched(layer, buffer, q_rotated)
+
+    def _watched(self, layer: int, buffer: _Buffer, q_rotated: Tensor) -> Tensor:
         if self._probe is not None:
             for rows in buffer.batches():
                 q_rows = rows.of_heads(q_rotated[rows.batch])
@@ -171,7 +201,9 @@ class ContextRuntime:
         needed = max(_rows_of_all_heads(own, self.layout.num_heads) for own in groups)
         buffer = self._buffers[layer]
         if buffer is None or buffer.capacity < needed + self._own_rows:
-            buffer = _Buffer(self.layout, len(self.policies), self._buffer_rows(needed), self._head_indices)
+            bounded = all(policy.max_context_rows() is not None for policy in self.policies)
+            capacity = self._buffer_rows(needed)
+            buffer = _Buffer(self.layout, len(self.policies), capacity, self._head_indices, bounded=bounded)
             self._buffers[layer] = buffer
         buffer.groups, buffer.current = groups, self._own_rows
         for i, each in enumerate(exposures):
@@ -226,7 +258,15 @@ class _Buffer:
     Groups of heads lie one behind the other, each as [rows, its heads, head_dim].
     """
 
-    def __init__(self, layout: Layout, batch: int, capacity: int, head_indices: dict[tuple[int, ...], Tensor]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        batch: int,
+        capacity: int,
+        head_indices: dict[tuple[int, ...], Tensor],
+        *,
+        bounded: bool,
+    ) -> None:
         self.current = layout.tokens_per_block
         """Rows of the current block that are attended to."""
         self.capacity = capacity
@@ -236,6 +276,8 @@ class _Buffer:
         self.groups = [[_Group(None, 0)] for _ in range(batch)]
         """Per batch element."""
         self._head_indices = head_indices
+        self._frame = layout.tokens_per_frame
+        self._bounded = bounded
 
     def batches(self) -> list[_Rows]:
         """The whole batch at once where all elements have the same groups of the same lengths (most methods)."""
@@ -251,16 +293,20 @@ class _Buffer:
         """Attention of rotated q [B, n·f, H, head_dim] over the used rows."""
         batches = self.batches()
         if all(rows.indices is None for rows in batches):
-            out = [attention(q[rows.batch], rows.k, rows.v) for rows in batches]
+            out = [attention(q[rows.batch], rows.k, rows.v, ragged=self._ragged(rows)) for rows in batches]
             return out[0] if len(out) == 1 else torch.cat(out)
         whole = torch.empty_like(q)
         for rows in batches:
-            out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v)
+            out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v, ragged=self._ragged(rows))
             if rows.indices is None:
                 whole[rows.batch] = out_rows
             else:
                 whole[rows.batch].index_copy_(2, rows.indices, out_rows)
         return whole
+
+    def _ragged(self, rows: _Rows) -> bool:
+        """Whether a rollout has many such shapes: those of all heads over whole frames of a window are few."""
+        return rows.indices is not None or not self._bounded or rows.k.shape[1] % self._frame != 0
 
     def _rows(self, batch: slice, groups: list[_Group]) -> list[_Rows]:
         if groups[0].heads is None:

@@ -22,7 +22,8 @@ from lrag_ray.weights.local import local_copy
 from lrag_ray.weights.loras import local_lora, lora_identity
 
 ATTENTION_BACKEND = "sdpa"
-"""What `lrag_ray.wan.attention` computes with; part of every rollout key."""
+"""What `lrag_ray.wan.attention` computes; part of every rollout key. The kernel is part of the device kind
+(`wan.devices.generator_kind`)."""
 
 
 def latents_identity(config: BackboneConfig) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from lrag_ray.wan import fused_rows
+from lrag_ray.wan.attention import backend_of
+
 
 class Device(NamedTuple):
     """One kind of GPU."""
@@ -35,11 +38,28 @@ DEVICES = (
 
 
 def device_kind(device: torch.device) -> str:
-    """``cpu``, or the name of a GPU with the libraries whose kernels decide the last bits of what it computes."""
+    """``cpu`` or the name of a GPU, with the libraries whose kernels decide the last bits of what it computes."""
     if device.type != "cuda":
-        return "cpu"
+        return f"cpu, torch {torch.__version__}"
     name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
     return f"{name}, torch {torch.__version__}, cuDNN {cudnn}"
+
+
+def generator_kind(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """`device_kind` with the kernels that a generator of this precision and head size is computed by.
+
+    ValueError where the chosen kernel cannot compute it (`attention.backend_of`).
+    """
+    kind = f"{device_kind(device)}, {backend_of(device, dtype, head_dim)} attention"
+    return f"{kind}, fused rows {fused_rows.VERSION}" if fused_rows.fuses(device) else kind
+
+
+def same_kind(recorded: str, own: str) -> bool:
+    """Whether parts of the kind `recorded` may be continued on `own`.
+
+    Older versions recorded less (``cpu`` alone, no attention kernel); what they left out is not held against them.
+    """
+    return own == recorded or own.startswith(f"{recorded}, ")
 
 
 def gpu_hours(flops: float, device: Device, utilisation: float) -> float:

@@ -20,11 +20,38 @@ from lrag_ray.wan.attention import attention
 from lrag_ray.wan.config import WanConfig
 
 
+class Projected(NamedTuple):
+    """Projections of a block's rows in one layer, each [B, L, D], and the norms that follow for queries and keys."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    norm_q: RMSNorm
+    norm_k: RMSNorm
+    heads: int
+
+    def queries(self) -> Tensor:
+        """Normed queries [B, L, H, head_dim]."""
+        return cast(Tensor, self.norm_q(self.q)).unflatten(-1, (self.heads, -1))
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Normed keys and values, each [B, L, H, head_dim]."""
+        k = cast(Tensor, self.norm_k(self.k))
+        return k.unflatten(-1, (self.heads, -1)), self.v.unflatten(-1, (self.heads, -1))
+
+
 class AttentionContext(Protocol):
     """Self-attention of one pass over the rows that a context method exposes."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output for the block's unrotated q, k and v, each [B, L, H, head_dim]."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether it takes projections, by `attend_projected`, in place of `attend`."""
+
+    def attend_projected(self, layer: int, projected: Projected) -> Tensor:
+        """`attend` for rows whose norms are still to be done."""
 
     @property
     def observes_queries(self) -> bool:
@@ -87,6 +114,10 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
+    def projected(self, x: Tensor) -> Projected:
+        """Queries, keys and values of x [B, rows, D] before their norms."""
+        return Projected(self.q(x), self.k(x), self.v(x), self.norm_q, self.norm_k, self.heads[0])
+
     def queries(self, x: Tensor) -> Tensor:
         """Normed queries [B, rows, H, head_dim] of x [B, rows, D]."""
         return cast(Tensor, self.norm_q(self.q(x))).unflatten(-1, self.heads)
@@ -122,8 +153,11 @@ class WanBlock(nn.Module):
     ) -> Tensor:
         """One layer over x [B, L, D], which it overwrites."""
         h = _modulate(self.norm1(x), time.shift1, time.scale1)
-        k, v = self.self_attn.keys_values(h)
-        y = context.attend(layer, self.self_attn.queries(h), k, v)
+        if context.fuses:
+            y = context.attend_projected(layer, self.self_attn.projected(h))
+        else:
+            k, v = self.self_attn.keys_values(h)
+            y = context.attend(layer, self.self_attn.queries(h), k, v)
         x += _gate(self.self_attn.o(y.flatten(2)), time.gate1)
         y = attention(self.cross_attn.queries(self.norm3(x)), text_k, text_v)
         x += self.cross_attn.o(y.flatten(2))

@@ -16,10 +16,11 @@ from torch import Tensor
 from lrag_ray.context.policy import Layout
 from lrag_ray.retrieval.history import TieredBank
 from lrag_ray.retrieval.payload import FrameShape, make_payload
-from lrag_ray.wan.attention import attention
+from lrag_ray.wan import fused_rows
+from lrag_ray.wan.attention import attention, backend_of, choose_attention
 from lrag_ray.wan.devices import DEVICES
 from lrag_ray.wan.flops import block_flops
-from lrag_ray.wan.rope import Rope, rotate
+from lrag_ray.wan.rope import Rope, rotate, rotate_into
 from lrag_ray.wan.transformer import CausalWanTransformer
 from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
 
@@ -27,6 +28,7 @@ from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_
 def table(bench: Bench, golden: Path | None) -> None:
     """Where a pass spends its time, then blocks of every method at every depth."""
     bench.part("operations", lambda: _operations(bench))
+    bench.part("kernels", lambda: _kernels(bench))
     for depth_s in bench.size.depths_s:
         bench.part(f"depth {depth_s} s", lambda depth_s=depth_s: _depth(bench, depth_s))  # type: ignore[misc]
     bench.part("decode", lambda: _decode(bench))
@@ -61,6 +63,41 @@ def _operations(bench: Bench) -> dict[str, dict[str, float]]:
         seconds = bench.seconds(run)
         found[name] = {"ms": 1e3 * seconds} | ({"tflops": flops / seconds / 1e12} if flops else {})
         found[name] |= {"gb_per_s": nbytes / seconds / GIGA} if nbytes else {}
+    return found
+
+
+def _kernels(bench: Bench) -> dict[str, Any]:
+    """Self-attention over 12 frames by every kernel, and the fused norm, rotation and write beside the plain one."""
+    config, n = bench.size.model, SAMPLER.frames_per_block
+    grid = config.token_grid(*bench.size.latent[1:])
+    rows, keys, heads, width = n * grid[0] * grid[1], 12 * grid[0] * grid[1], config.num_heads, config.head_dim
+    q, k = bench.draw(1, rows, heads, width), bench.draw(1, keys, heads, width)
+    found: dict[str, Any] = {}
+    for choice in ("flash", "cudnn", "efficient", "math"):
+        choose_attention(choice)  # type: ignore[arg-type]
+        try:
+            backend_of(bench.device, q.dtype, width)
+        except ValueError as error:
+            found[choice] = str(error)
+        else:
+            found[choice] = {"ms": 1e3 * bench.seconds(lambda: attention(q, k, k))}
+    choose_attention("auto")
+    layer: Any = bench.filled(CausalWanTransformer, config).blocks[0]
+    projected = layer.self_attn.projected(bench.draw(1, rows, config.dim))
+    angles, out = Rope(width, grid, bench.device).frames(range(n)), torch.empty_like(q)
+
+    def plain() -> None:
+        k_normed, v = projected.keys_values()
+        rotate(projected.queries(), angles)
+        rotate_into(out, k_normed, angles)
+        out.copy_(v)
+
+    found["plain rows"] = {"ms": 1e3 * bench.seconds(plain)}
+    refusal = fused_rows.refusal(bench.device) if bench.cuda else "runs on GPUs alone"
+    found["fused rows"] = refusal or {
+        "ms": 1e3
+        * bench.seconds(lambda: fused_rows.write_rows(projected, angles, out, torch.empty_like(out), keep=False))
+    }
     return found
 
 

@@ -71,3 +71,11 @@ def test_rolling_windows_are_measured_with_their_own_loop() -> None:
     assert done.exit_code == 0, done.output
     (rolling,) = json.loads(done.stdout)["methods"]
     assert rolling["parts_ms"]["denoise"] > 0 and rolling["parts_ms"]["context"] > 0
+
+
+@pytest.mark.parametrize("method", ["dummy_forcing", "forcing_kv", "deep_forcing"])
+def test_a_storage_type_is_refused_where_no_history_is_kept(method: str) -> None:
+    arguments = ["bench", "rollout", "--method", method, "--device", "cpu", "--bank", "int8"]
+    done = CliRunner().invoke(program(), arguments)
+    assert done.exit_code == 2
+    assert f"--bank int8: {method} keeps no history over 120 latent frames" in done.output

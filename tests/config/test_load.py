@@ -244,6 +244,24 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
             "engine: {gpus_per_actor: 1.5}",
             "run.yaml:10: engine: gpus_per_actor 1.5: a share above 1 must be a whole number of GPUs",
         ),
+        (
+            "engine: {actors: 2}",
+            "engine: {attention: flsh}",
+            "run.yaml:10: engine.attention: expected 'auto', 'flash', 'cudnn', 'efficient' or 'math', got text 'flsh'; "
+            "did you mean 'flash'?",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {attention: cudnn}",
+            "run.yaml:10: engine.attention: is cudnn, which runs on GPUs alone, for backbones.tiny with "
+            "engine.gpus_per_actor 0: use auto",
+        ),
+        (
+            "engine: {actors: 2}",
+            "engine: {attention: flash, gpus_per_actor: 1}",
+            "run.yaml:10: engine.attention: is flash, which computes in bfloat16 and float16, not in float32, for "
+            "backbones.tiny with engine.gpus_per_actor 1: use auto",
+        ),
         ("engine: {actors: 2}", "engine:", "run.yaml:10: engine: expected a section (key: value), got null (nothing)"),
         (
             "engine: {actors: 2}",

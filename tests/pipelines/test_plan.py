@@ -126,9 +126,11 @@ def test_what_is_proposed_is_accepted() -> None:
     assert make_plan(config, plan_prompts(config.prompts), machine=node).notes
 
 
-def test_a_method_without_a_history_has_no_storage_type(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"methods\.base\.history.*keeps no history"):
-        planned(CONFIGS / "table2.yaml", "methods.base.history=int8")
+@pytest.mark.parametrize("method", ["base", "dummy_forcing", "forcing_kv", "deep_forcing"])
+@pytest.mark.parametrize("history", ["int8", "int4"])
+def test_a_method_without_a_history_has_no_storage_type(method: str, history: str) -> None:
+    with pytest.raises(ConfigError, match=r"methods\.x\.history: is int., but this method keeps no history"):
+        load_config(CONFIGS / "table2.yaml", [f"methods={{x: {{method: {method}, history: {history}}}}}"])
 
 
 def test_every_method_costs_what_it_declares() -> None:

@@ -31,10 +31,15 @@ from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import TieredBank, Tiers
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.slabs import SlabPool
+from lrag_ray.wan import fused_rows
+from lrag_ray.wan.attention import backend_of
+from lrag_ray.wan.attention_choice import AttentionChoice
+from lrag_ray.wan.devices import generator_kind
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.streams import side_stream
+from lrag_ray.wan.transformer import CausalWanTransformer
 from tests.pretend_cuda import Device, Stream, pretend_cuda
-from tests.tiny import LATENT, gathered, start, tiny_layout, tiny_transformer
+from tests.tiny import CONFIG, LATENT, attention_by, gathered, start, tiny_layout, tiny_transformer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: see test_gpu.py")
 
@@ -101,6 +106,115 @@ def test_a_pass_launches_few_kernels(device: Device) -> None:
     passes, layers = 3, 2
     assert len(device.calls) / passes / layers < 45
     assert sum(map(_values, device.calls)) / passes / layers < 36_000
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "choice", "chosen"),
+    [
+        (torch.bfloat16, 1, "auto", "flash"),
+        (torch.float32, 1, "auto", "efficient"),
+        (torch.bfloat16, 2, "auto", "math"),
+        (torch.bfloat16, 1, "cudnn", "cudnn"),
+    ],
+)
+def test_the_kernel_of_attention_follows_from_precision_and_head_size(
+    dtype: torch.dtype, heads: int, choice: AttentionChoice, chosen: str, device: Device
+) -> None:
+    """Given heads of 24 or 12 channels; flash and cuDNN need a multiple of 8."""
+    model = CausalWanTransformer(replace(CONFIG, num_heads=heads))
+    fill_random(model, seed=3)
+    with attention_by(choice):
+        assert backend_of(CUDA, dtype, 24 // heads) == chosen
+        list(start(model.requires_grad_(False).to("cuda", dtype), InfinityRope).blocks(2))
+    assert {kernel for kernel, _, _ in device.attended} == ({chosen} if chosen != "math" else set())
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "ragged"),
+    [
+        (InfinityRope, BaseSettings(window=8), False),
+        (Rag, SMALL_RAG, False),
+        (DeepForcing, DeepForcingSettings(window=8, budget=8), False),
+        (Base, BaseSettings(window=-1), True),
+        (ForcingKv, APART, True),
+    ],
+)
+def test_cudnn_compiles_for_few_shapes(
+    policy: type[ContextPolicy[Any]], settings: object, ragged: bool, device: Device
+) -> None:
+    """Contexts that grow for ever, and groups of heads, go to flash beside it; the first blocks fill the window."""
+    model = CausalWanTransformer(replace(CONFIG, dim=48))
+    fill_random(model, seed=3)
+    rollout = start(model.requires_grad_(False).to("cuda", torch.bfloat16), policy, settings)
+    with attention_by("cudnn"):
+        list(rollout.blocks(7))
+        first = {each for each in device.attended if each[0] == "cudnn"}
+        device.attended.clear()
+        list(rollout.blocks(3))
+    assert {each for each in device.attended if each[0] == "cudnn"} <= first
+    assert ("flash" in {kernel for kernel, _, _ in device.attended}) == ragged
+
+
+def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever all heads attend to alike rows; where they do not, the plain operations do it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda of: "H100")
+    launched, kinds = {}, {}
+    for on in (True, False):
+        fused_rows.choose_fused_rows(on)
+        kinds[on] = generator_kind(CUDA, torch.float32, 12)
+        for policy, settings in ((InfinityRope, None), (ForcingKv, APART)):
+            rollout = start(tiny_transformer().to("cuda"), policy, settings)
+            list(rollout.blocks(4))
+            device.calls.clear()
+            list(rollout.blocks(1))
+            fused = sum(call[0] == "fused rows" for call in device.calls)
+            launched[on, policy] = (fused, len(device.calls))
+    fused_rows.choose_fused_rows(True)
+    assert kinds[True] == f"{kinds[False]}, fused rows {fused_rows.VERSION}"
+    # Two passes over two layers, and the first layer of the clean-context pass.
+    assert launched[True, InfinityRope][0] == 2 * 2 + 1
+    assert launched[False, InfinityRope][0] == launched[False, ForcingKv][0] == 0
+    # Two norms with their scales, a rotation and a write take the place of one launch.
+    assert launched[False, InfinityRope][1] - launched[True, InfinityRope][1] == 5 * (2 * 2 + 1)
+    assert launched[True, ForcingKv][0] == 2 + 1, "in the layer whose heads are alike"
+
+
+WINDOW_8 = BaseSettings(window=8)
+BUDGETS = [
+    (Base, WINDOW_8, {}, 388, 338_000),
+    (InfinityRope, WINDOW_8, {}, 380, 337_000),
+    (DeepForcing, DeepForcingSettings(window=8, budget=8), {}, 668, 411_000),
+    (Rag, SMALL_RAG, {}, 422, 375_000),
+    (Rag, SMALL_RAG, {"device_bytes": 30 * FRAME_BYTES}, 416, 366_000),
+    (Rag, SMALL_RAG, {"host_bytes": 3 * FRAME_BYTES}, 422, 375_000),
+]
+"""Launches, and values read and written in place, of two blocks."""
+
+
+@pytest.mark.parametrize(("policy", "settings", "tiers", "launches", "values"), BUDGETS)
+def test_blocks_keep_to_their_budget(
+    policy: type[ContextPolicy[Any]],
+    settings: object,
+    tiers: dict[str, int],
+    launches: int,
+    values: int,
+    device: Device,
+    tmp_path: Path,
+) -> None:
+    """Given a full window, two blocks wait for nothing, and what crosses the bus on the compute stream is small."""
+    disk = tmp_path if "host_bytes" in tiers else None
+    make_bank = bank_of("exact", Tiers(**tiers, disk=disk, expected_frames=30))
+    rollout = start(tiny_transformer().to("cuda"), policy, settings, make_bank=make_bank)
+    list(rollout.blocks(8))
+    device.calls.clear()
+    device.crossed.clear()
+    device.waits.clear()
+    list(rollout.blocks(2))
+    assert device.waits == []
+    assert len(device.calls) <= launches
+    assert sum(map(_values, device.calls)) <= values
+    noise = 2 * 2 * 3 * math.prod(LATENT) * 4
+    assert sum(nbytes for stream, nbytes in device.crossed if stream is device.stream) < noise + FRAME_BYTES / 2
 
 
 def test_heads_are_gathered_only_where_they_differ(device: Device) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrag_ray.context.base import Base
@@ -26,7 +25,7 @@ from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.rollout.types import BlockResult
 from lrag_ray.wan.config import SamplerConfig
 from tests.rollout.test_rollout import ConstantNoise
-from tests.tiny import CONFIG, LATENT, generate, prompt_embeds, start, tiny_transformer
+from tests.tiny import CONFIG, LATENT, attention_by, generate, prompt_embeds, start, tiny_transformer
 
 FOUR = SamplerConfig()
 CASES = [
@@ -174,7 +173,7 @@ def test_blocks_cost_what_torch_counts(model: Any, sampler: SamplerConfig, setti
     rollout = roll(model, sampler, settings, 6)
     planned = RollingWindows.block_flops(CONFIG, sampler, *LATENT[1:], attended, 6)
     for flops in planned:
-        with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counted, attention_by("math"):
             list(rollout.blocks(1))
         assert counted.get_total_flops() == flops
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+from torch.nn import functional as F
 
-from lrag_ray.wan.attention import attention
+from lrag_ray.wan.attention import attention, backend_of
+from lrag_ray.wan.devices import generator_kind, same_kind
+from tests.tiny import attention_by
 
 
 def test_scores_are_scaled_by_the_root_of_the_head_width_and_weigh_the_values() -> None:
@@ -30,3 +34,46 @@ def test_heads_and_batch_elements_do_not_mix() -> None:
     k = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]]).unsqueeze(-1)
     v = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]).unsqueeze(-1)
     assert attention(q, k, v).flatten().tolist() == [1.0, 4.0, 7.0, 6.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_chosen_kernel_computes_what_torch_chooses_on_the_cpu(dtype: torch.dtype) -> None:
+    """Bit for bit, in the strides that a context buffer has."""
+    for batch, head_dim, queries, keys in ((1, 128, 18, 72), (2, 12, 7, 13), (1, 64, 300, 1000)):
+        q = torch.randn(batch, queries, 3, head_dim, dtype=dtype)
+        k, v = torch.randn(2, batch, keys + 9, 3, head_dim, dtype=dtype)[:, :, :keys]
+        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        found = attention(q, k, v)
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+
+
+def test_a_chosen_kernel_is_called_and_recorded() -> None:
+    q, k = torch.randn(1, 40, 2, 16), torch.randn(1, 90, 2, 16)
+    cpu = torch.device("cpu")
+    by_flash, kind = attention(q, k, k), generator_kind(cpu, torch.float32, 16)
+    with attention_by("math"):
+        by_math, other = attention(q, k, k), generator_kind(cpu, torch.float32, 16)
+    torch.testing.assert_close(by_math, by_flash)
+    assert not torch.equal(by_math, by_flash), "each rounds in its own way"
+    assert kind == f"cpu, torch {torch.__version__}, flash attention"
+    assert other == f"cpu, torch {torch.__version__}, math attention"
+    with attention_by("cudnn"), pytest.raises(ValueError, match=r"cudnn attention runs on GPUs alone.*attention: auto"):
+        backend_of(cpu, torch.float32, 16)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "same"),
+    [
+        ("H100, torch 2.12.1, cuDNN 91900, flash attention", True),
+        ("H100, torch 2.12.1, cuDNN 91900", True),
+        ("H100", True),
+        ("H100, torch 2.12.1, cuDNN 91900, efficient attention", False),
+        ("H100, torch 2.12.1, cuDNN 92000, flash attention", False),
+        ("H100, torch 2.12.1, cuDNN 9190", False),
+        ("H100, torch 2.12", False),
+        ("H1", False),
+    ],
+)
+def test_a_kind_of_an_older_version_says_less_but_nothing_else(recorded: str, same: bool) -> None:
+    assert same_kind(recorded, "H100, torch 2.12.1, cuDNN 91900, flash attention") == same

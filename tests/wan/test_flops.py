@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrag_ray.context.infinity_rope import InfinityRope
@@ -27,7 +26,7 @@ from lrag_ray.wan.flops import (
     setup_flops,
 )
 from lrag_ray.wan.transformer import CausalWanTransformer
-from tests.tiny import CONFIG, LATENT, prompt_embeds, tiny_transformer
+from tests.tiny import CONFIG, LATENT, attention_by, prompt_embeds, tiny_transformer
 
 FULL, SAMPLER = WanConfig(), SamplerConfig()
 
@@ -52,7 +51,7 @@ def test_a_block_and_the_setup_cost_what_torch_counts() -> None:
     assert counted_setup.get_total_flops() == setup_flops(CONFIG, sampler)
     list(rollout.blocks(1))
     # torch counts attention as matrix products, not the CPU's fused kernel.
-    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counted, attention_by("math"):
         list(rollout.blocks(1))
     assert counted.get_total_flops() == block_flops(CONFIG, sampler, *LATENT[1:], 6)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.random_weights import fill_random
-from lrag_ray.wan.transformer import CausalWanTransformer, RMSNorm, sinusoidal_embedding
+from lrag_ray.wan.transformer import CausalWanTransformer, Projected, RMSNorm, sinusoidal_embedding
 
 CONFIG = WanConfig(
     dim=24, ffn_dim=20, freq_dim=8, text_dim=6, text_len=3, in_dim=5, out_dim=4, num_heads=2, num_layers=2, eps=1e-2
@@ -29,10 +29,14 @@ class OwnRows:
         self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     observes_queries = False
+    fuses = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.seen.append((layer, q, k, v))
         return plain_attention(q, k, v)
+
+    def attend_projected(self, layer: int, projected: Projected) -> Tensor:
+        raise AssertionError("it does not fuse")
 
     def keep(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         self.seen.append((layer, k if q is None else q, k, v))

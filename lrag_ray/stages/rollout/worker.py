@@ -14,6 +14,8 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
+
 from lrag_ray.config.histories import history_frames, tiers_of
 from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.schema import (
@@ -46,7 +48,9 @@ from lrag_ray.store.records import PartRecord, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
-from lrag_ray.wan.devices import device_kind
+from lrag_ray.wan import fused_rows
+from lrag_ray.wan.attention import choose_attention
+from lrag_ray.wan.devices import generator_kind, same_kind
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -163,6 +167,8 @@ class RolloutWorker:
         self.run = RolloutRun(stage.uri, stage.storage)
         require_run(self.run, stage.created_at)
         make_reproducible(stage.threads)
+        choose_attention(stage.engine.attention)
+        fused_rows.choose_fused_rows(stage.engine.fused_rows)
         self.device = device_for(stage.resources.gpus)
         self._backbone_name = ""
         self._transformer: CausalWanTransformer | None = None
@@ -232,7 +238,6 @@ class _Attempt:
         self._run, self._device = worker.run, worker.device
         self._task = task
         self._id = attempt
-        self._device_kind = device_kind(self._device)
         self._watch = Stopwatch()
         self._notes: list[str] = []
         self._blocks_done = self._stored_bytes = 0
@@ -244,6 +249,8 @@ class _Attempt:
         if self._backbone.fail_on_prompt is not None and self._backbone.fail_on_prompt in task.prompt:
             raise RuntimeError(f"fail_on_prompt: the prompt contains {self._backbone.fail_on_prompt!r}")
         self._n = self._backbone.sampler.frames_per_block
+        dtype, head_dim = getattr(torch, self._backbone.dtype), self._backbone.transformer.head_dim
+        self._device_kind = generator_kind(self._device, dtype, head_dim)
         if task.damaged is not None:
             return self._restore(task.damaged, began)
         inventory = self._run.inventory(task.rollout)
@@ -295,7 +302,7 @@ class _Attempt:
         """What to continue from."""
         records, broken = self._run.part_records(inventory, self._task.rollout)
         records = [record for record in records if record.rollout_key == self._task.rollout_key]
-        own = [record for record in records if record.device_kind == self._device_kind]
+        own = [record for record in records if same_kind(record.device_kind, self._device_kind)]
         if self._stage.resume.on == "any":
             own = records
         chain = self._read_chain(own)
@@ -382,7 +389,7 @@ class _Attempt:
                     self._leave_if_asked()
         finally:
             # Histories grow until the end, so their notes are read last.
-            self._notes += rollout.notes
+            self._notes += [*rollout.notes, *fused_rows.notes(self._device)]
 
     def _leave_if_asked(self) -> None:
         if self._worker.host.must_leave():

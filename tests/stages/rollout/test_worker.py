@@ -23,8 +23,10 @@ from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.seal import opened_json
 from lrag_ray.video.mp4 import read_video
+from lrag_ray.wan.attention import choose_attention
 from tests.stages.make import BACKBONE, METHODS, encode_texts, make_config, make_prompts, pending_tasks
 
+CPU = f"cpu, torch {torch.__version__}, flash attention"
 PROMPTS = make_prompts("a red fox in the snow")
 DEEP = {"method": "deep_forcing", "window": 9, "budget": 9, "recent": 3, "sink": 3}
 ROLLING = {"method": "rolling_forcing", "window": 9}
@@ -212,9 +214,30 @@ def test_parts_of_another_kind_of_device_are_continued_only_where_that_is_wanted
     else:
         assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 0, 4)
         (note,) = result.notes
-        assert "parts made on NVIDIA H100 are left unused, this is cpu (resume.on: any" in note
+        assert f"parts made on NVIDIA H100 are left unused, this is {CPU} (resume.on: any" in note
     assert before.items() <= grown.run.storage.list_files("rollouts").items()
     assert grown.tasks() == []
+
+
+@pytest.mark.parametrize(("former", "resumed"), [("cpu", 2), ("cpu, torch 2.9.0, flash attention", 0)])
+def test_an_upgrade_of_torch_is_noticed_and_named(tmp_path: Path, former: str, resumed: int) -> None:
+    """Parts of a version that recorded no torch are continued from, as before."""
+    run = bench(tmp_path, durations_s=[1.5])
+    run.work()
+    relabelled(run, former)
+    result = bench(tmp_path).work()
+    assert (result.committed, result.blocks_resumed) == ((12,), resumed)
+    assert len(result.notes) == (resumed == 0)
+    assert all(f"parts made on {former} are left unused, this is {CPU}" in note for note in result.notes)
+
+
+def test_another_kernel_of_attention_is_another_kind_of_device(tmp_path: Path) -> None:
+    run = bench(tmp_path, durations_s=[1.5])
+    run.work()
+    result = bench(tmp_path, engine={"attention": "math"}).work()
+    choose_attention("auto")
+    assert (result.committed, result.blocks_resumed) == ((12,), 0)
+    assert "flash attention are left unused" in result.notes[0]
 
 
 def test_a_lost_commit_of_another_kind_of_device_is_made_again_from_its_parts(tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""Names of torch's attention kernels and what each can compute; `wan.attention` calls them. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Backend = Literal["flash", "cudnn", "efficient", "math"]
+AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math"]
+
+
+def unfit(backend: Backend, *, on_gpu: bool, dtype: str, head_dim: int) -> str | None:
+    """Why no device of this sort computes tensors of this precision and head size with this kernel, or None."""
+    half = dtype in ("bfloat16", "float16")
+    if not on_gpu:
+        return None if backend in ("flash", "math") else "runs on GPUs alone"
+    if backend == "math":
+        return None
+    if backend == "efficient":
+        step = 8 if half else 4
+        return f"needs a head_dim that is a multiple of {step}, not {head_dim}" if head_dim % step else None
+    if not half:
+        return f"computes in bfloat16 and float16, not in {dtype}"
+    most = 256 if backend == "flash" else 128
+    if head_dim % 8 or head_dim > most:
+        return f"needs a head_dim that is a multiple of 8 and at most {most}, not {head_dim}"
+    return None

@@ -1,0 +1,71 @@
+"""The fused kernel: its values under Triton's interpreter, its code for GPUs that are not here, and going without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrag_ray.wan import fused_rows
+
+pytest.importorskip("triton")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_the_kernel_computes_what_the_plain_operations_do() -> None:
+    """Given the rounding of the interpreter, bfloat16 is equal bit for bit; float32 differs by the order of a sum."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.wan.interpreted_rows"],
+        cwd=REPOSITORY,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    cases = json.loads(found.stdout.splitlines()[-1])
+    assert len(cases) == 7
+    for name, compared in cases.items():
+        for what, (apart, share) in compared.items():
+            if name.startswith("bfloat16"):
+                assert share < 0.01, (name, what)
+            else:
+                assert apart < fused_rows.TOLERANCE[torch.float32], (name, what)
+
+
+def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types, constants and instructions are checked by the compiler; bfloat16 is rounded to the nearest."""
+    from triton import compile as compiled
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lrag_ray.wan.fused_kernel import rows_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    others = {"turns": "*fp32", "eps": "fp32", "KEEP": "constexpr", "BLOCK": "constexpr"}
+    others |= dict.fromkeys(("rows", "width", "pairs", "turns_stride", "out_stride"), "i32")
+    signature = {name: others.get(name, "*bf16") for name in rows_kernel.arg_names}
+    source = ASTSource(rows_kernel, signature, {"KEEP": True, "BLOCK": 1024})
+    code = compiled(source, target=GPUTarget("cuda", 90, 32)).asm
+    assert code["cubin"]
+    assert "cvt.rn.bf16" in code["ptx"] and "cvt.rz" not in code["ptx"]
+
+
+def test_a_device_without_triton_does_without_the_kernel_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not fused_rows.fuses(cpu) and fused_rows.notes(cpu) == []
+    # As a GPU whose kernel does not compile: the kernel was loaded for a GPU, and is given tensors of the CPU.
+    from lrag_ray.wan import fused_kernel  # noqa: F401
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not fused_rows.fuses(cpu)
+    (note,) = fused_rows.notes(cpu)
+    assert note.startswith("plain operations in place of the fused kernel, which is slower: ")
+    fused_rows.choose_fused_rows(False)
+    assert fused_rows.notes(cpu) == []
+    fused_rows.choose_fused_rows(True)
