@@ -139,12 +139,8 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
     write_changed(folder, contents)
     # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
     files = folder.list_files()
-    for name in {
-        "drift.csv",
-        "drift.parquet",
-        "ends.csv",
-        "judge.csv",
-    } & files.keys() - contents.keys() | unused_strips(files, sheets):
+    optional = {"drift.csv", "drift.parquet", "ends.csv", "judge.csv"}
+    for name in optional & files.keys() - contents.keys() | unused_strips(files, sheets):
         folder.remove(name)
     if to is None:
         _write_index(data.sources[0].run_dir.storage)

@@ -149,10 +149,8 @@ def videos_csv(data: ReportData) -> str:
         | dict(video.values)
         for video in data.scores.videos
     ]
-    return csv_text(
-        [*labels, *_prompt_names(data), *(measure.name for measure in [*data.suite.measures, *data.suite.unranked])],
-        lines,
-    )
+    measures = [measure.name for measure in (*data.suite.measures, *data.suite.unranked)]
+    return csv_text([*labels, *_prompt_names(data), *measures], lines)
 
 
 def scores_parquet(data: ReportData) -> bytes:

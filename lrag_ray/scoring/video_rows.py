@@ -50,7 +50,7 @@ class ScoreTarget:
     """Frames from the start of the video that belong to the duration."""
     fps: int
     frames_per_block: int = 0
-    """Latent frames of a block; like `cold_chunk` not in score files, since the run knows it. 0 where it is not known."""
+    """Latent frames of a block, 0 where not known; like `cold_chunk` not in score files, since the run knows it."""
     cold_chunk: int | None = None
     """Latent frames of the chunks that were decoded like new videos."""
 

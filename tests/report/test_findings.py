@@ -190,7 +190,7 @@ def test_flow_discontinuity_stands_beside_the_ranks_where_every_video_has_it(run
     assert table.flow == {"rag": Interval(0.5, 0.5, 0.5)}
     assert [block.rows for block in data.blocks] == [block.rows for block in before.blocks], "it is never ranked"
     csv = ends_csv(data, [table]).splitlines()
-    assert [line for line in csv if "flow" in line][0].endswith("6,rag,flow_discontinuity,mean,0.5,0.5,0.5")
+    assert next(line for line in csv if "flow" in line).endswith("6,rag,flow_discontinuity,mean,0.5,0.5,0.5")
     assert "flow_discontinuity" in videos_csv(data).splitlines()[0]
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(*terminal_tables(data))

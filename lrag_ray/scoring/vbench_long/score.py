@@ -59,9 +59,9 @@ def score_video(
     """Rows of all clips, then of clip to clip per duration; clips that durations share are scored once.
 
     Where `source` asks for it, a row with the deviations of the optical flow of all frames follows. Both modes take it
-    from the decoded frames. A video that cannot be read ends in one row of kind ``failure``; a dimension that a clip is too short or too small
-    for gives a row with its reason. A file that declares no length has a row of kind ``note``. Rows whose key is in
-    `done` are left out. Nothing but wrong use, missing weights and errors of the device is raised.
+    from the decoded frames. A video that cannot be read ends in one row of kind ``failure``; a dimension that a clip is
+    too short or too small for gives a row with its reason. A file that declares no length has a row of kind ``note``.
+    Rows whose key is in `done` are left out. Nothing but wrong use, missing weights and errors of the device is raised.
     """
     scorer = ClipScorer(source.video, networks, mode=mode, early_stop=early_stop)
     first_frames: dict[ClipSpan, Frame] = {}
