@@ -23,6 +23,7 @@ from lrag_ray.cli import (
     inspect,
     judge,
     plan,
+    prompts,
     refine,
     report,
     runs,
@@ -240,6 +241,7 @@ decode.register(app)
 score.register(app)
 report.register(app)
 inspect.register(app)
+prompts.register(app)
 refine.register(app)
 judge.register(app)
 runs.register(app)
