@@ -207,14 +207,25 @@ def test_costs_are_seconds_per_second_of_video_beside_infinity_rope(
         rollout = values["rollout"]
         assert isinstance(rollout, RolloutId)
         spent = seconds[rollout.method]
-        timings_s = {"denoise": 96 * spent, "context": 24 * spent, "load": 3.0, "decode": 12.0, "other": 1.0}
+        timings_s = {
+            "denoise": 96 * spent,
+            "context": 24 * spent,
+            "retrieval": 6 * spent,
+            "load": 3.0,
+            "decode": 12.0,
+            "other": 1.0,
+        }
         return Commit(**{**values, "timings_s": timings_s})  # type: ignore[arg-type]
 
     monkeypatch.setattr("tests.report.make_run.Commit", timed)
     data = scored(made(tmp_path, ("infinity_rope", "rag"), PROMPTS[:2]), lambda *_: 0.5)
     (table,) = cost_tables(data)
-    assert (table.device, table.duration_s, table.kinds) == ("cpu", 12, ["denoise", "context", "decode", "load"])
+    assert (table.device, table.duration_s, table.kinds) == (
+        "cpu",
+        12,
+        ["denoise", "context", "retrieval", "decode", "load"],
+    )
     plain, rag = table.rows
-    assert dict(plain.seconds) == pytest.approx({"denoise": 8, "context": 2, "decode": 1, "load": 3})
+    assert dict(plain.seconds) == pytest.approx({"denoise": 8, "context": 2, "retrieval": 0.5, "decode": 1, "load": 3})
     assert plain.relative == 0 and rag.relative == pytest.approx(0.1) and rag.rollouts == 2
     assert rag.history_bytes is None, "this run does not say how large its generator is"
