@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from lrag_ray.api import open_run as open_run
     from lrag_ray.api import plan as plan
     from lrag_ray.api import prepare as prepare
+    from lrag_ray.api import progress as progress
     from lrag_ray.api import run as run
     from lrag_ray.api import score as score
     from lrag_ray.api import stop_job as stop_job
     from lrag_ray.api import submit as submit
+    from lrag_ray.api import write_report as write_report
     from lrag_ray.dataset import Dataset as Dataset
 
 __version__ = "0.1.0"
@@ -50,10 +52,12 @@ __all__ = [
     "open_run",
     "plan",
     "prepare",
+    "progress",
     "run",
     "score",
     "stop_job",
     "submit",
+    "write_report",
 ]
 
 

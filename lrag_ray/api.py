@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lrag_ray.pipelines.submit.follow import JobEnd as JobEnd
     from lrag_ray.pipelines.submit.submit import Preparation as Preparation
     from lrag_ray.pipelines.submit.submit import SubmittedJob as SubmittedJob
+    from lrag_ray.report import Report
     from lrag_ray.report.collect import ReportData
 
 
@@ -87,6 +89,47 @@ def score(
             raise UsageError(f"manifest and to are for videos outside a run, and {target} is a run")
         return score_run(config or stored_config(target, overrides), listener=listener)
     return score_videos(target, videos_config(overrides), manifest=manifest, to=to, listener=listener)
+
+
+@contextmanager
+def progress() -> Iterator[Listener]:
+    """A listener that shows what a start does: live in a notebook and on a terminal, lines elsewhere.
+
+    ``with lr.progress() as shown: lr.run(config, listener=shown)``
+    """
+    from lrag_ray.cli.progress import shown_progress
+
+    with shown_progress() as listener:
+        yield listener
+
+
+def write_report(
+    runs: str | Sequence[str] | Mapping[str, str],
+    *,
+    to: str | None = None,
+    suite: str | None = None,
+    mode: str | None = None,
+    strips: int | None = None,
+) -> Report:
+    """Write the report of one run, or of several as one, and return its tables; see `lrag_ray.report.report`.
+
+    A mapping gives the runs labels, which tell apart methods that several of them have: ``{"A": "runs/a", "B":
+    "runs/b"}`` shows ``rag (A)`` and ``rag (B)``. Without `to`, nothing is written for several. Raises StorageError
+    and UsageError.
+    """
+    from lrag_ray.pipelines.report import report as make_report
+    from lrag_ray.report.build import STRIPS
+
+    labels = list(runs) if isinstance(runs, Mapping) else None
+    uris = [runs] if isinstance(runs, str) else list(runs.values()) if isinstance(runs, Mapping) else list(runs)
+    return make_report(
+        [RolloutRun(uri) for uri in uris],
+        to=to,
+        suite=suite,
+        mode=mode,
+        strips=STRIPS if strips is None else strips,
+        labels=labels,
+    )
 
 
 def prepare(config: JobConfig | str | Path) -> Preparation:

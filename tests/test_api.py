@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ FUNCTIONS = {
     "score": "(target: 'str', *, config: 'RunConfig | None' = None, overrides: 'Sequence[str]' = (), "
     "manifest: 'str | None' = None, to: 'str | None' = None, listener: 'Listener' = <function silent>) "
     "-> 'RunScores | VideoScores'",
+    "progress": "() -> 'Iterator[Listener]'",
+    "write_report": "(runs: 'str | Sequence[str] | Mapping[str, str]', *, to: 'str | None' = None, "
+    "suite: 'str | None' = None, mode: 'str | None' = None, strips: 'int | None' = None) -> 'Report'",
     "prepare": "(config: 'JobConfig | str | Path') -> 'Preparation'",
     "submit": "(config: 'JobConfig | str | Path | Preparation', *, address: 'str | None' = None, "
     "upload: 'bool' = True, python: 'str' = 'python', listener: 'Listener' = <function silent>) -> 'SubmittedJob'",
@@ -154,8 +158,8 @@ def test_scores(finished: RolloutRun) -> None:
     assert set(table["prompt"]) == set(PROMPTS)
     assert set(table["method"]) == {"base", "rag"}
     assert set(table["duration_s"]) == {frames / 4 for frames in HORIZONS}
-    assert set(table["dimension"]) == {measure.name for measure in PREVIEW.measures}
-    assert len(table) == 2 * 2 * 2 * len(PREVIEW.measures)
+    assert set(table["dimension"]) == {measure.name for measure in (*PREVIEW.measures, *PREVIEW.unranked)}
+    assert len(table) == 2 * 2 * 2 * len(PREVIEW.measures) + 2 * 2 * 2, "a value of each, and the flow discontinuity"
     assert table["value"].notna().all()
 
 
@@ -188,6 +192,13 @@ def test_latents_of_the_longest_horizon(finished: RolloutRun) -> None:
     (latents,) = found.values()
     assert latents.shape == (max(HORIZONS), 1, 2, 2)
     assert torch.equal(latents.float(), torch.zeros(max(HORIZONS), 1, 2, 2))
+
+
+def test_runs_with_labels_stand_side_by_side(finished: RolloutRun, tmp_path: Path) -> None:
+    other = shutil.copytree(finished.uri, tmp_path / "other")
+    made = lr.write_report({"A": finished.uri, "B": str(other)}, to=str(tmp_path / "both"), strips=0)
+    assert list(made.data.identity.methods) == ["base (A)", "rag (A)", "base (B)", "rag (B)"]
+    assert (tmp_path / "both" / "report.html").is_file()
 
 
 def test_an_address_without_a_run_is_an_error(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lrag_ray.cli import (
     inspect,
     judge,
     plan,
+    prompts,
     refine,
     report,
     runs,
@@ -246,6 +247,7 @@ decode.register(app)
 score.register(app)
 report.register(app)
 inspect.register(app)
+prompts.register(app)
 refine.register(app)
 judge.register(app)
 runs.register(app)

@@ -1,4 +1,6 @@
-"""Three listeners: a live display on a terminal, plain lines elsewhere, or one JSON object per event. All on stderr.
+"""Listeners: a live display on a terminal or in a notebook, plain lines elsewhere, or one JSON object per event.
+
+All write to stderr, except in a notebook.
 
 Example::
 
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.live import Live
 
 from lrag_ray.cli.live import LiveView
+from lrag_ray.cli.notebook import in_notebook, live_in_notebook
 from lrag_ray.cli.output import console, write
 from lrag_ray.cli.run_view import RunView
 from lrag_ray.events import (
@@ -36,11 +39,14 @@ _PLAIN_EVERY_S = 10.0
 
 @contextmanager
 def shown_progress(form: ProgressForm = "auto") -> Iterator[Listener]:
-    """A listener for the time of the block; `auto` is live on a terminal and lines elsewhere."""
+    """A listener for the time of the block; `auto` is live on a terminal and in a notebook, and lines elsewhere."""
     if form == "json":
         yield json_lines(partial(write, stderr=True))
     elif form == "auto" and sys.stderr.isatty():
         with _live(console(stderr=True)) as receive:
+            yield receive
+    elif form == "auto" and in_notebook():
+        with live_in_notebook(write) as receive:
             yield receive
     else:
         yield PlainProgress(partial(write, stderr=True))

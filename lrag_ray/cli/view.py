@@ -1,17 +1,22 @@
-"""``lrag-ray view | export``: the report in a browser, and as one file to give away."""
+"""``lrag-ray view | export | push``: the report in a browser, as one file to give away, and on the Hub."""
 
 from __future__ import annotations
 
 import tempfile
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lrag_ray.cli.options import AsJson, named_runs
 from lrag_ray.cli.output import console, print_json, quantity, tells_errors, write
 from lrag_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from lrag_ray.report.collect import ReportData
+    from lrag_ray.store.records import RolloutId
 
 Runs = Annotated[
     list[str], typer.Argument(metavar="[LABEL=]RUN", help="Addresses of run directories (run.uri), with labels.")
@@ -20,11 +25,18 @@ Suite = Annotated[str | None, typer.Option("--suite", help="Which scores [defaul
 Mode = Annotated[str | None, typer.Option("--mode", help="Which scores of vbench_long, compat or direct.")]
 Strips = Annotated[int, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips.")]
 
+PromptText = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="Videos of prompts that contain this, in any case.")
+]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="Videos of this method; may be repeated.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=0, help="Videos of the first N prompts alone.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("view")(view)
     app.command("export")(export)
+    app.command("push")(push)
 
 
 @tells_errors
@@ -73,15 +85,9 @@ def export(
     arguments: Annotated[
         list[str], typer.Argument(metavar="[LABEL=]RUN... FILE.zip", help="Addresses of runs, and the file to write.")
     ],
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Videos of prompts that contain this, in any case.")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option("--method", help="Videos of this method; may be repeated.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=0, help="Videos of the first N prompts alone.")
-    ] = None,
+    prompt: PromptText = None,
+    method: Methods = None,
+    limit: Limit = None,
     suite: Suite = None,
     mode: Mode = None,
     strips: Strips = 3,
@@ -98,7 +104,6 @@ def export(
     """
     from lrag_ray.report import collect
     from lrag_ray.report.export import export_report
-    from lrag_ray.store.records import RolloutId
     from lrag_ray.store.rollouts import RolloutRun
 
     *runs, file = arguments
@@ -106,17 +111,7 @@ def export(
         raise UsageError("give the runs and then the file to write, which ends in .zip")
     uris, labels = named_runs(runs)
     data = collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
-    unknown = [name for name in method or () if name not in data.identity.methods]
-    if unknown:
-        raise UsageError(f"--method {unknown[0]}: the runs have {', '.join(data.identity.methods)}")
-    texts = {name: found.text.lower() for name, found in data.identity.prompts.items()}
-    fitting = [name for name, text in texts.items() if prompt is None or prompt.lower() in text]
-    chosen = set(fitting[:limit])
-
-    def wanted(rollout: RolloutId) -> bool:
-        return rollout.prompt_id in chosen and (not method or rollout.method in method)
-
-    made = export_report(data, file, wanted, strips)
+    made = export_report(data, file, _chosen(data, prompt, method, limit), strips)
     if as_json:
         print_json(made)
     else:
@@ -127,3 +122,65 @@ def export(
             f"{made.file}: {made.videos} videos, {quantity(made.size_bytes, 'B')}; unpack it and open report.html"
         )
     raise typer.Exit(1 if made.missing else 0)
+
+
+@tells_errors
+def push(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="[LABEL=]RUN... hub://OWNER/NAME", help="Addresses of runs, and where to.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the repository for everybody, or write to one that is public.")
+    ] = False,
+    prompt: PromptText = None,
+    method: Methods = None,
+    limit: Limit = None,
+    suite: Suite = None,
+    mode: Mode = None,
+    strips: Strips = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report with its tables and videos to a dataset repository on the Hugging Face Hub.
+
+    The repository is created as private, and a public one is refused, unless --public is given. The token is that of
+    the environment (HF_TOKEN), HF_ENDPOINT names a mirror. The options choose the videos, as for export.
+
+    \b
+    Examples:
+      lrag-ray push runs/demo hub://me/demo --limit 4
+      lrag-ray push runs/table2 hub://me/table2 --method rag --public
+    """
+    from lrag_ray.report import collect
+    from lrag_ray.report.push import push_report
+    from lrag_ray.store.hub import SCHEME, hub_place
+    from lrag_ray.store.rollouts import RolloutRun
+
+    *runs, address = arguments
+    if not runs or not address.startswith(SCHEME):
+        raise UsageError("give the runs and then where to, hub://OWNER/NAME")
+    place = hub_place(address)
+    uris, labels = named_runs(runs)
+    data = collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
+    made = push_report(data, place, _chosen(data, prompt, method, limit), strips, public=public)
+    if as_json:
+        print_json(made)
+    else:
+        out: Any = console()
+        for line in made.missing:
+            out.print(f"Left out: {line}")
+        who = "for everybody" if made.public else "private"
+        out.print(f"{made.page} ({who}): {made.videos} videos, {quantity(made.size_bytes, 'B')}", soft_wrap=True)
+    raise typer.Exit(1 if made.missing else 0)
+
+
+def _chosen(
+    data: ReportData, prompt: str | None, methods: list[str] | None, limit: int | None
+) -> Callable[[RolloutId], bool]:
+    """Which rollouts the options choose. UsageError for a method that the runs do not have."""
+    unknown = [name for name in methods or () if name not in data.identity.methods]
+    if unknown:
+        raise UsageError(f"--method {unknown[0]}: the runs have {', '.join(data.identity.methods)}")
+    texts = {name: found.text.lower() for name, found in data.identity.prompts.items()}
+    fitting = [name for name, text in texts.items() if prompt is None or prompt.lower() in text]
+    chosen = set(fitting[:limit])
+    return lambda rollout: rollout.prompt_id in chosen and (not methods or rollout.method in methods)

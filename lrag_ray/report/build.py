@@ -10,7 +10,16 @@ from typing import Any
 from rich.table import Table
 
 from lrag_ray.report.collect import ReportData, collect
-from lrag_ray.report.data_files import differences_csv, drift_csv, drift_parquet, ranks_csv, scores_parquet, videos_csv
+from lrag_ray.report.data_files import (
+    differences_csv,
+    drift_csv,
+    drift_parquet,
+    ends_csv,
+    ranks_csv,
+    scores_parquet,
+    videos_csv,
+)
+from lrag_ray.report.ends import ends_tables
 from lrag_ray.report.judged import judged_csv
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import render_page
@@ -123,14 +132,15 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
             for block in each.blocks
         }
         contents["judge.csv"] = judged_csv(data.judged, seconds).encode()
+    if tables := ends_tables(data):
+        contents["ends.csv"] = ends_csv(data, tables).encode()
     if data.drift:
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
     write_changed(folder, contents)
     # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
     files = folder.list_files()
-    for name in {"drift.csv", "drift.parquet", "judge.csv"} & files.keys() - contents.keys() | unused_strips(
-        files, sheets
-    ):
+    optional = {"drift.csv", "drift.parquet", "ends.csv", "judge.csv"}
+    for name in optional & files.keys() - contents.keys() | unused_strips(files, sheets):
         folder.remove(name)
     if to is None:
         _write_index(data.sources[0].run_dir.storage)

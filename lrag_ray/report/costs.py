@@ -18,6 +18,7 @@ from lrag_ray.wan.config import WanConfig
 KINDS = {
     "denoise": "Denoise",
     "context": "Clean pass",
+    "retrieval": "Of both: retrieval",
     "decode": "Decode",
     "store": "Store",
     "load": "Load",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,8 +11,11 @@ import pyarrow.parquet as pq
 
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.csv_text import csv_text
+from lrag_ray.report.ends import EndsTable
 from lrag_ray.report.prompt_columns import ORIGINAL, PREFIX
 from lrag_ray.report.tables import AVERAGE
+from lrag_ray.scoring.bootstrap import Interval
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY
 from lrag_ray.scoring.ranks import RankBlock
 
 FROZEN = "control:frozen"
@@ -103,6 +107,30 @@ def drift_parquet(data: ReportData) -> bytes:
     return _parquet(drift_table(data))
 
 
+def ends_csv(data: ReportData, tables: Sequence[EndsTable]) -> str:
+    """Drift as papers report it, one line per method and value: first, last and change, and flow discontinuity."""
+    lines = []
+    for table in tables:
+        for method in table.methods:
+            values = [
+                (each.measure, what, value)
+                for each in table.rows.get(method, ())
+                for what, value in (
+                    ("first", Interval(each.first, None, None)),
+                    ("last", Interval(each.last, None, None)),
+                    ("change", each.change),
+                )
+            ]
+            values += [(FLOW_DISCONTINUITY.name, "mean", found) for found in [table.flow.get(method)] if found]
+            lines += [
+                _block_columns(data, table.block)
+                | {"prompts": table.block.prompts, "method": method, "measure": measure, "value": what}
+                | value._asdict()
+                for measure, what, value in values
+            ]
+    return csv_text([*_BLOCK_COLUMNS, "prompts", "method", "measure", "value", *Interval._fields], lines)
+
+
 def videos_csv(data: ReportData) -> str:
     """One line per video and duration: its prompt with the other columns of the prompt table, and its scores."""
     labels = ["suite", "mode", "backbone", "method", "duration_s", "latent_frames", "prompt_id", "sample"]
@@ -121,7 +149,8 @@ def videos_csv(data: ReportData) -> str:
         | dict(video.values)
         for video in data.scores.videos
     ]
-    return csv_text([*labels, *_prompt_names(data), *(measure.name for measure in data.suite.measures)], lines)
+    measures = [measure.name for measure in (*data.suite.measures, *data.suite.unranked)]
+    return csv_text([*labels, *_prompt_names(data), *measures], lines)
 
 
 def scores_parquet(data: ReportData) -> bytes:

@@ -53,15 +53,26 @@ def export_report(data: ReportData, file: str | Path, wanted: Callable[[RolloutI
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
             members = Path(folder, "members")
-            copies = _copied(data, members, wanted, missing)
-            write_report(data, to=str(members), strips=strips, link=lambda *place: copies.get(place))
+            videos = write_members(data, members, wanted, strips, missing)
             packed = Path(folder, "packed.zip")
             _pack(members, packed)
             # Created once: another export under this name must not be replaced.
             os.link(packed, target)
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}. Fix: give another place") from error
-    return Exported(str(file), len(copies), target.stat().st_size, missing)
+    return Exported(str(file), videos, target.stat().st_size, missing)
+
+
+def write_members(
+    data: ReportData, folder: Path, wanted: Callable[[RolloutId], bool], strips: int, missing: list[str]
+) -> int:
+    """Write the report and the videos of the `wanted` rollouts into a folder that plays anywhere; returns their number.
+
+    `missing` gets the videos that are left out.
+    """
+    copies = _copied(data, folder, wanted, missing)
+    write_report(data, to=str(folder), strips=strips, link=lambda *place: copies.get(place))
+    return len(copies)
 
 
 def _copied(

@@ -29,6 +29,7 @@ from lrag_ray.report.players import MAPS, Link, rows
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns
 from lrag_ray.report.strips import StripSheet
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY
 from lrag_ray.scoring.ranks import RankBlock
 
 _FILES = {
@@ -38,6 +39,7 @@ _FILES = {
     "videos.csv": "the scores of every video beside its prompt and the columns of the prompt table",
     "scores.parquet": "what they are made of, one row per clip or video",
     "judge.csv": "means of judges' answers with both ends of the interval",
+    "ends.csv": "first and last seconds, and flow discontinuity at block boundaries, with their intervals",
     "drift.csv": "the drift curves with their bands",
     "drift.parquet": "the same",
 }
@@ -110,6 +112,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
         cost_kinds=KINDS,
         ends=ends_tables(data),
         ends_s=ENDS_S,
+        flow_measure=FLOW_DISCONTINUITY,
         measures={measure.name: measure for measure in suite.measures},
         sort=_sorted_by(data),
         blocks=[
@@ -157,6 +160,8 @@ def _sorted_by(data: ReportData) -> dict[str, str]:
 
 
 def _is_written(name: str, data: ReportData) -> bool:
+    if name == "ends.csv":
+        return bool(ends_tables(data))
     return bool(data.judged) if name == "judge.csv" else bool(data.drift) or not name.startswith("drift")
 
 

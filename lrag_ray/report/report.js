@@ -266,7 +266,35 @@
     let probe = null; // A second video that seeks to the retrieved frames.
     let drawing = 0;
 
+    const name = player.querySelector("figcaption").textContent;
+    const row = player.closest(".row").querySelector("h3").firstChild.textContent.trim();
+    let cursor = 0; // Seconds at which the playhead is; keys move it ahead of the videos.
+
     playhead.hidden = false;
+    field.tabIndex = 0;
+    for (const [attribute, value] of Object.entries({
+      role: "slider",
+      "aria-label": `Retrieval map of ${name}, ${row}. ${field.querySelector("svg").getAttribute("aria-label")} `
+        + "Arrow keys move by a block, Enter goes there.",
+      "aria-valuemin": 0,
+      "aria-valuemax": length.toFixed(2),
+    })) field.setAttribute(attribute, value);
+    field.addEventListener("keydown", (event) => {
+      const step = block * frameS;
+      const last = (Math.ceil(frames / block) - 1) * step;
+      const here = Math.floor(cursor / step + 1e-6) * step;
+      const places = {
+        ArrowRight: here + step, ArrowUp: here + step, PageUp: here + 10 * step, End: last,
+        ArrowLeft: here - step, ArrowDown: here - step, PageDown: here - 10 * step, Home: 0,
+      };
+      if (event.key in places) {
+        at(Math.min(Math.max(places[event.key], 0), last));
+        pointed.textContent = `; ${field.getAttribute("aria-valuetext")}`;
+      } else if (event.key === "Enter") seekTo(cursor);
+      else return;
+      event.preventDefault();
+    });
+    field.addEventListener("blur", () => { pointed.textContent = ""; });
     field.addEventListener("pointermove", (event) => {
       const box = field.getBoundingClientRect();
       const query = Math.floor((event.clientX - box.left) / box.width * frames);
@@ -286,7 +314,13 @@
     });
 
     function at(seconds) {
+      cursor = seconds;
       playhead.style.left = `${100 * Math.min(1, seconds / length)}%`;
+      const query = Math.min(retrieved.length - 1, Math.floor(seconds / frameS / block + 1e-6));
+      const times = (retrieved[query] || []).map((frame) => (frame * frameS).toFixed(2));
+      field.setAttribute("aria-valuenow", Math.min(seconds, length).toFixed(2));
+      field.setAttribute("aria-valuetext", `block at ${(query * block * frameS).toFixed(2)} s: `
+        + (times.length ? `retrieved ${times.join(", ")} s` : "nothing retrieved"));
     }
 
     async function draw(seconds) {

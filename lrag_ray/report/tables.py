@@ -13,7 +13,9 @@ from rich.text import Text
 from lrag_ray.printable import printable
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.differences import BlockStatistics, Contrast
+from lrag_ray.report.ends import flow_discontinuities
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS, LEVEL, Interval
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.scoring.ranks import RankBlock
 
@@ -226,6 +228,11 @@ def _rank_table(data: ReportData, block: RankBlock) -> Table:
     table.add_section()
     ranks = [_marked(rank_number(row.average_rank), marks.get((row.method, AVERAGE))) for row in block.rows]
     table.add_row("Average rank ↓", *ranks)
+    if flow := flow_discontinuities(data, block):
+        means = [flow[row.method].mean if row.method in flow else None for row in block.rows]
+        table.add_section()
+        title = f"{FLOW_DISCONTINUITY.title} {arrow(FLOW_DISCONTINUITY)}, not ranked"
+        table.add_row(title, *(signed(mean, FLOW_DISCONTINUITY) for mean in means))
     return table
 
 

@@ -117,7 +117,7 @@ class RolloutLoop(ABC):
         self._n = sampler.frames_per_block
         weight = transformer.patch_embedding.weight
         self._device, self._dtype = weight.device, weight.dtype
-        self._clock = PassClock(self._device, "denoise", "context")
+        self._clock = PassClock(self._device, "denoise", "context", "retrieval")
         config = transformer.config
         grid = config.token_grid(*latent_shape[1:])
         policy.check_model(settings, config.num_layers, config.num_heads, grid[0] * grid[1])
@@ -164,7 +164,10 @@ class RolloutLoop(ABC):
 
     @property
     def timings_s(self) -> dict[str, float]:
-        """Seconds in denoising and in clean-context passes; on a GPU its own, of the blocks that it has finished."""
+        """Seconds in denoising and in clean-context passes; on a GPU its own, of the blocks that it has finished.
+
+        Both hold ``retrieval``: what the method does around passes, such as encoding, searching and storing.
+        """
         return self._clock.totals_s()
 
     @property
@@ -207,7 +210,7 @@ class RolloutLoop(ABC):
         for i, x0 in enumerate(latents.to(self._device, self._dtype).split(self._n, dim=1)):
             state = list(states[i]) if states is not None else None
             self.context.begin_block(self.block, state)
-            self._keep(self.block, x0)
+            self._keep(self.block, x0, timed=False)
             self._carry_on(state)
             self.block += 1
 
@@ -222,14 +225,22 @@ class RolloutLoop(ABC):
         embedded = [self._transformer.embed_time(t) for t in times]
         return [Pass(*each) for each in zip(timesteps, sigmas, embedded, strict=True)]
 
-    def _keep(self, block: int, x0: Tensor) -> None:
+    def _begin_block(self, block: int) -> None:
+        began = self._clock.mark()
+        self.context.begin_block(block)
+        self._clock.add("retrieval", began, self._clock.mark())
+
+    @torch.no_grad()
+    def _keep(self, block: int, x0: Tensor, *, timed: bool = True) -> None:
         """Let the method see the clean latents, then store their K and V with the clean-context pass.
 
         No noise is added in it, and what it predicts is of use to a probe alone.
         """
+        began = self._clock.mark()
         self.context.on_latents(x0)
         for bank in self._banks:
             bank.settle()
+        noted = self._clock.mark()
         *denoising, clean = self._passes_of(block)
         self.context.begin_pass(len(denoising), clean=True)
         if self._probe is not None:
@@ -238,7 +249,11 @@ class RolloutLoop(ABC):
         else:
             self._transformer.keep(x0, clean.time, self._text, self.context)
         self.context.end_pass()
+        passed = self._clock.mark()
         self.context.end_block()
+        if timed:
+            self._clock.add("retrieval", began, noted)
+            self._clock.add("retrieval", passed, self._clock.mark())
 
 
 def timesteps_of(sampler: SamplerConfig, block: int) -> list[float]:

@@ -148,7 +148,7 @@ class RollingWindows(RolloutLoop):
             began = self._clock.mark()
             x0 = self._denoise(window, trace)
             denoised = self._clock.mark()
-            self.context.begin_block(window.first)
+            self._begin_block(window.first)
             self._keep(window.first, x0)
             self._note(window, trace, clean=True)
             self._clock.add("denoise", began, denoised)

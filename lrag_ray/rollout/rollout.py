@@ -68,7 +68,7 @@ class Rollout(RolloutLoop):
     def _generate(self, *, more: bool) -> BlockResult:
         began = self._clock.mark()
         block, denoising = self.block, self._passes_of(self.block)[:-1]
-        self.context.begin_block(block)
+        self._begin_block(block)
         x, *renoise = self._draws or self._draw(block)
         for step in range(len(denoising)):
             x0 = self._denoise(step, denoising[step], x)

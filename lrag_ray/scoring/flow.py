@@ -11,12 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
+"""BT.709 weights of R, G and B."""
+_LONG_SIDE = 128
 _WINDOW = 5
 """Side of the box that is applied twice (a tent of 9 px)."""
 _STEPS_PER_LEVEL = 3
 _SMALLEST_SIDE = 12
 _REGULARISER = 1e-4
 """Added to the structure tensor; about the gradient energy of 8-bit rounding noise on luma in [0, 1]."""
+
+
+def luma_of(rgb: Tensor) -> Tensor:
+    """BT.709 luma [H, W] of RGB [H, W, 3]."""
+    return rgb @ LUMA
+
+
+def reduced(luma: Tensor) -> Tensor:
+    """Luma [H, W] with its longer side at most 128 px, averaged over areas."""
+    scale = min(1.0, _LONG_SIDE / max(luma.shape))
+    height, width = (max(1, round(side * scale)) for side in luma.shape)
+    return F.interpolate(luma[None, None], size=(height, width), mode="area")[0, 0]
 
 
 @torch.inference_mode()

@@ -149,6 +149,8 @@ def score_target(video: CommittedVideo) -> ScoreTarget:
         video_sha256=video.video.sha256,
         video_frames=video.frames,
         fps=video.fps,
+        frames_per_block=video.frames_per_block,
+        cold_chunk=video.cold_chunk,
     )
 
 

@@ -119,6 +119,8 @@ class Suite(ABC, Generic[SettingsT]):
     """What the mean of a table is over, see `lrag_ray.scoring.ranks`."""
     measures: Sequence[Measure]
     """Columns of its tables, in order."""
+    unranked: Sequence[Measure] = ()
+    """Measures beside them that have no place in ranks and differences: a video may lack them."""
     mode: str = ""
     """How its values are computed, where there are several ways; values of two modes never share a table."""
 

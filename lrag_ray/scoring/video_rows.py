@@ -26,6 +26,10 @@ class StoredAs(Protocol):
     def measures(self) -> Sequence[Measure]:
         """Its columns."""
 
+    @property
+    def unranked(self) -> Sequence[Measure]:
+        """Further columns, which older files may lack."""
+
 
 @dataclass(frozen=True)
 class ScoreTarget:
@@ -45,6 +49,10 @@ class ScoreTarget:
     video_frames: int
     """Frames from the start of the video that belong to the duration."""
     fps: int
+    frames_per_block: int = 0
+    """Latent frames of a block, 0 where not known; like `cold_chunk` not in score files, since the run knows it."""
+    cold_chunk: int | None = None
+    """Latent frames of the chunks that were decoded like new videos."""
 
     def score_path(self, suite: StoredAs) -> str:
         """Where its score file is, relative to the run."""
@@ -86,7 +94,7 @@ def to_table(rows: Sequence[VideoRow], suite: StoredAs) -> pa.Table:
     """Rows as a table: target, reason and provenance, and a float64 column per measure (null where failed)."""
     columns: dict[str, list[object]] = {name: [getattr(row.target, name) for row in rows] for name in _TARGET_COLUMNS}
     columns |= {name: [getattr(row, name) for row in rows] for name in _RESULT_COLUMNS}
-    columns |= {measure.name: [row.values.get(measure.name) for row in rows] for measure in suite.measures}
+    columns |= {measure.name: [row.values.get(measure.name) for row in rows] for measure in _measures(suite)}
     return pa.table(columns, schema=_schema(suite))
 
 
@@ -97,17 +105,22 @@ def to_parquet(rows: Sequence[VideoRow], suite: StoredAs, path: str = "") -> byt
 
 def from_parquet(data: bytes, suite: StoredAs) -> list[VideoRow]:
     """Rows of a score file. Raises pyarrow.ArrowInvalid where it is not one."""
-    names = [measure.name for measure in suite.measures]
+    names = [measure.name for measure in _measures(suite)]
+    optional = [measure.name for measure in suite.unranked]
     return [
         VideoRow(
             target=ScoreTarget(**{name: record[name] for name in _TARGET_COLUMNS}),
             values={name: record[name] for name in names if record[name] is not None},
             **{name: record[name] for name in _RESULT_COLUMNS},
         )
-        for record in read_parquet(data, _schema(suite)).to_pylist()
+        for record in read_parquet(data, _schema(suite), optional=optional).to_pylist()
     ]
 
 
+def _measures(suite: StoredAs) -> list[Measure]:
+    return [*suite.measures, *suite.unranked]
+
+
 def _schema(suite: StoredAs) -> pa.Schema:
-    measures = {measure.name: pa.float64() for measure in suite.measures}
+    measures = {measure.name: pa.float64() for measure in _measures(suite)}
     return pa.schema(list((_TARGET_COLUMNS | _RESULT_COLUMNS | measures).items()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from pydantic import JsonValue
 
 from lrag_ray.store.decoded import DecodedVideos, read_decoded
 from lrag_ray.store.records import Commit, FileRecord, RolloutId
@@ -26,6 +28,10 @@ class CommittedVideo:
     """Video frames from its start that belong to the duration."""
     fps: int
     """Frames per second of the file."""
+    frames_per_block: int
+    """Latent frames of a block."""
+    cold_chunk: int | None
+    """Latent frames of the chunks that were decoded like new videos, if they were."""
     commit: Commit
     """The shortest commit that covers the duration."""
 
@@ -57,5 +63,22 @@ def committed_videos(run_dir: RolloutRun) -> Iterator[CommittedVideo]:
                     continue
                 video, whole_frames, fps = again.video, again.frames, again.fps
             whole = commit.latent_frames == latent_frames
-            frames = whole_frames if whole else video_frames(latent_frames, made.get("cold_chunk"))
-            yield CommittedVideo(rollout, latent_frames, seconds[latent_frames], video, frames, fps, commit)
+            cold_chunk = _cold_chunk(made)
+            frames = whole_frames if whole else video_frames(latent_frames, cold_chunk)
+            yield CommittedVideo(
+                rollout=rollout,
+                latent_frames=latent_frames,
+                duration_s=seconds[latent_frames],
+                video=video,
+                frames=frames,
+                fps=fps,
+                frames_per_block=identity.backbones[rollout.backbone].frames_per_block,
+                cold_chunk=cold_chunk,
+                commit=commit,
+            )
+
+
+def _cold_chunk(settings: Mapping[str, JsonValue]) -> int | None:
+    """A stranger's run may hold anything."""
+    found = settings.get("cold_chunk")
+    return found if isinstance(found, int) and found > 0 else None

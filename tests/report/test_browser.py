@@ -125,6 +125,28 @@ def test_a_click_on_a_map_goes_there_shows_what_was_retrieved_and_can_be_linked_
     fresh.until("Math.abs(document.querySelectorAll('.row')[1].getBoundingClientRect().top) < 400")
 
 
+def test_a_map_is_read_and_followed_with_the_keyboard(fresh: Tab) -> None:
+    """Given rag's map, three blocks to the right by arrow keys, what they retrieve is said and Enter goes there."""
+    field = "document.querySelectorAll('.row')[1].querySelector('[data-method=rag] .field')"
+
+    def press(*keys: str) -> list[str]:
+        for key in keys:
+            fresh.run(f"{field}.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}))")
+        return list(fresh.run(f"(f => [f.getAttribute('aria-valuenow'), f.getAttribute('aria-valuetext')])({field})"))
+
+    label = fresh.run(f"(f => [f.tabIndex, f.getAttribute('role'), f.getAttribute('aria-label')])({field})")
+    assert label[:2] == [0, "slider"]
+    assert label[2].startswith("Retrieval map of rag, Prompt 2. Attended latent frames per block over 8 blocks")
+    assert press("Home") == ["0.00", "block at 0.00 s: nothing retrieved"]
+    assert press("ArrowRight", "ArrowRight", "ArrowRight") == ["2.25", "block at 2.25 s: retrieved 0.25, 0.50 s"]
+    assert press("ArrowLeft")[0] == "1.50" and press("ArrowLeft", "ArrowLeft", "ArrowLeft")[0] == "0.00"
+    assert press("End")[0] == "5.25" and press("ArrowRight")[0] == "5.25"
+    time = "document.querySelectorAll('.row')[1].querySelector('.time').textContent"
+    assert fresh.run(time) == "1.9 of 5.8 s", "arrows leave the videos alone"
+    press("Enter")
+    assert fresh.run(time) == "5.3 of 5.8 s"
+
+
 def test_tables_scores_and_videos_are_there_without_the_script(tab: Tab, page: Path) -> None:
     tab.go("about:blank")
     tab.go(page.as_uri(), scripts=False)

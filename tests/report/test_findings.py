@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lrag_ray.report import collect
 from lrag_ray.report.ablations import sweep_figures, sweeps
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.costs import cost_tables
+from lrag_ray.report.data_files import ends_csv, videos_csv
 from lrag_ray.report.ends import both_ends, ends_tables
 from lrag_ray.report.headline import headline
-from lrag_ray.report.tables import advantage, relative, signed
+from lrag_ray.report.tables import advantage, relative, signed, terminal_tables
 from lrag_ray.scoring.bootstrap import Interval, lead_shares
 from lrag_ray.scoring.drift import VideoClips
 from lrag_ray.scoring.preview.measures import MEASURES
 from lrag_ray.scoring.ranks import VideoScore
+from lrag_ray.scoring.vbench_long.parquet import video_identity
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.records import Commit, FileRecord, RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.decode import Frames
+from lrag_ray.wan.vae import video_frames
 from tests.report.make_run import make_run, store_video
-from tests.report.vbench_rows import score_run
+from tests.report.vbench_rows import by_rollout, row, score_run, store_rows, video_rows
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 
@@ -164,6 +169,34 @@ def test_the_table_of_both_ends_gives_the_change_with_its_interval(run: RolloutR
     assert imaging.change.mean < 0 == table.rows["rag"][0].change.mean
 
 
+def test_flow_discontinuity_stands_beside_the_ranks_where_every_video_has_it(run: RolloutRun) -> None:
+    """Given rows of rag whose boundaries jump three times as much, and of base without such rows."""
+    score_run(run, lambda *_: 0.5)
+    before = collect([run])
+    assert not ends_tables(before)[0].flow
+    for rollout, (video,) in by_rollout(run).items():
+        if rollout.method != "rag":
+            continue
+        pairs = np.arange(1, video.frames - 2)
+        starts = [video_frames(3 * block) for block in range(1, 16)]
+        at_boundary = np.isin(pairs + 1, starts)
+        flow = row(
+            video_identity(rollout.path, video.video.sha256), "flow", "flow_discontinuity", 0, video.frames, 1.0,
+            per_frame=tuple(np.where(at_boundary, 3.0, 1.0)),
+        )  # fmt: skip
+        store_rows(run, rollout, [*video_rows([video], lambda *_: 0.5), flow])
+    data = collect([run])
+    (table,) = ends_tables(data)
+    assert table.flow == {"rag": Interval(0.5, 0.5, 0.5)}
+    assert [block.rows for block in data.blocks] == [block.rows for block in before.blocks], "it is never ranked"
+    csv = ends_csv(data, [table]).splitlines()
+    assert next(line for line in csv if "flow" in line).endswith("6,rag,flow_discontinuity,mean,0.5,0.5,0.5")
+    assert "flow_discontinuity" in videos_csv(data).splitlines()[0]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*terminal_tables(data))
+    assert "Flow discontinuity ↓, not ranked │" in console.export_text()
+
+
 def test_costs_are_seconds_per_second_of_video_beside_infinity_rope(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,14 +207,25 @@ def test_costs_are_seconds_per_second_of_video_beside_infinity_rope(
         rollout = values["rollout"]
         assert isinstance(rollout, RolloutId)
         spent = seconds[rollout.method]
-        timings_s = {"denoise": 96 * spent, "context": 24 * spent, "load": 3.0, "decode": 12.0, "other": 1.0}
+        timings_s = {
+            "denoise": 96 * spent,
+            "context": 24 * spent,
+            "retrieval": 6 * spent,
+            "load": 3.0,
+            "decode": 12.0,
+            "other": 1.0,
+        }
         return Commit(**{**values, "timings_s": timings_s})  # type: ignore[arg-type]
 
     monkeypatch.setattr("tests.report.make_run.Commit", timed)
     data = scored(made(tmp_path, ("infinity_rope", "rag"), PROMPTS[:2]), lambda *_: 0.5)
     (table,) = cost_tables(data)
-    assert (table.device, table.duration_s, table.kinds) == ("cpu", 12, ["denoise", "context", "decode", "load"])
+    assert (table.device, table.duration_s, table.kinds) == (
+        "cpu",
+        12,
+        ["denoise", "context", "retrieval", "decode", "load"],
+    )
     plain, rag = table.rows
-    assert dict(plain.seconds) == pytest.approx({"denoise": 8, "context": 2, "decode": 1, "load": 3})
+    assert dict(plain.seconds) == pytest.approx({"denoise": 8, "context": 2, "retrieval": 0.5, "decode": 1, "load": 3})
     assert plain.relative == 0 and rag.relative == pytest.approx(0.1) and rag.rollouts == 2
     assert rag.history_bytes is None, "this run does not say how large its generator is"

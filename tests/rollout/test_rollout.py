@@ -259,9 +259,10 @@ def test_no_gradients_are_kept() -> None:
 
 def test_passes_are_timed_by_kind() -> None:
     running = rollout(predicting(1.0))
-    assert running.timings_s == {"denoise": 0.0, "context": 0.0}
+    assert running.timings_s == {"denoise": 0.0, "context": 0.0, "retrieval": 0.0}
     list(running.blocks(2))
     once = running.timings_s
-    assert set(once) == {"denoise", "context"} and min(once.values()) > 0
+    assert set(once) == {"denoise", "context", "retrieval"} and min(once.values()) > 0
+    assert once["retrieval"] < once["denoise"] + once["context"]
     list(running.blocks(1))
     assert all(running.timings_s[kind] > seconds for kind, seconds in once.items())

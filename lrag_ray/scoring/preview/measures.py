@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrag_ray.scoring.flow import optical_flow
+from lrag_ray.scoring.flow import LUMA, luma_of, optical_flow, reduced
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY, STILL_BELOW, Deviations, discontinuity
 from lrag_ray.scoring.measure import Measure
 
 MEASURES = (
@@ -93,13 +94,9 @@ MEASURES = (
 )
 """The dimensions of the suite, in table order."""
 
-_LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
-_LONG_SIDE = 128
 _CHROMA_BINS = 16
 _FROZEN_BELOW = 1e-3
 _PAIRS_AT_ONCE = 64
-_STILL_BELOW = 1e-4
-"""Mean flow in pixels below which nothing moves and smoothness has no meaning."""
 
 
 class _FrameSummary:
@@ -107,15 +104,20 @@ class _FrameSummary:
 
     def __init__(self, frame: npt.NDArray[np.uint8]) -> None:
         rgb = torch.from_numpy(np.ascontiguousarray(frame)).float() / 255
-        luma = rgb @ _LUMA
+        luma = luma_of(rgb)
         self.exposure = luma.mean().item()
         self.sharpness = _sharpness(luma)
         self.chroma = _chroma_histogram(rgb, luma)
-        self.small = _reduced(luma)
+        self.small = reduced(luma)
 
 
-def measures(frames: Iterable[npt.NDArray[np.uint8]], fps: float) -> dict[str, float]:
+def measures(
+    frames: Iterable[npt.NDArray[np.uint8]], fps: float, frames_per_block: int = 0, cold_chunk: int | None = None
+) -> dict[str, float]:
     """Value of every measure for one video: uint8 RGB frames [H, W, 3], an array [T, H, W, 3] or a stream of them.
+
+    With `frames_per_block`, the latent frames of a block, also the flow discontinuity where the video has one; see
+    `lrag_ray.scoring.flow_discontinuity`.
 
     Raises:
         ValueError: there is no frame.
@@ -128,19 +130,24 @@ def measures(frames: Iterable[npt.NDArray[np.uint8]], fps: float) -> dict[str, f
     sharp_first, sharp_last = (_mean(part, "sharpness") for part in (first, last))
     sharpest = max(sharp_first, sharp_last)
     histograms = [torch.stack([frame.chroma for frame in part]).mean(0) for part in (first, last)]
+    deviations = Deviations()
     values = {
         "exposure_drift": abs(_mean(last, "exposure") - _mean(first, "exposure")),
         "colour_drift": (histograms[0] - histograms[1]).abs().sum().item() / 2,
         "sharpness": _mean(summaries, "sharpness"),
         "sharpness_drift": 1 - min(sharp_first, sharp_last) / sharpest if sharpest > 0 else 0.0,
-        **_temporal(torch.stack([frame.small for frame in summaries]), fps),
+        **_temporal(torch.stack([frame.small for frame in summaries]), fps, deviations),
     }
     # Sums of float32 may pass a bound by their rounding.
-    return {m.name: min(max(values[m.name], m.lower), m.upper) for m in MEASURES}
+    found = {m.name: min(max(values[m.name], m.lower), m.upper) for m in MEASURES}
+    if frames_per_block:
+        jumps = discontinuity(deviations.values, len(summaries), frames_per_block, cold_chunk)
+        found |= {} if jumps is None else {FLOW_DISCONTINUITY.name: jumps}
+    return found
 
 
-def _temporal(luma: Tensor, fps: float) -> dict[str, float]:
-    """Measures of change over time from luma [T, h, w]."""
+def _temporal(luma: Tensor, fps: float, deviations: Deviations) -> dict[str, float]:
+    """Measures of change over time from luma [T, h, w]; `deviations` gets the flow."""
     if len(luma) < 2:
         return {"motion_amount": 0.0, "motion_smoothness": 1.0, "flicker": 0.0, "frozen_share": 0.0}
     moved = jerk = doubled = 0.0
@@ -148,6 +155,7 @@ def _temporal(luma: Tensor, fps: float) -> dict[str, float]:
     for start in range(0, len(luma) - 1, _PAIRS_AT_ONCE):
         pairs = luma[start : start + _PAIRS_AT_ONCE + 1]
         flow = optical_flow(pairs[:-1], pairs[1:])
+        deviations.add_flow(flow)
         moved += flow.norm(dim=1).mean((1, 2)).sum().item()
         # The last flow of the piece before joins the pieces, so that the cut does not matter.
         joined = flow if previous is None else torch.cat([previous, flow])
@@ -160,7 +168,7 @@ def _temporal(luma: Tensor, fps: float) -> dict[str, float]:
     second = luma[2:] - 2 * luma[1:-1] + luma[:-2]
     return {
         "motion_amount": fps * moved / pairs_count / math.hypot(*luma.shape[1:]),
-        "motion_smoothness": 1 - jerk / doubled if moved / pairs_count > _STILL_BELOW and doubled else 1.0,
+        "motion_smoothness": 1 - jerk / doubled if moved / pairs_count > STILL_BELOW and doubled else 1.0,
         "flicker": second.abs().mean().item() / 2 if len(luma) > 2 else 0.0,
         "frozen_share": (change < _FROZEN_BELOW).float().mean().item(),
     }
@@ -179,15 +187,8 @@ def _sharpness(luma: Tensor) -> float:
 
 def _chroma_histogram(rgb: Tensor, luma: Tensor) -> Tensor:
     """Shares of the pixels per (Cb, Cr) bin; both are in [-0.5, 0.5]."""
-    cb = (rgb[..., 2] - luma) / (2 * (1 - _LUMA[2]))
-    cr = (rgb[..., 0] - luma) / (2 * (1 - _LUMA[0]))
+    cb = (rgb[..., 2] - luma) / (2 * (1 - LUMA[2]))
+    cr = (rgb[..., 0] - luma) / (2 * (1 - LUMA[0]))
     b, r = (((c + 0.5) * _CHROMA_BINS).long().clamp(0, _CHROMA_BINS - 1) for c in (cb, cr))
     counts = torch.bincount((b * _CHROMA_BINS + r).flatten(), minlength=_CHROMA_BINS**2)
     return counts / counts.sum()
-
-
-def _reduced(luma: Tensor) -> Tensor:
-    """Luma with its longer side at most 128 px, averaged over areas."""
-    scale = min(1.0, _LONG_SIDE / max(luma.shape))
-    height, width = (max(1, round(side * scale)) for side in luma.shape)
-    return F.interpolate(luma[None, None], size=(height, width), mode="area")[0, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY
 from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer, frames_of
 from lrag_ray.scoring.preview.measures import MEASURES, measures
 from lrag_ray.scoring.scores import Scores
@@ -15,6 +16,7 @@ class Preview(PerVideoSuite[NoSettings]):
 
     name = "preview"
     measures = MEASURES
+    unranked = (FLOW_DISCONTINUITY,)
 
     @property
     def title(self) -> str:
@@ -41,7 +43,9 @@ class Preview(PerVideoSuite[NoSettings]):
     def scorer(self, *, threads: int, device: str) -> VideoScorer:
         """One thread whatever the reservation, so that sums do not depend on it."""
         torch.set_num_threads(1)
-        return lambda video, target: measures(frames_of(video, target.video_frames), target.fps)
+        return lambda video, target: measures(
+            frames_of(video, target.video_frames), target.fps, target.frames_per_block, target.cold_chunk
+        )
 
 
 PREVIEW = Preview(NoSettings())

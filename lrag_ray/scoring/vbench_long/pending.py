@@ -59,6 +59,7 @@ class WantedVideo:
             last_file=self.last_file,
             durations=tuple(durations),
             frozen=self.frozen,
+            flow=not self.frozen,
         )
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lrag_ray.scoring.drift import VideoClips
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY, discontinuity
 from lrag_ray.scoring.ranks import Unit, VideoScore
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import Suite
@@ -112,7 +113,7 @@ def _add_rollout(scores: Scores, videos: Sequence[CommittedVideo], rows: Sequenc
             scores.pending += 1
             continue
         if found[best].clips:
-            clips = _video_clips(committed, found[best], by_video[best][0].fps)
+            clips = _video_clips(committed, found[best], by_video[best])
             scores.clips.append(clips)
             scores.videos.append(clips.video)
             used.add(best)
@@ -124,7 +125,7 @@ def _add_rollout(scores: Scores, videos: Sequence[CommittedVideo], rows: Sequenc
         _note_origin(scores, by_video[video])
 
 
-def _video_clips(committed: CommittedVideo, found: Aggregate, fps: int) -> VideoClips:
+def _video_clips(committed: CommittedVideo, found: Aggregate, rows: Sequence[ScoreRow]) -> VideoClips:
     by_dimension: dict[str, list[ClipScore]] = {}
     for clip in found.clips:
         by_dimension.setdefault(clip.dimension, []).append(clip)
@@ -142,15 +143,24 @@ def _video_clips(committed: CommittedVideo, found: Aggregate, fps: int) -> Video
             latent_frames=committed.latent_frames,
             prompt_id=rollout.prompt_id,
             sample=rollout.sample,
-            values={name: fmean(values) for name, values in final.items()},
+            values={name: fmean(values) for name, values in final.items()} | _flow(committed, rows),
             clips=len(spans),
         ),
         first_frames=[span.first_frame for span in spans],
         frame_count=spans[0].frame_count,
-        fps=fps,
+        fps=rows[0].fps,
         in_clip=in_clip,
         final=final,
     )
+
+
+def _flow(committed: CommittedVideo, rows: Sequence[ScoreRow]) -> dict[str, float]:
+    """The flow discontinuity at this duration; empty where it was not measured that far."""
+    deviations = next((row.per_frame for row in rows if row.kind == "flow"), ())
+    if len(deviations) < committed.frames - 3:
+        return {}
+    found = discontinuity(deviations, committed.frames, committed.frames_per_block, committed.cold_chunk)
+    return {} if found is None else {FLOW_DISCONTINUITY.name: found}
 
 
 def _add_frozen(scores: Scores, backbone: str, unit: Unit, rows: Sequence[ScoreRow]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from lrag_ray.scoring.vbench_long.names import Mode
 
-Kind = Literal["clip", "clip_to_clip", "failure", "note"]
+Kind = Literal["clip", "clip_to_clip", "flow", "failure", "note"]
 
 
 class RowKey(NamedTuple):
@@ -28,6 +28,7 @@ class ScoreRow:
     """Identity of the video, chosen by the caller; never taken apart."""
     kind: Kind
     """clip: in-clip score. clip_to_clip: slow score of the first `frame_count` frames. failure: the video is out.
+    flow: deviations of the optical flow over the first `frame_count` frames, see `scoring.flow_discontinuity`.
     note: what a person should know of it, in `reason`."""
     dimension: str
     """Name of the dimension; empty in a failure of the whole video."""

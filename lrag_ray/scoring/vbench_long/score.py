@@ -7,10 +7,12 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY, Deviations
 from lrag_ray.scoring.vbench_long.clips import Clip, ClipSpan, Frame, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.dimension import Measured, SlowFeatures, UnscorableClipError, mean_of
@@ -41,6 +43,8 @@ class VideoSource:
     """Identity under which its rows are filed; any text, unique among the scored videos."""
     durations: tuple[int, ...] = ()
     """Frame counts of prefixes that are videos of their own (nested durations); empty for the whole video."""
+    flow: bool = False
+    """Also give the row of kind ``flow``, for videos whose blocks are known."""
 
 
 def score_video(
@@ -54,9 +58,10 @@ def score_video(
 ) -> Iterator[ScoreRow]:
     """Rows of all clips, then of clip to clip per duration; clips that durations share are scored once.
 
-    A video that cannot be read ends in one row of kind ``failure``; a dimension that a clip is too short or too small
-    for gives a row with its reason. A file that declares no length has a row of kind ``note``. Rows whose key is in
-    `done` are left out. Nothing but wrong use, missing weights and errors of the device is raised.
+    Where `source` asks for it, a row with the deviations of the optical flow of all frames follows. Both modes take it
+    from the decoded frames. A video that cannot be read ends in one row of kind ``failure``; a dimension that a clip is
+    too short or too small for gives a row with its reason. A file that declares no length has a row of kind ``note``.
+    Rows whose key is in `done` are left out. Nothing but wrong use, missing weights and errors of the device is raised.
     """
     scorer = ClipScorer(source.video, networks, mode=mode, early_stop=early_stop)
     first_frames: dict[ClipSpan, Frame] = {}
@@ -70,8 +75,12 @@ def score_video(
         note = scorer.row("note", "", ClipSpan(0, 0), None, UNDECLARED, ())
         if not rate.declares_length and note.key not in done:
             yield note
-        for span, frames in prefetch(_clips(source, length, scorer.fps, mode)):
+        deviations = Deviations()
+        for (span, frames), decoded in prefetch(_clips(source, length, scorer.fps, mode)):
             first_frames[span] = frames[0]
+            # Clips come in the order of their last frames and may overlap.
+            if source.flow and sum(span) > frame_count:
+                deviations.add_frames(decoded[frame_count - sum(span) :])
             frame_count = max(frame_count, sum(span))
             yield from scorer.clip(span, frames, dimensions, done)
         for duration in source.durations or (frame_count,):
@@ -81,13 +90,19 @@ def score_video(
                 if mode == "compat":
                     frames = reencode(frames, scorer.fps)
                 yield from scorer.clip_to_clip(duration, frames, dimensions, done)
+        if source.flow and deviations.values:
+            measured = Measured(fmean(deviations.values), tuple(deviations.values))
+            row = scorer.row("flow", FLOW_DISCONTINUITY.name, ClipSpan(0, frame_count), measured, "", ())
+            if row.key not in done:
+                yield row
     except VideoError as error:
         yield scorer.row("failure", "", ClipSpan(0, frame_count), None, str(error), ())
 
 
-def _clips(source: VideoSource, length: int, fps: int, mode: Mode) -> Iterator[Clip]:
+def _clips(source: VideoSource, length: int, fps: int, mode: Mode) -> Iterator[tuple[Clip, list[Frame]]]:
+    """Clips as they are scored, and their frames as they were decoded."""
     for clip in cut(decode(source.path), length, source.durations):
-        yield clip if mode == "direct" else Clip(clip.span, reencode(clip.frames, fps))
+        yield clip if mode == "direct" else Clip(clip.span, reencode(clip.frames, fps)), clip.frames
 
 
 @dataclass

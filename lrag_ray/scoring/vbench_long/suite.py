@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from lrag_ray.config.schema import ScoringSection
 from lrag_ray.errors import ConfigError
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import (
     Banner,
@@ -43,6 +44,7 @@ class VbenchLong(LooseVideoSuite[VbenchSettings]):
     name = "vbench_long"
     uses_gpu = True
     pooling = "clips"
+    unranked = (FLOW_DISCONTINUITY,)
 
     def __init__(self, settings: VbenchSettings) -> None:
         super().__init__(settings)

@@ -50,6 +50,8 @@ class VbenchTask:
     """Instead of `durations`, where the length is not known: seconds of prefixes that count beside the whole video."""
     frozen: bool = False
     """Score the first frame, held, instead of the video."""
+    flow: bool = False
+    """See `VideoSource`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class VbenchWorker:
             score = partial(score_frozen, path, task.video)
         else:
             durations = task.durations or _prefixes(path, task.durations_s)
-            score = partial(score_video, VideoSource(path, task.video, durations))
+            score = partial(score_video, VideoSource(path, task.video, durations, task.flow))
         return score(
             self._networks,
             dimensions=settings.dimensions,

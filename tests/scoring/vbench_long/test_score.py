@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from lrag_ray.scoring.flow_discontinuity import Deviations
 from lrag_ray.scoring.vbench_long.aggregate import aggregate
 from lrag_ray.scoring.vbench_long.clips import ClipSpan, clip_length, cut, spans
 from lrag_ray.scoring.vbench_long.frames import decode, probe
@@ -162,6 +163,23 @@ def test_done_rows_are_not_made_again(make_video: VideoMaker, networks: Networks
     rows = score(path, networks)
     rest = score_video(VideoSource(path, "v"), networks, dimensions=MOTION, done={rows[0].key, rows[2].key})
     assert list(rest) == [rows[1]]
+
+
+@pytest.mark.parametrize("durations", [(), (13, 20)])
+def test_the_flow_is_measured_once_per_frame_where_clips_overlap(
+    durations: tuple[int, ...], make_video: VideoMaker, networks: Networks
+) -> None:
+    path = make_video()
+    expected = Deviations()
+    expected.add_frames(list(decode(path)))
+    rows = list(score_video(VideoSource(path, "v", durations, flow=True), networks, dimensions=MOTION))
+    (row,) = [row for row in rows if row.kind == "flow"]
+    assert (row.dimension, row.frame_count, row.networks) == ("flow_discontinuity", 20, "")
+    assert row.per_frame == pytest.approx(expected.values, abs=1e-6)
+    again = score_video(
+        VideoSource(path, "v", durations, flow=True), networks, dimensions=MOTION, done={r.key for r in rows}
+    )
+    assert list(again) == []
 
 
 def test_a_row_says_where_it_comes_from(make_video: VideoMaker, networks: Networks) -> None:

@@ -82,7 +82,7 @@ def test_every_horizon_is_committed_with_parts_trace_and_video(quiet: Bench) -> 
         assert commit.video is not None and commit.video_frames == 1 + 4 * (frames - 1)
         video = read_video(quiet.run.storage.full(commit.video.path))
         assert video.shape == (commit.video_frames, 32, 48, 3)
-        assert {"load", "denoise", "context", "decode", "store"} <= commit.timings_s.keys()
+        assert {"load", "denoise", "context", "retrieval", "decode", "store"} <= commit.timings_s.keys()
     assert commits[6].latent_parts == commits[12].latent_parts[:1]
     assert quiet.tasks() == []
     assert {state.step for state in quiet.told} == {"loading", "generating"}
