@@ -214,7 +214,7 @@ def _kind_of_table(first: str, text: str, column: str) -> str:
     heads = (cell.strip(' "').casefold() for by in ",;\t" if by in first for cell in first.split(by))
     if first.casefold() == name or any(head == name or head.startswith(f"{name}_") for head in heads):
         return _CSV
-    if first.casefold().startswith((f"- {name}:", f"{name}s:", "---")):
+    if first == "---" or first.casefold().startswith((f"- {name}:", f"{name}s:")):
         return _YAML
     if first in ("[", "{"):
         return _JSON
