@@ -30,7 +30,7 @@ WHERE_TO_GET = (
 _MOST_SHOWN = 5
 _FOREIGN = frozenset({".yaml", ".yml", ".toml", ".xml", ".html", ".xlsx", ".xls", ".ods", ".parquet", ".arrow"})
 """Suffixes of files whose lines are not prompts."""
-_TIMED = re.compile(r"\[[^\[\]|]*\d\s*(?:s|sec|seconds)?\s*#[^\[\]|]*\]", re.IGNORECASE)
+_TIMED = re.compile(r"\[[^\[\]|]*\d\s*(?:m?s|sec|seconds?|m|min|minutes?|f|frames?)?\s*#[^\[\]|]*\]", re.IGNORECASE)
 """``[10s#]``: which of several texts a video follows from when on."""
 
 
@@ -204,12 +204,18 @@ def _of_text(path: str, column: str) -> _Pool:
 _MISSING = f"no such prompt file (prompts.path); {WHERE_TO_GET}"
 _CSV = "the first line is a CSV head line"
 _JSON = "the file is JSON"
+_YAML = "the file is YAML"
 
 
 def _kind_of_table(first: str, text: str, column: str) -> str:
     """What a file is whose lines are not prompts, judging by its first line and, for JSON, all of it."""
-    if any(column in [cell.strip(' "').casefold() for cell in first.split(by)] for by in ",;\t" if by in first):
+    name = column.casefold()
+    # Also of the languages: prompt_en.
+    heads = (cell.strip(' "').casefold() for by in ",;\t" if by in first for cell in first.split(by))
+    if first.casefold() == name or any(head == name or head.startswith(f"{name}_") for head in heads):
         return _CSV
+    if first == "---" or first.casefold().startswith((f"- {name}:", f"{name}s:")):
+        return _YAML
     if first in ("[", "{"):
         return _JSON
     if first.startswith(("[", "{")):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.text_file import MOST_CONFIG_BYTES, read_text
-from lrag_ray.wan.lora_settings import AdapterSettings, adapter_settings
+from lrag_ray.wan.lora_settings import AdapterSettings, adapter_settings, metadata_settings, stored_settings
 from lrag_ray.wan.names import bare_name, from_underscores, wan_name
 from lrag_ray.wan.state_dict import misfits, read_checkpoint
 from lrag_ray.wan.weight_parts import weight_files
@@ -185,7 +185,8 @@ def _read(lora: Lora) -> _Found:
     file = _file(Path(lora.path))
     content = read_checkpoint(file)
     state = content.get("generator_lora", content)
-    stored = {key: value for key, value in content.items() if isinstance(value, (int, float, str))}
+    settings = stored_settings(content, str(file))
+    stored = {key for key, value in content.items() if isinstance(value, (int, float, str))} | settings.keys()
     if not isinstance(state, Mapping):
         raise WeightsError(f"LoRA {file}: 'generator_lora' is a {type(state).__name__}, expected a dict of tensors")
     found = _Found({}, {}, {}, [])
@@ -225,11 +226,7 @@ def _read(lora: Lora) -> _Found:
             "Diffusers, ComfyUI) or of lora_down and lora_up (kohya). Fix: give the LoRA file of this generator"
         )
     found.settings.extend(_settings(lora, file, keys=bool(found.alphas)))
-    for name in ("alpha", "lora_alpha"):
-        if name in stored:
-            found.settings.append(
-                AdapterSettings(f"its entry {name}", rank=None, alpha=_number(stored[name], name, file))
-            )
+    found.settings.extend(each for of_entry in settings.values() for each in of_entry)
     return found
 
 
@@ -287,7 +284,11 @@ def _number(value: Any, name: str, file: Path) -> float:
 
 
 def _settings(lora: Lora, file: Path, *, keys: bool) -> Iterator[AdapterSettings]:
-    """What is said of the strength beside the tensors; kohya's metadata counts only without ``.alpha`` keys."""
+    """What is said of the strength beside the tensors.
+
+    Metadata that trainers leave, such as kohya's, counts only without ``.alpha`` keys, which tools that resize a LoRA
+    keep right.
+    """
     beside = lora.adapter_config or file.with_name("adapter_config.json")
     if beside.exists():
         content = read_text(beside, "the LoRA's settings", WeightsError, most_bytes=MOST_CONFIG_BYTES)
@@ -299,8 +300,8 @@ def _settings(lora: Lora, file: Path, *, keys: bool) -> Iterator[AdapterSettings
         # Diffusers puts the name of the pipeline's part in front; without one, the entries are the transformer's.
         of_part = {key.removeprefix("transformer."): entry for key, entry in stated.items() if _is_transformer(key)}
         yield adapter_settings(of_part, source)
-    if not keys and (alpha := _spelled_number(metadata.get("ss_network_alpha"))):
-        yield AdapterSettings(f"ss_network_alpha of {file}", rank=None, alpha=alpha)
+    if not keys:
+        yield from metadata_settings(metadata, str(file))
 
 
 def _is_transformer(key: str) -> bool:
@@ -314,14 +315,6 @@ def _metadata(file: Path) -> dict[str, str]:
     except (SafetensorError, OSError):
         # Not a safetensors file; one that is damaged was refused before.
         return {}
-
-
-def _spelled_number(text: str | None) -> float | None:
-    try:
-        number = float(text or "nan")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and number != 0 else None
 
 
 def _json(content: str, source: str | Path) -> dict[str, Any]:

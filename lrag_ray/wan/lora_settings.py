@@ -1,10 +1,15 @@
-"""What PEFT's adapter_config.json (or Diffusers' metadata of the same content) says of a LoRA's ranks and strength."""
+"""What is said of a LoRA's ranks and strength beside its tensors.
+
+That is PEFT's adapter_config.json (or Diffusers' metadata of the same content), the settings that a trainer saves in
+the file, and the metadata of safetensors.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,10 @@ _REFUSED = {
     "alora_invocation_tokens": "an aLoRA",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_RANKS = ("r", "rank", "lora_rank", "network_dim", "ss_network_dim")
+_ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
+"""What trainers call them."""
+_MOST_NESTED = 8
 _LITERAL = re.compile(r"[\w.\-]+")
 _MAX_PATTERN = 200
 
@@ -50,7 +59,7 @@ class AdapterSettings:
         stated = _matching(self.rank_pattern, spelled, layer) or self.rank
         if stated is not None and stated != rank:
             raise WeightsError(
-                f"LoRA {path}: {self.source} says rank {stated} for {layer}, the tensors have {rank}. "
+                f"LoRA {path}: {self.source} says rank {stated:g} for {layer}, the tensors have {rank}. "
                 "Fix: use the file and the settings of one training"
             )
 
@@ -77,12 +86,68 @@ def adapter_settings(config: Mapping[str, Any], source: str) -> AdapterSettings:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     numbers = [rank, alpha, *_values(ranks, source), *_values(alphas, source)]
     for number in numbers:
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf):
             raise WeightsError(
                 f"LoRA: {source} gives {number!r} as a rank or alpha, expected a number above 0. "
                 "Fix: use the file that PEFT wrote"
             )
     return AdapterSettings(source, rank, alpha, ranks, alphas, bool(config.get("use_rslora")))
+
+
+def stored_settings(content: Mapping[str, Any], file: str) -> dict[str, list[AdapterSettings]]:
+    """Settings among the entries of a checkpoint, by the entry that holds them.
+
+    An alpha counts beside the tensors; further inside, where the same mapping states a rank, because a trainer's whole
+    configuration has other alphas too.
+
+    Raises WeightsError as `adapter_settings`.
+    """
+    found = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            if inside := list(_nested(value, f"entry {name} of {file}")):
+                found[name] = inside
+        elif name in _ALPHAS and not hasattr(value, "shape"):
+            rank = next((content[key] for key in _RANKS if isinstance(content.get(key), (int, float))), None)
+            found[name] = [adapter_settings({"r": rank, "lora_alpha": value}, f"entry {name} of {file}")]
+    return found
+
+
+def metadata_settings(metadata: Mapping[str, str], file: str) -> Iterator[AdapterSettings]:
+    """Settings in the metadata of a safetensors file, as numbers or as JSON.
+
+    Raises WeightsError as `adapter_settings`.
+    """
+    rank = next((number for key in _RANKS if (number := _spelled_number(metadata.get(key)))), None)
+    for name in _ALPHAS:
+        if alpha := _spelled_number(metadata.get(name)):
+            yield adapter_settings({"r": rank, "lora_alpha": alpha}, f"{name} of {file}")
+    for name, text in metadata.items():
+        if name == "lora_adapter_metadata" or not text.startswith("{"):
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            # Notes of the trainer, in whatever form.
+            continue
+        yield from _nested(value, f"{name} of {file}")
+
+
+def _nested(config: Mapping[str, Any], source: str, depth: int = 0) -> Iterator[AdapterSettings]:
+    rank, alpha = (next((key for key in keys if key in config), None) for keys in (_RANKS, _ALPHAS))
+    if rank is not None and alpha is not None:
+        yield adapter_settings({**config, "r": config[rank], "lora_alpha": config[alpha]}, source)
+    for value in config.values():
+        if isinstance(value, Mapping) and depth < _MOST_NESTED:
+            yield from _nested(value, source, depth + 1)
+
+
+def _spelled_number(text: str | None) -> float | None:
+    try:
+        number = float(text or "nan")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number != 0 else None
 
 
 def _values(pattern: Any, source: str) -> list[Any]:

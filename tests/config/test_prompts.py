@@ -250,6 +250,9 @@ WRONG_TABLES = [
     ("a.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "a.txt: the file is JSON, not one prompt a line"),
     ("a.txt", '["A fox"]', "a.txt: the file is JSON, not one prompt a line"),
     ("a.txt", 'id,"prompt"\n1,A fox\n', "a.txt: the first line is a CSV head line, not one prompt a line"),
+    ("a.txt", "prompt_en,dimension\nA fox,motion\n", "a.txt: the first line is a CSV head line"),
+    ("a.txt", "Prompt\nA fox\n", "a.txt: the first line is a CSV head line"),
+    ("a.txt", "- prompt: A fox\n- prompt: A bear\n", "a.txt: the file is YAML, not one prompt a line"),
     ("a.jsonl", '{"prompt": "A\x0bfox"}\n', "a.jsonl:1: not JSON: Invalid control character at column 14"),
     (
         "a.txt",
@@ -277,6 +280,8 @@ def test_what_does_not_parse_is_refused_with_its_place(
     [
         ("a.txt", "A fox\n[0s#] A fox sleeps | [10s#] A fox runs\n"),
         ("a.txt", "A fox\nA fox sleeps [10 S #] A fox runs\n"),
+        ("a.txt", "A fox\n[500ms#] A fox sleeps | [1min#] A fox runs\n"),
+        ("a.txt", "A fox\n[0f#] A fox sleeps | [81 frames#] A fox runs\n"),
         ("a.csv", "prompt\n[0-5s#] A fox sleeps | [5-10s#] it runs\n"),
     ],
 )
@@ -285,6 +290,6 @@ def test_several_prompts_for_one_video_are_refused(tmp_path: Path, name: str, co
         load_prompts(table(tmp_path, name, content))
 
 
-@pytest.mark.parametrize("line", ["[wide shot] A fox", "{A fox}", "A fox, prompt to run", "[take #2] A fox", "[10s] A"])
+@pytest.mark.parametrize("line", ["[wide shot] A fox", "{A fox}", "A fox, prompt to run", "A prompt, quick fox", "[take #2] A fox", "[10s] A"])
 def test_text_in_brackets_is_a_prompt(tmp_path: Path, line: str) -> None:
     assert [prompt.text for prompt in load_prompts(section(tmp_path, f"{line}\n"))] == [line]

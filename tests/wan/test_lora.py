@@ -243,6 +243,58 @@ def test_the_strength_is_that_of_the_file_else_one(
         assert update.scale == pytest.approx(scale)
 
 
+@pytest.mark.parametrize(
+    ("entries", "scale"),
+    [
+        ({"lora_alpha": 6}, 2.0),
+        ({"rank": 0, "step": 3}, 1.0),
+        ({"lora_config": {"rank": RANK, "alpha": 6}}, 2.0),
+        ({"config": {"ema": {"alpha": 0.9}, "adapter": {"type": "lora", "rank": RANK, "alpha": 1.5}}}, 0.5),
+        ({"peft_config": {"default": peft(use_rslora=True)}}, 12 / math.sqrt(RANK)),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_settings_that_a_trainer_saves_in_the_file_count(
+    tmp_path: Path, transformer: CausalWanTransformer, entries: dict[str, Any], scale: float, wrapped: bool
+) -> None:
+    halves = updates(transformer)
+    path = save(tmp_path / "lora.pt", {"generator_lora": halves, **entries} if wrapped else {**halves, **entries})
+    (found,) = {update.scale for update in read_lora(Lora(path)).values()}
+    assert found == pytest.approx(scale)
+
+
+def test_settings_in_the_metadata_count(tmp_path: Path, transformer: CausalWanTransformer) -> None:
+    metadata = {"format": "pt", "notes": "{not JSON", "lora_config": json.dumps({"rank": RANK, "alpha": 6})}
+    save_file(updates(transformer), tmp_path / "lora.safetensors", metadata=metadata)
+    assert {update.scale for update in read_lora(Lora(tmp_path / "lora.safetensors")).values()} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"lora_config": {"rank": 8, "alpha": 6}}, "entry lora_config of .* says rank 8 for .*, the tensors have 3"),
+        ({"rank": 8, "alpha": 6}, "entry alpha of .* says rank 8 for"),
+        ({"lora_config": {"rank": RANK, "alpha": 6, "use_dora": True}}, "names DoRA"),
+        ({"alpha": 6, "lora_config": {"rank": RANK, "alpha": 12}}, "says alpha 6, entry lora_config of .* says 12"),
+        ({"alpha": math.inf}, "gives inf as a rank or alpha"),
+    ],
+)
+def test_settings_in_the_file_that_contradict_are_refused(
+    tmp_path: Path, transformer: CausalWanTransformer, entries: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(WeightsError, match=f"{said}(.|\n)*Fix: "):
+        read_lora(Lora(save(tmp_path / "lora.pt", {"generator_lora": updates(transformer), **entries})))
+
+
+def test_the_rank_of_kohyas_metadata_must_be_that_of_the_tensors(
+    tmp_path: Path, transformer: CausalWanTransformer
+) -> None:
+    metadata = {"ss_network_alpha": "2", "ss_network_dim": "8"}
+    save_file(updates(transformer), tmp_path / "lora.safetensors", metadata=metadata)
+    with pytest.raises(WeightsError, match="ss_network_alpha of .* says rank 8 for .*, the tensors have 3"):
+        read_lora(Lora(tmp_path / "lora.safetensors"))
+
+
 def test_layers_may_have_ranks_and_alphas_of_their_own(
     tmp_path: Path, checkpoint: Path, transformer: CausalWanTransformer
 ) -> None:

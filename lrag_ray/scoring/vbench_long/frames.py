@@ -1,6 +1,7 @@
 """Decoded frames as the official decoders give them: decord, which splits videos and reads clips, and OpenCV.
 
-PyAV with its default conversion equals both bit for bit on 8-bit video, colour tags (BT.709 and others) included; the
+PyAV with its default conversion equals both bit for bit on 8-bit video (but for the inverse transform of MPEG-4 Part 2
+and WMV, whose rounding has changed between versions of FFmpeg), colour tags (BT.709 and others) included; the
 conversion of `lrag_ray.video.mp4`, made for faithful colours, does not, and scores follow the pixels. What PyAV does
 otherwise is done as decord does it: frames are turned as the file says, deep and interlaced ones converted
 (`old_scaler`), there are as many frames as packets, and the stream is the one that it picks (`OpenVideo`).
