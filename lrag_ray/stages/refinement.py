@@ -98,7 +98,7 @@ class Refiner:
 def cleaned(answer: str) -> str:
     """One line of plain text without quotation marks around it, nor a sign that a spreadsheet would compute."""
     line = " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in answer).split())
-    while len(line) > 1 and _QUOTES.get(line[0]) == line[-1]:
+    while len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and not {line[0], line[-1]} & set(line[1:-1]):
         line = line[1:-1].strip()
     return line.lstrip("=+-@ ")
 

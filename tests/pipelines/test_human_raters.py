@@ -155,3 +155,6 @@ def test_choices_cover_the_scale() -> None:
     assert choices(QuestionSet(name="x", question="?", scale=Scale(lower=0, upper=100))) == [
         str(5 * i) for i in range(21)
     ]
+    odd = choices(QuestionSet(name="x", question="?", scale=Scale(lower=1, upper=24)))
+    assert (len(odd), odd[0], odd[-1]) == (21, "1", "24")
+    assert all(answer.isdecimal() for answer in odd)
