@@ -173,7 +173,10 @@ class QuestionSet(Section):
 
     def read(self, answer: str) -> float:
         """The score of an answer; of a comparison the share of the first video. UnreadableError."""
-        found = self.answer.find(answer)
+        return self.value_of(self.answer.find(answer))
+
+    def value_of(self, found: str) -> float:
+        """The number of what stands where the score should be. UnreadableError where it is none of the scale."""
         words = CHOICES if self.compare else {word.casefold(): value for word, value in self.values.items()}
         if words:
             said = found.casefold()
