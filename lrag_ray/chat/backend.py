@@ -33,8 +33,6 @@ class Backend(ABC):
 
     batched: ClassVar[bool] = False
     """Whether it takes several questions in one pass, in one thread."""
-    takes_video: ClassVar[bool] = False
-    """Whether it takes a whole video; otherwise pictures."""
 
     @abstractmethod
     def ask(self, questions: Sequence[Question]) -> list[Reply]:

@@ -22,8 +22,6 @@ _BROKEN = ("abort", "error")
 class OpenAIBackend(Backend):
     """Chat completions. Videos go as ``video_url``, which vLLM and SGLang take."""
 
-    takes_video = True
-
     def __init__(self, section: ChatSection) -> None:
         """Raises ChatError without the library or the key."""
         try:

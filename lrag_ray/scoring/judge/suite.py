@@ -57,6 +57,10 @@ class Judge(Suite[JudgeSettings]):
                 f"scoring.settings.votes {settings.votes} with {_SECTION}.temperature 0: all votes would be the same. "
                 "Set temperature above 0, such as 0.7, or votes to 1"
             )
+        if chat is not None and chat.backend == "local" and settings.whole_video:
+            raise ConfigError(
+                "scoring.settings.media video with backend local, which takes pictures. Set media to frames or auto"
+            )
         self.measures: Sequence[Measure] = [each.measure for each in self.sets]
         self._judge: JudgeRecord | None = None
         """Of the scores that are shown."""

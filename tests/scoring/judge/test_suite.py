@@ -282,6 +282,8 @@ def test_what_cannot_work_is_refused_before_any_call(run: RolloutRun, monkeypatc
     chat = {"backend": "openai", "model": "m"}
     with pytest.raises(ConfigError, match="all votes would be the same"):
         Judge.of(ScoringSection(suite="judge", settings={"chat": chat, "votes": 3}))
+    with pytest.raises(ConfigError, match="backend local, which takes pictures"):
+        Judge.of(ScoringSection(suite="judge", settings={"chat": {**chat, "backend": "local"}, "media": "video"}))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ChatError, match="OPENAI_API_KEY"):
         Judge.of(ScoringSection(suite="judge", settings={"chat": chat})).check_weights()
