@@ -63,7 +63,7 @@ class PageAnswers(Record):
 
     export: str = Field(pattern=r"^[0-9a-f]{16}$")
     rater: str = Field(min_length=1, max_length=64)
-    answers: dict[str, PersonAnswer] = Field(min_length=1)
+    answers: dict[str, PersonAnswer]
 
     @field_validator("rater")
     @classmethod
