@@ -244,11 +244,13 @@ class Run:
     def scores(self, suite: str | None = None, mode: str | None = None) -> pd.DataFrame:
         """One row per video and dimension: prompt_id, prompt, sample, backbone, method, duration_s, dimension, value.
 
-        Without `suite` and `mode` those that compare best. Values are as the suite's files hold them.
+        With refined prompts original_prompt comes after prompt. Without `suite` and `mode` those that compare best.
+        Values are as the suite's files hold them.
         """
         import pandas as pd
 
         data = self._collect(suite, mode)
+        prompts = self.identity.prompts
         columns = ["prompt_id", "prompt", "sample", "backbone", "method", "duration_s", "dimension", "value"]
         rows = [
             (
@@ -264,7 +266,10 @@ class Run:
             for video in data.scores.videos
             for dimension, value in video.values.items()
         ]
-        return pd.DataFrame(rows, columns=columns)
+        table = pd.DataFrame(rows, columns=columns)
+        if any(prompt.original for prompt in prompts.values()):
+            table.insert(2, "original_prompt", [prompts[prompt_id].original for prompt_id in table["prompt_id"]])
+        return table
 
     def ranks(self, suite: str | None = None, mode: str | None = None) -> pd.DataFrame:
         """One row per backbone, duration and method: average_rank, its prompts, and the mean of every dimension."""
@@ -293,7 +298,10 @@ class Run:
         backbone: str | None = None,
         duration_s: float | None = None,
     ) -> list[Video]:
-        """Committed videos, prompt-major; `prompt` is a prompt_id or a part of the text, in any case."""
+        """Committed videos, prompt-major.
+
+        `prompt` is a prompt_id or a part of the text, refined or original, in any case.
+        """
         from lrag_ray.store.videos import committed_videos
 
         found = []
@@ -352,6 +360,7 @@ class Run:
             return False
         if backbone not in (None, rollout.backbone):
             return False
-        return (
-            prompt is None or prompt == rollout.prompt_id or prompt.lower() in self._prompt(rollout.prompt_id).lower()
-        )
+        if prompt in (None, rollout.prompt_id):
+            return True
+        found = self.identity.prompts[rollout.prompt_id]
+        return any(prompt.lower() in each.lower() for each in (found.text, found.original))

@@ -17,6 +17,7 @@ from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.store.rollouts import RolloutRun
 from tests.report.make_run import HORIZONS, make_run
+from tests.report.test_build import score_all
 
 FUNCTIONS = {
     "load_config": "(path: 'str | Path', overrides: 'Sequence[str]' = ()) -> 'JobConfig'",
@@ -184,6 +185,25 @@ def test_videos_by_prompt_and_method(finished: RolloutRun) -> None:
     assert [video.duration_s for video in run.videos(prompt="fox", method="rag", duration_s=3.0)] == [3.0]
     assert run.videos(prompt=found[0].prompt_id, backbone="tiny", method="base") != []
     assert run.videos(method="deep_forcing") == []
+
+
+def test_refined_prompts_and_their_originals(tmp_path: Path) -> None:
+    """A prompt that a model refined and one that stays, as identity, videos and scores show them."""
+    run = make_run(str(tmp_path / "run"), ["A red fox runs over fresh snow.", "rain"], ["base"], HORIZONS[:1])
+    identity = run.require()
+    first = next(iter(identity.prompts))
+    origin = {"original": "ein Fuchs", "refined_by": "m (openai), template extend"}
+    prompts = {**identity.prompts, first: identity.prompts[first].model_copy(update=origin)}
+    (tmp_path / "run" / "run.json").write_bytes(identity.model_copy(update={"prompts": prompts}).sealed())
+    score_all(run)
+    opened = lr.open_run(run.uri)
+    assert opened.identity.prompts[first].refined_by == "m (openai), template extend"
+    pairs = [(video.prompt, video.original_prompt) for video in opened.videos()]
+    assert pairs == [("A red fox runs over fresh snow.", "ein Fuchs"), ("rain", "")]
+    assert opened.videos(prompt="FUCHS") == opened.videos(prompt="red fox") == opened.videos()[:1]
+    table = opened.scores()
+    assert list(table.columns[:3]) == ["prompt_id", "prompt", "original_prompt"]
+    assert set(zip(table["prompt"], table["original_prompt"], strict=True)) == set(pairs)
 
 
 def test_latents_of_the_longest_horizon(finished: RolloutRun) -> None:

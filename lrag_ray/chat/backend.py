@@ -33,8 +33,6 @@ class Backend(ABC):
 
     batched: ClassVar[bool] = False
     """Whether it takes several questions in one pass, in one thread."""
-    takes_video: ClassVar[bool] = False
-    """Whether it takes a whole video; otherwise pictures."""
 
     @abstractmethod
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
@@ -92,4 +90,7 @@ def retry_after(value: str | None) -> float | None:
         moment = parsedate_to_datetime(value)
     except ValueError:
         return None
-    return max(0.0, (moment.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    if moment.tzinfo is None:
+        # A date without a zone, or with -0000, is in UTC.
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

@@ -25,8 +25,6 @@ _FINISH: dict[str, Finish] = {"STOP": "stop", "MAX_TOKENS": "length"}
 class GeminiBackend(Backend):
     """generateContent. A video is uploaded once, without a name, and deleted at the end."""
 
-    takes_video = True
-
     def __init__(self, section: ChatSection) -> None:
         """Raises ChatError without the library or the key."""
         try:

@@ -61,18 +61,25 @@ class LocalBackend(Backend):
         """Answers of one batch; equal questions in any batch get equal answers but for rounding."""
         if self._section.temperature > 0 and len(questions) > 1:
             return [reply for question in questions for reply in self.ask([question])]
+        import jinja2
         import torch
 
         section = self._section
         conversations = [[self._message(message) for message in question.messages] for question in questions]
-        inputs = self._processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **({"processor_kwargs": {"padding": True}} if self._sees else {"padding": True}),
-        ).to(self._device)
+        try:
+            inputs = self._processor.apply_chat_template(
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                **({"processor_kwargs": {"padding": True}} if self._sees else {"padding": True}),
+            ).to(self._device)
+        except jinja2.TemplateError as error:
+            raise ChatError(
+                f"model '{section.model}': its chat template does not take the messages ({error}). Where it takes no "
+                "system message, use a template of yours that holds {prompt}"
+            ) from None
         sampled: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if section.temperature > 0:
             torch.manual_seed((section.seed or 0) + questions[0].vote)

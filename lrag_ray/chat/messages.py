@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,9 @@ from lrag_ray.store.identity import canonical_digest
 from lrag_ray.store.records import JsonValue
 
 Role = Literal["system", "user", "assistant"]
+
+_REASONING = re.compile(r"\s*<(think|thinking|thought)>", re.IGNORECASE)
+_REASONING_ENDS = re.compile(r"</(think|thinking|thought)>", re.IGNORECASE)
 
 Finish = Literal["stop", "length", "refused"]
 """stop: the model ended it; length: max_tokens cut it off; refused: the model or a filter declined."""
@@ -102,3 +106,18 @@ class Reply(NamedTuple):
     usage: Usage
     raw: Any
     """The answer as it came, as JSON data."""
+
+
+def without_reasoning(answer: str) -> str:
+    """An answer without the reasoning before it, which some servers leave in it between ``<think>`` and ``</think>``.
+
+    A chat template may have written the first of them, so that only the second is in the answer. Empty where the
+    reasoning never ends.
+    """
+    opened = _REASONING.match(answer)
+    ends = list(_REASONING_ENDS.finditer(answer))
+    if opened is None and re.search(r"<(think|thinking|thought)>", answer, re.IGNORECASE):
+        return answer
+    if ends:
+        return answer[ends[-1].end() :].strip()
+    return "" if opened else answer

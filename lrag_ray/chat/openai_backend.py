@@ -15,12 +15,12 @@ from lrag_ray.errors import ChatError
 
 _VENDOR = "https://api.openai.com/v1"
 _FINISH: Mapping[str, Finish] = {"length": "length", "content_filter": "refused"}
+_BROKEN = ("abort", "error")
+"""How vLLM, SGLang and routers end an answer that they did not finish."""
 
 
 class OpenAIBackend(Backend):
     """Chat completions. Videos go as ``video_url``, which vLLM and SGLang take."""
-
-    takes_video = True
 
     def __init__(self, section: ChatSection) -> None:
         """Raises ChatError without the library or the key."""
@@ -60,7 +60,8 @@ class OpenAIBackend(Backend):
         except (errors.APIConnectionError, errors.APIResponseValidationError) as error:
             cause = error.__cause__ or error
             raise TransientError(self._safe(f"{type(error).__name__}: {cause}")) from None
-        return [_reply(storable(_parsed(body), self._key))]
+        # The key goes before anything is quoted, and before what is quoted is cut.
+        return [_reply(storable(_parsed(str(storable(body, self._key))), self._key))]
 
     def close(self) -> None:
         """Close its connections."""
@@ -72,7 +73,7 @@ class OpenAIBackend(Backend):
         code = str(error.code or "")
         if code in ("content_filter", "content_policy_violation"):
             return Reply("", "refused", Usage(), body)
-        if code in ("insufficient_quota", "billing_hard_limit_reached"):
+        if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached"):
             raise ChatError(f"{self._where} has no credit left ({text})") from None
         if status in (408, 409, 425, 429) or status >= 500:
             raise TransientError(text, retry_after(error.response.headers.get("retry-after"))) from None
@@ -119,6 +120,8 @@ def _reply(body: Any) -> Reply:
         content, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise TransientError(f"the answer holds no message: {json.dumps(body)[:200]}") from None
+    if finish in _BROKEN:
+        raise TransientError(f"the answer ended with {finish}")
     if refusal or content is None or not isinstance(content, str):
         if not refusal and finish != "content_filter" and content is not None:
             raise TransientError(f"the answer's content is not text: {json.dumps(body)[:200]}")

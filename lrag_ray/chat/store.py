@@ -3,9 +3,10 @@
 ::
 
     RUN/chat/answers/<digest, 2>/<digest>.json   one per question: what was asked, the raw answer, tokens
-    RUN/chat/calls/<number>.json                 one per call, created before it is made: the ledger of the budget
+    RUN/chat/calls/<model, 12>/<number>.json     one per call, created before it is made: the ledger of the budget
 
-Calls are numbered across all processes and starts: creating a file that exists fails, so each number is one call.
+Every model has a ledger, since budgets and prices are those of a model. Its calls are numbered across all processes and
+starts: creating a file that exists fails, so each number is one call.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from lrag_ray.chat.messages import Finish, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import BudgetError
 from lrag_ray.store.address import Storage
+from lrag_ray.store.identity import canonical_digest
 from lrag_ray.store.records import JsonValue, PlacedRecord, now_utc
 from lrag_ray.store.run_dir import CHAT
 
 _LOOK_EVERY_S = 0.5
+_LEDGERS = f"{CHAT}/calls"
+_CALL = re.compile(rf"{_LEDGERS}/[0-9a-f]{{12}}/\d{{8,}}\.json", re.ASCII)
 
 RecordT = TypeVar("RecordT", bound=PlacedRecord)
 
@@ -50,6 +54,8 @@ class CallRecord(PlacedRecord):
 
     digest: str
     """Of the question."""
+    model: str = ""
+    """Backend and name of the model."""
     call_id: str
     began_at: str
     reserved_tokens: int = Field(ge=0)
@@ -67,7 +73,7 @@ class CallRecord(PlacedRecord):
 
 
 class Spent(NamedTuple):
-    """What a run's calls came to."""
+    """What calls came to."""
 
     calls: int
     input_tokens: int
@@ -100,10 +106,12 @@ class ChatStore:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._changed = threading.Condition()
-        self._under_way: set[int] = set()
-        """Calls of this process."""
-        self._next: int | None = None
-        self._calls: dict[int, CallRecord] = {}
+        self._under_way: set[str] = set()
+        """Calls of this process, by path."""
+        self._next: dict[str, int] = {}
+        """By ledger."""
+        self._calls: dict[str, CallRecord] = {}
+        """By path."""
 
     def answer(self, digest: str) -> AnswerRecord | None:
         """The stored answer, or None where there is none or it cannot be read."""
@@ -130,44 +138,48 @@ class ChatStore:
         Raises BudgetError where it allows none. Where calls under way in other threads may leave room, it waits.
         """
         with self._changed:
-            count = self._affordable(len(digests), section)
-            if self._next is None:
-                self._next = 1 + max(self._numbers(), default=-1)
+            ledger = ledger_of(section)
+            count = self._affordable(len(digests), section, ledger)
+            if ledger not in self._next:
+                self._next[ledger] = 1 + max(map(_number, self._listed(ledger)), default=-1)
             begun: list[CallRecord] = []
             while len(begun) < count:
-                if section.max_calls is not None and self._next >= section.max_calls:
+                if section.max_calls is not None and self._next[ledger] >= section.max_calls:
                     if begun:
                         break
                     raise BudgetError(
                         f"the budget of {section.max_calls:,} calls (max_calls) is used up. Raise it and start again: "
                         "what is answered is kept"
                     )
-                number, self._next = self._next, self._next + 1
+                number = self._next[ledger]
+                self._next[ledger] += 1
                 record = CallRecord(
-                    path=_call_path(number),
+                    path=f"{ledger}/{number:08d}.json",
                     digest=digests[len(begun)],
+                    model=f"{section.backend} {section.model}",
                     call_id=uuid.uuid4().hex,
                     began_at=now_utc(),
                     reserved_tokens=section.max_tokens,
                 )
                 if self.storage.create(record.path, record.sealed()):
-                    self._calls[number] = record
-                    self._under_way.add(number)
+                    self._calls[record.path] = record
+                    self._under_way.add(record.path)
                     begun.append(record)
             return begun
 
-    def _affordable(self, count: int, section: ChatSection) -> int:
+    def _affordable(self, count: int, section: ChatSection, ledger: str) -> int:
         """How many of `count` calls the budget of tokens has room for, at least one."""
         limit, reserved = section.max_total_tokens, section.max_tokens
         if limit is None:
             return count
         while True:
-            self._refresh()
-            used = sum(call.tokens for call in self._calls.values())
+            calls = self._refreshed(ledger)
+            used = sum(call.tokens for call in calls.values())
             if room := min(count, (limit - used) // reserved if used < limit else 0):
                 return room
-            spent = used - sum(self._calls[number].tokens for number in self._under_way)
-            if not self._under_way or spent + reserved > limit:
+            under_way = self._under_way & calls.keys()
+            spent = used - sum(calls[path].tokens for path in under_way)
+            if not under_way or spent + reserved > limit:
                 raise BudgetError(
                     f"the budget of {limit:,} tokens (max_total_tokens) has no room for another call: {used:,} are "
                     f"used, and an answer may take {reserved:,}. Raise it and start again: what is answered is kept"
@@ -186,17 +198,15 @@ class ChatStore:
             }
         )
         self.storage.write(ended.path, ended.sealed())
-        number = _number(ended.path)
         with self._changed:
-            self._calls[number] = ended
-            self._under_way.discard(number)
+            self._calls[ended.path] = ended
+            self._under_way.discard(ended.path)
             self._changed.notify_all()
 
-    def spent(self) -> Spent:
-        """What all starts together have spent."""
+    def spent(self, section: ChatSection | None = None) -> Spent:
+        """What all starts together have spent on the section's model; without one, on all models."""
         with self._changed:
-            self._refresh()
-            calls = list(self._calls.values())
+            calls = list(self._refreshed(ledger_of(section) if section else _LEDGERS).values())
         return Spent(
             calls=len(calls),
             input_tokens=sum(call.input_tokens for call in calls),
@@ -204,21 +214,24 @@ class ChatStore:
             open_tokens=sum(call.reserved_tokens for call in calls if not call.ended),
         )
 
-    def _numbers(self) -> list[int]:
-        paths = self.storage.list_files(f"{CHAT}/calls")
-        return [_number(path) for path in paths if re.fullmatch(r"\d{8,}\.json", path.rpartition("/")[2], re.ASCII)]
+    def _listed(self, ledger: str) -> list[str]:
+        paths = self.storage.list_files(ledger)
+        return [path for path in paths if _CALL.fullmatch(path)]
 
-    def _refresh(self) -> None:
-        stale = [n for n in self._numbers() if n not in self._calls or not self._calls[n].ended]
-        for path, data in self.storage.read_many([_call_path(number) for number in stale]).items():
+    def _refreshed(self, ledger: str) -> dict[str, CallRecord]:
+        """Calls of a ledger by path, as they are stored now."""
+        listed = self._listed(ledger)
+        stale = [path for path in listed if path not in self._calls or not self._calls[path].ended]
+        for path, data in self.storage.read_many(stale).items():
             # One that cannot be read was begun all the same.
             unknown = CallRecord(path=path, digest="", call_id="", began_at="", reserved_tokens=0)
-            record = _parsed(CallRecord, path, data) or unknown
-            self._calls[_number(path)] = record
+            self._calls[path] = _parsed(CallRecord, path, data) or unknown
+        return {path: call for path, call in self._calls.items() if path.startswith(f"{ledger}/")}
 
 
-def _call_path(number: int) -> str:
-    return f"{CHAT}/calls/{number:08d}.json"
+def ledger_of(section: ChatSection) -> str:
+    """Folder of the calls to a model, relative to the run."""
+    return f"{_LEDGERS}/{canonical_digest([section.backend, section.model])[:12]}"
 
 
 def _number(path: str) -> int:

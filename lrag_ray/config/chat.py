@@ -69,11 +69,11 @@ class ChatSection(Section):
     max_wait_s: float = Field(default=300, ge=0, le=_DAY_S)
     """Longest wait between two of them; a server that asks for more (Retry-After) ends the task."""
     max_calls: int | None = Field(default=None, ge=0, le=10_000_000)
-    """Budget of the run: calls of all starts together, retries included. Used up, the run ends with exit code 1, and
-    a larger one continues it."""
+    """Budget of the model in a run: calls of all starts together, retries included. Used up, the run ends with exit
+    code 1, and a larger one continues it."""
     max_total_tokens: int | None = Field(default=None, ge=0, le=10**12)
-    """Budget of the run: tokens of all starts together, as the server counts them. An open call counts as max_tokens.
-    """
+    """Budget of the model in a run: tokens of all starts together, as the server counts them. An open call counts as
+    max_tokens."""
     price_per_million_input: float | None = Field(default=None, ge=0, le=1e6)
     """Price of a million input tokens, to show the cost."""
     price_per_million_output: float | None = Field(default=None, ge=0, le=1e6)

@@ -138,10 +138,10 @@ def choices(questions: QuestionSet) -> list[str]:
     if questions.values:
         return list(questions.values)
     scale = questions.scale
-    steps = int(scale.upper - scale.lower) if scale.integer else MOST_STEPS - 1
-    if scale.integer and steps >= MOST_STEPS:
-        steps = next(n for n in range(MOST_STEPS - 1, 0, -1) if steps % n == 0)
-    return [f"{scale.lower + (scale.upper - scale.lower) * i / steps:g}" for i in range(steps + 1)]
+    width = scale.upper - scale.lower
+    steps = min(int(width), MOST_STEPS - 1) if scale.integer else MOST_STEPS - 1
+    values = (scale.lower + width * i / steps for i in range(steps + 1))
+    return [f"{round(value) if scale.integer else value:.10g}" for value in values]
 
 
 def render(data: dict[str, Any]) -> str:

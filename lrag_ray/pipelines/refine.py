@@ -46,7 +46,7 @@ class RefinedPrompts:
     kept_original: int
     """Prompts that stay as they were, because no answer could be used."""
     spent: Spent
-    """By all starts of the run."""
+    """On the model, by all starts of the run."""
     seconds: float
 
 
@@ -116,12 +116,12 @@ class RefineJob(Job[RefinedPrompts]):
             prompts=found,
             missing=self.missing,
             kept_original=sum(self._settled[prompt.original].failed for prompt in found),
-            spent=self._store.spent(),
+            spent=self._store.spent(self._section),
             seconds=self.seconds,
         )
 
     def _cost(self) -> str:
-        return f"refining: {self._store.spent().described(self._section)} in this run so far"
+        return f"refining: {self._store.spent(self._section).described(self._section)} in this run so far"
 
     def _settle(self, text: str) -> Refined | Question:
         def stored(question: Question) -> AnswerRecord | None:

@@ -69,4 +69,4 @@ byId("save").addEventListener("click", () => {
   link.download = `answers-${data.export}.json`;
   link.click();
 });
-show(0);
+show(Math.max(0, data.cases.findIndex((each) => !answers[each.id])));

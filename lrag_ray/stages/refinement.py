@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from lrag_ray.chat.language import language_of
-from lrag_ray.chat.messages import Message, Question, text
+from lrag_ray.chat.messages import Message, Question, text, without_reasoning
 from lrag_ray.chat.store import AnswerRecord
 from lrag_ray.config.refine import PRESET, RefineSection
 from lrag_ray.config.schema import BackboneConfig
@@ -61,15 +61,15 @@ class Refiner:
             answer = answer_of(question)
             if answer is None:
                 return question
-            found = cleaned(answer.text)
+            said = without_reasoning(answer.text).strip()
+            found = cleaned(said)
             problem = self._problem(prompt, found, answer)
             if problem is None:
                 return Refined(found, problems)
             problems.append(problem)
             # The reason makes it another question, so that it is not answered from the store.
-            said = answer.text.strip() or "(no answer)"
             request = f"This cannot be used: {problem}. Write the description again, and nothing else."
-            messages = (*messages, text("assistant", said), text("user", request))
+            messages = (*messages, text("assistant", said or "(no answer)"), text("user", request))
         return Refined(prompt, problems, failed=True)
 
     def _first(self, prompt: str) -> tuple[Message, ...]:
@@ -98,7 +98,7 @@ class Refiner:
 def cleaned(answer: str) -> str:
     """One line of plain text without quotation marks around it, nor a sign that a spreadsheet would compute."""
     line = " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in answer).split())
-    while len(line) > 1 and _QUOTES.get(line[0]) == line[-1]:
+    while len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and not {line[0], line[-1]} & set(line[1:-1]):
         line = line[1:-1].strip()
     return line.lstrip("=+-@ ")
 

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,12 @@ def test_equal_questions_of_one_call_are_asked_once_and_votes_apart(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("401", "refuses the key"), ("404", "does not serve it"), ("500", "answers none of 3 questions in a row")],
+    [
+        ("401", "refuses the key"),
+        ("402", "no credit left"),
+        ("404", "does not serve it"),
+        ("500", "answers none of 3 questions in a row"),
+    ],
 )
 def test_what_every_question_would_meet_ends_the_work(tmp_path: Path, fault: Fault, message: str) -> None:
     with ChatProxy(None, lambda number, body: fault) as proxy:
@@ -239,6 +245,41 @@ def test_a_server_that_repeats_the_key_does_not_get_it_stored(tmp_path: Path, mo
     assert KEY not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize("body", [f"{{you sent {KEY}".encode(), f'"{"x" * 150}{KEY}"'.encode()])
+def test_a_malformed_answer_that_repeats_the_key_is_quoted_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    with ChatProxy(None, lambda number, asked: body) as proxy:
+        config = section(proxy, key_env="MY_KEY", attempts=1)
+        (found,) = ChatClient(config, ChatStore(Storage(str(tmp_path)))).ask(questions(1))
+    stored = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    assert isinstance(found, UnansweredError)
+    assert "*" in stored
+    assert not any(KEY[:20] in text for text in (str(found), stored))
+
+
+def test_an_answer_that_the_server_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
+    broken = json.dumps({"choices": [{"message": {"content": "half an"}, "finish_reason": "abort"}]}).encode()
+    with ChatProxy(None, lambda number, body: "text:whole" if number else broken) as proxy:
+        assert texts(ChatClient(section(proxy), ChatStore(Storage(str(tmp_path)))).ask(questions(1))) == ["whole"]
+
+
+def test_every_model_of_a_run_has_a_budget_and_prices_of_its_own(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    with ChatProxy(None, lambda number, body: "text:fine") as proxy:
+        cheap = section(proxy, model="cheap", max_calls=3, price_per_million_input=1e5)
+        dear = section(proxy, model="dear", max_calls=2, max_total_tokens=40, price_per_million_input=1e6)
+        for each, count in ((cheap, 3), (dear, 2)):
+            assert texts(ChatClient(each, ChatStore(storage)).ask(questions(count))) == ["fine"] * count
+        for each in (cheap, dear):
+            with pytest.raises(BudgetError):
+                ChatClient(each, ChatStore(storage)).ask(questions(4))
+    store = ChatStore(storage)
+    assert [store.spent(each).calls for each in (cheap, dear, None)] == [3, 2, 5]
+    assert [store.spent(each).cost(each) for each in (cheap, dear)] == pytest.approx([3.0, 20.0])
+
+
 def test_a_damaged_answer_is_asked_again_and_replaced(tmp_path: Path) -> None:
     with ChatProxy(None, lambda number, body: "text:fine") as proxy:
         config, storage = section(proxy), Storage(str(tmp_path))
@@ -261,6 +302,9 @@ def test_a_missing_key_is_reported_by_its_variable(backend: str, monkeypatch: py
 def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after("1.5") == 1.5
     assert retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0
+    soon = datetime.now(UTC) + timedelta(seconds=90)
+    for zone in ("GMT", "-0000", ""):  # none is UTC
+        assert retry_after(f"{soon:%a, %d %b %Y %H:%M:%S} {zone}".strip()) == pytest.approx(90, abs=3)
     assert retry_after("soon") is None
 
 

@@ -60,6 +60,9 @@ def test_a_person_rates_in_a_browser_and_the_answers_come_back(run: RolloutRun, 
             assert f"Case {number + 1} of 6, {number} answered" in tab.run(
                 "document.getElementById('progress').textContent"
             )
+            if number == 2:
+                tab.call("Page.reload")
+                assert tab.until("document.getElementById('progress')?.textContent") == "Case 3 of 6, 2 answered"
             tab.run('document.querySelector(\'input[value="4"], input[value="A"]\').click()')
             tab.run("document.getElementById('next').click()")
         tab.call("Page.reload")
@@ -134,8 +137,11 @@ def test_people_and_judge_are_compared_in_the_report(tmp_path: Path) -> None:
         (lambda text: text[:-5], "not a file that the rating page saved"),
         (lambda text: text.replace('"export": "', '"export": "../'), "not a file that the rating page saved"),
         (lambda text: re.sub(r'"export": "\w{4}', '"export": "0000', text), "not of this run"),
-        (lambda text: text.replace('"3"', '"9"'), "9 is not on the scale from 0 to 5"),
-        (lambda text: text.replace('"3"', '"nan"'), "not on the scale"),
+        (lambda text: text.replace('"3"', '"9"'), "9 is not a whole number from 0 to 5"),
+        (lambda text: text.replace('"3"', '"nan"'), "'nan' is not a whole number"),
+        (lambda text: text.replace('"3"', '"0_3"'), "'0_3' is not a whole number"),
+        (lambda text: text.replace('"Ann"', '" "'), "rater: .* a name of printable characters"),
+        (lambda text: text.replace('"Ann"', '"A\\u001b[31m"'), "rater: .* a name of printable characters"),
         (lambda text: re.sub(r'"answers": {"\w+', '"answers": {"feedfeed00', text), "the export has no such case"),
     ],
 )
@@ -155,3 +161,6 @@ def test_choices_cover_the_scale() -> None:
     assert choices(QuestionSet(name="x", question="?", scale=Scale(lower=0, upper=100))) == [
         str(5 * i) for i in range(21)
     ]
+    odd = choices(QuestionSet(name="x", question="?", scale=Scale(lower=1, upper=24)))
+    assert (len(odd), odd[0], odd[-1]) == (21, "1", "24")
+    assert all(answer.isdecimal() for answer in odd)

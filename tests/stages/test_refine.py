@@ -96,10 +96,24 @@ def test_a_template_with_a_place_for_the_prompt_is_one_message() -> None:
 
 @pytest.mark.parametrize(
     ("said", "kept"),
-    [('"A fox."\n', "A fox."), ("A\nfox\x1b[2J", "A fox [2J"), ("- =A fox", "A fox"), ("“A” and “B”", "A” and “B")],
+    [('"A fox."\n', "A fox."), ("A\nfox\x1b[2J", "A fox [2J"), ("- =A fox", "A fox"), ("“A” and “B”", "“A” and “B”")],
 )
 def test_an_answer_becomes_one_plain_line(said: str, kept: str) -> None:
     assert cleaned(said) == kept
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (f"<think>\nThey want a fox. <b>Fine</b>.\n</think>\n\n{GOOD}", GOOD),
+        (f"They want a fox.</think>{GOOD}", GOOD),  # the template wrote the beginning
+        (f"<THINK></THINK>{GOOD}", GOOD),
+    ],
+)
+def test_the_reasoning_of_a_model_is_no_part_of_the_prompt(said: str, kept: str) -> None:
+    assert settled([answer(said)]).text == kept
+    unended = settled([answer("<think>They want a fox and", "length"), answer(GOOD)])
+    assert unended.problems == ["the answer is empty"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +125,11 @@ def test_an_answer_becomes_one_plain_line(said: str, kept: str) -> None:
         ("Лиса бежит по снегу", "cyrillic"),
         ("キツネが雪の中を歩いている", "ja"),
         ("Tokyo, 8K", ""),
+        ("Stříbrná liška běží přes zasněženou louku a za ní padají vločky sněhu", "cs"),
+        ("Kettu juoksee lumen läpi ja järvi on hiljainen", "fi"),
+        ("Rauður refur hleypur í gegnum snjóinn við sólsetur", "other"),
+        ("José and Señorita Martínez dance flamenco in Sevilla", "en"),
+        ("Dancers under moonlight", "en"),
         ("A sign that says 狐 in the snow, seen from the street", "en"),
     ],
 )

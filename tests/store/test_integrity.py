@@ -56,7 +56,7 @@ KINDS = {
     "scores/judge/*/human/*/key.json": "answers",
     "scores/judge/*/human/*/raters/*.json": "answers",
     "chat/answers/*/*.json": "answers",
-    "chat/calls/*.json": "answers",
+    "chat/calls/*/*.json": "answers",
     "failures/**/*.json": "failure record",
     "lease/*": "lease",
     "summary/**/*": "report",
@@ -258,7 +258,7 @@ def test_damaged_files_of_commits_come_back_byte_for_byte_and_nothing_else_is_to
 
 
 def test_answers_of_models_are_asked_for_again_and_those_of_people_are_not(run: RolloutRun) -> None:
-    asked, call = some(run, "chat/answers/*/*.json"), some(run, "chat/calls/*.json")
+    asked, call = some(run, "chat/answers/*/*.json"), some(run, "chat/calls/*/*.json")
     case, by = some(run, "scores/judge/*/*/cases/**/*.json"), some(run, "scores/judge/*/*/judge.json")
     human = {some(run, "scores/judge/*/human/*/key.json"), some(run, "scores/judge/*/human/*/raters/*.json")}
     for path in (asked, call, case, by, *human):

@@ -8,17 +8,18 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from lrag_ray.errors import UsageError
 from lrag_ray.scoring.judge.agreement import krippendorff_alpha
-from lrag_ray.scoring.judge.questions import CHOICES, QuestionSet
+from lrag_ray.scoring.judge.questions import QuestionSet, UnreadableError
 from lrag_ray.scoring.judge.records import CaseRecord
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import JsonValue, PlacedRecord, Record
@@ -64,6 +65,13 @@ class PageAnswers(Record):
     rater: str = Field(min_length=1, max_length=64)
     answers: dict[str, PersonAnswer]
 
+    @field_validator("rater")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not value.strip() or not value.isprintable():
+            raise ValueError("must be a name of printable characters")
+        return value.strip()
+
 
 class StoredAnswers(PlacedRecord):
     """What one person answered, as it is stored."""
@@ -83,17 +91,11 @@ def key_path(folder: str, export: str) -> str:
 
 def number_of(questions: QuestionSet, case: HiddenCase, answer: str) -> float:
     """The value of an answer; of a comparison the share of the first target. ValueError where it is none."""
-    if questions.compare:
-        share = CHOICES.get(answer.casefold())
-        if share is None:
-            raise ValueError(f"'{answer}' is none of A, B and tie")
-        return 1 - share if case.swapped else share
-    words = {word.casefold(): value for word, value in questions.values.items()}
-    value = words[answer.casefold()] if answer.casefold() in words else float(answer)
-    scale = questions.scale
-    if not scale.lower <= value <= scale.upper or (scale.integer and value % 1):
-        raise ValueError(f"{answer} is not on the scale from {scale.lower:g} to {scale.upper:g}")
-    return value
+    try:
+        value = questions.value_of(answer)
+    except UnreadableError as error:
+        raise ValueError(str(error)) from None
+    return 1 - value if case.swapped else value
 
 
 def store_answers(rows: Storage, folder: str, data: bytes, name: str) -> tuple[PageAnswers, int]:
@@ -103,7 +105,8 @@ def store_answers(rows: Storage, folder: str, data: bytes, name: str) -> tuple[P
     file of the same export is replaced.
     """
     try:
-        found = PageAnswers.model_validate_json(data)
+        # Some editors write a byte order mark.
+        found = PageAnswers.model_validate_json(data.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +33,9 @@ from lrag_ray.scoring.measure import Measure
 
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 """Share of the first video."""
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
+_AROUND = " \t\n*_`'\""
+"""What models put around an answer."""
 
 
 class UnreadableError(Exception):
@@ -55,6 +58,8 @@ class Scale(Section):
     def _ordered(self) -> Scale:
         if self.lower >= self.upper:
             raise ValueError(f"lower {self.lower:g} must be less than upper {self.upper:g}")
+        if self.integer and (self.lower % 1 or self.upper % 1):
+            raise ValueError("lower and upper must be whole numbers, or set integer: false")
         return self
 
 
@@ -99,14 +104,17 @@ class AnswerForm(Section):
         """What stands where the score should be. UnreadableError if nothing does."""
         found: list[Any] = []
         if self.tag:
-            found = re.findall(rf"<{self.tag}>\s*(.*?)\s*</{self.tag}>", answer, re.DOTALL | re.IGNORECASE)
+            # A tag that is mentioned and never closed does not begin the answer.
+            opening = rf"<{self.tag}(?:\s[^<>]*)?>"
+            form = rf"{opening}((?:(?!{opening}).)*?)</{self.tag}\s*>"
+            found = re.findall(form, answer, re.DOTALL | re.IGNORECASE)
         elif self.pattern:
             found = [match[1] for match in re.finditer(self.pattern, answer) if match[1] is not None]
         else:
             found = [data[self.json_field] for data in _objects(answer) if self.json_field in data]
         if not found:
             raise UnreadableError(f"it holds no {self.described}")
-        return str(found[-1]).strip()
+        return str(found[-1]).strip(_AROUND)
 
 
 class QuestionSet(Section):
@@ -133,6 +141,8 @@ class QuestionSet(Section):
     def _fits(self) -> QuestionSet:
         if self.compare and (self.values or "scale" in self.model_fields_set):
             raise ValueError("a comparison takes neither scale nor values: its answers are A, B and tie")
+        if twice := next((w for w, n in Counter(map(str.casefold, self.values)).items() if n > 1), None):
+            raise ValueError(f"values.{twice} stands there twice (capitals do not count)")
         for word, value in self.values.items():
             if not self.scale.lower <= value <= self.scale.upper:
                 raise ValueError(f"values.{word} {value:g} is outside the scale")
@@ -163,17 +173,23 @@ class QuestionSet(Section):
 
     def read(self, answer: str) -> float:
         """The score of an answer; of a comparison the share of the first video. UnreadableError."""
-        found = self.answer.find(answer)
+        return self.value_of(self.answer.find(answer))
+
+    def value_of(self, found: str) -> float:
+        """The number of what stands where the score should be. UnreadableError where it is none of the scale."""
         words = CHOICES if self.compare else {word.casefold(): value for word, value in self.values.items()}
         if words:
-            value = words.get(found.casefold().strip(" .*'\""))
+            said = found.casefold()
+            value = words.get(said, words.get(said.strip(f"{_AROUND}.,;:!")))
             if value is None:
                 expected = "A, B or tie" if self.compare else ", ".join(self.values)
                 raise UnreadableError(f"'{found[:40]}' is none of {expected}")
             return value
-        if not _NUMBER.fullmatch(found):
+        # Some models write a minus sign, not a hyphen.
+        said = found.replace("\N{MINUS SIGN}", "-")
+        if not _NUMBER.fullmatch(said):
             raise UnreadableError(f"'{found[:40]}' is not {self._range}")
-        number = float(found)
+        number = float(said)
         if not self.scale.lower <= number <= self.scale.upper or (self.scale.integer and number % 1):
             raise UnreadableError(f"{found} is not {self._range}")
         return number

@@ -11,6 +11,8 @@ which names do not contain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from lrag_ray.scoring.judge.questions import QuestionSet
@@ -33,6 +35,22 @@ class Vote(Record):
     """Digests of all answers, in chat/answers."""
 
 
+def counted_scores(votes: Sequence[Vote], *, pairs: bool) -> list[float]:
+    """Scores of the votes that count: all that have one; of a comparison (`pairs`) those that have one in both orders.
+
+    An answer in one order alone would count the pull of the place.
+    """
+    if not pairs:
+        return [vote.score for vote in votes if vote.score is not None]
+    return [share for both in both_orders(votes) for share in both]
+
+
+def both_orders(votes: Sequence[Vote]) -> list[tuple[float, float]]:
+    """Shares of the first method, shown first and shown second, of the votes of a comparison that have both."""
+    first, second = ([vote.score for vote in votes if vote.swapped == swapped] for swapped in (False, True))
+    return [(a, b) for a, b in zip(first, second, strict=False) if a is not None and b is not None]
+
+
 class CaseRecord(PlacedRecord):
     """A question about one video, or about a pair."""
 
@@ -50,8 +68,8 @@ class CaseRecord(PlacedRecord):
 
     @property
     def scores(self) -> list[float]:
-        """Votes that have a score."""
-        return [vote.score for vote in self.votes if vote.score is not None]
+        """Of the votes that count."""
+        return counted_scores(self.votes, pairs=len(self.targets) > 1)
 
     def target(self, index: int = 0) -> ScoreTarget:
         """One of the targets. TypeError where the record does not hold one."""

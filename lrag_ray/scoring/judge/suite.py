@@ -19,7 +19,7 @@ from lrag_ray.scoring.judge.agreement import krippendorff_alpha, position_bias
 from lrag_ray.scoring.judge.cases import all_cases
 from lrag_ray.scoring.judge.human import human_lines
 from lrag_ray.scoring.judge.questions import QuestionSet, load_questions
-from lrag_ray.scoring.judge.records import CaseRecord, JudgeRecord, parsed_case, parsed_judge
+from lrag_ray.scoring.judge.records import CaseRecord, JudgeRecord, both_orders, parsed_case, parsed_judge
 from lrag_ray.scoring.judge.settings import JudgeSettings
 from lrag_ray.scoring.judge.worker import JudgeWorker
 from lrag_ray.scoring.measure import Measure
@@ -57,6 +57,10 @@ class Judge(Suite[JudgeSettings]):
             raise ConfigError(
                 f"scoring.settings.votes {settings.votes} with {_SECTION}.temperature 0: all votes would be the same. "
                 "Set temperature above 0, such as 0.7, or votes to 1"
+            )
+        if chat is not None and chat.backend == "local" and settings.whole_video:
+            raise ConfigError(
+                "scoring.settings.media video with backend local, which takes pictures. Set media to frames or auto"
             )
         self.measures: Sequence[Measure] = [each.measure for each in self.sets]
         self._judge: JudgeRecord | None = None
@@ -142,7 +146,7 @@ class Judge(Suite[JudgeSettings]):
     def spent(self, rows: Storage) -> str:
         """Calls, tokens and cost of the run."""
         chat = self.settings.chat
-        return f"judge: {ChatStore(rows).spent().described(chat)} in this run so far" if chat is not None else ""
+        return f"judge: {ChatStore(rows).spent(chat).described(chat)} in this run so far" if chat is not None else ""
 
     @property
     def record(self) -> JudgeRecord:
@@ -291,7 +295,7 @@ def agreement_lines(cases: Sequence[CaseRecord], sets: Sequence[QuestionSet]) ->
         alpha = krippendorff_alpha(votes for case in own for votes in _by_order(case))
         if alpha is not None:
             lines.append(f"{title}: Krippendorff's alpha between votes {alpha:.2f}")
-        if each.compare and (bias := position_bias(pair for case in own for pair in _both_orders(case))):
+        if each.compare and (bias := position_bias(pair for case in own for pair in both_orders(case.votes))):
             lines.append(
                 f"{title}: {bias.consistent:.0%} of {bias.pairs} pairs got the same answer in both orders; the first "
                 f"place gets {bias.first:.0%} (50% is no bias)"
@@ -305,12 +309,6 @@ def _by_order(case: CaseRecord) -> list[list[float]]:
         [vote.score for vote in case.votes if vote.score is not None and vote.swapped == swapped]
         for swapped in (False, True)
     ]
-
-
-def _both_orders(case: CaseRecord) -> list[tuple[float, float]]:
-    first = [vote.score for vote in case.votes if not vote.swapped]
-    second = [vote.score for vote in case.votes if vote.swapped]
-    return [(a, b) for a, b in zip(first, second, strict=False) if a is not None and b is not None]
 
 
 def _remarks(case: CaseRecord, index: int) -> list[str]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from lrag_ray import __version__
 from lrag_ray.chat.backend import RejectedError
 from lrag_ray.chat.client import ChatClient, LeftError, UnansweredError, model_identity
-from lrag_ray.chat.messages import Media, Message, Part, Question, text
+from lrag_ray.chat.messages import Media, Message, Part, Question, text, without_reasoning
 from lrag_ray.chat.store import ChatStore
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import BudgetError, ChatError
 from lrag_ray.scoring.judge.media import make_media
 from lrag_ray.scoring.judge.questions import QuestionSet, UnreadableError
-from lrag_ray.scoring.judge.records import CaseRecord, Vote
+from lrag_ray.scoring.judge.records import CaseRecord, Vote, counted_scores
 from lrag_ray.scoring.judge.settings import JudgeSettings
 from lrag_ray.scoring.suite import KeepGoing, StoppedError, UnscorableError
 from lrag_ray.scoring.video_rows import ScoreTarget
@@ -109,9 +109,10 @@ class JudgeWorker:
                 shown = f"{len(media[0])} pictures" if media[0][0].mime == "image/jpeg" else "the whole video"
                 shown += f", longest side at most {self._settings.max_side} pixels"
                 votes = self._votes(case, media)
-                if all(vote.score is None for vote in votes):
-                    problems = dict.fromkeys(vote.problem for vote in votes)
-                    reason = f"no answer has a score: {'; '.join(problems)}"
+                if not counted_scores(votes, pairs=case.questions.compare):
+                    problems = "; ".join(dict.fromkeys(vote.problem for vote in votes if vote.problem))
+                    what = "no vote has a score in both orders" if case.questions.compare else "no answer has a score"
+                    reason = f"{what}: {problems}"
         return CaseRecord(
             path=case.path,
             question=case.questions.name,
@@ -142,16 +143,16 @@ class JudgeWorker:
                     done[vote.number, vote.swapped] = _closed(vote)
                     continue
                 vote.answers.append(question.digest(self._section, self._model))
-                vote.said = answer.text
+                vote.said = without_reasoning(answer.text)
                 try:
                     if answer.finish == "refused":
                         raise UnreadableError("the judge declined")
-                    score = case.questions.read(answer.text)
+                    score = case.questions.read(vote.said)
                 except UnreadableError as error:
                     vote.problem = str(error)
                     request = f"Your answer cannot be used: {error}. {case.questions.form}"
                     # What the judge said may be empty, which some servers refuse.
-                    vote.messages += (text("assistant", answer.text or "(nothing)"), text("user", request))
+                    vote.messages += (text("assistant", vote.said or "(nothing)"), text("user", request))
                     left.append(vote)
                 else:
                     done[vote.number, vote.swapped] = _closed(vote, 1 - score if vote.swapped else score)

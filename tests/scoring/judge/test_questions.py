@@ -17,6 +17,8 @@ WORDS = QuestionSet(
     answer=AnswerForm(pattern=r"(?i)verdict:\s*(\w+)"),
     values={"Bad": 0, "fine": 3, "great": 5},
 )
+YES = QuestionSet(name="seen", question="?", scale=Scale(lower=0, upper=1), values={"yes": 1, "no": 0})
+TENTHS = QuestionSet(name="t", question="?", scale=Scale(lower=-1, upper=1, integer=False), answer=AnswerForm(tag="R"))
 FINE = QuestionSet(name="x", question="?", scale=Scale(lower=-1, upper=1, integer=False), answer=AnswerForm(json="r"))
 
 
@@ -39,6 +41,13 @@ def test_exposure_has_the_scale_of_the_paper() -> None:
         (EXPOSURE, "Steady.\nScore: `<score>3</score>`", 3),
         (EXPOSURE, "On <score>1</score> second thought <SCORE> 4 </SCORE>", 4),
         (EXPOSURE, "<score>5.0</score>", 5),
+        (EXPOSURE, "I end with a <score> tag: <score>4</score>", 4),
+        (EXPOSURE, "<score>4</score>, where <score> is what was asked for", 4),
+        (EXPOSURE, '<score>**4**</score>, or <score max="5" >3.</score >', 3),
+        (YES, "<score>Yes!</score>", 1),
+        (YES, "<score>\n`no`.\n</score>", 0),
+        (TENTHS, "<r>-.25</r>", -0.25),
+        (TENTHS, "<r>\N{MINUS SIGN}1</r>", -1),
         (WORDS, "Hm. Verdict: FINE", 3),
         (FINE, 'So {"why": {"r": 9}, "r": 0.25} it is', 0.25),
         (FINE, '{"r": "-1"}', -1),
@@ -58,6 +67,10 @@ def test_a_score_is_found(questions: QuestionSet, answer: str, score: float) -> 
         (EXPOSURE, "<score>3.5</score>", r"3\.5 is not a whole"),
         (EXPOSURE, "<score>3/5</score>", "'3/5' is not"),
         (EXPOSURE, "<score>nan</score>", "'nan' is not"),
+        (EXPOSURE, "<score>1</score> no: <score></score>", "'' is not"),
+        (EXPOSURE, "<score>" * 20_000, "holds no <score>"),
+        (TENTHS, "<r>0,5</r>", "'0,5' is not a number from -1 to 1"),
+        (YES, "<score>yes and no</score>", "none of yes, no"),
         (WORDS, "Verdict: superb", "none of Bad, fine, great"),
         (FINE, "{" * 5000, "holds no"),
         (load_questions("preference"), "<choice>C</choice>", "none of A, B or tie"),
@@ -75,6 +88,8 @@ def test_an_answer_without_a_score_says_why(questions: QuestionSet, answer: str,
         ("name: x\nquestion: y\nanswer: {pattern: 'a'}", "no group"),
         ("name: x\nquestion: y\nanswer: {tag: a, json: b}", "exactly one of tag, pattern and json"),
         ("name: x\nquestion: y\nscale: {lower: 5, upper: 5}", "must be less than"),
+        ("name: x\nquestion: y\nscale: {lower: 0.5, upper: 4.5}", "whole numbers, or set integer: false"),
+        ("name: x\nquestion: y\nvalues: {Good: 1, good: 2}", "values.good stands there twice"),
         ("name: ../x\nquestion: y", "name: "),
         ("name: x", "question: Field required"),
         ("name: x\nquestion: y\nkind: z", "kind: "),

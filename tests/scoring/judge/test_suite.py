@@ -203,6 +203,43 @@ def test_a_fair_judge_prefers_the_same_method_in_both_orders(run: RolloutRun) ->
     assert {value for (method, _), value in values.items() if method == "base"} == {0}
 
 
+def test_an_answer_in_one_order_alone_does_not_count(run: RolloutRun) -> None:
+    """The second of two votes has no answer where the second video comes first."""
+    orders: dict[str, int] = {}
+
+    def said(number: int, body: dict[str, Any]) -> str:
+        shown = json.dumps(body["messages"][0])
+        orders.setdefault(shown, len(orders))
+        broken = orders[shown] % 2 and body["seed"] == 2
+        return "text:I cannot say" if broken else "text:<choice>A</choice>"
+
+    with ChatProxy(None, said) as proxy:
+        chat = {"concurrency": 1, "temperature": 1, "seed": 1}
+        assert score(judge(proxy, questions=["preference"], votes=2, parse_retries=0, chat=chat), run) == {}
+    found = collect([run], "judge")
+    assert [len(case.votes) for case in found.scores.records] == [4, 4]
+    assert [case.scores for case in found.scores.records] == [[1, 0], [1, 0]]
+    assert {video.values["preference"] for video in found.scores.videos} == {0.5}
+
+
+def test_a_pair_without_an_answer_in_both_orders_has_no_score(run: RolloutRun) -> None:
+    with ChatProxy(None, lambda number, body: "text:?" if number % 2 else "text:<choice>A</choice>") as proxy:
+        reasons = score(judge(proxy, questions=["preference"], parse_retries=0, chat={"concurrency": 1}), run)
+    assert len(reasons) == 2
+    assert "no vote has a score in both orders: it holds no <choice>" in next(iter(reasons.values()))
+    assert collect([run], "judge").scores.videos == []
+
+
+def test_a_score_in_the_reasoning_of_a_judge_is_not_its_answer(run: RolloutRun) -> None:
+    said = "text:<think>At first <score>1</score></think>\nSteady. <score>4</score>"
+    with ChatProxy(None, lambda number, body: said) as proxy:
+        assert score(judge(proxy), run) == {}
+    (vote,) = collect([run], "judge").scores.records[0].votes
+    assert (vote.score, vote.text) == (4, "Steady. <score>4</score>")
+    with ChatProxy(None, lambda number, body: "text:<think>At first <score>1</score></think>\nNo idea") as proxy:
+        assert len(score(judge(proxy, "other", parse_retries=0), run)) == 4
+
+
 def test_questions_of_the_user_and_several_at_once(run: RolloutRun, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(
@@ -245,6 +282,8 @@ def test_what_cannot_work_is_refused_before_any_call(run: RolloutRun, monkeypatc
     chat = {"backend": "openai", "model": "m"}
     with pytest.raises(ConfigError, match="all votes would be the same"):
         Judge.of(ScoringSection(suite="judge", settings={"chat": chat, "votes": 3}))
+    with pytest.raises(ConfigError, match="backend local, which takes pictures"):
+        Judge.of(ScoringSection(suite="judge", settings={"chat": {**chat, "backend": "local"}, "media": "video"}))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ChatError, match="OPENAI_API_KEY"):
         Judge.of(ScoringSection(suite="judge", settings={"chat": chat})).check_weights()
