@@ -86,7 +86,9 @@ def adapter_settings(config: Mapping[str, Any], source: str) -> AdapterSettings:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     numbers = [rank, alpha, *_values(ranks, source), *_values(alphas, source)]
     for number in numbers:
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf):
+        if number is not None and (
+            isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf
+        ):
             raise WeightsError(
                 f"LoRA: {source} gives {number!r} as a rank or alpha, expected a number above 0. "
                 "Fix: use the file that PEFT wrote"

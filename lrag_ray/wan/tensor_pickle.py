@@ -13,7 +13,7 @@ import math
 import pickletools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class _Machine:
 
     def run(self, stream: _Bounded) -> Any:
         try:
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(BinaryIO, stream))):
                 if opcode.name == "STOP":
                     return self._plain(self._stack.pop())
                 if count >= _MAX_OPCODES:

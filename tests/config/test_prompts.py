@@ -290,6 +290,9 @@ def test_several_prompts_for_one_video_are_refused(tmp_path: Path, name: str, co
         load_prompts(table(tmp_path, name, content))
 
 
-@pytest.mark.parametrize("line", ["[wide shot] A fox", "{A fox}", "A fox, prompt to run", "A prompt, quick fox", "[take #2] A fox", "[10s] A"])
+@pytest.mark.parametrize(
+    "line",
+    ["[wide shot] A fox", "{A fox}", "A fox, prompt to run", "A prompt, quick fox", "[take #2] A fox", "[10s] A"],
+)
 def test_text_in_brackets_is_a_prompt(tmp_path: Path, line: str) -> None:
     assert [prompt.text for prompt in load_prompts(section(tmp_path, f"{line}\n"))] == [line]

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,7 +95,7 @@ def test_a_small_file_that_becomes_gigabytes_is_refused_before_it_does() -> None
         assert pa.total_allocated_bytes() - before < 64 << 20, name
 
 
-ROW = {
+ROW: dict[str, Any] = {
     "key": "k" * 64, "prompt_index": 0, "sample": 0, "frames": 2, "part": ["dataset/latents/a.safetensors"],
     "part_first_frame": [0], "part_frames": [2], "part_offset": [88], "part_bytes": [96], "part_sha256": ["0" * 64],
     "rollout": "a.pt", "backbone": "", "method": "", "prompt_id": "", "prompt": "", "latents_digest": "d" * 64,

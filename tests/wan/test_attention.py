@@ -42,7 +42,8 @@ def test_the_chosen_kernel_computes_what_torch_chooses_on_the_cpu(dtype: torch.d
     for batch, head_dim, queries, keys in ((1, 128, 18, 72), (2, 12, 7, 13), (1, 64, 300, 1000)):
         q = torch.randn(batch, queries, 3, head_dim, dtype=dtype)
         k, v = torch.randn(2, batch, keys + 9, 3, head_dim, dtype=dtype)[:, :, :keys]
-        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        q_heads, k_heads, v_heads = (x.transpose(1, 2) for x in (q, k, v))
+        expected = F.scaled_dot_product_attention(q_heads, k_heads, v_heads).transpose(1, 2)
         found = attention(q, k, v)
         assert torch.equal(found, expected)
         assert found.stride() == expected.stride()

@@ -291,7 +291,7 @@ def test_the_rank_of_kohyas_metadata_must_be_that_of_the_tensors(
 ) -> None:
     metadata = {"ss_network_alpha": "2", "ss_network_dim": "8"}
     save_file(updates(transformer), tmp_path / "lora.safetensors", metadata=metadata)
-    with pytest.raises(WeightsError, match="ss_network_alpha of .* says rank 8 for .*, the tensors have 3"):
+    with pytest.raises(WeightsError, match=r"ss_network_alpha of .* says rank 8 for .*, the tensors have 3"):
         read_lora(Lora(tmp_path / "lora.safetensors"))
 
 
