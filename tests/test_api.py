@@ -217,7 +217,7 @@ def test_latents_of_the_longest_horizon(finished: RolloutRun) -> None:
 def test_runs_with_labels_stand_side_by_side(finished: RolloutRun, tmp_path: Path) -> None:
     other = shutil.copytree(finished.uri, tmp_path / "other")
     made = lr.write_report({"A": finished.uri, "B": str(other)}, to=str(tmp_path / "both"), strips=0)
-    assert list(made.data.identity.methods) == ["base (A)", "rag (A)", "base (B)", "rag (B)"]
+    assert list(made.data.identity.methods) == ["base (A)", "base (B)", "rag (A)", "rag (B)"]
     assert (tmp_path / "both" / "report.html").is_file()
 
 
