@@ -1,11 +1,11 @@
 """The Triton kernel behind `wan.fused_rows`: query/key norm, rotation and the write into the context buffer at once.
 
 One program does one token of one batch element: it reads the projections q, k and v of the token once and writes the
-rotated q, and the rotated k and v into the buffer. Without it these are a dozen kernels that each read and write every
+rotated q, and the rotated k and v into the buffer. Without it these are six kernels that each read and write every
 row again. Legend: D model width, `pairs` = head_dim / 2.
 """
 
-# mypy: disable-error-code="no-untyped-def,misc,no-any-return,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,no-any-return,no-untyped-call"
 
 from __future__ import annotations
 
