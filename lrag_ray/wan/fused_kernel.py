@@ -5,7 +5,7 @@ rotated q, and the rotated k and v into the buffer. Without it these are six ker
 row again. Legend: D model width, `pairs` = head_dim / 2.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,no-any-return,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,misc,no-any-return,no-untyped-call"
 
 from __future__ import annotations
 
