@@ -1,7 +1,7 @@
 """The Triton kernel behind `wan.fused_rows`: query/key norm, rotation and the write into the context buffer at once.
 
 One program does one token of one batch element: it reads the projections q, k and v of the token once and writes the
-rotated q, and the rotated k and v into the buffer. Without it these are a dozen kernels that each read and write every
+rotated q, and the rotated k and v into the buffer. Without it these are six kernels that each read and write every
 row again. Legend: D model width, `pairs` = head_dim / 2.
 """
 
