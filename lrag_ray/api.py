@@ -360,7 +360,7 @@ class Run:
             return False
         if backbone not in (None, rollout.backbone):
             return False
-        if prompt in (None, rollout.prompt_id):
+        if prompt is None or prompt == rollout.prompt_id:
             return True
         found = self.identity.prompts[rollout.prompt_id]
         return any(prompt.lower() in each.lower() for each in (found.text, found.original))
