@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,20 @@ def _without_weights(folder: Path, what: str) -> str:
     if (folder / "model_index.json").is_file():
         inside = "text_encoder" if what.startswith("text") else "transformer"
         return f"is a whole Diffusers pipeline. Fix: give the folder inside it, {folder / inside}"
-    others = sorted(file for pattern in ("*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+    if any(folder.glob("*.distcp")):
+        return (
+            "is a checkpoint of torch.distributed. Fix: convert it with `python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} generator.pt` and give "
+            "that"
+        )
+    others = sorted(file for pattern in ("*.pt", "*.pth") for file in folder.glob(pattern))
     if others:
         return f"is a folder without a .safetensors file. Fix: give the file itself, such as {others[0]}"
+    if quantised := sorted(folder.glob("*.gguf")):
+        return (
+            f"holds only GGUF files ({quantised[0].name}; weights quantised for llama.cpp and ComfyUI). "
+            "Fix: give the same weights as .safetensors or .pt, in bfloat16 or float32"
+        )
     return "is a folder without a .safetensors file. Fix: correct the path"
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer, state_dict_digest
@@ -79,3 +82,23 @@ def test_folders_of_other_kinds_are_named(tmp_path: Path, state: State) -> None:
         WeightsError, match=r"a folder without a \.safetensors file\. Fix: give the file itself, .*/model\.pt"
     ):
         load_transformer(tmp_path, CONFIG)
+
+
+def test_a_folder_of_gguf_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "wan-Q4_0.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(WeightsError, match=r"holds only GGUF files \(wan-Q4_0\.gguf.*Fix: give the same weights"):
+        load_transformer(tmp_path, CONFIG)
+
+
+def test_a_distributed_checkpoint_is_named_and_the_advice_loads(tmp_path: Path, state: State) -> None:
+    folder = tmp_path / "step 10"
+    with pytest.warns(UserWarning, match="single process"):
+        distributed.save({"model": state}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(WeightsError, match=r"is a checkpoint of torch\.distributed\. Fix: convert it with") as caught:
+        load_transformer(folder, CONFIG)
+    command = shlex.split(str(caught.value).split("`")[1])
+    assert command[:3] == ["python", "-m", dcp_to_torch_save.__module__]
+    assert command[3] == "dcp_to_torch"
+    dcp_to_torch_save(command[4], tmp_path / command[5])
+    loaded = load_transformer(tmp_path / command[5], CONFIG, dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
