@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrag_ray.context.policy import bank_of
+from lrag_ray.context.policy import Exposure, bank_of
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.retrieval.bank_types import BANK_TYPES, BankType
 from lrag_ray.retrieval.history import TieredBank, Tiers
 from lrag_ray.retrieval.payload import FrameShape, hadamard, make_payload
+from lrag_ray.wan.rope import rotate
 from tests.tiny import gathered, generate, start, tiny_layout, tiny_transformer
 
 FULL_SIZE = FrameShape(30, 1560, 12, 128)
@@ -88,6 +89,20 @@ def test_bits_depend_neither_on_the_number_of_frames_nor_on_threads(kind: BankTy
     assert torch.equal(together, torch.cat([payload.unpack(each[None, 1]) for each in packed]))
 
 
+@pytest.mark.parametrize(("kind", "levels"), [("int8", 127), ("int4", 15)])
+def test_what_is_stored_is_half_a_step_off_at_most(kind: BankType, levels: int) -> None:
+    """Rounding is to the nearest level and all levels are used: the rest of the error is the format's."""
+    shape = FrameShape(1, 40, 3, 32)
+    payload, x = make_payload(kind, shape, torch.float32), rows(shape, torch.float32)
+    difference = (payload.unpack(payload.pack(x))[0] - x[:, 0]).abs()
+    for index, along in enumerate((-1, -1) if kind == "int8" else (0, -1)):
+        values = x[index, 0]
+        spread = values.abs() if kind == "int8" else values - values.amin(dim=along, keepdim=True)
+        steps = difference[index] / (spread.amax(dim=along, keepdim=True) / levels)
+        assert 0.45 < steps.max() < 0.52
+        assert steps.mean() == pytest.approx(0.25, abs=0.03)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "int4_hadamard"])
 def test_constant_and_broken_rows(kind: BankType) -> None:
     shape = FrameShape(1, 4, 2, 8)
@@ -134,6 +149,71 @@ def test_tiers_never_change_a_bit(kind: BankType, tmp_path: Path) -> None:
         assert found.trace == result.trace
     if kind not in ("exact", "bf16"):
         assert not torch.equal(latents, generate(start(model, Rag, SETTINGS), 8)), "nothing was quantised"
+
+
+class RagOfOneHead(Rag):
+    """Head 1 retrieves; head 0 attends to sink and local frames alone."""
+
+    def expose(self, layer: int) -> list[Exposure]:  # type: ignore[override]
+        near = [row for row in self.context if row.kind != "retrieved"]
+        spans = [span for row in near for span in self.window.spans(layer, [row.frame])]
+        angles = self.rope.frames([row.temporal_index for row in near])
+        return [Exposure(spans, angles, (0,)), super().expose(layer)._replace(heads=(1,))]
+
+
+class HeadProbe:
+    """What the retrieving head attends to in each block's last pass."""
+
+    def __init__(self) -> None:
+        self.attended: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None: ...
+
+    def on_attention(
+        self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None
+    ) -> None:
+        if heads == (1,):
+            self.attended[block, layer] = k[0].clone(), v[0].clone()
+
+
+@pytest.mark.parametrize("kind", ["exact", "int8", "int4", "int4_hadamard"])
+def test_a_method_per_head_reads_what_was_stored(kind: BankType, tmp_path: Path) -> None:
+    """Given a head that retrieves beside one that does not, its retrieved rows are those that were stored."""
+    model, probe = tiny_transformer(), HeadProbe()
+    whole = start(model, RagOfOneHead, SETTINGS, make_bank=bank_of(kind), probe=probe)
+    policy: Any = whole.context.policies[0]
+    kept: dict[int, Tensor] = {}
+    append = policy.bank.append
+
+    def noted(frame: int, rows: Tensor) -> None:
+        kept[frame] = rows.clone()
+        append(frame, rows)
+
+    policy.bank.append = noted
+    payload = make_payload(kind, FrameShape(2, 6, 2, 12), torch.float32)
+    results, retrieved = list(whole.blocks(8)), 0
+    for result in results:
+        trace = result.trace[0]
+        start_row = 6 * sum(row.kind == "sink" for row in trace)
+        frames = [row.frame for row in trace if row.kind == "retrieved"]
+        for layer in range(2):
+            k, v = probe.attended[result.block, layer]
+            rows = slice(start_row, start_row + 6 * len(frames))
+            if not frames:
+                continue
+            stored = torch.cat([payload.unpack(payload.pack(kept[f])[None, layer]) for f in frames])
+            assert torch.equal(v[rows, 0], stored[:, 1].flatten(0, 1)[:, 1])
+            keys = rotate(stored[:, 0].flatten(0, 1), policy.rope.frames([0] * len(frames)))
+            assert torch.equal(k[rows, 0], keys[:, 1])
+            retrieved += len(frames)
+    assert retrieved >= 16
+
+    frame = payload.frame_bytes
+    tiers = Tiers(host_bytes=4 * frame, disk=tmp_path, expected_frames=12)
+    again = start(model, RagOfOneHead, SETTINGS, make_bank=bank_of(kind, tiers))
+    for result in results[:6]:
+        again.replay(result.latents, [result.state])
+    assert torch.equal(generate(again, 2), torch.cat([result.latents for result in results[6:]], dim=1))
 
 
 def test_the_least_recently_retrieved_frames_leave_first(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from lrag_ray.context.forcing_kv import ForcingKv, ForcingKvSettings
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.context.memflow import MemFlow, MemFlowSettings
 from lrag_ray.context.memrope import MemRope, MemRopeSettings
-from lrag_ray.context.policy import ContextPolicy, bank_of, host_bank
+from lrag_ray.context.policy import ContextPolicy, Span, bank_of, host_bank
 from lrag_ray.context.rag import Rag, RagSettings
 from lrag_ray.context.rolling_forcing import RollingForcing, RollingForcingSettings
 from lrag_ray.context.rolling_sink import RollingSink, RollingSinkSettings
+from lrag_ray.context.window import KVWindow
 from lrag_ray.retrieval import history
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
@@ -180,41 +181,81 @@ def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pyt
 
 
 WINDOW_8 = BaseSettings(window=8)
-BUDGETS = [
-    (Base, WINDOW_8, {}, 388, 338_000),
-    (InfinityRope, WINDOW_8, {}, 380, 337_000),
-    (DeepForcing, DeepForcingSettings(window=8, budget=8), {}, 668, 411_000),
-    (Rag, SMALL_RAG, {}, 422, 375_000),
-    (Rag, SMALL_RAG, {"device_bytes": 30 * FRAME_BYTES}, 416, 366_000),
-    (Rag, SMALL_RAG, {"host_bytes": 3 * FRAME_BYTES}, 422, 375_000),
+BUDGETS: list[tuple[type[ContextPolicy[Any]], Any, BankType, str, int, int]] = [
+    (Base, WINDOW_8, "exact", "host", 388, 338_000),
+    (InfinityRope, WINDOW_8, "exact", "host", 380, 337_000),
+    (DeepForcing, DeepForcingSettings(window=8, budget=8), "exact", "host", 668, 411_000),
+    (Rag, SMALL_RAG, "exact", "host", 422, 375_000),
+    (Rag, SMALL_RAG, "exact", "device", 416, 366_000),
+    (Rag, SMALL_RAG, "exact", "disk", 422, 375_000),
+    (Rag, SMALL_RAG, "int8", "host", 564, 382_000),
+    (Rag, SMALL_RAG, "int4", "device", 714, 402_000),
+    (Rag, SMALL_RAG, "int4", "disk", 720, 404_000),
 ]
-"""Launches, and values read and written in place, of two blocks."""
+"""Launches, and values read and written in place, of two blocks; a history by type and tier."""
 
 
-@pytest.mark.parametrize(("policy", "settings", "tiers", "launches", "values"), BUDGETS)
-def test_blocks_keep_to_their_budget(
-    policy: type[ContextPolicy[Any]],
-    settings: object,
-    tiers: dict[str, int],
-    launches: int,
-    values: int,
-    device: Device,
-    tmp_path: Path,
-) -> None:
+def check_budget(
+    policy: type[ContextPolicy[Any]], settings: Any, kind: BankType, tier: str, launches: int, values: int,
+    device: Device, folder: Path,
+) -> None:  # fmt: skip
     """Given a full window, two blocks wait for nothing, and what crosses the bus on the compute stream is small."""
-    disk = tmp_path if "host_bytes" in tiers else None
-    make_bank = bank_of("exact", Tiers(**tiers, disk=disk, expected_frames=30))
+    frame = make_payload(kind, FrameShape(2, 6, 2, 12), torch.float32).frame_bytes
+    places = {"host": Tiers(), "device": Tiers(30 * frame), "disk": Tiers(host_bytes=3 * frame, disk=folder)}
+    make_bank = bank_of(kind, replace(places[tier], expected_frames=30))
     rollout = start(tiny_transformer().to("cuda"), policy, settings, make_bank=make_bank)
     list(rollout.blocks(8))
     device.calls.clear()
     device.crossed.clear()
     device.waits.clear()
     list(rollout.blocks(2))
-    assert device.waits == []
-    assert len(device.calls) <= launches
-    assert sum(map(_values, device.calls)) <= values
+    assert not device.waits, "waits"
     noise = 2 * 2 * 3 * math.prod(LATENT) * 4
-    assert sum(nbytes for stream, nbytes in device.crossed if stream is device.stream) < noise + FRAME_BYTES / 2
+    on_compute = sum(nbytes for stream, nbytes in device.crossed if stream is device.stream)
+    assert on_compute < noise + FRAME_BYTES / 2, "copies on the compute stream"
+    found = len(device.calls), sum(map(_values, device.calls))
+    assert found[0] <= launches, f"launches {found}"
+    assert found[1] <= values, f"values {found}"
+
+
+@pytest.mark.parametrize(("policy", "settings", "kind", "tier", "launches", "values"), BUDGETS)
+def test_blocks_keep_to_their_budget(
+    policy: type[ContextPolicy[Any]],
+    settings: Any,
+    kind: BankType,
+    tier: str,
+    launches: int,
+    values: int,
+    device: Device,
+    tmp_path: Path,
+) -> None:
+    check_budget(policy, settings, kind, tier, launches, values, device, tmp_path)
+
+
+def _copied(spans: Callable[..., list[Span]]) -> Callable[..., list[Span]]:
+    return lambda *args: [Span(span.k, span.v.clone()) for span in spans(*args)]
+
+
+def _asked(on_latents: Callable[..., None]) -> Callable[..., None]:
+    def wait(self: Rag, latents: torch.Tensor) -> None:
+        latents.sum().item()
+        on_latents(self, latents)
+
+    return wait
+
+
+@pytest.mark.parametrize("spoilt", ["launches", "waits", "copies on the compute stream"])
+def test_budgets_notice(spoilt: str, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a clone of every exposed V, a value that is asked for, or a history on the compute stream."""
+    if spoilt == "launches":
+        monkeypatch.setattr(KVWindow, "spans", _copied(KVWindow.spans))
+    elif spoilt == "waits":
+        monkeypatch.setattr(Rag, "on_latents", _asked(Rag.on_latents))
+    else:
+        monkeypatch.setattr(history, "side_stream", lambda on, purpose: device.stream)
+    budget = next(each for each in BUDGETS if each[0] is Rag)
+    with pytest.raises(AssertionError, match=spoilt):
+        check_budget(*budget, device, tmp_path)
 
 
 def test_heads_are_gathered_only_where_they_differ(device: Device) -> None:
