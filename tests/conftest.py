@@ -20,6 +20,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Ray kills workers where the whole machine's memory is nearly full, whoever has filled it.
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+# A raylet ends itself unless its agents are there after half of this; on a busy machine Ray's 30 s are too few.
+os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
 # A hub of the tests that is slow to answer is only busy.
 for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
     os.environ.setdefault(name, "300")

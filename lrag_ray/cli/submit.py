@@ -78,7 +78,7 @@ def submit(
         write("interrupted while submitting: `lrag-ray jobs` says whether the job was started", stderr=True)
         raise typer.Exit(INTERRUPTED) from None
     if not (as_json and follow):
-        _print_submitted(job, as_json)
+        _print_submitted(job, prepared.bundle.config.job, as_json)
     if follow:
         _follow(job, progress, as_json, prepared.bundle.config.storage)
 
@@ -219,7 +219,8 @@ def _planned(plan: Plan) -> str:
     )
 
 
-def _print_submitted(job: SubmittedJob, as_json: bool) -> None:
+def _print_submitted(job: SubmittedJob, kind: str, as_json: bool) -> None:
+    made, shown_by = ("the dataset", "dataset info") if kind == "latents" else ("tables and page", "report")
     at = f" --address {shlex.quote(job.url)}"
     run = shlex.quote(job.run)
     commands = {
@@ -227,7 +228,7 @@ def _print_submitted(job: SubmittedJob, as_json: bool) -> None:
         "end it": f"lrag-ray stop {job.id}{at}",
         "all jobs": f"lrag-ray jobs{at}",
         "results so far": f"lrag-ray status {run}",
-        "tables and page": f"lrag-ray report {run}",
+        made: f"lrag-ray {shown_by} {run}",
     }
     if as_json:
         print_json({**job._asdict(), "commands": commands})

@@ -68,8 +68,6 @@ class RayHead:
         environment = {
             **self.environment,
             "RAY_AUTH_MODE": "token",
-            # A head whose agent takes longer than this to start ends itself.
-            "RAY_agent_register_timeout_ms": "300000",
             "PATH": f"{program}{os.pathsep}{os.environ['PATH']}",
         }
         command = [

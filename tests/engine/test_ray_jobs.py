@@ -9,8 +9,9 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ from lrag_ray.engine.ray_jobs.client import (
     UnknownJobError,
     connect,
 )
-from lrag_ray.engine.ray_jobs.dashboard import LEAST_PYTHON, LEAST_RAY, check_versions, find_dashboard, find_token
+from lrag_ray.engine.ray_jobs.dashboard import (
+    LEAST_PYTHON,
+    LEAST_RAY,
+    Dashboard,
+    check_versions,
+    find_dashboard,
+    find_token,
+)
+from lrag_ray.engine.ray_jobs.log import OUTAGE_S, JobLog
 from lrag_ray.errors import ClusterError, UsageError
 from tests.conftest import REPOSITORY
 
@@ -43,7 +52,7 @@ def no_addresses_or_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 @contextmanager
-def head(answers: dict[str, tuple[int, Any]], token: str | None = None) -> Iterator[str]:
+def head(answers: dict[str, tuple[int, Any]], token: str | None = None, port: int = 0) -> Iterator[str]:
     """The address of a server with these answers by ``METHOD path``; others are 404."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,7 +74,7 @@ def head(answers: dict[str, tuple[int, Any]], token: str | None = None) -> Itera
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -289,3 +298,33 @@ def test_an_answer_of_another_kind_is_refused_with_the_address(job: Any) -> None
         for ask in (client.jobs, lambda: client.job("a"), lambda: client.log("a")):
             with pytest.raises(ClusterError, match=rf"^{re.escape(url)}.* does not answer as Ray does \("):
                 ask()
+
+
+def test_an_hour_asleep_in_the_middle_of_an_outage_does_not_end_the_following(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    asleep_s = [0.0]
+    silences: list[float] = []
+    monotonic, sleep = time.monotonic, time.sleep
+
+    def sleep_long(seconds: float) -> None:
+        sleep(seconds)
+        asleep_s[0] = 3600.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + asleep_s[0])
+    monkeypatch.setattr(time, "sleep", sleep_long)
+    job = {"submission_id": "j", "status": "SUCCEEDED", "metadata": {}}
+    answers = {"GET /api/jobs/j": (200, job), "GET /api/jobs/j/logs": (200, {"logs": "made it"})}
+    with ExitStack() as answering:
+
+        def on_outage(silent_s: float, error: str) -> bool:
+            silences.append(silent_s)
+            if len(silences) == 2:
+                # The network of a machine that wakes up comes later than its programs.
+                answering.enter_context(head(suits(**answers), port=port))
+            return False
+
+        client = JobClient(Dashboard(f"http://127.0.0.1:{port}", "a test"), None)
+        assert list(JobLog(client, "j", on_outage=on_outage).lines()) == ["made it"]
+    assert silences[0] == 0 and 0 < silences[1] < OUTAGE_S

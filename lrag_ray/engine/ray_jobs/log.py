@@ -31,6 +31,8 @@ _TRUST_S = 120.0
 _POLL_S = 1.0
 _MOST_POLL_S = 60.0
 _MOST_PAUSE_S = 10.0
+_MOST_STEP_S = 120.0
+"""A question without an answer and the pause after it take less."""
 OUTAGE_S = 600.0
 """Seconds without an answer, and without any other sign of life, after which following ends."""
 
@@ -150,6 +152,7 @@ class JobLog:
         """An answer of the cluster, waiting through an outage."""
         silent_s, pause_s = 0.0, 1.0
         while True:
+            began = time.monotonic()
             try:
                 return ask()
             except NoAnswerError as error:
@@ -157,10 +160,9 @@ class JobLog:
                     raise
                 if self._on_outage(silent_s, str(error)):
                     silent_s = 0.0
-                began = time.monotonic()
                 time.sleep(pause_s)
-                # By the time that this machine was awake.
-                silent_s += max(pause_s, time.monotonic() - began)
+                # Questions have a time limit: beyond it this machine was asleep.
+                silent_s += min(time.monotonic() - began, _MOST_STEP_S)
                 pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
 
