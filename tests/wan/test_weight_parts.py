@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer, state_dict_digest
@@ -93,7 +93,7 @@ def test_a_folder_of_gguf_files_is_named(tmp_path: Path) -> None:
 def test_a_distributed_checkpoint_is_named_and_the_advice_loads(tmp_path: Path, state: State) -> None:
     folder = tmp_path / "step 10"
     with pytest.warns(UserWarning, match="single process"):
-        distributed.save({"model": state}, checkpoint_id=folder, no_dist=True)
+        save_distributed({"model": state}, checkpoint_id=folder, no_dist=True)
     with pytest.raises(WeightsError, match=r"is a checkpoint of torch\.distributed\. Fix: convert it with") as caught:
         load_transformer(folder, CONFIG)
     command = shlex.split(str(caught.value).split("`")[1])
