@@ -50,14 +50,15 @@ def make_config(
 ) -> RunConfig:
     """A run below `folder` with horizons of 24 and 48 latent frames, a part every 6 and no videos.
 
-    Of every prompt, the rollouts of `gates` are begun before the others.
+    Of every prompt, the rollouts of `gates` are begun before those of the other `methods` (all).
     """
     folder.mkdir(exist_ok=True)
     texts = [f"{SUBJECTS[i % len(SUBJECTS)]}, take {i}" for i in range(prompts)]
     (folder / "prompts.txt").write_text("\n".join(texts), encoding="utf-8")
     engine = {"address": address, "actors": 2, "checkpoint_every_blocks": 2, **changes.pop("engine", {})}
     # Methods are begun in the order of the file, which sorts them.
-    methods = {f"a_gate_{number}": gate.method for number, gate in enumerate(gates)} | ALL_METHODS
+    methods = {f"a_gate_{number}": gate.method for number, gate in enumerate(gates)}
+    methods |= changes.pop("methods", ALL_METHODS)
     fields = {"durations_s": [6, 12], "methods": methods, "video": {"enabled": False}, **changes}
     config = make.make_config(folder / "run", prompts={"path": str(folder / "prompts.txt")}, engine=engine, **fields)
     return make.store_features(config, load_prompts(config.prompts))

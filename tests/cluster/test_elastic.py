@@ -28,8 +28,16 @@ from tests.cluster.quiet import (
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
-def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_last_part(tmp_path: Path) -> None:
-    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2, gates=[Gate(tmp_path / "open", opened=True)]))
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
+    """The run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("quiet")
+    return quiet_run(make_config(folder, prompts=2, gates=[Gate(folder / "open", opened=True)]))
+
+
+def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_last_part(
+    quiet: RolloutRun, tmp_path: Path
+) -> None:
     with nodes() as cluster:
         first, gate = cluster.add(), Gate(tmp_path / "gate")
         engine = {"actors": {"min": 1, "max": 3}}
@@ -55,11 +63,10 @@ def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_
 
 
 def test_a_dead_head_takes_the_cluster_along_and_a_new_one_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quiet: RolloutRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Ray ends what cannot reach its head for that long; a minute by default.
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
-    quiet = quiet_run(make_config(tmp_path / "quiet", prompts=2, gates=[Gate(tmp_path / "open", opened=True)]))
     with nodes() as cluster:
         first, gate = cluster.add(), Gate(tmp_path / "gate")
         config = make_config(tmp_path / "run", cluster.address, prompts=2, gates=[gate])

@@ -6,6 +6,7 @@ import platform
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,24 +20,24 @@ from tests.cluster.drivers import actors_below, driver, write_config
 from tests.cluster.nodes import wait_for_end
 from tests.cluster.quiet import Gate, make_config, open_parts, quiet_run
 from tests.cluster.test_run import Recorder
-from tests.stages.make import digests
+from tests.stages.make import METHODS, digests
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
-ENGINE = {"actors": 1, "lease_ttl_s": 10.0}
+SMALL: dict[str, Any] = {"engine": {"actors": 1, "lease_ttl_s": 10.0}, "methods": {"base": METHODS["base"]}}
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     folder = tmp_path_factory.mktemp("quiet")
-    return quiet_run(make_config(folder / "run", None, 1, [Gate(folder / "open", opened=True)]))
+    return quiet_run(make_config(folder / "run", None, 1, [Gate(folder / "open", opened=True)], **SMALL))
 
 
 def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_it_is_killed(
     quiet: RolloutRun, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path / "gate", behind_commit=True)
-    config = make_config(tmp_path / "run", None, 1, [gate], engine=ENGINE)
+    config = make_config(tmp_path / "run", None, 1, [gate], **SMALL)
     directory = RolloutRun(config.run.uri)
     with driver(write_config(tmp_path / "config.yaml", config)) as first:
         first.wait_until(lambda: bool(directory.commits()))
@@ -66,7 +67,7 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
 
 def test_a_driver_that_was_asleep_past_its_lease_stops_when_it_wakes_up(quiet: RolloutRun, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
-    config = make_config(tmp_path / "run", None, 1, [gate], engine=ENGINE)
+    config = make_config(tmp_path / "run", None, 1, [gate], **SMALL)
     directory = RolloutRun(config.run.uri)
     with driver(write_config(tmp_path / "config.yaml", config)) as first:
         first.wait_until(lambda: bool(open_parts(directory)))

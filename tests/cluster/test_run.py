@@ -187,18 +187,18 @@ class _Picky(TextWorker):
         return super().work(payload, attempt)
 
 
-@pytest.mark.parametrize(
-    ("stage", "reason"), [(Deadly, "ActorDiedError: .*"), (Full, "MemoryError.*the host memory of the node is full")]
-)
 def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: type[TextStage], reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrag_ray.pipelines.text_features.TextStage", stage)
-    with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: {reason}.*The same command continues"):
-        evaluate(make_config(tmp_path, encoded=False), PROMPTS[:1])
-    assert RolloutRun(str(tmp_path)).commits() == []
+    config = make_config(tmp_path, encoded=False, durations_s=[1.5], methods={"base": METHODS["base"]})
+    full = "MemoryError.*the host memory of the node is full"
+    for stage, reason in ((Deadly, "ActorDiedError: .*"), (Full, full)):
+        monkeypatch.setattr("lrag_ray.pipelines.text_features.TextStage", stage)
+        with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: {reason}.*The same command continues"):
+            evaluate(config, PROMPTS[:1])
+        assert RolloutRun(str(tmp_path)).commits() == []
     monkeypatch.undo()
-    assert evaluate(make_config(tmp_path, encoded=False), PROMPTS[:1]).exit_code == 0
+    assert evaluate(config, PROMPTS[:1]).exit_code == 0
     assert read_failures(RolloutRun(str(tmp_path)).storage) == ([], [])
 
 

@@ -14,28 +14,12 @@ import pytest
 
 pytestmark = pytest.mark.cluster
 
-PROGRAM = """
-import os, signal, time
+REFUSED = """
+import os
 import ray
-from ray._raylet import AuthenticationMode, get_authentication_mode
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import ClusterError
-
-with ray_session(EngineSection(cpus_per_actor=3)):
-    assert ray.cluster_resources()["CPU"] >= 3
-    assert get_authentication_mode() == AuthenticationMode.TOKEN
-    with ray_session(EngineSection()):
-        pass
-    assert ray.is_initialized(), "a session inside another one must leave it alone"
-    try:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-    except KeyboardInterrupt:
-        pass
-    else:
-        raise AssertionError("SIGTERM is to do what Ctrl-C does")
-assert not ray.is_initialized() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 try:
     with ray_session(EngineSection(gpus_per_actor=64)):
@@ -90,22 +74,24 @@ assert not os.path.exists(os.environ["RAY_TMPDIR"])
 """
 
 
-def test_a_local_cluster_asks_for_a_token_and_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
+def test_what_cannot_be_a_cluster_is_refused_with_the_reason() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", REFUSED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "" and not (tmp_path / ".ray").exists()
+    assert done.stdout == ""
 
 
 EXPOSED = """
-import glob, json, os, stat, sys, time
+import glob, json, os, signal, stat, sys, time
 import psutil, ray
+from ray._raylet import AuthenticationMode, get_authentication_mode
 from lrag_ray.config.schema import EngineSection
 from lrag_ray.engine.session import ray_session
 
-with ray_session(EngineSection()):
+with ray_session(EngineSection(cpus_per_actor=3)):
+    assert ray.cluster_resources()["CPU"] >= 3
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+
     @ray.remote
     class Actor:
         def node(self):
@@ -128,16 +114,27 @@ with ray_session(EngineSection()):
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
     if sys.argv[1:] == ["die"]:
         os.kill(os.getpid(), 9)
+    with ray_session(EngineSection()):
+        pass
+    assert ray.is_initialized(), "a session inside another one must leave it alone"
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError("SIGTERM is to do what Ctrl-C does")
+assert not ray.is_initialized() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 assert glob.glob(os.environ["RAY_TMPDIR"] + "/*") == []
 assert "AUTOSCALER_METRIC_PORT" in os.environ and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 print(json.dumps([[name, ip] for (name, _), ip in listeners.items()]))
 """
 
 
-def test_a_local_cluster_listens_on_loopback_alone_and_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_local_cluster_asks_for_a_token_listens_on_loopback_alone_and_leaves_nothing(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment["RAY_TMPDIR"] = folder
+        environment |= {"RAY_TMPDIR": folder, "HOME": str(tmp_path)}
         killed = subprocess.run([sys.executable, "-c", EXPOSED, "die"], env=environment, capture_output=True, text=True)
         assert killed.returncode == -9, killed.stderr
         assert len(list(Path(folder).iterdir())) == 1, "a driver that was killed cannot clean up"
@@ -150,6 +147,7 @@ def test_a_local_cluster_listens_on_loopback_alone_and_leaves_no_folder(tmp_path
         )
         assert done.returncode == 0, done.stderr
         assert list(Path(folder).iterdir()) == [], "the next one does"
+        assert not (tmp_path / ".ray").exists()
     listeners = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, _ in listeners} >= {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
     assert {ip.removeprefix("::ffff:") for _, ip in listeners} == {"127.0.0.1"}, listeners
