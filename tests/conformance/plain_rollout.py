@@ -42,6 +42,8 @@ class Key(NamedTuple):
 class PlainContext:
     """Attention in float64 over frames that are looked up one by one."""
 
+    fuses = False
+
     def __init__(self, grid: tuple[int, int]) -> None:
         self.grid = grid
         self.clean: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
