@@ -42,7 +42,9 @@ def register(app: typer.Typer) -> None:
 @tells_errors
 def view(
     runs: Runs,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of this machine [default: any].")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port of this machine [default: any].", show_default=False)
+    ] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     suite: Suite = None,
     mode: Mode = None,
