@@ -73,12 +73,12 @@ def test_a_rollout_is_scored_from_one_file_for_all_its_durations(tmp_path: Path)
         StageAdvanced("scoring", i, 3) for i in (1, 2, 3)
     ]
     rows = stored_rows(run.storage, rollout_folder("direct", rollout_of(run, "rag").path))
-    assert {key[3:] for key in keys_of(rows)} == {(0, SHORT), (0, 32), (13, 32)}
+    assert {key[3:] for key in keys_of(rows)} == {(0, SHORT), (0, 32), (13, 32), (0, LONG)}, "the last is the flow's"
     (video,) = {row.video for row in rows}
     for duration, clips in ((SHORT, 1), (LONG, 2)):
         found = aggregate(rows, {video: duration})
         assert (len(found.clips), found.unscored) == (clips, [])
-    assert all(is_untrained(row) for row in rows)
+    assert all(is_untrained(row) for row in rows if row.kind != "flow")
 
     control = stored_rows(run.storage, frozen_folder("direct", "tiny", rollout_of(run, "base").prompt_id, 0))
     assert {(row.video, row.first_frame, row.frame_count) for row in control} == {
@@ -125,7 +125,7 @@ def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Pa
     store_rollout(run, identity, rollout_of(run, "base"), [6])
     config = vbench_config(run)
     work_off(run, config)
-    (old,) = stored_rows(run.storage, ROWS)
+    old = stored_rows(run.storage, ROWS)[0]
 
     identity = run.ensure(make_identity(["a red fox"], ["base"], horizons=[6, 12]))
     assert pending(run, config, settled=True) == [], "waves wait for every duration"
@@ -138,6 +138,7 @@ def test_a_run_that_grows_keeps_the_scores_of_its_shorter_durations(tmp_path: Pa
         (True, 0, SHORT),
         (False, 0, 32),
         (False, 13, 32),
+        (False, 0, LONG),
     }
     assert pending(run, config) == []
 

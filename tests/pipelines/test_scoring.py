@@ -15,6 +15,7 @@ from lrag_ray.config.schema import RunConfig
 from lrag_ray.events import AttemptFailed, Event, StageAdvanced, TaskFinished
 from lrag_ray.pipelines.scoring import RunScoring
 from lrag_ray.report.collect import collect
+from lrag_ray.scoring.flow_discontinuity import FLOW_DISCONTINUITY
 from lrag_ray.scoring.per_video import score_target
 from lrag_ray.scoring.preview.measures import MEASURES, measures
 from lrag_ray.scoring.preview.suite import PREVIEW
@@ -94,9 +95,10 @@ def test_every_committed_video_is_scored_once(run: RolloutRun) -> None:
     rows = stored_rows(run)
     assert len(rows) == 8
     row = rows[run.require().prompts.popitem()[0], "rag", 12]
-    expected = measures(read_video(Path(run.storage.full(row.target.video_path))), fps=16)
+    blocks = next(iter(committed_videos(run))).frames_per_block
+    expected = measures(read_video(Path(run.storage.full(row.target.video_path))), 16, blocks)
     assert row.values == pytest.approx(expected, abs=1e-6)
-    assert list(row.values) == [measure.name for measure in MEASURES]
+    assert list(row.values) == [measure.name for measure in (*MEASURES, FLOW_DISCONTINUITY)]
     assert row.reason is None and "torch" in row.versions
 
 
@@ -170,7 +172,7 @@ def test_a_later_duration_is_the_start_of_a_longer_video(tmp_path: Path) -> None
     assert (whole.latent_frames, whole.video_frames) == (12, 45)
     assert short.video_path == whole.video_path
     video = read_video(Path(run.storage.full(short.video_path)))
-    assert preview_row(run.storage, short).values == measures(video[:21], fps=16)
+    assert preview_row(run.storage, short).values == measures(video[:21], 16, short.frames_per_block)
 
 
 def test_a_bucket_is_scored_like_a_folder(run: RolloutRun) -> None:

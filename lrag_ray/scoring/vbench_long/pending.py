@@ -161,6 +161,10 @@ def _is_scored(wanted: WantedVideo, duration: int, keys: Collection[RowKey]) -> 
     if any(key.kind == "failure" and key.video == wanted.video for key in keys):
         return True
     videos = {key.video for key in keys} if wanted.nested else {wanted.video}
+    flow = (key for key in keys if key.kind == "flow" and key.video == wanted.video)
+    if not wanted.frozen and not any(key.frame_count >= duration for key in flow):
+        # Other versions of the video may have been scored before there was such a row.
+        videos.discard(wanted.video)
     return any(all(key in keys for key in _wanted_keys(video, wanted.dimensions, clips, duration)) for video in videos)
 
 

@@ -121,14 +121,14 @@ class VbenchWorker:
         """
         kept: list[ScoreRow] = []
         clips, since, failure = 0, time.monotonic(), ""
-        for _, clip in groupby(rows, key=lambda row: (row.kind, row.first_frame, row.frame_count)):
+        for (kind, *_), clip in groupby(rows, key=lambda row: (row.kind, row.first_frame, row.frame_count)):
             for row in clip:
                 kept.append(self._marked(row))
                 failure = row.reason if row.kind == "failure" else failure
                 if not keep_going():
                     self._keep(task, kept)
                     raise StoppedError
-            clips += 1
+            clips += kind != "flow"
             if clips == self._files.clips or time.monotonic() - since >= self._files.seconds:
                 self._keep(task, kept)
                 kept, clips, since = [], 0, time.monotonic()
