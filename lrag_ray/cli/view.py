@@ -60,12 +60,9 @@ def view(
       lrag-ray view runs/demo
       lrag-ray view s3://bucket/table2 --no-browser --port 8000
     """
-    from lrag_ray.report import collect
     from lrag_ray.report.view import ReportServer
-    from lrag_ray.store.rollouts import RolloutRun
 
-    uris, labels = named_runs(runs)
-    data = collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
+    data = _collected(runs, suite, mode)
     with tempfile.TemporaryDirectory(prefix="lrag-ray-view-") as folder:
         try:
             server = ReportServer(data, Path(folder), port=port, strips=strips)
@@ -104,15 +101,12 @@ def export(
       lrag-ray export runs/demo demo.zip
       lrag-ray export runs/table2 table2.zip --limit 8 --method rag --method infinity_rope
     """
-    from lrag_ray.report import collect
     from lrag_ray.report.export import export_report
-    from lrag_ray.store.rollouts import RolloutRun
 
     *runs, file = arguments
     if not runs or not file.endswith(".zip"):
         raise UsageError("give the runs and then the file to write, which ends in .zip")
-    uris, labels = named_runs(runs)
-    data = collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
+    data = _collected(runs, suite, mode)
     made = export_report(data, file, _chosen(data, prompt, method, limit), strips)
     if as_json:
         print_json(made)
@@ -152,17 +146,14 @@ def push(
       lrag-ray push runs/demo hub://me/demo --limit 4
       lrag-ray push runs/table2 hub://me/table2 --method rag --public
     """
-    from lrag_ray.report import collect
     from lrag_ray.report.push import push_report
     from lrag_ray.store.hub import SCHEME, hub_place
-    from lrag_ray.store.rollouts import RolloutRun
 
     *runs, address = arguments
     if not runs or not address.startswith(SCHEME):
         raise UsageError("give the runs and then where to, hub://OWNER/NAME")
     place = hub_place(address)
-    uris, labels = named_runs(runs)
-    data = collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
+    data = _collected(runs, suite, mode)
     made = push_report(data, place, _chosen(data, prompt, method, limit), strips, public=public)
     if as_json:
         print_json(made)
@@ -173,6 +164,15 @@ def push(
         who = "for everybody" if made.public else "private"
         out.print(f"{made.page} ({who}): {made.videos} videos, {quantity(made.size_bytes, 'B')}", soft_wrap=True)
     raise typer.Exit(1 if made.missing else 0)
+
+
+def _collected(runs: list[str], suite: str | None, mode: str | None) -> ReportData:
+    """What the report of these runs, with or without labels, shows."""
+    from lrag_ray.report import collect
+    from lrag_ray.store.rollouts import RolloutRun
+
+    uris, labels = named_runs(runs)
+    return collect([RolloutRun(uri) for uri in uris], suite, mode, must_have=True, labels=labels)
 
 
 def _chosen(
