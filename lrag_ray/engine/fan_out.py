@@ -7,12 +7,10 @@ the third in a row without progress, and a task that exhausts its attempts is qu
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, NamedTuple
 
 import ray
@@ -34,6 +32,8 @@ from lrag_ray.events import (
 )
 from lrag_ray.stages.spec import Outcome, Payload, Refused, Resources, Stage, StageName, Task, WorkerState, Yielded
 from lrag_ray.store.records import FailureRecord, new_attempt_id
+
+_LOOK_EVERY_S = 0.2
 
 Verdict = Literal["go", "died", "settled", "stop"]
 """What a worker does with a task that it received: begin; report that the worker before it died; pass it on because
@@ -102,6 +102,10 @@ class Supervisor:
             self._settled.add(key)
             self._events.append(TaskFinished(self._stage, title, outcome))
 
+    def advanced(self, done: int, total: int) -> None:
+        """`done` tasks have come back, in whatever way they ended."""
+        self._events.append(StageAdvanced(self._stage, done, total))
+
     def stop(self) -> None:
         """Let workers stop at their next look."""
         self._stopped = True
@@ -129,8 +133,8 @@ class FanOut(Generic[Payload]):
     ) -> None:
         self._stage, self._workers, self._report = stage, workers, listener
         # On the driver's own node, so that it is not lost while the wave continues.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": self._here}
         self._supervisor = ray.remote(Supervisor).options(**options).remote(stage.name, max_attempts)
 
     def stop(self) -> None:
@@ -140,36 +144,28 @@ class FanOut(Generic[Payload]):
     def run(self, tasks: Sequence[Task[Payload]]) -> list[Task[Payload]]:
         """Work through `tasks` once; returns those that were quarantined.
 
-        `listener` receives the events, in this thread and whenever a task ends. Raises ClusterError where workers
-        cannot start.
+        `listener` receives the events, in this thread. Raises ClusterError where workers cannot start.
         """
-        import ray.data
-
-        rows = [{"key": task.key, "task": pickle.dumps(task)} for task in tasks]
-        needs = self._stage.resources
         quarantined: set[str] = set()
-        with _quiet_ray_data():
-            # By default a second task would wait behind a busy worker.
-            actors = ray.data.ActorPoolStrategy(size=self._workers, max_tasks_in_flight_per_actor=1)
-            dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                _DataWorker,
-                fn_constructor_args=(self._stage, self._supervisor),
-                compute=actors,
-                num_cpus=needs.cpus,
-                num_gpus=needs.gpus or None,
-            )
-            try:
-                for done, _ in enumerate(dataset.iter_rows(), start=1):
-                    self._take_events(quarantined)
-                    self._report(StageAdvanced(self._stage.name, done, len(tasks)))
-            except ray.exceptions.RayError as error:
-                # What a task does wrong is in the ledger; this is a worker that cannot even start.
-                lines = str(error).strip().splitlines()
-                raise ClusterError(
-                    f"{self._stage.name} workers cannot start: {redact(lines[-1] if lines else repr(error))}"
-                ) from error
-            finally:
-                ray.kill(self._supervisor)
+        # In a process of its own: Ray's native code complains on the terminal of the process that starts Ray Data's
+        # actors, at every wave. Where that process dies, Ray starts another, which passes over what is settled.
+        options = {"num_cpus": 0, "scheduling_strategy": self._here}
+        wave = ray.remote(_wave).options(**options).remote(self._stage, self._supervisor, tasks, self._workers)
+        running = [wave]
+        try:
+            while running:
+                _, running = ray.wait(running, timeout=_LOOK_EVERY_S)
+                self._take_events(quarantined)
+            ray.get(wave)
+        except ray.exceptions.RayError as error:
+            # What a task does wrong is in the ledger; this is a worker that cannot even start.
+            lines = str(error).strip().splitlines()
+            raise ClusterError(
+                f"{self._stage.name} workers cannot start: {redact(lines[-1] if lines else repr(error))}"
+            ) from error
+        finally:
+            ray.cancel(wave, force=True)
+            ray.kill(self._supervisor)
         return [task for task in tasks if task.title in quarantined]
 
     def _take_events(self, quarantined: set[str]) -> None:
@@ -179,6 +175,24 @@ class FanOut(Generic[Payload]):
                 quarantined.add(event.failure.task)
                 if (error := self._stage.ends_with(event.failure)) is not None:
                     raise error
+
+
+def _wave(stage: Stage[Any], supervisor: Any, tasks: Sequence[Task[Any]], workers: int) -> None:
+    """Have Ray Data hand the tasks to its actors, and tell the supervisor of each that comes back."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [{"key": task.key, "task": pickle.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _DataWorker,
+        fn_constructor_args=(stage, supervisor),
+        # By default a second task would wait behind a busy worker.
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=stage.resources.cpus,
+        num_gpus=stage.resources.gpus or None,
+    )
+    for done, _ in enumerate(dataset.iter_rows(), start=1):
+        ray.get(supervisor.advanced.remote(done, len(tasks)))
 
 
 class _DataHost:
@@ -247,20 +261,3 @@ def _gpu_is_lost() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without a display of its own: the run has one."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    logger = logging.getLogger("ray.data")
-    before = context.enable_progress_bars, logger.level
-    context.enable_progress_bars = False
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, level = before
-        logger.setLevel(level)

@@ -71,11 +71,14 @@ def tasks(*payloads: str) -> list[Task[str]]:
     return [Task(f"{i}-{payload}", payload, name=f"the {payload} one") for i, payload in enumerate(payloads)]
 
 
-def test_exceptions_refusals_and_deaths_are_counted_and_stop_nothing_else(tmp_path: Path) -> None:
+def test_exceptions_refusals_and_deaths_are_counted_and_stop_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log, seen = tmp_path / "log", list[Event]()
     given = tasks("kill", "fine", "refuse", "bug", "flaky", "good")
     failed = FanOut(Odd(log), 2, max_attempts=3, listener=seen.append).run(given)
     assert {task.payload for task in failed} == {"kill", "refuse", "bug"}
+    assert capfd.readouterr().err == "", "Ray writes to the terminal of whoever runs this"
     done = {event.task: event.result for event in seen if isinstance(event, TaskFinished)}
     assert done == {f"the {name} one": Result(made=2) for name in ("fine", "flaky", "good")}
     assert [event.done for event in seen if isinstance(event, StageAdvanced)] == [1, 2, 3, 4, 5, 6]

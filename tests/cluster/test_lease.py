@@ -65,6 +65,7 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
     assert found is not None and found.is_free
 
 
+@pytest.mark.proof
 def test_a_driver_that_was_asleep_past_its_lease_stops_when_it_wakes_up(quiet: RolloutRun, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     config = make_config(tmp_path / "run", None, 1, [gate], **SMALL)

@@ -19,7 +19,7 @@ from tests.cluster.drivers import command, write_config
 from tests.stages.make import digests, do_all, make_config, make_prompts, part_bytes
 from tests.store.fault_proxy import Fault, FaultProxy, seeded
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 PROMPTS = make_prompts("a red fox in the snow", "a river at dawn")
 SHARE = 0.05

@@ -145,6 +145,7 @@ def test_nan_latents_end_the_training_at_once_with_their_name(tmp_path: Path) ->
     assert os.path.exists(tmp_path / "run" / "summary" / "report.html")  # noqa: PTH110
 
 
+@pytest.mark.proof
 def test_one_ctrl_c_stops_a_training_at_a_step_and_a_second_one_at_once(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
     changes: dict[str, Any] = {
