@@ -44,11 +44,13 @@ types: $(VENV)/.test ## mypy, strict
 	$(BIN)/mypy
 
 # Ray gives its processes fixed times to start, which a busy machine may exceed: a test on a real cluster that fails is
-# run once more, alone, and both outcomes are printed. No other test has a second try.
+# run once more, alone, and both outcomes are printed. No other test has a second try. In their own order: the files of
+# one long test come last otherwise, and one worker waits for the other.
 unit: $(VENV)/.test ## pytest, a file at a time on each of two workers; then the tests on real Ray clusters
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not cluster and not proof' \
 	  --cov --cov-report=term-missing:skip-covered
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'cluster and not proof' tests/cluster tests/pipelines \
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'cluster and not proof' \
+	  tests/cluster tests/pipelines \
 	  || $(BIN)/pytest --last-failed --last-failed-no-failures none -m 'cluster and not proof' tests/cluster tests/pipelines
 
 proofs: $(VENV)/.test ## pytest: runs that survive kills, partitions and scaling (an hour)

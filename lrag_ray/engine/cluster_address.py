@@ -37,7 +37,7 @@ def cluster_address(engine: WorkersSection | None) -> ClusterAddress | None:
         raise ClusterError(
             f"{source} {redact(text)!r} is a Ray Client address, and a run needs more of Ray than its client offers "
             f"(nodes that join and leave). Fix: on a machine of the cluster set {source} to the head's host:port "
-            f"(port {RAY_PORT} unless set otherwise), or submit the command there with `ray job submit`"
+            f"(port {RAY_PORT} unless set otherwise), or `lrag-ray submit` from here (--address http://HEAD:8265)"
         )
     if not is_ray_address(text):
         shown = "holds user info before an @" if "@" in text else f"{redact(text)!r} is not a Ray address"

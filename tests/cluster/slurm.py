@@ -164,7 +164,9 @@ class Slurm:
             "SlurmdUser=root",
             "AuthType=auth/munge",
             "CryptoType=crypto/munge",
-            f"AuthInfo=socket={folder / 'munge.socket'}",
+            # A requeued job waits as long as credentials live, two minutes unless this says otherwise: before then a
+            # node takes the new one for that of the job that it has just ended, and the job fails.
+            f"AuthInfo=socket={folder / 'munge.socket'},cred_expire=15",
             f"StateSaveLocation={folder / 'state'}",
             f"SlurmdSpoolDir={folder}/%n",
             f"SlurmdPidFile={folder}/%n.pid",

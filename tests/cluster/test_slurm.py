@@ -66,10 +66,9 @@ class Jobs:
             for actor in actors_below(process.pid)
         }
 
-    def start_now(self, job: str) -> None:
-        """Do not wait the two minutes that Slurm waits before it starts a requeued job again."""
+    def queued_again(self, job: str) -> None:
+        """Wait until a job that ended was queued again; Slurm then starts it by itself."""
         self.until("it was queued again", lambda: self.slurm.states(job).get(job) == "PENDING")
-        self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def log(self, script: str) -> str:
         """All that the jobs of a script wrote."""
@@ -108,7 +107,7 @@ def test_a_run_survives_its_nodes_and_its_head(tmp_path: Path) -> None:
         running.run("scancel", "--batch", "--signal=TERM", f"{workers}_1")
         jobs.until("it left", lambda: running.states(workers).get(f"{workers}_1") == "COMPLETED")
         running.run("scancel", "--batch", "--signal=USR1", f"{workers}_2")
-        jobs.start_now(f"{workers}_2")
+        jobs.queued_again(f"{workers}_2")
         assert jobs.log("workers.sbatch").count(f"leaving; up to {DRAIN_S} s to store") == 2
 
         # A machine loses its power: Slurm queues its worker again, and it comes back with the machine.
@@ -117,13 +116,13 @@ def test_a_run_survives_its_nodes_and_its_head(tmp_path: Path) -> None:
         running.kill_node(lost)
         jobs.until("it was noticed", lambda: running.states(workers).get(f"{workers}_3") != "RUNNING")
         running.start_node(lost)
-        jobs.start_now(f"{workers}_3")
+        jobs.queued_again(f"{workers}_3")
         jobs.until("two actors again", lambda: len(jobs.at_work()) >= 2)
 
         # The head is out of time: the driver stores what it knows, both are queued again, workers join the new head.
         running.run("scancel", "--batch", "--signal=USR1", head)
         jobs.until("the driver ended", lambda: "ended with 130" in jobs.log("head.sbatch"))
-        jobs.start_now(head)
+        jobs.queued_again(head)
         jobs.until("the head is back", lambda: jobs.log("head.sbatch").count("submit to http://") == 2)
         jobs.until("actors again", lambda: len(jobs.at_work()) >= 1)
         gate.open()
@@ -147,7 +146,7 @@ def test_one_allocation_stores_and_continues_where_its_time_is_over(tmp_path: Pa
         jobs.until("a rollout waits", lambda: len(open_parts(RolloutRun(config.run.uri))) == 1)
         assert jobs.log("one.sbatch").count("joining ") >= 2
         running.run("scancel", "--batch", "--signal=USR1", job)
-        jobs.start_now(job)
+        jobs.queued_again(job)
         log = jobs.log("one.sbatch")
         assert log.count(f"leaving; up to {DRAIN_S} s to store") == 2
         assert log.rindex("ray start ended with") < log.index("ended with 130"), "workers first"

@@ -45,7 +45,9 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _rows(folder: Path, case: str) -> dict[str, CaseResult]:
-    return {row.tensor: row for row in verify_path(folder) if row.case == f"{case} {DIMENSION}"}
+    """What one case says, without the others: each opens videos and runs a network."""
+    (chosen,) = [each for each in vbench.cases(Folder(folder)) if each.name == f"{case} {DIMENSION}"]
+    return {row.tensor: row for row in run_case("", chosen)}
 
 
 def test_every_dimension_of_every_record_is_a_case(golden: Path) -> None:
@@ -65,7 +67,6 @@ def test_below_the_given_folder_they_are_skipped_with_the_reason(one_dimension: 
 
 
 def test_official_scores_pass_and_a_wrong_one_fails(one_dimension: Path) -> None:
-    assert not failed(verify_path(one_dimension))
     for case in ("golden", "golden_inmemory"):
         rows = _rows(one_dimension, case)
         assert {row.status for row in rows.values()} == {"pass"}
