@@ -315,7 +315,8 @@ def _host_memory(config: RunConfig, plan: Plan) -> Row:
             "host memory",
             "warn" if config.engine.address else "fail",
             found,
-            "shorter durations, or nodes with more memory",
+            "`lrag-ray plan CONFIG --node-memory-gb GB` chooses a smaller history (methods.NAME.history); or shorter "
+            "durations, or nodes with more memory",
         )
     actors = config.engine.most_actors or config.engine.least_actors
     if history * actors > HOST_SHARE * total:

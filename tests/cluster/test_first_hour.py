@@ -111,7 +111,9 @@ def test_the_first_hour_goes_as_the_page_says(reader: Reader) -> None:
     (rows,) = reader.step("2. Doctor")
     for check in ("packages", "ray", "video codec", "prompts", "storage", "disk", "host memory"):
         assert f"ok    {check}  " in rows
-    assert {line.split()[0] for line in rows.splitlines() if line[:1].strip()} == {"ok"}, rows
+    *checks, total = [line for line in rows.splitlines() if line[:1].strip()]
+    assert {line.split()[0] for line in checks} == {"ok"}, rows
+    assert total == f"{len(checks)} checks: {len(checks)} ok."
     (plan,) = reader.step("3. Plan")
     assert "36 rollouts" in plan
     cells = re.findall(r"^tiny .* (\d+) s +(\d+) +[\d,]+ +(\d+)$", plan, re.MULTILINE)
