@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from lrag_ray.cli.output import tells_errors, write
 from lrag_ray.errors import UsageError
+
+_Answer = TypeVar("_Answer")
 
 
 def register(app: typer.Typer) -> None:
@@ -36,18 +39,18 @@ def init(
     """
     from lrag_ray.config.load import complete
     from lrag_ray.config.source import parse_document
-    from lrag_ray.config.starter import starter
+    from lrag_ray.config.starter import read_methods, read_presets, starter
 
     target = Path(to)
     if target.exists():
         raise UsageError(f"{to} exists. Fix: give another name, or remove it")
     found = gpus if gpus is not None else _gpus_here()
     text = starter(
-        uri=uri if uri is not None else _ask("Run directory (folder or s3://…)", f"runs/{target.stem}"),
-        prompts=prompts if prompts is not None else _ask("Prompt file", "prompts.txt"),
-        backbones=_names(backbones, "Backbones", "self_forcing" if found else "tiny"),
-        methods=_names(methods, "Methods", "base,infinity_rope,deep_forcing,rag"),
-        durations_s=_seconds(durations if durations is not None else _ask("Durations in seconds", "30")),
+        uri=_answer(uri, "Run directory (folder or s3://…)", f"runs/{target.stem}", str),
+        prompts=_answer(prompts, "Prompt file", "prompts.txt", str),
+        backbones=_answer(backbones, "Backbones (commas between)", "self_forcing" if found else "tiny", read_presets),
+        methods=_answer(methods, "Methods (commas between)", "base,infinity_rope,deep_forcing,rag", read_methods),
+        durations_s=_answer(durations, "Durations in seconds", "30", _seconds),
         gpus=found,
     )
     complete(parse_document(to, text))
@@ -59,22 +62,30 @@ def init(
     write(f"{to} is written. Next: lrag-ray plan {to}; lrag-ray doctor {to}; lrag-ray run {to}")
 
 
-def _ask(question: str, default: str) -> str:
-    if not sys.stdin.isatty():
-        return default
-    return str(typer.prompt(question, default=default))
+def _answer(given: str | None, question: str, default: str, read: Callable[[str], _Answer]) -> _Answer:
+    """What an option gives or the person answers, who is asked until it can be read; else the default."""
+    if given is not None or not _on_terminal():
+        return read(default if given is None else given)
+
+    def checked(text: str) -> _Answer:
+        try:
+            return read(text)
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    answer: _Answer = typer.prompt(question, default=default, value_proc=checked)
+    return answer
 
 
-def _names(given: str | None, question: str, default: str) -> list[str]:
-    text = given if given is not None else _ask(f"{question} (commas between)", default)
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _on_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _seconds(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--durations '{text}': give seconds with commas between, such as 30,60") from None
+        raise UsageError(f"durations '{text}': give seconds with commas between, such as 30,60") from None
 
 
 def _gpus_here() -> int:

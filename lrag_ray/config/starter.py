@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lrag_ray.config.overrides import quoted
 from lrag_ray.config.presets import PRESETS
@@ -14,6 +13,24 @@ from lrag_ray.errors import UsageError
 
 _ENCODER = "weights/ae_latent_mem.pt"
 """Where `weights pull` puts the released retrieval encoder."""
+
+
+def read_presets(text: str) -> list[str]:
+    """Names of presets with commas between. Raises UsageError for one that does not exist."""
+    return _existing("preset", text, PRESETS)
+
+
+def read_methods(text: str) -> list[str]:
+    """Names of context methods with commas between. Raises UsageError for one that does not exist."""
+    return _existing("method", text, registered())
+
+
+def _existing(kind: str, text: str, known: Collection[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UsageError(unknown(f"{kind} '{name}'", name, known))
+    return names
 
 
 def starter(
@@ -27,12 +44,9 @@ def starter(
 ) -> str:
     """YAML text of a complete configuration; `gpus` are those of the machine or cluster, 0 runs on CPUs.
 
-    Raises UsageError for a preset or method that does not exist.
+    `backbones` and `methods` are names that exist (`read_presets`, `read_methods`).
     """
-    for kind, names, known in (("preset", backbones, PRESETS), ("method", methods, registered())):
-        for name in names:
-            if name not in known:
-                raise UsageError(unknown(f"{kind} '{name}'", name, known))
+    seconds = ", ".join(f"{each:g}" for each in durations_s)
     real = any("path" in PRESETS[name]["weights"] for name in backbones)
     lines = [
         "# `lrag-ray plan` says what this comes to, `lrag-ray doctor` what is missing, `lrag-ray run` does it.",
@@ -46,7 +60,7 @@ def starter(
         "prompts:",
         f"  path: {quoted(prompts)} # one prompt a line, or a table with a column `prompt`",
         "",
-        f"durations_s: {json.dumps([*durations_s])} # shorter ones are prefixes of one rollout to the longest",
+        f"durations_s: [{seconds}] # shorter ones are prefixes of one rollout to the longest",
         "",
         "backbones: # `lrag-ray presets` lists them, `lrag-ray weights pull` fetches their files",
         *(f"  {name}: {{preset: {name}}}" for name in backbones),

@@ -38,12 +38,23 @@ def test_without_options_and_terminal_it_takes_the_defaults_of_this_machine(
     assert config.methods["rag"].settings == {"descriptor": "avg_pool"}
 
 
+def test_on_a_terminal_it_asks_again_for_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrag_ray.cli.init._on_terminal", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    answers = ["", "mine.txt", "tiny", "base,ragg", "base,rag", "long", "5,10"]
+    shown = CliRunner().invoke(app, ["init", "--gpus", "0"], input="\n".join(answers) + "\n")
+    assert shown.exit_code == 0, shown.output
+    assert "unknown method 'ragg'; did you mean 'rag'?" in shown.output and "durations 'long'" in shown.output
+    config = load_config("run.yaml")
+    assert (config.prompts.path, list(config.methods), config.durations_s) == ("mine.txt", ["base", "rag"], [5, 10])
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         (("--methods", "base,ragg"), "unknown method 'ragg'; did you mean 'rag'?"),
         (("--backbones", "self_forcin"), "unknown preset 'self_forcin'; did you mean 'self_forcing'?"),
-        (("--durations", "long"), "--durations 'long': give seconds with commas between"),
+        (("--durations", "long"), "durations 'long': give seconds with commas between"),
         (("--durations", "-1"), "must be above 0"),
         (("--uri", "s3://key:secret@bucket"), "credentials"),
     ],
