@@ -95,7 +95,10 @@ class Nodes:
         for _ in range(count):
             number = self.state["next"]
             self.state["next"] += 1
-            options = [f"--address={self.state['address']}", "--num-cpus=1"]
+            # A folder each, as machines have: in one for all, nodes that install the code of a job at the same time
+            # remove each other's files.
+            temporary = f"--temp-dir={self.state['temporary']}/{number}"
+            options = [f"--address={self.state['address']}", "--num-cpus=1", temporary]
             self.state["nodes"][str(number)] = self._start(f"node {number}", number, options)
             self._write()
 

@@ -279,7 +279,7 @@ def test_a_run_from_another_folder_is_detached_attached_stopped_and_continued(
     assert {commit.latent_frames for commit in run.commits()} == {6, 240}
     listed = Command(head, folder, "jobs", "--json", RAY_ADDRESS=f"127.0.0.1:{head.gcs}")
     assert listed.wait() == 0, listed.err
-    states = [job["state"] for job in json.loads(listed.out) if job["run"] == str(folder / "runs" / "here")]
+    states = [job["state"] for job in json.loads(listed.out)["jobs"] if job["run"] == str(folder / "runs" / "here")]
     assert states == ["STOPPED", "SUCCEEDED"]
     logs = Command(head, folder, "logs", "runs/here", *at)
     assert logs.wait() == 0 and "2 results" in logs.out
