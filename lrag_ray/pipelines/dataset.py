@@ -6,7 +6,6 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -33,6 +32,7 @@ from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.parts import BrokenPartError
 from lrag_ray.store.records import Record
 from lrag_ray.store.scratch import scratch_folder
+from lrag_ray.thread_pool import thread_pool
 
 WINDOW = 8
 """Consecutive latent frames that an encoder is trained on."""
@@ -326,7 +326,7 @@ def _note(data: LatentDataset, index: int, name: str, dtype: str) -> LatentNote:
 
 def _side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Results in order, a few items at a time."""
-    with ThreadPoolExecutor(_AT_ONCE) as workers:
+    with thread_pool(_AT_ONCE, "rollouts") as workers:
         for batch in batched(items, _AT_ONCE):
             yield from workers.map(work, batch)
 

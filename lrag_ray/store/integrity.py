@@ -17,7 +17,6 @@ import random
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -52,6 +51,7 @@ from lrag_ray.store.records import (
 from lrag_ray.store.rollouts import RolloutRun, commit_problem, without_cycle_search
 from lrag_ray.store.run_dir import CHAT, CONFIG_FILE, RUN_FILE, SUMMARY, SUMMARY_INDEX
 from lrag_ray.store.seal import check_placed, opened_json
+from lrag_ray.thread_pool import thread_pool
 
 Kind = Literal[
     "run", "configuration", "commit", "latents", "trace", "video", "part record", "text features", "decoded video",
@@ -133,7 +133,7 @@ class _Verification:
         if sample is not None and sample < total:
             items = random.SystemRandom().sample(items, sample)
         self._coverage.left_out = total - len(items)
-        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)), thread_name_prefix="verify") as readers:
+        with thread_pool(min(32, 4 * (os.cpu_count() or 1)), "verify") as readers:
             waiting = iter(items)
             futures = [readers.submit(item) for item in islice(waiting, _AHEAD)]
             while futures:
