@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from lrag_ray.errors import StorageError, UsageError
@@ -245,7 +244,7 @@ def _claim(target: Storage, record: ExportRecord) -> set[str]:
     """The files of an earlier start of the same export."""
     there = {path for path in target.list_files() if path.endswith((".pt", ".tar"))}
     try:
-        known = ExportRecord.model_validate_json(target.read_bytes(EXPORT_FILE))
+        known = ExportRecord.opened(target.read_bytes(EXPORT_FILE))
     except FileNotFoundError:
         if there:
             raise UsageError(
@@ -253,7 +252,7 @@ def _claim(target: Storage, record: ExportRecord) -> set[str]:
             ) from None
         target.write(EXPORT_FILE, record.model_dump_json(indent=1).encode())
         return set()
-    except ValidationError:
+    except ValueError:
         known = None
     if known != record:
         raise UsageError(

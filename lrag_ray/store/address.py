@@ -27,7 +27,7 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
 from lrag_ray.store.faults import error_code, fix_of
-from lrag_ray.store.inside import opened_file, opened_folder, outside, read_range
+from lrag_ray.store.inside import opened_file, opened_folder, outside, read_file, read_range
 from lrag_ray.store.retry import GivenUpError, with_retries
 from lrag_ray.store.s3 import READERS, client_options
 from lrag_ray.store.waits import waiting
@@ -227,8 +227,7 @@ class Storage:
             return self.read_bytes(path)
 
     def _read_local(self, full: str) -> bytes:
-        with opened_file(full, self._fence) as file:
-            return file.read()
+        return read_file(full, self._fence)
 
     @contextmanager
     def _writable(self, path: str) -> Iterator[str]:

@@ -11,7 +11,6 @@ and one machine's network or disk is busy before its cores are.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -50,7 +49,7 @@ from lrag_ray.store.records import (
 )
 from lrag_ray.store.rollouts import RolloutRun, commit_problem, without_cycle_search
 from lrag_ray.store.run_dir import CHAT, CONFIG_FILE, RUN_FILE, SUMMARY, SUMMARY_INDEX
-from lrag_ray.store.seal import check_placed, opened_json
+from lrag_ray.store.seal import check_placed, parsed_json
 from lrag_ray.thread_pool import thread_pool
 
 Kind = Literal[
@@ -200,7 +199,7 @@ class _Verification:
     def _configuration(self, path: str) -> Sequence[Damage]:
         data = self._read(path)
         try:
-            if data is not None and not {"run", "backbones", "scoring"} <= json.loads(opened_json(data)).keys():
+            if data is not None and not {"run", "backbones", "scoring"} <= parsed_json(data).keys():
                 raise ValueError("it is not a configuration")
         except (ValueError, RecursionError, AttributeError) as error:
             return [self._damage(path, "configuration", str(error))]
