@@ -92,7 +92,10 @@ def test_another_name_for_this_machine_is_refused(run: RolloutRun, tmp_path: Pat
 def test_a_request_that_no_browser_makes_is_answered(
     run: RolloutRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], path: str, header: str, status: int
 ) -> None:
-    with served(run, tmp_path) as server, socket.create_connection(server.server_address, timeout=30) as browser:
+    with (
+        served(run, tmp_path) as server,
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as browser,
+    ):
         browser.sendall(f"GET {path} HTTP/1.1\r\n{header or 'Host: localhost'}\r\nConnection: close\r\n\r\n".encode())
         assert int(browser.makefile("rb").readline().split()[1]) == status
     assert "Traceback" not in capfd.readouterr().err
