@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"wan"},
 ]
 """From top to bottom: a package imports its own layer and those below. `config` and `events` may be read by all above
-the science; `errors`, `interrupts`, `plugins`, `printable` and the package root by everyone."""
+the science; `errors`, `interrupts`, `plugins`, `printable`, `thread_pool` and the package root by everyone."""
 
 SCIENCE = {"wan", "context", "retrieval", "rollout", "training", "video"}
 WITHOUT_RAY = SCIENCE | {"chat", "scoring", "store", "weights", "report", "stages", "watch", "config"}
@@ -67,7 +67,7 @@ def test_imports_point_one_way(path: Path) -> None:
             assert pieces[0] not in FORBIDDEN_IN_SCIENCE, f"{own} imports {name}"
         if own in WITHOUT_RAY:
             assert pieces[0] not in {"ray", "typer"}, f"{own} imports {name}"
-        everyones = {"__main__", "errors", "interrupts", "plugins", "printable", "text_file"}
+        everyones = {"__main__", "errors", "interrupts", "plugins", "printable", "text_file", "thread_pool"}
         if pieces[0] != "lrag_ray" or len(pieces) < 2 or pieces[1] in everyones:
             continue
         imported = pieces[1]
@@ -108,6 +108,12 @@ for name in {modules!r}:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_thread_pools_cancel_their_queue_on_the_way_out() -> None:
+    """Where a signal ends a command, `with ThreadPoolExecutor` would do all the work that is queued first."""
+    own = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if "with ThreadPoolExecutor(" in p.read_text()}
+    assert not own, f"use lrag_ray.thread_pool.thread_pool: {own}"
 
 
 def test_files_are_one_concept_long() -> None:

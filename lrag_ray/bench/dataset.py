@@ -12,7 +12,6 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +26,7 @@ from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.store.address import Storage
 from lrag_ray.store.dataset_files import file_name, tensor_bytes
 from lrag_ray.store.datasets import LatentDataset
+from lrag_ray.thread_pool import thread_pool
 
 FRAMES = 90
 SHAPE = (16, 60, 104)
@@ -112,7 +112,7 @@ def bench_dataset(
             for work, items in ((ours, places), (raw, pieces)):
                 before()
                 started = time.perf_counter()
-                with ThreadPoolExecutor(readers) as threads:
+                with thread_pool(readers, "read") as threads:
                     for _ in threads.map(work, items):
                         pass
                 pair.append(windows / (time.perf_counter() - started))

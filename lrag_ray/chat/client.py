@@ -14,8 +14,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
 from types import TracebackType
 
 from lrag_ray.chat.backend import Backend, RejectedError, TransientError
@@ -24,6 +25,7 @@ from lrag_ray.chat.store import AnswerRecord, CallRecord, ChatStore, answer_path
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import ChatError
 from lrag_ray.store.records import now_utc
+from lrag_ray.thread_pool import thread_pool
 
 _FIRST_WAIT_S = 1.0
 _LOOK_EVERY_S = 0.5
@@ -69,6 +71,8 @@ class ChatClient:
         self._not_before_s = 0.0
         """No call begins earlier, on the monotonic clock."""
         self._unanswered_in_row = 0
+        self._stopped = threading.Event()
+        """No call of this round begins any more."""
 
     def ask(self, questions: Sequence[Question]) -> list[Outcome]:
         """Answers in the order of the questions.
@@ -87,19 +91,15 @@ class ChatClient:
             size = self.section.concurrency if self._held().batched else 1
             groups = [open_digests[i : i + size] for i in range(0, len(open_digests), size)]
             threads = 1 if self._held().batched else min(self.section.concurrency, len(groups))
-            stopped = threading.Event()
+            self._stopped.clear()
 
             def work(group: Sequence[str]) -> list[Outcome]:
-                if stopped.is_set():
-                    raise LeftError
-                try:
+                with self._stops_others():
                     return self._answered(group, [by_digest[digest] for digest in group])
-                except BaseException:
-                    stopped.set()
-                    raise
 
-            with ThreadPoolExecutor(threads) as pool:
+            with thread_pool(threads, "chat") as pool, self._stops_others():
                 futures = [pool.submit(work, group) for group in groups]
+                wait(futures)
             errors = [error for future in futures if (error := future.exception())]
             if errors:
                 # What stopped the others says more than that they were stopped.
@@ -126,6 +126,15 @@ class ChatClient:
             if self._backend is None:
                 self._backend = make_backend(self.section, self._device)
             return self._backend
+
+    @contextmanager
+    def _stops_others(self) -> Iterator[None]:
+        """Where the block raises, no other call begins."""
+        try:
+            yield
+        except BaseException:
+            self._stopped.set()
+            raise
 
     def _answered(self, digests: Sequence[str], questions: Sequence[Question]) -> list[Outcome]:
         """Ask in one call, several questions where the backend is `batched`, until there are answers."""
@@ -214,7 +223,7 @@ class ChatClient:
     def _wait_for_turn(self, not_before_s: float) -> None:
         """Wait until then, while the server wants none of our calls, and for the rate that is allowed."""
         while True:
-            if not self._keep_going():
+            if self._stopped.is_set() or not self._keep_going():
                 raise LeftError
             with self._lock:
                 now_s = time.monotonic()

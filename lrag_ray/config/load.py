@@ -26,7 +26,7 @@ from lrag_ray.config.paths import beside_configuration
 from lrag_ray.config.plugin_settings import settings_model
 from lrag_ray.config.presets import AS_RELEASED, PRESETS, overlay
 from lrag_ray.config.problems import Problem, key_paths, raise_problems, translate, unknown
-from lrag_ray.config.schema import MOST_ROLLOUTS, BackboneConfig, RunConfig, ScoringSection
+from lrag_ray.config.schema import MOST_CELLS, MOST_ROLLOUTS, BackboneConfig, RunConfig, ScoringSection
 from lrag_ray.config.source import Document, KeyPath, dotted, read_document
 from lrag_ray.config.sweeps import expand_sweeps
 from lrag_ray.config.training import TrainEncoderConfig
@@ -251,6 +251,11 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
     rollouts = prompts * config.prompts.samples * len(config.backbones) * len(config.methods)
     if rollouts > MOST_ROLLOUTS:
         yield Problem(("prompts", "samples"), f"comes to {rollouts:,} rollouts; a run has at most {MOST_ROLLOUTS:,}")
+    cells = len(config.backbones) * len(config.methods) * len(config.durations_s)
+    if cells > MOST_CELLS:
+        yield Problem(
+            ("methods",), f"come to {cells:,} with backbones and durations_s; a run has at most {MOST_CELLS:,}"
+        )
     yield from _check_attention(config)
     for name, section in config.methods.items():
         method = resolve_method(section)

@@ -39,6 +39,8 @@ MOST_SAMPLES = 10_000
 """Samples per prompt."""
 MOST_ROLLOUTS = 10_000_000
 """Rollouts of a run."""
+MOST_CELLS = 5_000
+"""Backbones times methods times durations of a run: the rows of its tables."""
 MOST_WORKERS = 100_000
 """Actors or scoring workers at a time."""
 _MOST_CPUS = 4096

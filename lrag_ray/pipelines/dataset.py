@@ -6,14 +6,12 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Literal, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from lrag_ray.errors import StorageError, UsageError
@@ -33,6 +31,7 @@ from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.parts import BrokenPartError
 from lrag_ray.store.records import Record
 from lrag_ray.store.scratch import scratch_folder
+from lrag_ray.thread_pool import thread_pool
 
 WINDOW = 8
 """Consecutive latent frames that an encoder is trained on."""
@@ -245,7 +244,7 @@ def _claim(target: Storage, record: ExportRecord) -> set[str]:
     """The files of an earlier start of the same export."""
     there = {path for path in target.list_files() if path.endswith((".pt", ".tar"))}
     try:
-        known = ExportRecord.model_validate_json(target.read_bytes(EXPORT_FILE))
+        known = ExportRecord.opened(target.read_bytes(EXPORT_FILE))
     except FileNotFoundError:
         if there:
             raise UsageError(
@@ -253,7 +252,7 @@ def _claim(target: Storage, record: ExportRecord) -> set[str]:
             ) from None
         target.write(EXPORT_FILE, record.model_dump_json(indent=1).encode())
         return set()
-    except ValidationError:
+    except ValueError:
         known = None
     if known != record:
         raise UsageError(
@@ -326,7 +325,7 @@ def _note(data: LatentDataset, index: int, name: str, dtype: str) -> LatentNote:
 
 def _side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Results in order, a few items at a time."""
-    with ThreadPoolExecutor(_AT_ONCE) as workers:
+    with thread_pool(_AT_ONCE, "rollouts") as workers:
         for batch in batched(items, _AT_ONCE):
             yield from workers.map(work, batch)
 

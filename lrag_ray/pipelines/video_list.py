@@ -14,7 +14,6 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +24,7 @@ from lrag_ray.config.table_file import read_table
 from lrag_ray.errors import UsageError
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import sha256_of
+from lrag_ray.thread_pool import thread_pool
 from lrag_ray.video.reader import SUFFIXES
 from lrag_ray.wan.file_kinds import absence
 
@@ -102,7 +102,7 @@ def list_videos(target: str, manifest: str | None, options: StorageSection) -> V
             )
         )
     if storage is None:
-        with ThreadPoolExecutor(4) as pool:
+        with thread_pool(4, "videos") as pool:
             found = list(pool.map(_stamped, found))
     return VideoList(storage, found, notes)
 

@@ -7,20 +7,26 @@ served. Videos of a bucket are not passed through: the browser is sent to an add
 from __future__ import annotations
 
 import mimetypes
+import os
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import unquote
 
+from lrag_ray.errors import StorageError
 from lrag_ray.report.build import PAGE, write_report
 from lrag_ray.report.collect import ReportData
 from lrag_ray.store.address import Storage
+from lrag_ray.store.inside import opened_file
 
 _SIGNED_FOR_S = 3600
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_OWN_HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::[0-9]{1,5})?", re.IGNORECASE)
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 class ReportServer(ThreadingHTTPServer):
@@ -47,6 +53,11 @@ class ReportServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.address = f"http://127.0.0.1:{self.server_address[1]}/{PAGE}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing for a browser that went away; the base class reports all else."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: ReportServer
@@ -55,17 +66,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """A file of the report, or a video: here a range of it, in a bucket its signed address."""
-        if urlsplit(f"//{self.headers.get('Host')}").hostname not in ("127.0.0.1", "localhost"):
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or _OWN_HOST.fullmatch(hosts[0]) is None:
             # Another site's name that resolves to this machine: its pages must not read what is served here.
             self.send_error(HTTPStatus.FORBIDDEN)
             return
-        url = unquote(urlsplit(self.path).path).lstrip("/") or PAGE
+        url = unquote(re.split("[?#]", self.path, maxsplit=1)[0]).lstrip("/") or PAGE
         if url in self.server.files:
-            self._send(self.server.files[url])
+            self._send(str(self.server.files[url]), None)
         elif url in self.server.videos:
             storage, path = self.server.videos[url]
             if storage.is_local:
-                self._send(Path(storage.full(path)))
+                self._send(f"{storage.root}/{path}", storage.root)
             else:
                 self.send_response(HTTPStatus.FOUND)
                 self.send_header("Location", str(storage.fs.sign(storage.full(path), expiration=_SIGNED_FOR_S)))
@@ -76,14 +88,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 - the base class calls it so
 
-    def _send(self, path: Path) -> None:
-        try:
-            file = path.open("rb")
-        except OSError:
-            self.send_error(HTTPStatus.NOT_FOUND)
-            return
-        with file:
-            size = path.stat().st_size
+    def _send(self, path: str, root: str | None) -> None:
+        """A file, inside of `root` where that is given: the run may change while its page is shown."""
+        with ExitStack() as opened:
+            try:
+                file = opened.enter_context(opened_file(path, root))
+            except (OSError, StorageError):
+                self.send_error(HTTPStatus.NOT_FOUND)
+                return
+            size = os.fstat(file.fileno()).st_size
             begin, end = self._range(size)
             part = "Range" in self.headers
             if part and begin >= end:
@@ -93,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 return
             self.send_response(HTTPStatus.PARTIAL_CONTENT if part else HTTPStatus.OK)
-            self.send_header("Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream")
+            self.send_header("Content-Type", mimetypes.guess_type(path)[0] or "application/octet-stream")
             self.send_header("Content-Length", str(end - begin))
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("X-Content-Type-Options", "nosniff")

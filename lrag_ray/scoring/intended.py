@@ -6,13 +6,12 @@ with the package. A plug-in that it names is reported by name and never imported
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 from lrag_ray.scoring.registry import NONE, registered
 from lrag_ray.store.address import Storage
 from lrag_ray.store.run_dir import CONFIG_FILE
-from lrag_ray.store.seal import DamagedError, opened_json
+from lrag_ray.store.seal import DamagedError, parsed_json
 
 _DESCRIBES_SCORES = ("suite", "mode", "dimensions", "controls")
 
@@ -31,7 +30,7 @@ class IntendedScores(NamedTuple):
 def intended_scores(storage: Storage) -> IntendedScores:
     """Read them. What cannot be read or understood counts as not known."""
     try:
-        stored = json.loads(opened_json(storage.read_bytes(CONFIG_FILE)))
+        stored = parsed_json(storage.read_bytes(CONFIG_FILE))
         section = stored["scoring"]
         suite = section["suite"]
     except DamagedError:

@@ -14,7 +14,6 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -28,10 +27,11 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
 from lrag_ray.store.faults import error_code, fix_of
-from lrag_ray.store.inside import opened_file, opened_folder, outside, read_range
+from lrag_ray.store.inside import opened_file, opened_folder, outside, read_file, read_range
 from lrag_ray.store.retry import GivenUpError, with_retries
 from lrag_ray.store.s3 import READERS, client_options
 from lrag_ray.store.waits import waiting
+from lrag_ray.thread_pool import thread_pool
 
 T = TypeVar("T")
 
@@ -191,7 +191,7 @@ class Storage:
         if not self.is_local:
             shares = [[path] for path in paths]
         found: dict[str, bytes] = {}
-        with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
+        with thread_pool(READERS, "read") as readers:
             for share in readers.map(self._read_share, shares):
                 found.update(share)
         return found
@@ -207,7 +207,7 @@ class Storage:
 
     def sizes(self, paths: Sequence[str]) -> dict[str, int]:
         """Sizes in bytes of files that are asked for by name: a listing may lag behind, this does not."""
-        with ThreadPoolExecutor(READERS, thread_name_prefix="size") as askers:
+        with thread_pool(READERS, "size") as askers:
             found = dict(zip(paths, askers.map(self._size, paths), strict=True))
         return {path: size for path, size in found.items() if size is not None}
 
@@ -227,8 +227,7 @@ class Storage:
             return self.read_bytes(path)
 
     def _read_local(self, full: str) -> bytes:
-        with opened_file(full, self._fence) as file:
-            return file.read()
+        return read_file(full, self._fence)
 
     @contextmanager
     def _writable(self, path: str) -> Iterator[str]:
@@ -331,7 +330,7 @@ class Storage:
 
     def remove_many(self, paths: Sequence[str]) -> None:
         """Delete files, side by side."""
-        with ThreadPoolExecutor(READERS, thread_name_prefix="remove") as removers:
+        with thread_pool(READERS, "remove") as removers:
             for _ in removers.map(self.remove, paths):
                 pass
 
@@ -352,7 +351,7 @@ class Storage:
         if self.is_local:
             return self.list_files(prefix)
         folders, found = [prefix], dict[str, int]()
-        with ThreadPoolExecutor(READERS, thread_name_prefix="list") as listers:
+        with thread_pool(READERS, "list") as listers:
             for _ in range(depth):
                 folders = [folder for below in listers.map(self.folders, folders) for folder in below]
             for share in listers.map(self.list_files, folders):

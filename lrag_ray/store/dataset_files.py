@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from lrag_ray.store.address import Storage
@@ -184,8 +184,8 @@ def read_notes(storage: Storage) -> dict[str, LatentNote]:
 
 def _parsed_note(data: bytes) -> LatentNote | None:
     try:
-        return LatentNote.model_validate_json(data)
-    except ValidationError:
+        return LatentNote.opened(data)
+    except ValueError:
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from lrag_ray.store.parts import BrokenPartError
 from lrag_ray.store.records import Commit, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.s3 import READERS
+from lrag_ray.thread_pool import thread_pool
 
 _COMPARED = ("rollout", "frames", "latents_digest", "part", "part_bytes")
 """Columns by which a row is known to be that of a commit."""
@@ -102,7 +102,7 @@ def rows_of(
     storage: Storage, identity: RunIdentity, commits: Sequence[Commit], broken: Callable[[str], None]
 ) -> list[FormedRow]:
     """Rows of committed rollouts, in order; `broken` receives a message for each whose parts are damaged."""
-    with ThreadPoolExecutor(1 if storage.is_local else READERS, thread_name_prefix="header") as readers:
+    with thread_pool(1 if storage.is_local else READERS, "header") as readers:
         made = list(readers.map(partial(_row_or_reason, storage, identity), commits))
     for reason in made:
         if isinstance(reason, str):

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lrag_ray.config.schema import MOST_CELLS
 from lrag_ray.rollout.noise import NoiseVersion
 from lrag_ray.store.records import Count, JsonValue, Record, RolloutId
 
@@ -84,6 +85,19 @@ class RunIdentity(Record):
     created_at: str
     versions: dict[str, str] = Field(default_factory=dict)
     """Program versions that created the run; for people."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> RunIdentity:
+        if (problem := self.too_many_cells()) is not None:
+            raise ValueError(problem)
+        return self
+
+    def too_many_cells(self) -> str | None:
+        """What is wrong, where there are more than MOST_CELLS."""
+        cells = len(self.methods) * sum(len(backbone.horizons) for backbone in self.backbones.values())
+        if cells <= MOST_CELLS:
+            return None
+        return f"methods times backbones times durations come to {cells:,}; a run has at most {MOST_CELLS:,}"
 
     def rollout_key(self, rollout: RolloutId, latent_frames: int) -> str:
         """Hash of all that determines the latents of `rollout` up to `latent_frames`; KeyError if not in the run.

@@ -18,6 +18,9 @@ from pathlib import Path
 from lrag_ray.errors import StorageError
 
 _DESCRIPTORS = "/proc/self/fd"
+_MOST_BYTES = 8 << 30
+_MOST_RECORD_BYTES = 256 << 20
+"""Of records and tables; a million prompts fit."""
 
 
 @contextmanager
@@ -38,6 +41,18 @@ def opened_file(path: str, root: str | None) -> Iterator[BufferedReader]:
             yield file
     finally:
         os.close(descriptor)
+
+
+def read_file(path: str, root: str | None) -> bytes:
+    """Content of a regular file, as `opened_file`; StorageError for one larger than any of its kind is.
+
+    A sparse file of any size takes no room on a disk.
+    """
+    most = _MOST_RECORD_BYTES if path.endswith((".json", ".beat", ".parquet")) else _MOST_BYTES
+    with opened_file(path, root) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise StorageError(f"{path} has {size:,} bytes, and at most {most:,} are read. Fix: remove it")
+        return file.read()
 
 
 @contextmanager

@@ -11,13 +11,11 @@ and one machine's network or disk is busy before its cores are.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -51,7 +49,8 @@ from lrag_ray.store.records import (
 )
 from lrag_ray.store.rollouts import RolloutRun, commit_problem, without_cycle_search
 from lrag_ray.store.run_dir import CHAT, CONFIG_FILE, RUN_FILE, SUMMARY, SUMMARY_INDEX
-from lrag_ray.store.seal import check_placed, opened_json
+from lrag_ray.store.seal import check_placed, parsed_json
+from lrag_ray.thread_pool import thread_pool
 
 Kind = Literal[
     "run", "configuration", "commit", "latents", "trace", "video", "part record", "text features", "decoded video",
@@ -133,7 +132,7 @@ class _Verification:
         if sample is not None and sample < total:
             items = random.SystemRandom().sample(items, sample)
         self._coverage.left_out = total - len(items)
-        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)), thread_name_prefix="verify") as readers:
+        with thread_pool(min(32, 4 * (os.cpu_count() or 1)), "verify") as readers:
             waiting = iter(items)
             futures = [readers.submit(item) for item in islice(waiting, _AHEAD)]
             while futures:
@@ -200,7 +199,7 @@ class _Verification:
     def _configuration(self, path: str) -> Sequence[Damage]:
         data = self._read(path)
         try:
-            if data is not None and not {"run", "backbones", "scoring"} <= json.loads(opened_json(data)).keys():
+            if data is not None and not {"run", "backbones", "scoring"} <= parsed_json(data).keys():
                 raise ValueError("it is not a configuration")
         except (ValueError, RecursionError, AttributeError) as error:
             return [self._damage(path, "configuration", str(error))]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lrag_ray.store.seal import check_placed, opened_json, sealed_json
+from lrag_ray.store.seal import check_placed, parsed_json, sealed_json
 
 HOW_TO_REPAIR = (
     "Fix: `lrag-ray run CONFIG --repair`, with the configuration of the run, makes again what is damaged; "
@@ -86,7 +86,7 @@ class Record(BaseModel):
     @classmethod
     def opened(cls, data: bytes) -> Self:
         """The record in a file. ValueError, which `why_not` puts in words, where it is none or is damaged."""
-        return cls.model_validate_json(opened_json(data))
+        return cls.model_validate(parsed_json(data))
 
 
 class PlacedRecord(Record):
@@ -106,7 +106,7 @@ def why_not(error: ValueError) -> str:
     """Why `Record.opened` refused a file, in a few words."""
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors()[0]
+    first = error.errors(include_input=False, include_url=False)[0]
     return f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'its start'}"
 
 

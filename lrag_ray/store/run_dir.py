@@ -155,7 +155,10 @@ class RunDirectory(IdentifiedRun[RunIdentity]):
 
     def differences(self, stored: RunIdentity, wanted: RunIdentity) -> list[str]:
         """Changes that are not growth."""
-        return differences(stored, wanted)
+        if found := differences(stored, wanted):
+            return found
+        too_many = grown(stored, wanted).too_many_cells()
+        return [] if too_many is None else [f"together, {too_many}"]
 
     def grown(self, stored: RunIdentity, wanted: RunIdentity) -> RunIdentity:
         """With more prompts, samples, methods, backbones or durations."""

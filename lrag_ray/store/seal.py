@@ -9,8 +9,10 @@ are read as they are.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+from typing import Any
+
+from pydantic_core import from_json
 
 _JSON = re.compile(rb',\n "seal": "sha256:([0-9a-f]{64})"\n}\Z')
 _JSON_BYTES = len(',\n "seal": "sha256:"\n}') + 64
@@ -25,6 +27,11 @@ _PARQUET = re.compile(rb"\x18\x04seal\x18\x47sha256:([0-9a-f]{64})")
 _PARQUET_TRACES = (b"\x18\x04seal", b"\x47sha256:")
 _PARQUET_SEARCHED = 1 << 16
 """Bytes before the end of a parquet file within which its metadata keeps the seal."""
+
+
+_MOST_VALUE_BYTES = 1 << 30
+"""Memory that the values of a record may take: a million prompts need half of it."""
+_SMALL_BYTES = 1 << 20
 
 
 class DamagedError(ValueError):
@@ -51,11 +58,24 @@ def opened_json(data: bytes) -> bytes:
     return head + b"\n}"
 
 
+def parsed_json(data: bytes) -> Any:
+    """What a stranger's JSON holds, without its seal; ValueError for what is none or would fill the memory.
+
+    Pydantic's own parser copies the whole input into each of its errors.
+    """
+    # Three bytes make an empty list of 72: counted from above before any is made.
+    if len(data) > _SMALL_BYTES and (
+        40 * data.count(b",") + 72 * data.count(b"[") + 240 * data.count(b"{") + len(data) > _MOST_VALUE_BYTES
+    ):
+        raise ValueError(f"its values take more than {_MOST_VALUE_BYTES >> 20} MiB")
+    return from_json(opened_json(data), allow_inf_nan=False)
+
+
 def check_placed(data: bytes, path: str) -> None:
     """DamagedError unless `data` is a sealed object whose key `path` says that it is stored at `path`."""
     if not is_sealed_json(data):
         raise DamagedError("its seal is missing or damaged")
-    if (place := json.loads(opened_json(data)).get("path")) != path:
+    if (place := parsed_json(data).get("path")) != path:
         raise DamagedError(f"is the record of {place}")
 
 

@@ -6,7 +6,6 @@ Records, losses, rollouts and checkpoints carry a checksum of their own (`lrag_r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 
 from lrag_ray.errors import LragError
@@ -17,7 +16,7 @@ from lrag_ray.store.lease import Beat, LeaseRecord
 from lrag_ray.store.parquet import damage_of
 from lrag_ray.store.records import FailureRecord, Record, why_not
 from lrag_ray.store.run_dir import CONFIG_FILE, RUN_FILE
-from lrag_ray.store.seal import opened_json
+from lrag_ray.store.seal import parsed_json
 from lrag_ray.store.training_run import (
     BEST,
     LAST,
@@ -71,7 +70,7 @@ def _check_of(run: TrainingRun, path: str, files: dict[str, int]) -> tuple[Kind,
         kind, model = _RECORDS[path]
         return kind, lambda: record(model)
     if path == CONFIG_FILE:
-        return "configuration", lambda: json.loads(opened_json(run.storage.read_bytes(path)))
+        return "configuration", lambda: parsed_json(run.storage.read_bytes(path))
     if path in (LAST, BEST):
         return "checkpoint", lambda: run.checkpoint(path)
     if path == ROLLOUTS_FILE or (top == METRICS and path.endswith(".parquet")):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lrag_ray.thread_pool import thread_pool
 from lrag_ray.training.windows import Window
 
 AHEAD = 2
@@ -56,7 +57,7 @@ def read_ahead(
     pin: bool = False,
 ) -> Iterator[Iterator[Batch]]:
     """Batches in order, `ahead` of them in flight beside the one in use; errors are raised in their turn."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="windows") as pool:
+    with thread_pool(threads, "windows") as pool:
         flights: deque[tuple[Sequence[Window], Tensor, list[Future[str | None]]]] = deque()
         waiting = iter(batches)
 

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.errors import WeightsError
 from lrag_ray.store.address import Storage
+from lrag_ray.store.seal import parsed_json
 from lrag_ray.weights.published import Published
 
 RECORD_SUFFIX = ".pulled.json"
@@ -88,8 +89,8 @@ def record_at(address: str) -> PullRecord | None:
     """What the pull of an address recorded; None without one, or where it cannot be read."""
     storage, name = split(address)
     try:
-        return PullRecord.model_validate_json(storage.read_bytes(name + RECORD_SUFFIX))
-    except (FileNotFoundError, ValidationError):
+        return PullRecord.model_validate(parsed_json(storage.read_bytes(name + RECORD_SUFFIX)))
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -232,6 +233,25 @@ def test_a_worker_that_must_leave_makes_no_further_call(tmp_path: Path) -> None:
         )
         with pytest.raises(LeftError):
             client.ask(questions(5))
+        assert len(proxy.calls) == 2
+
+
+def test_after_ctrl_c_no_call_begins(tmp_path: Path) -> None:
+    """Neither those in the queue nor the next attempt of one that failed."""
+
+    def fault(number: int, body: dict[str, Any]) -> Fault:
+        if number == 0:
+            return "500"
+        if number == 1:
+            time.sleep(0.1)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(0.1)
+        return "text:fine"
+
+    with ChatProxy(None, fault) as proxy:
+        with pytest.raises(KeyboardInterrupt):
+            ChatClient(section(proxy, concurrency=2), ChatStore(Storage(str(tmp_path)))).ask(questions(20))
+        time.sleep(0.2)
         assert len(proxy.calls) == 2
 
 

@@ -87,6 +87,16 @@ def test_a_value_that_can_only_be_a_slip_is_refused(line: str, message: str) -> 
     assert message in str(refused.value)
 
 
+def test_more_tables_than_anybody_reads_are_refused() -> None:
+    backbones = {f"b{number}": {"preset": "tiny"} for number in range(51)}
+    text = yaml.safe_dump(
+        yaml.safe_load("\n".join(LINES.values()))
+        | {"backbones": backbones, "durations_s": [float(second) for second in range(1, 101)]}
+    )
+    with pytest.raises(ConfigError, match="methods: come to 5,100 with backbones and durations_s; a run has at most"):
+        complete(parse_document("run.yaml", text))
+
+
 VALUES = st.recursive(
     st.one_of(
         st.none(),

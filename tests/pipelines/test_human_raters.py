@@ -140,8 +140,8 @@ def test_people_and_judge_are_compared_in_the_report(tmp_path: Path) -> None:
         (lambda text: text.replace('"3"', '"9"'), "9 is not a whole number from 0 to 5"),
         (lambda text: text.replace('"3"', '"nan"'), "'nan' is not a whole number"),
         (lambda text: text.replace('"3"', '"0_3"'), "'0_3' is not a whole number"),
-        (lambda text: text.replace('"Ann"', '" "'), "rater: .* a name of printable characters"),
-        (lambda text: text.replace('"Ann"', '"A\\u001b[31m"'), "rater: .* a name of printable characters"),
+        (lambda text: text.replace('"Ann"', '" "'), "a name of printable characters at rater"),
+        (lambda text: text.replace('"Ann"', '"A\\u001b[31m"'), "a name of printable characters at rater"),
         (lambda text: re.sub(r'"answers": {"\w+', '"answers": {"feedfeed00', text), "the export has no such case"),
     ],
 )

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 
 import lrag_ray
+from lrag_ray.cli.progress import PlainProgress
 from lrag_ray.config.load import load_config
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.engine.ray_jobs.client import JobClient, RayJob, TakenIdError
 from lrag_ray.engine.ray_jobs.dashboard import Dashboard
 from lrag_ray.errors import PromptError, UsageError
+from lrag_ray.events import WorkerLost
 from lrag_ray.pipelines.submit import bundle as bundle_module
 from lrag_ray.pipelines.submit import submit as submit_module
 from lrag_ray.pipelines.submit.bundle import CONFIG_NAME, make_bundle, run_address
+from lrag_ray.pipelines.submit.follow import show
 from lrag_ray.pipelines.submit.plugins import plugin_files
 from lrag_ray.pipelines.submit.submit import prepare
 from lrag_ray.pipelines.submit.wheel import build_wheel
@@ -209,6 +212,28 @@ def test_too_much_is_refused_before_it_is_sent(folder: Path, monkeypatch: pytest
     (folder / "prompts.txt").write_text("a red fox\n" * 50, encoding="utf-8")
     with pytest.raises(UsageError, match=r"500  prompts\.txt\nFix"):
         prepare(load_config(write(folder)))
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 400, "1e999", "NaN", "-Infinity"])
+def test_a_log_with_numbers_that_no_event_has_is_text(number: str) -> None:
+    """A log is written by whoever has the cluster; displays divide and round what events count."""
+    lines: list[str] = []
+    progress = PlainProgress(lines.append)
+    for event in (
+        f'{{"event": "StageEnded", "stage": "rollouts", "seconds": {number}}}',
+        f'{{"event": "RunPlanned", "uri": "x", "commits_total": {number}, "commits_done": 0, "rollouts_to_do": 1, '
+        '"blocks_to_do": 1}',
+    ):
+        show(event, progress)
+        assert lines.pop() == event
+
+
+def test_a_long_name_in_a_log_is_cut() -> None:
+    events: list[object] = []
+    show(json.dumps({"event": "WorkerLost", "worker": "w" * 10**6, "reason": "r"}), events.append)
+    (lost,) = events
+    assert isinstance(lost, WorkerLost) and lost.worker.endswith("… (1,000,000 characters)")
+    assert len(lost.worker) < 3000
 
 
 def test_addresses_of_runs(folder: Path) -> None:

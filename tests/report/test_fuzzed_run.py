@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,31 @@ def test_what_no_record_holds_is_refused(made: Path, tmp_path: Path, content: st
     read_all(run)
     shown = CliRunner().invoke(cli.app, ["status", str(run)])
     assert shown.exit_code == 3 and "run.json is not a run of format 1" in shown.stderr
+
+
+@pytest.mark.parametrize(("unit", "memory"), [(b"[],", 72), (b'{"a":1},', 240)])
+def test_a_record_that_would_fill_the_memory_is_refused(tmp_path: Path, unit: bytes, memory: int) -> None:
+    """A list of three bytes takes seventy as a value, and pydantic's own parser copied it into each of its errors."""
+    (tmp_path / "run.json").write_bytes(b'{"prompts":[' + unit * (2**30 // memory) + b"1]}")
+    began = time.monotonic()
+    shown = CliRunner().invoke(cli.app, ["status", str(tmp_path)])
+    assert shown.exit_code == 3 and "its values take more than 1024 MiB" in shown.stderr
+    with (tmp_path / "run.json").open("r+b") as file:
+        file.truncate(10**12)
+    shown = CliRunner().invoke(cli.app, ["status", str(tmp_path)])
+    assert shown.exit_code == 3 and "has 1,000,000,000,000 bytes, and at most 268,435,456 are read" in shown.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_a_record_that_lacks_everything_is_refused_without_copies_of_it(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(b'{"prompts":[' + b"[]," * 100_000 + b"1]}")
+    tracemalloc.start()
+    try:
+        shown = CliRunner().invoke(cli.app, ["status", str(tmp_path)])
+        assert tracemalloc.get_traced_memory()[1] < 30 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert shown.exit_code == 3 and "is not a run of format 1" in shown.stderr
 
 
 def test_a_run_that_claims_a_billion_samples_is_read_at_once(made: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -75,6 +77,41 @@ def test_another_name_for_this_machine_is_refused(run: RolloutRun, tmp_path: Pat
     with served(run, tmp_path) as server:
         assert get(server.address, Host="evil.example")[0] == 403
         assert get(server.address, Host=f"localhost:{server.server_address[1]}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "header", "status"),
+    [
+        ("http://[::1/", "", 404),
+        ("/", "Host: [::1", 403),
+        ("/", "Host: 127.0.0.1#evil.example", 403),
+        ("/", "Host: localhost\r\nHost: evil.example", 403),
+        ("/", f"Host: localhost\r\nRange: bytes=0-{'9' * 5000}", 206),
+    ],
+)
+def test_a_request_that_no_browser_makes_is_answered(
+    run: RolloutRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], path: str, header: str, status: int
+) -> None:
+    with (
+        served(run, tmp_path) as server,
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as browser,
+    ):
+        browser.sendall(f"GET {path} HTTP/1.1\r\n{header or 'Host: localhost'}\r\nConnection: close\r\n\r\n".encode())
+        assert int(browser.makefile("rb").readline().split()[1]) == status
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_video_that_became_a_link_out_of_the_run_is_not_served(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a red fox"])
+    (tmp_path / "secret").write_text("secret")
+    with served(run, tmp_path / "page") as server:
+        (first, (storage, path)), (second, (_, other)), *_ = server.videos.items()
+        video, pipe = Path(storage.full(path)), Path(storage.full(other))
+        video.unlink()
+        video.symlink_to(tmp_path / "secret")
+        pipe.unlink()
+        os.mkfifo(pipe)
+        assert get(urljoin(server.address, first))[0] == get(urljoin(server.address, second))[0] == 404
 
 
 def test_videos_of_a_bucket_come_from_there_by_a_signed_address(

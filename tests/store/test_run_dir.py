@@ -11,7 +11,7 @@ from lrag_ray.store.failures import write_failure
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.records import FailureRecord, now_utc
 from lrag_ray.store.rollouts import RolloutRun
-from lrag_ray.store.seal import is_sealed_json, sealed_json
+from lrag_ray.store.seal import is_sealed_json, opened_json, sealed_json
 from lrag_ray.store.status import run_status
 from tests.store.make import make_identity, rollout_id, store_commit, store_part
 
@@ -33,6 +33,19 @@ def test_a_run_is_created_grows_and_refuses_another_identity(run: RolloutRun) ->
         run.ensure(make_identity(seed=1, samples=5))
     assert "Two ways out" in str(caught.value)
     assert run.storage.read_bytes("run.json") == before
+
+
+def test_a_run_does_not_grow_past_what_its_readers_take(run: RolloutRun) -> None:
+    many = {f"m{number:04}": RAG for number in range(2000)}
+    run.ensure(make_identity(methods=many))
+    with pytest.raises(IdentityError, match=r"come to 7,000; a run has at most 5,000") as caught:
+        run.ensure(make_identity(methods={f"n{number}": RAG for number in range(1500)}))
+    assert "set run.uri to a new address" in str(caught.value)
+    content = json.loads(opened_json(run.storage.read_bytes("run.json")))
+    content["methods"] |= {f"n{number}": RAG.model_dump() for number in range(3000)}
+    run.storage.write("run.json", sealed_json(json.dumps(content)))
+    with pytest.raises(StorageError, match=r"is not a run of format 1 \(.*come to 10,000; a run has at most 5,000"):
+        run.read()
 
 
 def test_a_damaged_or_foreign_run_file_is_refused(run: RolloutRun) -> None:

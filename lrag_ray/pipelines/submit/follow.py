@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
 
 _LONGEST_SHOWN = 2000
+_MOST_DIGITS = 20
 _STORAGE_EVERY_S = 60.0
 _STOP_POLL_S = 0.5
 _STOP_SPARE_S = 30.0
@@ -104,12 +106,18 @@ def job_log(job: SubmittedJob) -> str:
 
 def show(line: str, listener: Listener) -> None:
     """Pass on a line of a job's log: the event that it holds, or what anybody else printed as a notice."""
-    event = from_json(_object_in(line))
+    # Displays draw names again and again.
+    event = from_json({key: _shortened(value) for key, value in _object_in(line).items()})
     if event is not None:
         listener(event)
     elif line.strip():
-        shown = line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]} … ({len(line):,} characters)"
-        listener(Notice(shown))
+        listener(Notice(_shortened(line)))
+
+
+def _shortened(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) <= _LONGEST_SHOWN:
+        return value
+    return f"{value[:_LONGEST_SHOWN]} … ({len(value):,} characters)"
 
 
 def _lacking_reason(module: str) -> str:
@@ -133,10 +141,24 @@ def _object_in(line: str) -> Mapping[str, Any]:
     if not line.startswith("{"):
         return {}
     try:
-        found = json.loads(line)
+        found = json.loads(line, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _whole(digits: str) -> int:
+    # No event counts so far, and displays divide by what it counts.
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 class _StorageLook:

@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from lrag_ray.errors import UsageError
 from lrag_ray.scoring.judge.agreement import krippendorff_alpha
 from lrag_ray.scoring.judge.questions import QuestionSet, UnreadableError
 from lrag_ray.scoring.judge.records import CaseRecord
 from lrag_ray.store.address import Storage
-from lrag_ray.store.records import JsonValue, PlacedRecord, Record
+from lrag_ray.store.records import JsonValue, PlacedRecord, Record, why_not
 
 MOST_BYTES = 1 << 24
 """Of a file that is imported."""
@@ -106,11 +106,9 @@ def store_answers(rows: Storage, folder: str, data: bytes, name: str) -> tuple[P
     """
     try:
         # Some editors write a byte order mark.
-        found = PageAnswers.model_validate_json(data.removeprefix(codecs.BOM_UTF8))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{name}: not a file that the rating page saved ({place}: {first['msg']})") from None
+        found = PageAnswers.opened(data.removeprefix(codecs.BOM_UTF8))
+    except ValueError as error:
+        raise UsageError(f"{name}: not a file that the rating page saved ({why_not(error)})") from None
     key = read_key(rows, folder, found.export)
     if key is None:
         raise UsageError(f"{name}: it belongs to export {found.export}, which is not of this run")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from lrag_ray.thread_pool import thread_pool
 
 T = TypeVar("T")
 
@@ -15,7 +16,7 @@ def prefetch(items: Iterator[T]) -> Iterator[T]:
     Decoding lets go of the interpreter, and a GPU then never waits for it. What `items` raises is raised here in its
     turn; a consumer that stops early waits for the item that is being made.
     """
-    with ThreadPoolExecutor(1, "prefetch") as thread:
+    with thread_pool(1, "prefetch") as thread:
         pending = thread.submit(next, items, None)
         while (item := pending.result()) is not None:
             pending = thread.submit(next, items, None)

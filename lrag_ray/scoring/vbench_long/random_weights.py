@@ -10,7 +10,6 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from lrag_ray.scoring.vbench_long.official import NetworkName
 from lrag_ray.scoring.vbench_long.weights import Weights
+from lrag_ray.thread_pool import thread_pool
 
 _EMBEDDINGS = {
     "pos_embed",
@@ -44,7 +44,7 @@ class RandomWeights:
     def read(self, name: NetworkName, expected: Mapping[str, Tensor]) -> Weights:
         """Draw every tensor of `expected`; integer buffers are zero, as a fresh module has them."""
         # numpy lets go of the interpreter while it draws, and every tensor has a generator of its own.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with thread_pool(os.cpu_count() or 1, "draw") as pool:
             drawn = pool.map(lambda item: _draw(name, *item), expected.items())
             tensors = dict(zip(expected, drawn, strict=True))
         return Weights(tensors, f"the recipe for {name}", _LORA_SCALE if name == "dreamsim_ensemble_lora" else 1.0)
