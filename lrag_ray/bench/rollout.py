@@ -36,6 +36,7 @@ from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.stages.backbone import load_generator, load_method_weights, load_vae
 from lrag_ray.training.loop import make_model
 from lrag_ray.wan.devices import DEVICES
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -150,6 +151,7 @@ def bench_rollout(
     banks: Sequence[BankType] = (),
     bank_blocks: int = 40,
     tiers: Tiers = Tiers(),  # noqa: B008 - frozen
+    kernels: Kernels = Kernels(),  # noqa: B008 - frozen
     decode: bool = True,
 ) -> RolloutBench:
     """Measure `blocks` blocks of each method behind `depth_frames` latent frames, which are replayed from random ones.
@@ -164,7 +166,7 @@ def bench_rollout(
             f"--bank {banks[0]}: {name} keeps no history over {rolled_out} latent frames, so none is stored. "
             "Fix: leave --bank out, name a method with a history (rag), or raise --bank-blocks"
         )
-    model = load_generator(backbone, device)
+    model = load_generator(backbone, device, kernels)
     vae = load_vae(backbone, device) if decode else None
     n = backbone.sampler.frames_per_block
     # The windows that are timed hold as many blocks as in the middle of a long rollout.

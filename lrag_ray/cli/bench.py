@@ -231,21 +231,18 @@ def rollout(
     from lrag_ray.config.presets import PRESETS
     from lrag_ray.config.schema import MethodConfig
     from lrag_ray.context.registry import registered
-    from lrag_ray.wan.attention import choose_attention
-    from lrag_ray.wan.fused_rows import choose_fused_rows
+    from lrag_ray.wan.kernels import Kernels
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_config(config) if config is not None else None
     if loaded is not None:
         name = _one_of(backbone or next(iter(loaded.backbones)), loaded.backbones, "backbone")
         chosen, known = loaded.backbones[name], loaded.methods
-        tiers = tiers_of(loaded.engine.bank)
-        choose_attention(loaded.engine.attention)
-        choose_fused_rows(loaded.engine.fused_rows)
+        tiers, kernels = tiers_of(loaded.engine.bank), loaded.engine.kernels
     else:
         name = _one_of(backbone or ("self_forcing" if place.type == "cuda" else "tiny"), PRESETS, "backbone")
         chosen, known = random_backbone(name), {each: MethodConfig(method=each) for each in registered()}
-        tiers = tiers_of(BankSection())
+        tiers, kernels = tiers_of(BankSection()), Kernels()
     wanted = [_one_of(each, BANK_TYPES, "storage type") for each in bank or []]
     names = dict.fromkeys([method, *(compare or [])])
     methods = {each: resolve_method(known[_one_of(each, known, "method")]) for each in names}
@@ -258,6 +255,7 @@ def rollout(
         banks=[kind for kind in BANK_TYPES if kind in wanted],
         bank_blocks=bank_blocks,
         tiers=tiers,
+        kernels=kernels,
         decode=decode,
     )
     print_json(measured.as_dict())

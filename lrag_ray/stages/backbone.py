@@ -13,6 +13,7 @@ from lrag_ray.context.weights import Loaded, on_device
 from lrag_ray.errors import ConfigError
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.config import SamplerConfig
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.text import TextEncoder, load_text_encoder, tiny_text_encoder
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -81,18 +82,21 @@ def device_for(gpus: float) -> torch.device:
     return torch.device("cuda" if gpus > 0 else "cpu")
 
 
-def load_generator(config: BackboneConfig, device: torch.device) -> CausalWanTransformer:
-    """The frozen transformer: from its checkpoint, or from the random recipe."""
+def load_generator(config: BackboneConfig, device: torch.device, kernels: Kernels) -> CausalWanTransformer:
+    """The frozen transformer, computed by `kernels`: from its checkpoint, or from the random recipe."""
     dtype = getattr(torch, config.dtype)
     weights = config.weights
     if weights.path is not None:
         lora = local_lora(weights.lora) if weights.lora else None
-        return load_transformer(
+        model = load_transformer(
             local_copy(weights.path), config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
         )
-    model = CausalWanTransformer(config.transformer)
-    fill_random(model, weights.random_seed or 0)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    else:
+        model = CausalWanTransformer(config.transformer)
+        fill_random(model, weights.random_seed or 0)
+        model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model.kernels = kernels
+    return model
 
 
 def load_text(config: BackboneConfig, device: torch.device) -> TextEncoder:

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.rope import Angles, rotate
 from lrag_ray.wan.transformer import Projected, RMSNorm
 
@@ -20,22 +21,16 @@ VERSION = 1
 """Of the kernel's numerics."""
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """Largest difference from the plain operations, as a share of the largest value: a few roundings of the type."""
-_chosen = [True]
 
 
-def choose_fused_rows(on: bool) -> None:
-    """Whether later rollouts of this process use the kernel, where a device takes it."""
-    _chosen[0] = on
-
-
-def fuses(device: torch.device) -> bool:
+def fuses(kernels: Kernels, device: torch.device) -> bool:
     """Whether rollouts on this device use the kernel."""
-    return _chosen[0] and _has_triton(device) and refusal(device) is None
+    return kernels.fused_rows and _has_triton(device) and refusal(device) is None
 
 
-def notes(device: torch.device) -> list[str]:
+def notes(kernels: Kernels, device: torch.device) -> list[str]:
     """Why the kernel is not used, where it was meant to be."""
-    reason = refusal(device) if _chosen[0] and _has_triton(device) else None
+    reason = refusal(device) if kernels.fused_rows and _has_triton(device) else None
     return [] if reason is None else [f"plain operations in place of the fused kernel, which is slower: {reason}"]
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lrag_ray.wan.attention import attention
 from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.kernels import Kernels
 
 
 class Projected(NamedTuple):
@@ -149,7 +150,14 @@ class WanBlock(nn.Module):
         return Modulation(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
 
     def forward(
-        self, x: Tensor, time: Modulation, text_k: Tensor, text_v: Tensor, context: AttentionContext, layer: int
+        self,
+        x: Tensor,
+        time: Modulation,
+        text_k: Tensor,
+        text_v: Tensor,
+        context: AttentionContext,
+        layer: int,
+        kernels: Kernels,
     ) -> Tensor:
         """One layer over x [B, L, D], which it overwrites."""
         h = _modulate(self.norm1(x), time.shift1, time.scale1)
@@ -159,7 +167,7 @@ class WanBlock(nn.Module):
             k, v = self.self_attn.keys_values(h)
             y = context.attend(layer, self.self_attn.queries(h), k, v)
         x += _gate(self.self_attn.o(y.flatten(2)), time.gate1)
-        y = attention(self.cross_attn.queries(self.norm3(x)), text_k, text_v)
+        y = attention(self.cross_attn.queries(self.norm3(x)), text_k, text_v, kernels.attention)
         x += self.cross_attn.o(y.flatten(2))
         x += _gate(self.ffn(_modulate(self.norm2(x), time.shift2, time.scale2)), time.gate2)
         return x
@@ -196,6 +204,7 @@ class CausalWanTransformer(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels = Kernels()
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -241,7 +250,7 @@ class CausalWanTransformer(nn.Module):
         rows, columns = self.config.token_grid(*latents.shape[-2:])
         x = self._patches(latents)
         for layer, block in enumerate(self.blocks):
-            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer)
+            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer, self.kernels)
         x = self.head(x, *time.head)
         x = x.view(batch, frames, rows, columns, ph, pw, self.config.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, rows * ph, columns * pw)
@@ -254,7 +263,7 @@ class CausalWanTransformer(nn.Module):
         x = self._patches(latents)
         *before, last = cast(list[WanBlock], list(self.blocks))
         for layer, block in enumerate(before):
-            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer)
+            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer, self.kernels)
         last.keep(x, time.layers[-1], context, len(before))
 
     def _patches(self, latents: Tensor) -> Tensor:

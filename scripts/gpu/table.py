@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from lrag_ray.context.policy import Layout
 from lrag_ray.retrieval.history import TieredBank
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.wan import fused_rows
-from lrag_ray.wan.attention import attention, backend_of, choose_attention
+from lrag_ray.wan.attention import attention, backend_of
 from lrag_ray.wan.devices import DEVICES
 from lrag_ray.wan.flops import block_flops
+from lrag_ray.wan.kernels import Backend
 from lrag_ray.wan.rope import Rope, rotate, rotate_into
 from lrag_ray.wan.transformer import CausalWanTransformer
 from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
@@ -73,15 +74,13 @@ def _kernels(bench: Bench) -> dict[str, Any]:
     rows, keys, heads, width = n * grid[0] * grid[1], 12 * grid[0] * grid[1], config.num_heads, config.head_dim
     q, k = bench.draw(1, rows, heads, width), bench.draw(1, keys, heads, width)
     found: dict[str, Any] = {}
-    for choice in ("flash", "cudnn", "efficient", "math"):
-        choose_attention(choice)  # type: ignore[arg-type]
+    for choice in get_args(Backend):
         try:
-            backend_of(bench.device, q.dtype, width)
+            backend_of(choice, bench.device, q.dtype, width)
         except ValueError as error:
             found[choice] = str(error)
         else:
-            found[choice] = {"ms": 1e3 * bench.seconds(lambda: attention(q, k, k))}
-    choose_attention("auto")
+            found[choice] = {"ms": 1e3 * bench.seconds(lambda choice=choice: attention(q, k, k, choice))}  # type: ignore[misc]
     layer: Any = bench.filled(CausalWanTransformer, config).blocks[0]
     projected = layer.self_attn.projected(bench.draw(1, rows, config.dim))
     angles, out = Rope(width, grid, bench.device).frames(range(n)), torch.empty_like(q)

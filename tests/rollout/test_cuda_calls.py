@@ -34,13 +34,12 @@ from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.slabs import SlabPool
 from lrag_ray.wan import fused_rows
 from lrag_ray.wan.attention import backend_of
-from lrag_ray.wan.attention_choice import AttentionChoice
 from lrag_ray.wan.devices import generator_kind
+from lrag_ray.wan.kernels import AttentionChoice, Kernels
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.streams import side_stream
-from lrag_ray.wan.transformer import CausalWanTransformer
 from tests.pretend_cuda import Device, Stream, pretend_cuda
-from tests.tiny import CONFIG, LATENT, attention_by, gathered, start, tiny_layout, tiny_transformer
+from tests.tiny import LATENT, gathered, start, tiny_layout, tiny_transformer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: see test_gpu.py")
 
@@ -122,11 +121,9 @@ def test_the_kernel_of_attention_follows_from_precision_and_head_size(
     dtype: torch.dtype, heads: int, choice: AttentionChoice, chosen: str, device: Device
 ) -> None:
     """Given heads of 24 or 12 channels; flash and cuDNN need a multiple of 8."""
-    model = CausalWanTransformer(replace(CONFIG, num_heads=heads))
-    fill_random(model, seed=3)
-    with attention_by(choice):
-        assert backend_of(CUDA, dtype, 24 // heads) == chosen
-        list(start(model.requires_grad_(False).to("cuda", dtype), InfinityRope).blocks(2))
+    assert backend_of(choice, CUDA, dtype, 24 // heads) == chosen
+    model = tiny_transformer(Kernels(choice), num_heads=heads)
+    list(start(model.to("cuda", dtype), InfinityRope).blocks(2))
     assert {kernel for kernel, _, _ in device.attended} == ({chosen} if chosen != "math" else set())
 
 
@@ -144,14 +141,12 @@ def test_cudnn_compiles_for_few_shapes(
     policy: type[ContextPolicy[Any]], settings: object, ragged: bool, device: Device
 ) -> None:
     """Contexts that grow for ever, and groups of heads, go to flash beside it; the first blocks fill the window."""
-    model = CausalWanTransformer(replace(CONFIG, dim=48))
-    fill_random(model, seed=3)
-    rollout = start(model.requires_grad_(False).to("cuda", torch.bfloat16), policy, settings)
-    with attention_by("cudnn"):
-        list(rollout.blocks(7))
-        first = {each for each in device.attended if each[0] == "cudnn"}
-        device.attended.clear()
-        list(rollout.blocks(3))
+    model = tiny_transformer(Kernels("cudnn"), dim=48).to("cuda", torch.bfloat16)
+    rollout = start(model, policy, settings)
+    list(rollout.blocks(7))
+    first = {each for each in device.attended if each[0] == "cudnn"}
+    device.attended.clear()
+    list(rollout.blocks(3))
     assert {each for each in device.attended if each[0] == "cudnn"} <= first
     assert ("flash" in {kernel for kernel, _, _ in device.attended}) == ragged
 
@@ -161,16 +156,15 @@ def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda of: "H100")
     launched, kinds = {}, {}
     for on in (True, False):
-        fused_rows.choose_fused_rows(on)
-        kinds[on] = generator_kind(CUDA, torch.float32, 12)
+        kernels = Kernels(fused_rows=on)
+        kinds[on] = generator_kind(kernels, CUDA, torch.float32, 12)
         for policy, settings in ((InfinityRope, None), (ForcingKv, APART)):
-            rollout = start(tiny_transformer().to("cuda"), policy, settings)
+            rollout = start(tiny_transformer(kernels).to("cuda"), policy, settings)
             list(rollout.blocks(4))
             device.calls.clear()
             list(rollout.blocks(1))
             fused = sum(call[0] == "fused rows" for call in device.calls)
             launched[on, policy] = (fused, len(device.calls))
-    fused_rows.choose_fused_rows(True)
     assert kinds[True] == f"{kinds[False]}, fused rows {fused_rows.VERSION}"
     # Two passes over two layers, and the first layer of the clean-context pass.
     assert launched[True, InfinityRope][0] == 2 * 2 + 1

@@ -6,16 +6,15 @@ Prints one JSON object: by case the largest difference as a share of the largest
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import torch
 
 from lrag_ray.context.infinity_rope import InfinityRope
 from lrag_ray.wan import fused_rows
-from lrag_ray.wan.random_weights import fill_random
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.rope import Angles, rotate
-from lrag_ray.wan.transformer import CausalWanTransformer, Projected, RMSNorm
-from tests.tiny import CONFIG, generate, start
+from lrag_ray.wan.transformer import Projected, RMSNorm
+from tests.tiny import generate, start, tiny_transformer
 
 
 def rows_of(dtype: torch.dtype, batch: int, width: int, heads: int, own_turns: bool) -> dict[str, tuple[float, float]]:
@@ -61,15 +60,12 @@ def _cut(x: torch.Tensor) -> torch.Tensor:
 
 def rollout() -> tuple[float, float]:
     """Latents of a rollout with the kernel and without; a replayed one goes on with the same bits."""
-    model = CausalWanTransformer(replace(CONFIG, dim=32))
-    fill_random(model, seed=3)
-    model.eval().requires_grad_(False)
+    model = tiny_transformer(dim=32)
     results = list(start(model, InfinityRope).blocks(2))
     again = start(model, InfinityRope)
     again.replay(results[0].latents)
     assert torch.equal(next(iter(again.blocks(1))).latents, results[1].latents)
-    fused_rows.choose_fused_rows(False)
-    plain = start(model, InfinityRope)
+    plain = start(tiny_transformer(Kernels(fused_rows=False), dim=32), InfinityRope)
     assert again.context.fuses and not plain.context.fuses
     return _differences(torch.cat([each.latents for each in results], dim=1), generate(plain, 2))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lrag_ray.wan import fused_rows
+from lrag_ray.wan.kernels import Kernels
 
 pytest.importorskip("triton")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,14 +59,13 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path, monkeypa
 
 def test_a_device_without_triton_does_without_the_kernel_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert not fused_rows.fuses(cpu) and fused_rows.notes(cpu) == []
+    on = Kernels()
+    assert not fused_rows.fuses(on, cpu) and fused_rows.notes(on, cpu) == []
     # As a GPU whose kernel does not compile: the kernel was loaded for a GPU, and is given tensors of the CPU.
     from lrag_ray.wan import fused_kernel  # noqa: F401
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not fused_rows.fuses(cpu)
-    (note,) = fused_rows.notes(cpu)
+    assert not fused_rows.fuses(on, cpu)
+    (note,) = fused_rows.notes(on, cpu)
     assert note.startswith("plain operations in place of the fused kernel, which is slower: ")
-    fused_rows.choose_fused_rows(False)
-    assert fused_rows.notes(cpu) == []
-    fused_rows.choose_fused_rows(True)
+    assert fused_rows.notes(Kernels(fused_rows=False), cpu) == []

@@ -49,7 +49,6 @@ from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
 from lrag_ray.wan import fused_rows
-from lrag_ray.wan.attention import choose_attention
 from lrag_ray.wan.devices import generator_kind, same_kind
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -167,8 +166,6 @@ class RolloutWorker:
         self.run = RolloutRun(stage.uri, stage.storage)
         require_run(self.run, stage.created_at)
         make_reproducible(stage.threads)
-        choose_attention(stage.engine.attention)
-        fused_rows.choose_fused_rows(stage.engine.fused_rows)
         self.device = device_for(stage.resources.gpus)
         self._backbone_name = ""
         self._transformer: CausalWanTransformer | None = None
@@ -195,7 +192,7 @@ class RolloutWorker:
                     f"backbones.{self._backbone_name}.weights: the files on node {platform.node()} are not those that "
                     "the run was started with. Put the same files on every node"
                 )
-            self._transformer = load_generator(config, self.device)
+            self._transformer = load_generator(config, self.device, self.stage.engine.kernels)
         return self._transformer
 
     def vae(self) -> WanVae:
@@ -250,7 +247,7 @@ class _Attempt:
             raise RuntimeError(f"fail_on_prompt: the prompt contains {self._backbone.fail_on_prompt!r}")
         self._n = self._backbone.sampler.frames_per_block
         dtype, head_dim = getattr(torch, self._backbone.dtype), self._backbone.transformer.head_dim
-        self._device_kind = generator_kind(self._device, dtype, head_dim)
+        self._device_kind = generator_kind(self._stage.engine.kernels, self._device, dtype, head_dim)
         if task.damaged is not None:
             return self._restore(task.damaged, began)
         inventory = self._run.inventory(task.rollout)
@@ -389,7 +386,7 @@ class _Attempt:
                     self._leave_if_asked()
         finally:
             # Histories grow until the end, so their notes are read last.
-            self._notes += [*rollout.notes, *fused_rows.notes(self._device)]
+            self._notes += [*rollout.notes, *fused_rows.notes(self._stage.engine.kernels, self._device)]
 
     def _leave_if_asked(self) -> None:
         if self._worker.host.must_leave():
