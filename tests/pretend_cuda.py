@@ -80,6 +80,9 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         _learn(self.done, event.done)
 
+    def wait_stream(self, other: Stream) -> None:
+        _learn(self.done, other.done)
+
     def record_event(self) -> Event:
         event = Event()
         event.record(self)
@@ -111,6 +114,8 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.stream = Stream()
         self.waits: list[str] = []
+        self.waited: list[Stream] = []
+        """The stream of each of them."""
         self.races: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
         """Every kernel: its name, and shapes, strides, types and alignments of what it gets."""
@@ -220,6 +225,7 @@ class Device(TorchDispatchMode):
 
     def _wait(self, why: str) -> None:
         self.waits.append(why)
+        self.waited.append(self.stream)
         _learn(Stream.host, self.stream.done)
 
     def _launch(self, name: str, tensors: list[Any], written: list[Any]) -> None:

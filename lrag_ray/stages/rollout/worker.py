@@ -202,7 +202,7 @@ class RolloutWorker:
         return self._vae
 
 
-def _read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
+def read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
     """Blocks in host memory. With `behind`, one is read when the next has been launched, so that the device, whose
     times are known by then, never waits for the host."""
     waiting: list[tuple[BlockResult, HostCopy, dict[str, HostCopy]]] = []
@@ -378,7 +378,7 @@ class _Attempt:
                 rollout.replay(block.latents[None], [[block.state]])
         self._report(len(stored), "generating")
         try:
-            for block in _read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
+            for block in read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
                 self._watch.timings_s.update(rollout.timings_s)
                 yield block
                 self._report(block.block + 1, "generating")
