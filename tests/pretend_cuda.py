@@ -153,7 +153,8 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"{name}: tensors of the device and of the host")
         if name in _NEEDS_VALUES:
             self._wait(name)
-        written = [a for a, of in zip(args, schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
+        named = [*zip(args, schema.arguments, strict=False), *((kwargs.get(of.name), of) for of in schema.arguments)]
+        written = [a for a, of in named if a is not None and of.alias_info and of.alias_info.is_write]
         is_view = not written and any(of.alias_info for of in schema.returns)
         if not is_view:
             self._launch(name, ours, written)

@@ -16,8 +16,12 @@ class VaeConfig(Section):
     """Which VAE."""
     path: Address | None = None
     """wan: ``Wan2.1_VAE.pth`` or a Diffusers folder."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the decoder; bfloat16 is faster and visibly off."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the decoder. bfloat16 is faster and visibly off; float16 has 3 more bits and a smaller range, and a
+    decode that leaves it fails. `lrag-ray bench decode` shows what each changes."""
+    channels_last: bool = False
+    """Keep the channels of a pixel side by side, as tensor cores read them. Pixels may differ in their last bits, so it
+    is part of what a video is."""
 
     @model_validator(mode="after")
     def _located(self) -> VaeConfig:

@@ -72,9 +72,9 @@ def text_identity(config: BackboneConfig) -> dict[str, Any]:
 def pixels_identity(config: BackboneConfig) -> dict[str, Any]:
     """Everything that determines pixels, given latents."""
     vae = config.vae
-    return {
-        "vae": {"kind": vae.kind, "sha256": weights_digest(vae.path) if vae.path else None, "dtype": vae.dtype},
-    }
+    found = {"kind": vae.kind, "sha256": weights_digest(vae.path) if vae.path else None, "dtype": vae.dtype}
+    # Left out where it is off, so that videos that were made before there was a choice stay the same.
+    return {"vae": found | ({"channels_last": True} if vae.channels_last else {})}
 
 
 def device_for(gpus: float) -> torch.device:
@@ -116,10 +116,13 @@ def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
     if config.vae.kind == "tiny":
         vae = tiny_vae()
         vae.model.to(device, dtype)
-        return vae
-    if config.vae.path is None:
+    elif config.vae.path is None:
         raise ConfigError("vae: kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
-    return load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
+    else:
+        vae = load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
+    if config.vae.channels_last:
+        vae.keep_channels_last()
+    return vae
 
 
 def load_method_weights(method: Method, device: torch.device) -> dict[str, Loaded]:

@@ -53,9 +53,15 @@ class StreamingDecoder:
         return torch.cat(pieces)
 
     def push(self, latents: Tensor) -> Frames:
-        """Decode the next latents [F, C, H, W], on the host, to uint8 frames [N, H*8, W*8, 3] there."""
+        """Decode the next latents [F, C, H, W], on the host, to uint8 frames [N, H*8, W*8, 3] there.
+
+        Raises OverflowError where float16 could not hold the values of the decoder.
+        """
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            return to_uint8(self.push_pixels(latents))
+            pixels = self.push_pixels(latents)
+            if pixels.dtype == torch.float16 and not bool(pixels.isfinite().all()):
+                raise OverflowError("vae.dtype float16 cannot hold these frames. Fix: vae.dtype: bfloat16 or float32")
+            return to_uint8(pixels)
 
 
 def to_uint8(pixels: Tensor) -> Frames:

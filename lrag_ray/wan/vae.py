@@ -60,6 +60,14 @@ class WanVae:
         model.register_buffer("latent_shift", mean.view(-1, 1, 1), persistent=False)
         model.register_buffer("latent_reciprocal_scale", (1.0 / std).view(-1, 1, 1), persistent=False)
 
+    def keep_channels_last(self) -> None:
+        """Lay out the convolutions, and so all that follows from them, with the channels of a pixel side by side."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
+            elif isinstance(module, nn.Conv3d):
+                module.weight.data = module.weight.contiguous(memory_format=torch.channels_last_3d)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the names and values of the weights."""

@@ -176,15 +176,15 @@ def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pyt
 
 WINDOW_8 = BaseSettings(window=8)
 BUDGETS: list[tuple[type[ContextPolicy[Any]], Any, BankType, str, int, int]] = [
-    (Base, WINDOW_8, "exact", "host", 388, 338_000),
-    (InfinityRope, WINDOW_8, "exact", "host", 380, 337_000),
-    (DeepForcing, DeepForcingSettings(window=8, budget=8), "exact", "host", 668, 411_000),
-    (Rag, SMALL_RAG, "exact", "host", 422, 375_000),
-    (Rag, SMALL_RAG, "exact", "device", 416, 366_000),
-    (Rag, SMALL_RAG, "exact", "disk", 422, 375_000),
-    (Rag, SMALL_RAG, "int8", "host", 564, 382_000),
-    (Rag, SMALL_RAG, "int4", "device", 714, 402_000),
-    (Rag, SMALL_RAG, "int4", "disk", 720, 404_000),
+    (Base, WINDOW_8, "exact", "host", 398, 341_000),
+    (InfinityRope, WINDOW_8, "exact", "host", 390, 341_000),
+    (DeepForcing, DeepForcingSettings(window=8, budget=8), "exact", "host", 682, 420_000),
+    (Rag, SMALL_RAG, "exact", "host", 434, 378_000),
+    (Rag, SMALL_RAG, "exact", "device", 428, 369_000),
+    (Rag, SMALL_RAG, "exact", "disk", 434, 378_000),
+    (Rag, SMALL_RAG, "int8", "host", 560, 381_000),
+    (Rag, SMALL_RAG, "int4", "device", 678, 398_000),
+    (Rag, SMALL_RAG, "int4", "disk", 684, 401_000),
 ]
 """Launches, and values read and written in place, of two blocks; a history by type and tier."""
 
