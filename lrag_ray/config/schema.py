@@ -334,6 +334,9 @@ class EngineSection(WorkersSection):
     fused_rows: bool = True
     """On a GPU, do query/key norm, rotation and the write into the context in one Triton kernel. Switched on or off, it
     makes another device kind (`resume.on`): values may differ in the last bit."""
+    fused_layers: bool = False
+    """On a GPU, do gated residual, norm and modulation in one Triton kernel, and GELU where its product ends. Makes
+    another device kind, as `fused_rows` does. Off: no GPU has run it yet."""
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
     bank: BankSection = BankSection()
@@ -342,7 +345,7 @@ class EngineSection(WorkersSection):
     @property
     def kernels(self) -> Kernels:
         """What a generator is loaded with."""
-        return Kernels(self.attention, self.fused_rows)
+        return Kernels(self.attention, self.fused_rows, self.fused_layers)
 
 
 class ResumeSection(Section):

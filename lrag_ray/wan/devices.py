@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from lrag_ray.wan import fused_rows
+from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.attention import backend_of
 from lrag_ray.wan.kernels import Kernels
 
@@ -52,7 +52,13 @@ def generator_kind(kernels: Kernels, device: torch.device, dtype: torch.dtype, h
     ValueError where the chosen kernel cannot compute it (`attention.backend_of`).
     """
     kind = f"{device_kind(device)}, {backend_of(kernels.attention, device, dtype, head_dim)} attention"
-    return f"{kind}, fused rows {fused_rows.VERSION}" if fused_rows.fuses(kernels, device) else kind
+    kind += f", fused rows {fused_rows.VERSION}" if fused_rows.fuses(kernels, device) else ""
+    return kind + (f", fused layers {residual_norm.VERSION}" if residual_norm.fuses(kernels, device) else "")
+
+
+def kernel_notes(kernels: Kernels, device: torch.device) -> list[str]:
+    """Which of the chosen kernels the device does without, and why."""
+    return [*fused_rows.notes(kernels, device), *residual_norm.notes(kernels, device)]
 
 
 def same_kind(recorded: str, own: str) -> bool:

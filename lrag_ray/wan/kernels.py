@@ -15,6 +15,8 @@ class Kernels(NamedTuple):
     """Kernel of every attention (`wan.attention`); ``auto`` takes the fastest that fits."""
     fused_rows: bool = True
     """Norm, rotation and write in one kernel, where a device takes it (`wan.fused_rows`)."""
+    fused_layers: bool = False
+    """Residual, norm and modulation in one kernel, where a device takes it (`wan.residual_norm`)."""
 
 
 def unfit(backend: Backend, *, on_gpu: bool, dtype: str, head_dim: int) -> str | None:

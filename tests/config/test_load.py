@@ -46,7 +46,7 @@ methods.*.admission methods.*.budget methods.*.choose methods.*.compression
 methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
 engine engine.address engine.actors engine.actors.min engine.actors.max engine.cpus_per_actor engine.gpus_per_actor
-engine.threads_per_actor engine.attention engine.fused_rows
+engine.threads_per_actor engine.attention engine.fused_rows engine.fused_layers
 engine.max_attempts engine.bank engine.bank.device_gb engine.bank.host_gb engine.bank.disk methods.*.history
 engine.checkpoint_every_blocks engine.stall_timeout_s engine.lease_ttl_s resume resume.on
 storage storage.endpoint_url storage.region storage.profile storage.attempts storage.retry_for_s

@@ -32,7 +32,7 @@ from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import TieredBank, Tiers
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.slabs import SlabPool
-from lrag_ray.wan import fused_rows
+from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.attention import backend_of
 from lrag_ray.wan.devices import generator_kind
 from lrag_ray.wan.kernels import AttentionChoice, Kernels
@@ -172,6 +172,24 @@ def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pyt
     # Two norms with their scales, a rotation and a write take the place of one launch.
     assert launched[False, InfinityRope][1] - launched[True, InfinityRope][1] == 5 * (2 * 2 + 1)
     assert launched[True, ForcingKv][0] == 2 + 1, "in the layer whose heads are alike"
+
+
+def test_between_matrix_products_there_is_one_launch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two norms with modulation, one with its own scale, two gates, three sums and GELU are 13 by plain operations."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda of: "H100")
+    launched, kinds = [], []
+    for on in (False, True):
+        kernels = Kernels(fused_layers=on)
+        kinds.append(generator_kind(kernels, CUDA, torch.float32, 12))
+        rollout = start(tiny_transformer(kernels).to("cuda"), InfinityRope)
+        device.calls.clear()
+        list(rollout.blocks(1))
+        launched.append(len(device.calls))
+        steps = sum(call[0] == "residual norm" for call in device.calls)
+        # Two passes over two layers, the first layer of the clean-context pass, and the first norm of its last layer.
+        assert steps == on * (4 * (2 * 2 + 1) + 1)
+    assert kinds[1] == f"{kinds[0]}, fused layers {residual_norm.VERSION}"
+    assert launched[0] - launched[1] == (13 - 4) * (2 * 2 + 1) + 3 - 1
 
 
 WINDOW_8 = BaseSettings(window=8)

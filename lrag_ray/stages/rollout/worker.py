@@ -48,8 +48,7 @@ from lrag_ray.store.records import PartRecord, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
-from lrag_ray.wan import fused_rows
-from lrag_ray.wan.devices import generator_kind, same_kind
+from lrag_ray.wan.devices import generator_kind, kernel_notes, same_kind
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -386,7 +385,7 @@ class _Attempt:
                     self._leave_if_asked()
         finally:
             # Histories grow until the end, so their notes are read last.
-            self._notes += [*rollout.notes, *fused_rows.notes(self._stage.engine.kernels, self._device)]
+            self._notes += [*rollout.notes, *kernel_notes(self._stage.engine.kernels, self._device)]
 
     def _leave_if_asked(self) -> None:
         if self._worker.host.must_leave():
