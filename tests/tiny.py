@@ -26,7 +26,7 @@ LATENT = (16, 4, 6)
 SAMPLER = SamplerConfig(denoising_steps=(1000, 500))
 
 
-def tiny_transformer(kernels: Kernels = Kernels(), **sizes: int) -> CausalWanTransformer:  # noqa: B008 - immutable
+def tiny_transformer(kernels: Kernels = Kernels(), **sizes: Any) -> CausalWanTransformer:  # noqa: B008 - immutable
     model = CausalWanTransformer(replace(CONFIG, **sizes))
     fill_random(model, seed=3)
     model.kernels = kernels

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +83,9 @@ def feed_forward(x: Tensor, ffn: nn.Sequential, *, fuses: bool) -> Tensor:
     """Linear, GELU (tanh) and linear; with `fuses`, a GPU computes GELU in the first product's kernel."""
     first: nn.Linear = ffn[0]  # type: ignore[assignment]
     if not (fuses and x.is_cuda):
-        return ffn(x)  # type: ignore[no-any-return]
+        return ffn(x)
     hidden = torch.ops.aten._addmm_activation.default(first.bias, x.flatten(0, 1), first.weight.t(), use_gelu=True)
-    return ffn[2](hidden).view(x.shape)  # type: ignore[no-any-return]
+    return ffn[2](hidden).view(x.shape)
 
 
 def fuses(kernels: Kernels, device: torch.device) -> bool:
@@ -115,12 +116,21 @@ def refusal(device: torch.device) -> str | None:
         affine = nn.LayerNorm(48, 1e-6).to(device, dtype).requires_grad_(False)
         affine.weight.copy_(drawn(48))
         bare = nn.LayerNorm(48, 1e-6, elementwise_affine=False)
-        for wanted in ((None, None, bare, shift, scale), (y, gate, affine), (y, None, bare, shift, scale), (y, gate)):
+        steps: list[tuple[Any, ...]] = [
+            (None, None, bare, shift, scale),
+            (y, gate, affine),
+            (y, None, bare, shift, scale),
+            (y, gate),
+        ]
+        for wanted in steps:
             ours, theirs = x.clone(), x.clone()
-            yield fused(ours, *wanted), plain(theirs, *(each.clone() if each is y else each for each in wanted))
+            added, *rest = wanted
+            yield fused(ours, added, *rest), plain(theirs, None if added is None else added.clone(), *rest)
             yield ours, theirs
         ffn = nn.Sequential(nn.Linear(48, 64), nn.GELU(approximate="tanh"), nn.Linear(64, 48)).to(device, dtype)
         with torch.no_grad():
+            for parameter in ffn.parameters():
+                parameter.copy_(drawn(*parameter.shape))
             yield feed_forward(x, ffn, fuses=True), feed_forward(x, ffn, fuses=False)
 
     return refusal_of(trial)

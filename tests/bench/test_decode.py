@@ -12,7 +12,7 @@ from lrag_ray.bench import decode
 from lrag_ray.bench.rollout import random_backbone
 from lrag_ray.config.schema import BackboneConfig
 from lrag_ray.stages.backbone import load_vae, pixels_identity
-from lrag_ray.video.decode import StreamingDecoder
+from lrag_ray.video.decode import Frames, StreamingDecoder
 from tests.bench.test_rollout import program
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_dimensions_are_scored_beside_those_of_float32(monkeypatch: pytest.Monke
     """Given scores that are the mean of the frames, the difference is that of the means."""
     seen = []
 
-    def mean(videos: list[decode.Frames], fps: int, networks: object) -> dict[str, float]:
+    def mean(videos: list[Frames], fps: int, networks: object) -> dict[str, float]:
         seen.append(float(videos[0].mean()))
         return {"aesthetic_quality": seen[-1]}
 

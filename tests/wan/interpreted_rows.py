@@ -82,8 +82,12 @@ def layers_of(dtype: torch.dtype, batch: int, width: int) -> dict[str, tuple[flo
     gate, shift, scale, *_ = time.chunk(6, dim=2)
     bare, own = torch.nn.LayerNorm(width, 1e-6, elementwise_affine=False), torch.nn.LayerNorm(width, 1e-6).to(dtype)
     own.requires_grad_(False).weight.copy_(torch.randn(width, generator=draw))
-    steps = {"norm": (None, None, bare, shift, scale), "gated": (y, gate, own), "sum": (y, None, bare, shift, scale)}
-    found = {}
+    steps: dict[str, tuple[Any, ...]] = {
+        "norm": (None, None, bare, shift, scale),
+        "gated": (y, gate, own),
+        "sum": (y, None, bare, shift, scale),
+    }
+    found: dict[str, tuple[float, float]] = {}
     for name, (added, *rest) in {**steps, "last": (y, gate)}.items():
         ours, theirs = x.clone(), x.clone()
         made = residual_norm.fused(ours, added, *rest)
