@@ -275,7 +275,7 @@ def decode(
         str | None, typer.Option("--run", metavar="RUN", help="Decode stored latents of this run [default: noise].")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Rollouts of the run.")] = 2,
-    seconds: Annotated[float, typer.Option("--seconds", min=1, max=600, help="Length of each video, at most.")] = 6.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.25, max=600, help="Most of each video.")] = 6.0,
     weights: Annotated[
         str | None,
         typer.Option(

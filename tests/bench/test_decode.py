@@ -24,13 +24,13 @@ def with_vae(**vae: object) -> BackboneConfig:
 
 
 def test_each_variant_is_compared_with_float32() -> None:
-    done = CliRunner().invoke(program(), ["bench", "decode", "--seconds", "1", "--device", "cpu"])
+    done = CliRunner().invoke(program(), ["bench", "decode", "--seconds", "0.25", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     plain, last, bfloat16, _, float16, _ = json.loads(done.stdout)["variants"]
     assert (plain["dtype"], plain["channels_last"], plain["psnr_db"]) == ("float32", False, None)
     assert last["channels_last"] and (last["psnr_db"] is None or last["psnr_db"] > 60)
     assert 20 < bfloat16["psnr_db"] < float16["psnr_db"]
-    assert bfloat16["psnr_worst_db"] < bfloat16["psnr_db"]
+    assert bfloat16["psnr_worst_db"] <= bfloat16["psnr_db"]
     assert plain["vbench"] is None and all(each["fps"] > 0 for each in (plain, last, bfloat16, float16))
 
 
