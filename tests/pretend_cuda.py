@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lrag_ray.wan import fused_rows
+from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.rope import Angles, rotate
 from lrag_ray.wan.transformer import Projected
 
@@ -80,6 +80,9 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         _learn(self.done, event.done)
 
+    def wait_stream(self, other: Stream) -> None:
+        _learn(self.done, other.done)
+
     def record_event(self) -> Event:
         event = Event()
         event.record(self)
@@ -111,6 +114,8 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.stream = Stream()
         self.waits: list[str] = []
+        self.waited: list[Stream] = []
+        """The stream of each of them."""
         self.races: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
         """Every kernel: its name, and shapes, strides, types and alignments of what it gets."""
@@ -148,7 +153,8 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"{name}: tensors of the device and of the host")
         if name in _NEEDS_VALUES:
             self._wait(name)
-        written = [a for a, of in zip(args, schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
+        named = [*zip(args, schema.arguments, strict=False), *((kwargs.get(of.name), of) for of in schema.arguments)]
+        written = [a for a, of in named if a is not None and of.alias_info and of.alias_info.is_write]
         is_view = not written and any(of.alias_info for of in schema.returns)
         if not is_view:
             self._launch(name, ours, written)
@@ -187,6 +193,19 @@ class Device(TorchDispatchMode):
         _held(v_out).copy_(_held(v).view(shape))
         return self._own(rotate(q, turns), True), self._own(k, True) if keep else None
 
+    def residual_norm(
+        self, x: Any, y: Any = None, gate: Any = None, norm: Any = None, shift: Any = None, scale: Any = None
+    ) -> Any:
+        """The kernel of `wan.residual_norm`, by the plain operations."""
+        self._launch("residual norm", [each for each in (x, y, gate, shift, scale) if each is not None], [x])
+        summed = residual_norm.plain(_held(x), None if y is None else _held(y).clone(), _held(gate))
+        if norm is None:
+            return x
+        normed = F.layer_norm(summed, x.shape[-1:], _held(norm.weight), _held(norm.bias), norm.eps)
+        if shift is not None:
+            normed.unflatten(1, (shift.shape[1], -1)).mul_(_held(scale)).add_(_held(shift))
+        return self._own(normed, True)
+
     def record(self, tensor: OnDevice, stream: Stream) -> None:
         """`Tensor.record_stream`."""
         self._of(tensor.held).recorded.add(stream)
@@ -220,6 +239,7 @@ class Device(TorchDispatchMode):
 
     def _wait(self, why: str) -> None:
         self.waits.append(why)
+        self.waited.append(self.stream)
         _learn(Stream.host, self.stream.done)
 
     def _launch(self, name: str, tensors: list[Any], written: list[Any]) -> None:
@@ -293,6 +313,8 @@ def pretend_cuda() -> Iterator[Device]:
         patch.setattr(Tensor, "record_stream", lambda x, stream: device.record(x, stream))
         patch.setattr(fused_rows, "refusal", lambda of: None)
         patch.setattr(fused_rows, "write_rows", device.write_rows)
+        patch.setattr(residual_norm, "refusal", lambda of: None)
+        patch.setattr(residual_norm, "fused", device.residual_norm)
         patch.setattr(torch.cuda, "get_device_capability", lambda of=None: (9, 0))
         patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         patch.setattr(torch.backends.cudnn, "is_available", lambda: True)

@@ -56,6 +56,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         "goldens float32",
         "goldens bfloat16",
         "memory of rollouts in a row",
+        "fused layers",
         "decode",
     }
 

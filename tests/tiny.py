@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from lrag_ray.retrieval.history import HistoryBank
 from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise
-from lrag_ray.wan.attention import choose_attention
-from lrag_ray.wan.attention_choice import AttentionChoice
 from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -27,19 +26,10 @@ LATENT = (16, 4, 6)
 SAMPLER = SamplerConfig(denoising_steps=(1000, 500))
 
 
-@contextmanager
-def attention_by(choice: AttentionChoice) -> Iterator[None]:
-    """All attention by this kernel."""
-    choose_attention(choice)
-    try:
-        yield
-    finally:
-        choose_attention("auto")
-
-
-def tiny_transformer() -> CausalWanTransformer:
-    model = CausalWanTransformer(CONFIG)
+def tiny_transformer(kernels: Kernels = Kernels(), **sizes: Any) -> CausalWanTransformer:  # noqa: B008 - immutable
+    model = CausalWanTransformer(replace(CONFIG, **sizes))
     fill_random(model, seed=3)
+    model.kernels = kernels
     return model.eval().requires_grad_(False)
 
 

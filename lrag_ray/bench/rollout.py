@@ -10,7 +10,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,12 @@ from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.stages.backbone import load_generator, load_method_weights, load_vae
+from lrag_ray.stages.rollout.background import BackgroundThread
+from lrag_ray.stages.rollout.worker import BLOCKS_BEHIND, read_behind
 from lrag_ray.training.loop import make_model
+from lrag_ray.video.decode import StreamingDecoder
 from lrag_ray.wan.devices import DEVICES
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -69,6 +73,8 @@ class Measured:
     """Video frames per second without decoding."""
     fps_decoded: float | None
     """The same with decoding after each block; None where there is no decoder."""
+    fps_overlapped: float | None
+    """The same with decoding beside the next block, as a worker does it."""
     mfu: float | None
     """Share of the GPU's bfloat16 peak; None on a CPU or an unknown GPU."""
     launches: int
@@ -150,6 +156,7 @@ def bench_rollout(
     banks: Sequence[BankType] = (),
     bank_blocks: int = 40,
     tiers: Tiers = Tiers(),  # noqa: B008 - frozen
+    kernels: Kernels = Kernels(),  # noqa: B008 - frozen
     decode: bool = True,
 ) -> RolloutBench:
     """Measure `blocks` blocks of each method behind `depth_frames` latent frames, which are replayed from random ones.
@@ -164,11 +171,11 @@ def bench_rollout(
             f"--bank {banks[0]}: {name} keeps no history over {rolled_out} latent frames, so none is stored. "
             "Fix: leave --bank out, name a method with a history (rag), or raise --bank-blocks"
         )
-    model = load_generator(backbone, device)
+    model = load_generator(backbone, device, kernels)
     vae = load_vae(backbone, device) if decode else None
     n = backbone.sampler.frames_per_block
     # The windows that are timed hold as many blocks as in the middle of a long rollout.
-    total = depth_frames // n + blocks + 1 + len(backbone.sampler.denoising_steps)
+    total = depth_frames // n + (1 + (vae is not None)) * blocks + 1 + len(backbone.sampler.denoising_steps)
     runs = {name: _Run(backbone, model, name, method, device, total, tiers) for name, method in methods.items()}
     for run in runs.values():
         run.replay(depth_frames // n)
@@ -176,6 +183,9 @@ def bench_rollout(
         for run in runs.values():
             run.block(vae, counted=turn > 0)
     measured = [run.measured() for run in runs.values()]
+    if vae is not None:
+        overlapped = [run.overlapped_fps(vae, blocks) for run in runs.values()]
+        measured = [replace(one, fps_overlapped=fps) for one, fps in zip(measured, overlapped, strict=True)]
     first, *others = runs.values()
     compared = []
     for other in others:
@@ -260,6 +270,18 @@ class _Run:
         else:
             self._begin()
 
+    def overlapped_fps(self, vae: WanVae, blocks: int) -> float:
+        """Video frames per second of more blocks, each decoded to the host while the next one is generated."""
+        decoder = StreamingDecoder(vae)
+        self._wait()
+        began = time.perf_counter()
+        with BackgroundThread(BLOCKS_BEHIND) as background:
+            for block in read_behind(self.rollout.blocks(blocks), behind=self._device.type == "cuda"):
+                background.do(decoder.push, block.latents)
+            background.finish()
+        frames = blocks * self._backbone.sampler.frames_per_block * VIDEO_FRAMES_PER_LATENT
+        return frames / (time.perf_counter() - began)
+
     def measured(self) -> Measured:
         """Of the blocks that were counted."""
         count, backbone = len(self.seconds), self._backbone
@@ -284,6 +306,7 @@ class _Run:
             parts_ms={**parts, "decode": 1e3 * decode_s},
             fps=n * VIDEO_FRAMES_PER_LATENT / median,
             fps_decoded=n * VIDEO_FRAMES_PER_LATENT / (median + decode_s) if decode_s else None,
+            fps_overlapped=None,
             mfu=flops / median / 1e12 / peak if peak else None,
             launches=self._counter.count,
             to_host_bytes=to_host / count,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,12 +13,15 @@ from lrag_ray.cli.output import print_json, tells_errors
 from lrag_ray.errors import UsageError
 from lrag_ray.retrieval.bank_types import BANK_TYPES
 
+if TYPE_CHECKING:
+    from lrag_ray.scoring.vbench_long.weights import WeightSource
+
 bench = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measured speed: each command prints one JSON object on stdout.\n\n"
     "\b\nExamples:\n  lrag-ray bench scoring --weights random\n  lrag-ray bench runner\n  lrag-ray bench dataset"
-    "\n  lrag-ray bench rollout --compare infinity_rope",
+    "\n  lrag-ray bench rollout --compare infinity_rope\n  lrag-ray bench decode",
 )
 
 
@@ -73,15 +76,12 @@ def scoring(
     from lrag_ray.bench.scoring import bench_scoring, make_clip
     from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES
     from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks
-    from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
-    from lrag_ray.scoring.vbench_long.weights import WeightFiles
 
     wanted = [name for name in DIMENSION_NAMES if dimensions is None or name in dimensions.split(",")]
     if dimensions is not None and (unknown := set(dimensions.split(",")) - set(DIMENSION_NAMES)):
         raise UsageError(f"no dimension is called {', '.join(sorted(unknown))}. Fix: of {', '.join(DIMENSION_NAMES)}")
-    source = RandomWeights() if weights == "random" else WeightFiles(Path(weights) if weights else None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    networks = Networks(source, place, batch=BatchSizes.for_device(place, frames, pairs))
+    networks = Networks(_networks_from(weights), place, batch=BatchSizes.for_device(place, frames, pairs))
     with TemporaryDirectory() as folder:
         if not videos:
             make_clip(Path(folder) / "made.mp4")
@@ -231,21 +231,18 @@ def rollout(
     from lrag_ray.config.presets import PRESETS
     from lrag_ray.config.schema import MethodConfig
     from lrag_ray.context.registry import registered
-    from lrag_ray.wan.attention import choose_attention
-    from lrag_ray.wan.fused_rows import choose_fused_rows
+    from lrag_ray.wan.kernels import Kernels
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_config(config) if config is not None else None
     if loaded is not None:
         name = _one_of(backbone or next(iter(loaded.backbones)), loaded.backbones, "backbone")
         chosen, known = loaded.backbones[name], loaded.methods
-        tiers = tiers_of(loaded.engine.bank)
-        choose_attention(loaded.engine.attention)
-        choose_fused_rows(loaded.engine.fused_rows)
+        tiers, kernels = tiers_of(loaded.engine.bank), loaded.engine.kernels
     else:
         name = _one_of(backbone or ("self_forcing" if place.type == "cuda" else "tiny"), PRESETS, "backbone")
         chosen, known = random_backbone(name), {each: MethodConfig(method=each) for each in registered()}
-        tiers = tiers_of(BankSection())
+        tiers, kernels = tiers_of(BankSection()), Kernels()
     wanted = [_one_of(each, BANK_TYPES, "storage type") for each in bank or []]
     names = dict.fromkeys([method, *(compare or [])])
     methods = {each: resolve_method(known[_one_of(each, known, "method")]) for each in names}
@@ -258,9 +255,80 @@ def rollout(
         banks=[kind for kind in BANK_TYPES if kind in wanted],
         bank_blocks=bank_blocks,
         tiers=tiers,
+        kernels=kernels,
         decode=decode,
     )
     print_json(measured.as_dict())
+
+
+@bench.command()
+@tells_errors
+def decode(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="Configuration with the VAE [default: the tiny backbone's, of random weights]."),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", metavar="NAME", help="Whose VAE [default: the first one].")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="Decode stored latents of this run [default: noise].")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Rollouts of the run.")] = 2,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.25, max=600, help="Most of each video.")] = 6.0,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", metavar="DIR", help="Networks of VBench to score with, or random [default: no scores]."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda [default: the GPU, where there is one].")
+    ] = None,
+) -> None:
+    """Measure the decoder by precision and layout: FPS, and PSNR and VBench differences against float32.
+
+    \b
+    Examples:
+      lrag-ray bench decode
+      lrag-ray bench decode configs/table2.yaml --backbone longlive --run runs/table2 --weights weights/vbench
+    """
+    from itertools import islice
+
+    import torch
+
+    from lrag_ray.api import open_run
+    from lrag_ray.bench.decode import bench_decode
+    from lrag_ray.bench.rollout import random_backbone
+    from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND
+    from lrag_ray.config.load import load_config
+    from lrag_ray.scoring.vbench_long.networks import Networks
+    from lrag_ray.wan.keyed import keyed_generator
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if config is not None:
+        loaded = load_config(config)
+        chosen = loaded.backbones[_one_of(backbone or next(iter(loaded.backbones)), loaded.backbones, "backbone")]
+    else:
+        chosen = random_backbone("tiny")
+    frames = round(seconds * LATENT_FRAMES_PER_SECOND)
+    if run is not None:
+        videos = [latents[:frames] for _, latents in islice(open_run(run).latents(backbone=backbone), limit)]
+        if not videos:
+            raise UsageError(f"--run {run} has no finished latents{f' of {backbone}' if backbone else ''}")
+    else:
+        shape = (frames, chosen.latent.channels, chosen.latent.height, chosen.latent.width)
+        videos = [torch.randn(shape, generator=keyed_generator("bench", "decode"))]
+    networks = Networks(_networks_from(weights), place) if weights is not None else None
+    print_json({"device": str(place), "variants": bench_decode(chosen, videos, place, networks=networks)})
+
+
+def _networks_from(weights: str | None) -> WeightSource:
+    """A folder, the caches of VBench and torch, or random."""
+    from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+    from lrag_ray.scoring.vbench_long.weights import WeightFiles
+
+    return RandomWeights() if weights == "random" else WeightFiles(Path(weights) if weights else None)
 
 
 def _one_of(name: str, known: Iterable[str], what: str) -> str:

@@ -34,7 +34,7 @@ from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.registry import NONE, suite_class
 from lrag_ray.scoring.registry import registered as registered_suites
-from lrag_ray.wan.attention_choice import unfit
+from lrag_ray.wan.kernels import unfit
 
 LONGEST_FRAMES = 10_000
 """Latent frames after which every method that keeps a history has one."""

@@ -25,12 +25,13 @@ from lrag_ray.config.problems import described
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
 from lrag_ray.config.refine import RefineSection
 from lrag_ray.config.section import CREDENTIALS, Address, Section
+from lrag_ray.config.vae import VaeConfig
 from lrag_ray.config.watch import WatchSection
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.scoring.registry import check_name
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
-from lrag_ray.wan.attention_choice import AttentionChoice
 from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.wan.kernels import AttentionChoice, Kernels
 
 # Far above anything that is meant: values beyond them are slips, and would fail late or never.
 MOST_PROMPTS = 1_000_000
@@ -172,23 +173,6 @@ class TextEncoderConfig(Section):
     def _located(self) -> TextEncoderConfig:
         if self.kind == "umt5" and (self.path is None or self.tokenizer is None):
             raise ValueError("kind umt5 needs path (the checkpoint) and tokenizer (the folder with its files)")
-        return self
-
-
-class VaeConfig(Section):
-    """The video VAE; `tiny` is AutoencoderKLWan with a small base width and random weights."""
-
-    kind: Literal["tiny", "wan"] = "wan"
-    """Which VAE."""
-    path: Address | None = None
-    """wan: ``Wan2.1_VAE.pth`` or a Diffusers folder."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the decoder; bfloat16 is faster and visibly off."""
-
-    @model_validator(mode="after")
-    def _located(self) -> VaeConfig:
-        if self.kind == "wan" and self.path is None:
-            raise ValueError("kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
         return self
 
 
@@ -352,10 +336,18 @@ class EngineSection(WorkersSection):
     fused_rows: bool = True
     """On a GPU, do query/key norm, rotation and the write into the context in one Triton kernel. Switched on or off, it
     makes another device kind (`resume.on`): values may differ in the last bit."""
+    fused_layers: bool = False
+    """On a GPU, do gated residual, norm and modulation in one Triton kernel, and GELU where its product ends. Makes
+    another device kind, as `fused_rows` does. Off: no GPU has run it yet."""
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
     bank: BankSection = BankSection()
     """Where histories are kept."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """What a generator is loaded with."""
+        return Kernels(self.attention, self.fused_rows, self.fused_layers)
 
 
 class ResumeSection(Section):

@@ -17,6 +17,7 @@ from lrag_ray.context.policy import ContextPolicy, Exposure, Layout
 from lrag_ray.context.trace import TraceRow
 from lrag_ray.wan import fused_rows
 from lrag_ray.wan.attention import attention
+from lrag_ray.wan.kernels import AttentionChoice, Kernels
 from lrag_ray.wan.rope import Angles, Rope, rotate, rotate_into
 from lrag_ray.wan.transfer import to_device
 from lrag_ray.wan.transformer import Projected
@@ -43,14 +44,20 @@ class ContextRuntime:
     """Self-attention of all layers over the contexts of a batch (an `wan.transformer.AttentionContext`)."""
 
     def __init__(
-        self, layout: Layout, rope: Rope, policies: Sequence[ContextPolicy[Any]], probe: Probe | None = None
+        self,
+        layout: Layout,
+        rope: Rope,
+        policies: Sequence[ContextPolicy[Any]],
+        probe: Probe | None = None,
+        kernels: Kernels = Kernels(),  # noqa: B008 - immutable
     ) -> None:
         self.layout = layout
         self.policies = list(policies)
         self._rope = rope
         self._probe = probe
         self._observed = False
-        self._device_fuses = fused_rows.fuses(layout.device)
+        self._device_fuses = fused_rows.fuses(kernels, layout.device)
+        self._attention = kernels.attention
         self._buffers: list[_Buffer | None] = [None] * layout.num_layers
         self._head_indices: dict[tuple[int, ...], Tensor] = {}
         """Groups of heads that were seen, on the device."""
@@ -153,7 +160,7 @@ class ContextRuntime:
             for rows in buffer.batches():
                 q_rows = rows.of_heads(q_rotated[rows.batch])
                 self._probe.on_attention(self._block, self._step, layer, q_rows, rows.k, rows.v, rows.heads)
-        return buffer.attend(q_rotated)
+        return buffer.attend(q_rotated, self._attention)
 
     def keep(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         """What `attend` does beside attention, for the last layer of a clean-context pass.
@@ -289,15 +296,15 @@ class _Buffer:
         """Rows of one batch element, group by group."""
         return self._rows(slice(i, i + 1), self.groups[i])
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, choice: AttentionChoice) -> Tensor:
         """Attention of rotated q [B, n·f, H, head_dim] over the used rows."""
         batches = self.batches()
         if all(rows.indices is None for rows in batches):
-            out = [attention(q[rows.batch], rows.k, rows.v, ragged=self._ragged(rows)) for rows in batches]
+            out = [attention(q[rows.batch], rows.k, rows.v, choice, ragged=self._ragged(rows)) for rows in batches]
             return out[0] if len(out) == 1 else torch.cat(out)
         whole = torch.empty_like(q)
         for rows in batches:
-            out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v, ragged=self._ragged(rows))
+            out_rows = attention(rows.of_heads(q[rows.batch]), rows.k, rows.v, choice, ragged=self._ragged(rows))
             if rows.indices is None:
                 whole[rows.batch] = out_rows
             else:

@@ -182,7 +182,7 @@ def _settings(config: RunConfig, identity: RunIdentity, other_vae: bool) -> dict
     found = {}
     for name in sorted(names):
         pixels = pixels_identity(config.backbones[name])
-        theirs, ours = (_without_dtype(each) for each in (identity.backbones[name].pixels, pixels))
+        theirs, ours = (_weights_of(each) for each in (identity.backbones[name].pixels, pixels))
         if theirs != ours and not other_vae:
             raise IdentityError(
                 f"backbones.{name}.vae is {ours} here and {theirs} in the run. Fix: name the run's VAE, or give "
@@ -192,8 +192,9 @@ def _settings(config: RunConfig, identity: RunIdentity, other_vae: bool) -> dict
     return found
 
 
-def _without_dtype(pixels: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in pixels["vae"].items() if key != "dtype"}
+def _weights_of(pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """Which VAE it is, however it computes."""
+    return {key: value for key, value in pixels["vae"].items() if key not in ("dtype", "channels_last")}
 
 
 def prefix_groups(commits: Iterable[Commit]) -> Iterator[tuple[Commit, ...]]:

@@ -386,7 +386,8 @@ def _stage_config(config: RunConfig, commit: Commit, settings: Mapping[str, Any]
     vae, keys = settings.get("vae"), VideoSection.model_fields.keys() - {"enabled"}
     if not isinstance(vae, Mapping) or not keys <= settings.keys():
         return None
-    backbone = backbone.model_copy(update={"vae": backbone.vae.model_copy(update={"dtype": vae.get("dtype")})})
+    computes = {"dtype": vae.get("dtype"), "channels_last": vae.get("channels_last", False)}
+    backbone = backbone.model_copy(update={"vae": backbone.vae.model_copy(update=computes)})
     video = config.video.model_copy(update={key: settings[key] for key in keys})
     if decode_settings(pixels_identity(backbone), video.model_dump()) != settings:
         return None

@@ -81,7 +81,9 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
 def _backbone(identity: RunIdentity, name: str, *, decodes: bool) -> dict[str, Any]:
     backbone = identity.backbones[name]
     vae = backbone.pixels.get("vae")
-    pixels = {key: vae[key] for key in ("kind", "dtype") if key in vae} if isinstance(vae, dict) else {}
+    pixels = (
+        {key: vae[key] for key in ("kind", "dtype", "channels_last") if key in vae} if isinstance(vae, dict) else {}
+    )
     return {
         **{key: backbone.latents[key] for key in _DESCRIBES_LATENTS if key in backbone.latents},
         "label": backbone.label,

@@ -147,7 +147,7 @@ class RolloutLoop(ABC):
             policy(settings, PolicyInputs(layout, rope, tuple(key), weights, bank, [k[i] for k in self._text.k]))
             for i, key in enumerate(keys)
         ]
-        self.context = ContextRuntime(layout, rope, policies, probe)
+        self.context = ContextRuntime(layout, rope, policies, probe, transformer.kernels)
         self._set_up(sampler, batch)
 
     @abstractmethod

@@ -13,6 +13,7 @@ from lrag_ray.context.weights import Loaded, on_device
 from lrag_ray.errors import ConfigError
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.config import SamplerConfig
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.text import TextEncoder, load_text_encoder, tiny_text_encoder
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -71,9 +72,9 @@ def text_identity(config: BackboneConfig) -> dict[str, Any]:
 def pixels_identity(config: BackboneConfig) -> dict[str, Any]:
     """Everything that determines pixels, given latents."""
     vae = config.vae
-    return {
-        "vae": {"kind": vae.kind, "sha256": weights_digest(vae.path) if vae.path else None, "dtype": vae.dtype},
-    }
+    found = {"kind": vae.kind, "sha256": weights_digest(vae.path) if vae.path else None, "dtype": vae.dtype}
+    # Left out where it is off, so that videos that were made before there was a choice stay the same.
+    return {"vae": found | ({"channels_last": True} if vae.channels_last else {})}
 
 
 def device_for(gpus: float) -> torch.device:
@@ -81,18 +82,21 @@ def device_for(gpus: float) -> torch.device:
     return torch.device("cuda" if gpus > 0 else "cpu")
 
 
-def load_generator(config: BackboneConfig, device: torch.device) -> CausalWanTransformer:
-    """The frozen transformer: from its checkpoint, or from the random recipe."""
+def load_generator(config: BackboneConfig, device: torch.device, kernels: Kernels) -> CausalWanTransformer:
+    """The frozen transformer, computed by `kernels`: from its checkpoint, or from the random recipe."""
     dtype = getattr(torch, config.dtype)
     weights = config.weights
     if weights.path is not None:
         lora = local_lora(weights.lora) if weights.lora else None
-        return load_transformer(
+        model = load_transformer(
             local_copy(weights.path), config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
         )
-    model = CausalWanTransformer(config.transformer)
-    fill_random(model, weights.random_seed or 0)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    else:
+        model = CausalWanTransformer(config.transformer)
+        fill_random(model, weights.random_seed or 0)
+        model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model.kernels = kernels
+    return model
 
 
 def load_text(config: BackboneConfig, device: torch.device) -> TextEncoder:
@@ -112,10 +116,13 @@ def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
     if config.vae.kind == "tiny":
         vae = tiny_vae()
         vae.model.to(device, dtype)
-        return vae
-    if config.vae.path is None:
+    elif config.vae.path is None:
         raise ConfigError("vae: kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
-    return load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
+    else:
+        vae = load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
+    if config.vae.channels_last:
+        vae.keep_channels_last()
+    return vae
 
 
 def load_method_weights(method: Method, device: torch.device) -> dict[str, Loaded]:

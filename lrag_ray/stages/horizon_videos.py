@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lrag_ray.config.schema import VideoSection
@@ -19,24 +17,15 @@ from lrag_ray.wan.vae import WanVae
 
 
 class HorizonVideos:
-    """One decode of the latents, written to a video file per horizon.
-
-    On a GPU it works on a stream of its own, beside whatever generates the next block.
-    """
+    """One decode of the latents, written to a video file per horizon."""
 
     def __init__(self, folder: Path, vae: WanVae, horizons: Sequence[int], video: VideoSection) -> None:
         self._decoder = StreamingDecoder(vae, cold_chunk=video.cold_chunk)
-        device = next(vae.model.parameters()).device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._stream is not None:
-            # The weights may still be on their way.
-            self._stream.wait_stream(torch.cuda.current_stream(device))
         self.writers = {h: Mp4Writer(folder / f"video-{h}.mp4", fps=video.fps, crf=video.crf) for h in horizons}
 
     def add(self, latents: Tensor) -> None:
         """Decode the next latents [n, C, H, W], on the host, into every video that is still open."""
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            frames = self._decoder.push(latents)
+        frames = self._decoder.push(latents)
         for writer in self.writers.values():
             writer.write(frames)
 

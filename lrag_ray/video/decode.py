@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lrag_ray.wan.streams import side_stream
 from lrag_ray.wan.vae import WanVae
 
 Frames = npt.NDArray[np.uint8]
@@ -18,6 +21,9 @@ class StreamingDecoder:
 
     `cold_chunk` reproduces the released decoding: after so many latent frames (60 there) the feature cache is thrown
     away, so that each chunk begins like a new video, with one frame instead of four and a visible seam.
+
+    On a GPU, `push` decodes on a stream of its own: called in another thread, it runs beside whatever generates the
+    next block, and only that thread waits for it.
     """
 
     def __init__(self, vae: WanVae, *, cold_chunk: int | None = None) -> None:
@@ -28,6 +34,11 @@ class StreamingDecoder:
         self._cache = vae.new_cache()
         self.latent_frames = 0
         """Latent frames decoded so far."""
+        device = next(vae.model.parameters()).device
+        self._stream = side_stream(device, "decode") if device.type == "cuda" else None
+        if self._stream is not None:
+            # The weights may still be on their way.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def push_pixels(self, latents: Tensor) -> Tensor:
         """Decode the next latents [F, C, H, W] to pixels [N, 3, H*8, W*8] in [-1, 1]."""
@@ -42,8 +53,15 @@ class StreamingDecoder:
         return torch.cat(pieces)
 
     def push(self, latents: Tensor) -> Frames:
-        """Decode the next latents [F, C, H, W] to uint8 frames [N, H*8, W*8, 3] on the host."""
-        return to_uint8(self.push_pixels(latents))
+        """Decode the next latents [F, C, H, W], on the host, to uint8 frames [N, H*8, W*8, 3] there.
+
+        Raises OverflowError where float16 could not hold the values of the decoder.
+        """
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            pixels = self.push_pixels(latents)
+            if pixels.dtype == torch.float16 and not bool(pixels.isfinite().all()):
+                raise OverflowError("vae.dtype float16 cannot hold these frames. Fix: vae.dtype: bfloat16 or float32")
+            return to_uint8(pixels)
 
 
 def to_uint8(pixels: Tensor) -> Frames:

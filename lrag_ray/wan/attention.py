@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lrag_ray.wan.attention_choice import AttentionChoice, Backend, unfit
+from lrag_ray.wan.kernels import AttentionChoice, Backend, unfit
 
 _AUTO: tuple[Backend, ...] = ("flash", "efficient", "math")
 """Fastest first. cuDNN is left out: it compiles anew for every shape, and nobody has measured it here."""
@@ -29,21 +29,11 @@ _ON_CPU: dict[Backend, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "flash": lambda q, k, v: _aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v)[0],
     "math": _ON_GPU["math"],
 }
-_chosen: list[AttentionChoice] = ["auto"]
-
-
-def choose_attention(choice: AttentionChoice) -> None:
-    """Set the kernel of every later call in this process; ``auto`` takes the fastest that fits."""
-    _chosen[0] = choice
-
-
-def backend_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The kernel that `attention` calls for such tensors. ValueError where the chosen one cannot compute them."""
-    return _backend_of(_chosen[0], device, dtype, head_dim)
 
 
 @cache
-def _backend_of(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def backend_of(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The kernel that `attention` calls for such tensors. ValueError where the chosen one cannot compute them."""
     why_not: dict[Backend, str] = {}
     candidates: tuple[Backend, ...] = _AUTO if choice == "auto" else (choice,)
     on_gpu, name = device.type == "cuda", str(dtype).removeprefix("torch.")
@@ -70,13 +60,13 @@ def _missing(backend: Backend, device: torch.device, dtype: torch.dtype) -> str 
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, ragged: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, choice: AttentionChoice = "auto", *, ragged: bool = False) -> Tensor:
     """Softmax(q·kᵀ / sqrt(head_dim))·v without a mask.
 
     q [B, queries, heads, head_dim]; k and v [B, keys, heads, head_dim]; returns the shape of q. `ragged` says that
     calls of this kind come with many shapes: flash computes them where cuDNN, which compiles for each, is chosen.
     """
-    backend = backend_of(q.device, q.dtype, q.shape[-1])
+    backend = backend_of(choice, q.device, q.dtype, q.shape[-1])
     if ragged and backend == "cudnn":
         backend = "flash"
     kernel = (_ON_GPU if q.is_cuda else _ON_CPU)[backend]

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from lrag_ray.wan import fused_rows
+from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.attention import backend_of
+from lrag_ray.wan.kernels import Kernels
 
 
 class Device(NamedTuple):
@@ -45,13 +46,19 @@ def device_kind(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}, cuDNN {cudnn}"
 
 
-def generator_kind(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def generator_kind(kernels: Kernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """`device_kind` with the kernels that a generator of this precision and head size is computed by.
 
     ValueError where the chosen kernel cannot compute it (`attention.backend_of`).
     """
-    kind = f"{device_kind(device)}, {backend_of(device, dtype, head_dim)} attention"
-    return f"{kind}, fused rows {fused_rows.VERSION}" if fused_rows.fuses(device) else kind
+    kind = f"{device_kind(device)}, {backend_of(kernels.attention, device, dtype, head_dim)} attention"
+    kind += f", fused rows {fused_rows.VERSION}" if fused_rows.fuses(kernels, device) else ""
+    return kind + (f", fused layers {residual_norm.VERSION}" if residual_norm.fuses(kernels, device) else "")
+
+
+def kernel_notes(kernels: Kernels, device: torch.device) -> list[str]:
+    """Which of the chosen kernels the device does without, and why."""
+    return [*fused_rows.notes(kernels, device), *residual_norm.notes(kernels, device)]
 
 
 def same_kind(recorded: str, own: str) -> bool:

@@ -7,35 +7,29 @@ Whether a device takes the kernel is tried once, on a few rows against the plain
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from lrag_ray.wan.kernel_trial import has_triton, refusal_of
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.rope import Angles, rotate
 from lrag_ray.wan.transformer import Projected, RMSNorm
 
 VERSION = 1
 """Of the kernel's numerics."""
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-"""Largest difference from the plain operations, as a share of the largest value: a few roundings of the type."""
-_chosen = [True]
 
 
-def choose_fused_rows(on: bool) -> None:
-    """Whether later rollouts of this process use the kernel, where a device takes it."""
-    _chosen[0] = on
-
-
-def fuses(device: torch.device) -> bool:
+def fuses(kernels: Kernels, device: torch.device) -> bool:
     """Whether rollouts on this device use the kernel."""
-    return _chosen[0] and _has_triton(device) and refusal(device) is None
+    return kernels.fused_rows and has_triton(device) and refusal(device) is None
 
 
-def notes(device: torch.device) -> list[str]:
+def notes(kernels: Kernels, device: torch.device) -> list[str]:
     """Why the kernel is not used, where it was meant to be."""
-    reason = refusal(device) if _chosen[0] and _has_triton(device) else None
+    reason = refusal(device) if kernels.fused_rows and has_triton(device) else None
     return [] if reason is None else [f"plain operations in place of the fused kernel, which is slower: {reason}"]
 
 
@@ -69,8 +63,9 @@ def write_rows(
 @cache
 def refusal(device: torch.device) -> str | None:
     """Why this device does not take the kernel, in words; None where it does. Compiles it and compares a few rows."""
-    draw = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def trial(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        draw = torch.Generator().manual_seed(0)
         q, k, v = torch.randn(3, 2, 6, 48, generator=draw).to(device, dtype)
         norms = RMSNorm(48, 1e-6), RMSNorm(48, 1e-6)
         for norm in norms:
@@ -78,21 +73,10 @@ def refusal(device: torch.device) -> str | None:
         projected = Projected(q, k, v, *norms, heads=3)
         angles = Angles(torch.polar(torch.ones(6, 1, 8), torch.rand(6, 1, 8, generator=draw)).to(device))
         k_out, v_out = torch.zeros(2, 2, 9, 3, 16, dtype=dtype, device=device)[:, :, 3:]
-        try:
-            turned, kept = write_rows(projected, angles, k_out, v_out, keep=True)
-        except Exception as error:  # noqa: BLE001 - Triton, compilers and drivers raise what they like
-            lines = str(error).strip().splitlines()
-            return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        turned, kept = write_rows(projected, angles, k_out, v_out, keep=True)
         assert kept is not None
         plain_k, plain_v = projected.keys_values()
-        made, plain = [turned, k_out, kept, v_out], [rotate(projected.queries(), angles), rotate(plain_k, angles)]
-        for found, expected in zip(made, [*plain, plain_k, plain_v], strict=True):
-            apart = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
-            if not apart <= TOLERANCE[dtype]:
-                return f"it is {apart:.1e} off in {str(dtype).removeprefix('torch.')}"
-    return None
+        yield from ((turned, rotate(projected.queries(), angles)), (k_out, rotate(plain_k, angles)))
+        yield from ((kept, plain_k), (v_out, plain_v))
 
-
-def _has_triton(device: torch.device) -> bool:
-    """On the CPU only Triton's interpreter does, for tests."""
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return refusal_of(trial)

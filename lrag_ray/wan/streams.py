@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 
-Purpose = Literal["to host", "to device"]
-"""Both directions of the bus are busy at once only on streams of their own."""
+Purpose = Literal["to host", "to device", "decode"]
+"""Copies, of which each direction has a stream, so that both are busy at once; and decoding beside generation."""
 
 
 def side_stream(device: torch.device, purpose: Purpose) -> torch.cuda.Stream:
-    """The stream of a CUDA device for copies in this direction."""
+    """The stream of a CUDA device for this purpose."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     return _stream(index, purpose)
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrag_ray.wan import residual_norm
 from lrag_ray.wan.attention import attention
 from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.kernels import Kernels
 
 
 class Projected(NamedTuple):
@@ -149,24 +151,33 @@ class WanBlock(nn.Module):
         return Modulation(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
 
     def forward(
-        self, x: Tensor, time: Modulation, text_k: Tensor, text_v: Tensor, context: AttentionContext, layer: int
+        self,
+        x: Tensor,
+        time: Modulation,
+        text_k: Tensor,
+        text_v: Tensor,
+        context: AttentionContext,
+        layer: int,
+        kernels: Kernels,
     ) -> Tensor:
         """One layer over x [B, L, D], which it overwrites."""
-        h = _modulate(self.norm1(x), time.shift1, time.scale1)
+        fuses = residual_norm.fuses(kernels, x.device)
+        step = residual_norm.fused if fuses else residual_norm.plain
+        h = step(x, norm=self.norm1, shift=time.shift1, scale=time.scale1)
         if context.fuses:
             y = context.attend_projected(layer, self.self_attn.projected(h))
         else:
             k, v = self.self_attn.keys_values(h)
             y = context.attend(layer, self.self_attn.queries(h), k, v)
-        x += _gate(self.self_attn.o(y.flatten(2)), time.gate1)
-        y = attention(self.cross_attn.queries(self.norm3(x)), text_k, text_v)
-        x += self.cross_attn.o(y.flatten(2))
-        x += _gate(self.ffn(_modulate(self.norm2(x), time.shift2, time.scale2)), time.gate2)
-        return x
+        h = step(x, self.self_attn.o(y.flatten(2)), time.gate1, self.norm3)
+        y = attention(self.cross_attn.queries(h), text_k, text_v, kernels.attention)
+        h = step(x, self.cross_attn.o(y.flatten(2)), None, self.norm2, time.shift2, time.scale2)
+        return step(x, residual_norm.feed_forward(h, self.ffn, fuses=fuses), time.gate2)
 
-    def keep(self, x: Tensor, time: Modulation, context: AttentionContext, layer: int) -> None:
+    def keep(self, x: Tensor, time: Modulation, context: AttentionContext, layer: int, kernels: Kernels) -> None:
         """Hand the rows of x [B, L, D] to the context, and compute nothing that follows from attention."""
-        h = _modulate(self.norm1(x), time.shift1, time.scale1)
+        step = residual_norm.fused if residual_norm.fuses(kernels, x.device) else residual_norm.plain
+        h = step(x, norm=self.norm1, shift=time.shift1, scale=time.scale1)
         k, v = self.self_attn.keys_values(h)
         context.keep(layer, self.self_attn.queries(h) if context.observes_queries else None, k, v)
 
@@ -187,7 +198,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Patch values [B, L, patch · C] from x [B, L, D] and `modulated_by`."""
-        return self.head(_modulate(self.norm(x), shift, scale))
+        return self.head(residual_norm.plain(x, norm=self.norm, shift=shift, scale=scale))
 
 
 class CausalWanTransformer(nn.Module):
@@ -196,6 +207,7 @@ class CausalWanTransformer(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels = Kernels()
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -241,7 +253,7 @@ class CausalWanTransformer(nn.Module):
         rows, columns = self.config.token_grid(*latents.shape[-2:])
         x = self._patches(latents)
         for layer, block in enumerate(self.blocks):
-            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer)
+            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer, self.kernels)
         x = self.head(x, *time.head)
         x = x.view(batch, frames, rows, columns, ph, pw, self.config.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, rows * ph, columns * pw)
@@ -254,15 +266,15 @@ class CausalWanTransformer(nn.Module):
         x = self._patches(latents)
         *before, last = cast(list[WanBlock], list(self.blocks))
         for layer, block in enumerate(before):
-            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer)
-        last.keep(x, time.layers[-1], context, len(before))
+            x = block(x, time.layers[layer], text.k[layer], text.v[layer], context, layer, self.kernels)
+        last.keep(x, time.layers[-1], context, len(before), self.kernels)
 
     def _patches(self, latents: Tensor) -> Tensor:
         """Tokens [B, L, D] of latents [B, F, C, H, W]."""
         _, ph, pw = self.config.patch_size
         # A patch is one frame deep: the 3-D convolution is a 2-D one per frame.
         x = F.conv2d(latents.flatten(0, 1), self.patch_embedding.weight[:, :, 0], self.patch_embedding.bias, (ph, pw))
-        return x.flatten(2).transpose(1, 2).reshape(len(latents), -1, self.config.dim)
+        return x.flatten(2).transpose(1, 2).reshape(len(latents), -1, self.config.dim).contiguous()
 
 
 def sinusoidal_embedding(dim: int, t: Tensor) -> Tensor:
@@ -271,15 +283,3 @@ def sinusoidal_embedding(dim: int, t: Tensor) -> Tensor:
     frequency = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angle = t.double()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, L, D] · scale + shift, in place, with scale and shift [B, F, 1, D] per latent frame."""
-    x.unflatten(1, (shift.shape[1], -1)).mul_(scale).add_(shift)
-    return x
-
-
-def _gate(x: Tensor, gate: Tensor) -> Tensor:
-    """x [B, L, D] · gate [B, F, 1, D] per latent frame, in place."""
-    x.unflatten(1, (gate.shape[1], -1)).mul_(gate)
-    return x

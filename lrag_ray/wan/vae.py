@@ -22,6 +22,7 @@ from lrag_ray.wan.diffusers_folder import model_of_folder
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.soft_decoder import soften
 from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
+from lrag_ray.wan.transfer import to_device
 
 FRAMES_PER_LATENT = 4
 """Video frames per latent frame; the first latent frame gives one."""
@@ -59,6 +60,14 @@ class WanVae:
         model.register_buffer("latent_shift", mean.view(-1, 1, 1), persistent=False)
         model.register_buffer("latent_reciprocal_scale", (1.0 / std).view(-1, 1, 1), persistent=False)
 
+    def keep_channels_last(self) -> None:
+        """Lay out the convolutions, and so all that follows from them, with the channels of a pixel side by side."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
+            elif isinstance(module, nn.Conv3d):
+                module.weight.data = module.weight.contiguous(memory_format=torch.channels_last_3d)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the names and values of the weights."""
@@ -68,11 +77,12 @@ class WanVae:
         """An empty cache: the next frame decoded with it begins a video."""
         return DecoderCache(self.model._cached_conv_counts["decoder"])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_frame(self, latent: Tensor, cache: DecoderCache) -> Tensor:
         """Decode the next latent frame [C, H, W] of a video to pixels [1 or 4, 3, H*8, W*8] in [-1, 1]."""
         model = self.model
-        z = latent.to(model.latent_shift) / model.latent_reciprocal_scale + model.latent_shift
+        shift = model.latent_shift
+        z = to_device(latent, shift.device, shift.dtype) / model.latent_reciprocal_scale + shift
         pixels: Tensor = model.decoder(
             model.post_quant_conv(z[None, :, None]), feat_cache=cache.features, feat_idx=[0], first_chunk=cache.empty
         )
@@ -84,7 +94,7 @@ class WanVae:
         cache = self.new_cache()
         return torch.cat([self.decode_frame(latent, cache) for latent in latents])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels [1 + 4 (F - 1), 3, H, W] in [-1, 1] to latents [F, C, H/8, W/8], the posterior's mean.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor
 from lrag_ray.context.policy import Layout
 from lrag_ray.retrieval.history import TieredBank
 from lrag_ray.retrieval.payload import FrameShape, make_payload
-from lrag_ray.wan import fused_rows
-from lrag_ray.wan.attention import attention, backend_of, choose_attention
+from lrag_ray.wan import fused_rows, residual_norm
+from lrag_ray.wan.attention import attention, backend_of
 from lrag_ray.wan.devices import DEVICES
 from lrag_ray.wan.flops import block_flops
+from lrag_ray.wan.kernels import Backend, Kernels
 from lrag_ray.wan.rope import Rope, rotate, rotate_into
 from lrag_ray.wan.transformer import CausalWanTransformer
 from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
@@ -31,6 +34,7 @@ def table(bench: Bench, golden: Path | None) -> None:
     bench.part("kernels", lambda: _kernels(bench))
     for depth_s in bench.size.depths_s:
         bench.part(f"depth {depth_s} s", lambda depth_s=depth_s: _depth(bench, depth_s))  # type: ignore[misc]
+    bench.part("fused layers", lambda: _fused_layers(bench))
     bench.part("decode", lambda: _decode(bench))
 
 
@@ -73,15 +77,13 @@ def _kernels(bench: Bench) -> dict[str, Any]:
     rows, keys, heads, width = n * grid[0] * grid[1], 12 * grid[0] * grid[1], config.num_heads, config.head_dim
     q, k = bench.draw(1, rows, heads, width), bench.draw(1, keys, heads, width)
     found: dict[str, Any] = {}
-    for choice in ("flash", "cudnn", "efficient", "math"):
-        choose_attention(choice)  # type: ignore[arg-type]
+    for choice in get_args(Backend):
         try:
-            backend_of(bench.device, q.dtype, width)
+            backend_of(choice, bench.device, q.dtype, width)
         except ValueError as error:
             found[choice] = str(error)
         else:
-            found[choice] = {"ms": 1e3 * bench.seconds(lambda: attention(q, k, k))}
-    choose_attention("auto")
+            found[choice] = {"ms": 1e3 * bench.seconds(lambda choice=choice: attention(q, k, k, choice))}  # type: ignore[misc]
     layer: Any = bench.filled(CausalWanTransformer, config).blocks[0]
     projected = layer.self_attn.projected(bench.draw(1, rows, config.dim))
     angles, out = Rope(width, grid, bench.device).frames(range(n)), torch.empty_like(q)
@@ -99,6 +101,27 @@ def _kernels(bench: Bench) -> dict[str, Any]:
         * bench.seconds(lambda: fused_rows.write_rows(projected, angles, out, torch.empty_like(out), keep=False))
     }
     return found
+
+
+def _fused_layers(bench: Bench) -> dict[str, Any] | str:
+    """Blocks of infinity_rope with `engine.fused_layers` and without, in turn."""
+    if refused := residual_norm.refusal(bench.device) if bench.cuda else "runs on GPUs alone":
+        return f"skipped: {refused}"
+    times: dict[str, list[float]] = {"plain": [], "fused": []}
+    streams = {}
+    for name in times:
+        model = bench.filled(CausalWanTransformer, bench.size.model)
+        model.kernels = Kernels(fused_layers=name == "fused")
+        streams[name] = bench.rollout(model, "infinity_rope", _few_slabs).blocks(2 * bench.size.blocks)
+    for turn in range(2 * bench.size.blocks):
+        for name, blocks in streams.items():
+            bench.wait()
+            began = time.perf_counter()
+            next(blocks)
+            bench.wait()
+            if turn >= bench.size.blocks:
+                times[name].append(time.perf_counter() - began)
+    return {name: {"ms per block": 1e3 * statistics.median(taken)} for name, taken in times.items()}
 
 
 def _depth(bench: Bench, depth_s: int) -> dict[str, dict[str, Any]]:
@@ -175,7 +198,21 @@ def _decode(bench: Bench) -> dict[str, Any] | str:
     from lrag_ray.wan.vae import WanVae
 
     vae: Any = AutoencoderKLWan() if bench.size is SIZES["full"] else AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    decoder = WanVae(vae.to(bench.device).eval().requires_grad_(False))
     latents = bench.draw(SAMPLER.frames_per_block, *bench.size.latent, dtype=torch.float32)
-    seconds = bench.seconds(lambda: decoder.decode(latents), 5)
-    return {"ms per block": 1e3 * seconds, "fps": len(latents) * VIDEO_FRAMES_PER_LATENT / seconds}
+    found: dict[str, Any] = {}
+    exact = None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for channels_last in (False, True):
+            decoder = WanVae(copy.deepcopy(vae).to(bench.device, dtype).eval().requires_grad_(False))
+            if channels_last:
+                decoder.keep_channels_last()
+            pixels = decoder.decode(latents).float()
+            exact = pixels if exact is None else exact
+            error = float((pixels - exact).square().mean())
+            seconds = bench.seconds(lambda decoder=decoder: decoder.decode(latents), 5)  # type: ignore[misc]
+            found[f"{str(dtype).removeprefix('torch.')}{', channels last' * channels_last}"] = {
+                "ms per block": 1e3 * seconds,
+                "fps": len(latents) * VIDEO_FRAMES_PER_LATENT / seconds,
+                "psnr_db": 10 * math.log10(4 / error) if error else None,
+            }
+    return found

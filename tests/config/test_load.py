@@ -36,7 +36,7 @@ backbones.*.weights.lora.path backbones.*.weights.lora.rank backbones.*.weights.
 backbones.*.weights.random_seed backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
 backbones.*.latent.width backbones.*.dtype backbones.*.text_encoder backbones.*.text_encoder.kind
 backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae backbones.*.vae.kind
-backbones.*.vae.path backbones.*.vae.dtype backbones.*.fail_on_prompt
+backbones.*.vae.path backbones.*.vae.dtype backbones.*.vae.channels_last backbones.*.fail_on_prompt
 methods methods.* methods.*.method methods.*.preset methods.*.adaptive methods.*.alpha methods.*.alpha_long
 methods.*.alpha_short methods.*.bank methods.*.first_overflow methods.*.record_interval
 methods.*.ar_start methods.*.local_blocks methods.*.num_dummy methods.*.static_frames methods.*.dynamic_frames
@@ -46,7 +46,7 @@ methods.*.admission methods.*.budget methods.*.choose methods.*.compression
 methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.first_sink_offset methods.*.max_reuse
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
 engine engine.address engine.actors engine.actors.min engine.actors.max engine.cpus_per_actor engine.gpus_per_actor
-engine.threads_per_actor engine.attention engine.fused_rows
+engine.threads_per_actor engine.attention engine.fused_rows engine.fused_layers
 engine.max_attempts engine.bank engine.bank.device_gb engine.bank.host_gb engine.bank.disk methods.*.history
 engine.checkpoint_every_blocks engine.stall_timeout_s engine.lease_ttl_s resume resume.on
 storage storage.endpoint_url storage.region storage.profile storage.attempts storage.retry_for_s

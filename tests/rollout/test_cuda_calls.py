@@ -32,15 +32,14 @@ from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.history import TieredBank, Tiers
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.slabs import SlabPool
-from lrag_ray.wan import fused_rows
+from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.attention import backend_of
-from lrag_ray.wan.attention_choice import AttentionChoice
 from lrag_ray.wan.devices import generator_kind
+from lrag_ray.wan.kernels import AttentionChoice, Kernels
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.streams import side_stream
-from lrag_ray.wan.transformer import CausalWanTransformer
 from tests.pretend_cuda import Device, Stream, pretend_cuda
-from tests.tiny import CONFIG, LATENT, attention_by, gathered, start, tiny_layout, tiny_transformer
+from tests.tiny import LATENT, gathered, start, tiny_layout, tiny_transformer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: see test_gpu.py")
 
@@ -122,11 +121,9 @@ def test_the_kernel_of_attention_follows_from_precision_and_head_size(
     dtype: torch.dtype, heads: int, choice: AttentionChoice, chosen: str, device: Device
 ) -> None:
     """Given heads of 24 or 12 channels; flash and cuDNN need a multiple of 8."""
-    model = CausalWanTransformer(replace(CONFIG, num_heads=heads))
-    fill_random(model, seed=3)
-    with attention_by(choice):
-        assert backend_of(CUDA, dtype, 24 // heads) == chosen
-        list(start(model.requires_grad_(False).to("cuda", dtype), InfinityRope).blocks(2))
+    assert backend_of(choice, CUDA, dtype, 24 // heads) == chosen
+    model = tiny_transformer(Kernels(choice), num_heads=heads)
+    list(start(model.to("cuda", dtype), InfinityRope).blocks(2))
     assert {kernel for kernel, _, _ in device.attended} == ({chosen} if chosen != "math" else set())
 
 
@@ -144,14 +141,12 @@ def test_cudnn_compiles_for_few_shapes(
     policy: type[ContextPolicy[Any]], settings: object, ragged: bool, device: Device
 ) -> None:
     """Contexts that grow for ever, and groups of heads, go to flash beside it; the first blocks fill the window."""
-    model = CausalWanTransformer(replace(CONFIG, dim=48))
-    fill_random(model, seed=3)
-    rollout = start(model.requires_grad_(False).to("cuda", torch.bfloat16), policy, settings)
-    with attention_by("cudnn"):
-        list(rollout.blocks(7))
-        first = {each for each in device.attended if each[0] == "cudnn"}
-        device.attended.clear()
-        list(rollout.blocks(3))
+    model = tiny_transformer(Kernels("cudnn"), dim=48).to("cuda", torch.bfloat16)
+    rollout = start(model, policy, settings)
+    list(rollout.blocks(7))
+    first = {each for each in device.attended if each[0] == "cudnn"}
+    device.attended.clear()
+    list(rollout.blocks(3))
     assert {each for each in device.attended if each[0] == "cudnn"} <= first
     assert ("flash" in {kernel for kernel, _, _ in device.attended}) == ragged
 
@@ -161,16 +156,15 @@ def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda of: "H100")
     launched, kinds = {}, {}
     for on in (True, False):
-        fused_rows.choose_fused_rows(on)
-        kinds[on] = generator_kind(CUDA, torch.float32, 12)
+        kernels = Kernels(fused_rows=on)
+        kinds[on] = generator_kind(kernels, CUDA, torch.float32, 12)
         for policy, settings in ((InfinityRope, None), (ForcingKv, APART)):
-            rollout = start(tiny_transformer().to("cuda"), policy, settings)
+            rollout = start(tiny_transformer(kernels).to("cuda"), policy, settings)
             list(rollout.blocks(4))
             device.calls.clear()
             list(rollout.blocks(1))
             fused = sum(call[0] == "fused rows" for call in device.calls)
             launched[on, policy] = (fused, len(device.calls))
-    fused_rows.choose_fused_rows(True)
     assert kinds[True] == f"{kinds[False]}, fused rows {fused_rows.VERSION}"
     # Two passes over two layers, and the first layer of the clean-context pass.
     assert launched[True, InfinityRope][0] == 2 * 2 + 1
@@ -180,17 +174,35 @@ def test_norm_rotation_and_write_are_one_launch(device: Device, monkeypatch: pyt
     assert launched[True, ForcingKv][0] == 2 + 1, "in the layer whose heads are alike"
 
 
+def test_between_matrix_products_there_is_one_launch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two norms with modulation, one with its own scale, two gates, three sums and GELU are 13 by plain operations."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda of: "H100")
+    launched, kinds = [], []
+    for on in (False, True):
+        kernels = Kernels(fused_layers=on)
+        kinds.append(generator_kind(kernels, CUDA, torch.float32, 12))
+        rollout = start(tiny_transformer(kernels).to("cuda"), InfinityRope)
+        device.calls.clear()
+        list(rollout.blocks(1))
+        launched.append(len(device.calls))
+        steps = sum(call[0] == "residual norm" for call in device.calls)
+        # Two passes over two layers, the first layer of the clean-context pass, and the first norm of its last layer.
+        assert steps == on * (4 * (2 * 2 + 1) + 1)
+    assert kinds[1] == f"{kinds[0]}, fused layers {residual_norm.VERSION}"
+    assert launched[0] - launched[1] == (13 - 4) * (2 * 2 + 1) + 3 - 1
+
+
 WINDOW_8 = BaseSettings(window=8)
 BUDGETS: list[tuple[type[ContextPolicy[Any]], Any, BankType, str, int, int]] = [
-    (Base, WINDOW_8, "exact", "host", 388, 338_000),
-    (InfinityRope, WINDOW_8, "exact", "host", 380, 337_000),
-    (DeepForcing, DeepForcingSettings(window=8, budget=8), "exact", "host", 668, 411_000),
-    (Rag, SMALL_RAG, "exact", "host", 422, 375_000),
-    (Rag, SMALL_RAG, "exact", "device", 416, 366_000),
-    (Rag, SMALL_RAG, "exact", "disk", 422, 375_000),
-    (Rag, SMALL_RAG, "int8", "host", 564, 382_000),
-    (Rag, SMALL_RAG, "int4", "device", 714, 402_000),
-    (Rag, SMALL_RAG, "int4", "disk", 720, 404_000),
+    (Base, WINDOW_8, "exact", "host", 398, 341_000),
+    (InfinityRope, WINDOW_8, "exact", "host", 390, 341_000),
+    (DeepForcing, DeepForcingSettings(window=8, budget=8), "exact", "host", 682, 420_000),
+    (Rag, SMALL_RAG, "exact", "host", 434, 378_000),
+    (Rag, SMALL_RAG, "exact", "device", 428, 369_000),
+    (Rag, SMALL_RAG, "exact", "disk", 434, 378_000),
+    (Rag, SMALL_RAG, "int8", "host", 560, 381_000),
+    (Rag, SMALL_RAG, "int4", "device", 678, 398_000),
+    (Rag, SMALL_RAG, "int4", "disk", 684, 401_000),
 ]
 """Launches, and values read and written in place, of two blocks; a history by type and tier."""
 

@@ -24,8 +24,9 @@ from lrag_ray.rollout.rolling import IN_FLIGHT, RollingWindows
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.rollout.types import BlockResult
 from lrag_ray.wan.config import SamplerConfig
+from lrag_ray.wan.kernels import Kernels
 from tests.rollout.test_rollout import ConstantNoise
-from tests.tiny import CONFIG, LATENT, attention_by, generate, prompt_embeds, start, tiny_transformer
+from tests.tiny import CONFIG, LATENT, generate, prompt_embeds, start, tiny_transformer
 
 FOUR = SamplerConfig()
 CASES = [
@@ -170,10 +171,10 @@ def test_blocks_cost_what_torch_counts(model: Any, sampler: SamplerConfig, setti
     def attended(frames: int, first: int) -> int:
         return RollingForcing.attended_frames(settings, frames, first)
 
-    rollout = roll(model, sampler, settings, 6)
+    rollout = roll(tiny_transformer(Kernels("math")), sampler, settings, 6)
     planned = RollingWindows.block_flops(CONFIG, sampler, *LATENT[1:], attended, 6)
     for flops in planned:
-        with FlopCounterMode(display=False) as counted, attention_by("math"):
+        with FlopCounterMode(display=False) as counted:
             list(rollout.blocks(1))
         assert counted.get_total_flops() == flops
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrag_ray.video.decode import StreamingDecoder, to_uint8
+from lrag_ray.wan.streams import side_stream
 from lrag_ray.wan.vae import WanVae, load_wan_vae, tiny_vae
+from tests.pretend_cuda import Stream, pretend_cuda
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +93,26 @@ def test_wrong_use_is_refused() -> None:
         StreamingDecoder(vae, cold_chunk=0)
     with pytest.raises(ValueError, match="no latent frames"):
         StreamingDecoder(vae).push(torch.zeros(0, 16, 2, 4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
+def test_decoding_on_a_gpu_runs_beside_the_next_block() -> None:
+    """Bit-equal frames, launched and awaited on a stream of their own; the compute stream waits for none of it."""
+    expected = StreamingDecoder(tiny_vae())
+    cuda = torch.device("cuda", 0)
+    with pretend_cuda() as device:
+        vae = tiny_vae()
+        vae.model.to(cuda)
+        decoder, side = StreamingDecoder(vae), side_stream(cuda, "decode")
+        for latents in torch.randn(2, 1, 16, 2, 2, generator=torch.Generator().manual_seed(5)):
+            done, launched = dict(device.stream.done), len(device.calls)
+            device.waited.clear()
+            assert np.array_equal(decoder.push(latents), expected.push(latents))
+            assert len(device.calls) > launched and device.stream.done == done
+            assert set(device.waited) == {side}
+            # In a worker another thread waits for the frames, and the one that generates does not know of them.
+            Stream.host.pop(side)  # type: ignore[call-overload]
+            torch.ones(3, device=cuda).sum()
+        assert not device.stream.done[side]  # type: ignore[index]
+        assert StreamingDecoder(vae)._stream is side, "the next video uses the same memory"
+    assert device.races == []

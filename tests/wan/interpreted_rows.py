@@ -1,4 +1,4 @@
-"""The fused kernel under Triton's interpreter against the plain operations; run with TRITON_INTERPRET=1.
+"""The fused kernels under Triton's interpreter against the plain operations; run with TRITON_INTERPRET=1.
 
 Prints one JSON object: by case the largest difference as a share of the largest value, and the share that differs.
 """
@@ -6,16 +6,17 @@ Prints one JSON object: by case the largest difference as a share of the largest
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lrag_ray.context.infinity_rope import InfinityRope
-from lrag_ray.wan import fused_rows
-from lrag_ray.wan.random_weights import fill_random
+from lrag_ray.wan import fused_rows, residual_norm
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.rope import Angles, rotate
-from lrag_ray.wan.transformer import CausalWanTransformer, Projected, RMSNorm
-from tests.tiny import CONFIG, generate, start
+from lrag_ray.wan.transformer import Projected, RMSNorm
+from tests.tiny import generate, start, tiny_transformer
 
 
 def rows_of(dtype: torch.dtype, batch: int, width: int, heads: int, own_turns: bool) -> dict[str, tuple[float, float]]:
@@ -41,7 +42,7 @@ def rows_of(dtype: torch.dtype, batch: int, width: int, heads: int, own_turns: b
     return {name: _differences(made[name], plain[name]) for name in made}
 
 
-def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
     """`RMSNorm`, rounded as the interpreter rounds."""
     if x.dtype == torch.float32:
         return torch.as_tensor(norm(x))
@@ -49,39 +50,79 @@ def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
     return _cut(_cut(exact).float() * norm.weight.float())
 
 
-def _turned(x: torch.Tensor, angles: Angles) -> torch.Tensor:
+def _turned(x: Tensor, angles: Angles) -> Tensor:
     """`rotate`, rounded as the interpreter rounds."""
     return rotate(x, angles) if x.dtype == torch.float32 else _cut(rotate(x.float(), angles))
 
 
-def _cut(x: torch.Tensor) -> torch.Tensor:
+def _cut(x: Tensor) -> Tensor:
     """To bfloat16 towards zero: the interpreter does so, and a GPU rounds to the nearest."""
     return (x.contiguous().view(torch.int32) & -65536).view(torch.float32).bfloat16()
 
 
 def rollout() -> tuple[float, float]:
-    """Latents of a rollout with the kernel and without; a replayed one goes on with the same bits."""
-    model = CausalWanTransformer(replace(CONFIG, dim=32))
-    fill_random(model, seed=3)
-    model.eval().requires_grad_(False)
+    """Latents of a rollout with both kernels and without; a replayed one goes on with the same bits."""
+    model = tiny_transformer(Kernels(fused_layers=True), dim=32)
     results = list(start(model, InfinityRope).blocks(2))
     again = start(model, InfinityRope)
     again.replay(results[0].latents)
     assert torch.equal(next(iter(again.blocks(1))).latents, results[1].latents)
-    fused_rows.choose_fused_rows(False)
-    plain = start(model, InfinityRope)
+    plain = start(tiny_transformer(Kernels(fused_rows=False), dim=32), InfinityRope)
     assert again.context.fuses and not plain.context.fuses
+    assert residual_norm.fuses(model.kernels, torch.device("cpu"))
     return _differences(torch.cat([each.latents for each in results], dim=1), generate(plain, 2))
 
 
-def _differences(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+def layers_of(dtype: torch.dtype, batch: int, width: int) -> dict[str, tuple[float, float]]:
+    """The kernel of `residual_norm` between the matrix products of a layer, three frames of two tokens."""
+    draw = torch.Generator().manual_seed(width)
+    x, y, time = (
+        torch.randn(batch, *shape, generator=draw).to(dtype) for shape in ((6, width),) * 2 + ((3, 6, width),)
+    )
+    gate, shift, scale, *_ = time.chunk(6, dim=2)
+    bare, own = torch.nn.LayerNorm(width, 1e-6, elementwise_affine=False), torch.nn.LayerNorm(width, 1e-6).to(dtype)
+    own.requires_grad_(False).weight.copy_(torch.randn(width, generator=draw))
+    steps: dict[str, tuple[Any, ...]] = {
+        "norm": (None, None, bare, shift, scale),
+        "gated": (y, gate, own),
+        "sum": (y, None, bare, shift, scale),
+    }
+    found: dict[str, tuple[float, float]] = {}
+    for name, (added, *rest) in {**steps, "last": (y, gate)}.items():
+        ours, theirs = x.clone(), x.clone()
+        made = residual_norm.fused(ours, added, *rest)
+        plain = _stepped(theirs, added, *rest)
+        found |= {name: _differences(made, plain), f"{name} in place": _differences(ours, theirs)}
+    return found
+
+
+def _stepped(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, norm: Any = None, shift: Any = None, scale: Any = None
+) -> Tensor:
+    """`residual_norm.plain`, rounded as the interpreter rounds."""
+    if x.dtype == torch.float32:
+        return residual_norm.plain(x, None if y is None else y.clone(), gate, norm, shift, scale)
+    if y is not None:
+        added = y if gate is None else _cut(y.float().unflatten(1, (3, -1)) * gate.float()).flatten(1, 2)
+        x.copy_(_cut(x.float() + added.float()))
+    if norm is None:
+        return x
+    centred = x.float() - x.float().mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
+    if shift is None:
+        return _cut(normed * norm.weight.float() + norm.bias.float())
+    scaled = _cut(_cut(normed).float().unflatten(1, (3, -1)) * scale.float())
+    return _cut(scaled.float() + shift.float()).flatten(1, 2)
+
+
+def _differences(found: Tensor, expected: Tensor) -> tuple[float, float]:
     """The largest one as a share of the largest value, and the share of values that differ."""
     apart = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
     return float(apart), float((found != expected).float().mean())
 
 
 if __name__ == "__main__":
-    assert fused_rows.refusal(torch.device("cpu")) is None
+    assert fused_rows.refusal(torch.device("cpu")) is residual_norm.refusal(torch.device("cpu")) is None
     rows = {
         f"{str(dtype).removeprefix('torch.')} {width}/{heads} batch {batch}{' apart' * own}": rows_of(
             dtype, batch, width, heads, own
@@ -89,4 +130,9 @@ if __name__ == "__main__":
         for dtype in (torch.float32, torch.bfloat16)
         for batch, width, heads, own in ((1, 1536, 12, False), (2, 48, 2, True), (2, 48, 2, False))
     }
-    print(json.dumps(rows | {"rollout": {"latents": rollout()}}))
+    layers = {
+        f"{str(dtype).removeprefix('torch.')} layers of {width}": layers_of(dtype, batch, width)
+        for dtype in (torch.float32, torch.bfloat16)
+        for batch, width in ((1, 1536), (2, 48))
+    }
+    print(json.dumps(rows | layers | {"rollout": {"latents": rollout()}}))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lrag_ray.wan.attention import attention, backend_of
 from lrag_ray.wan.devices import generator_kind, same_kind
-from tests.tiny import attention_by
+from lrag_ray.wan.kernels import Kernels
 
 
 def test_scores_are_scaled_by_the_root_of_the_head_width_and_weigh_the_values() -> None:
@@ -52,15 +52,14 @@ def test_the_chosen_kernel_computes_what_torch_chooses_on_the_cpu(dtype: torch.d
 def test_a_chosen_kernel_is_called_and_recorded() -> None:
     q, k = torch.randn(1, 40, 2, 16), torch.randn(1, 90, 2, 16)
     cpu = torch.device("cpu")
-    by_flash, kind = attention(q, k, k), generator_kind(cpu, torch.float32, 16)
-    with attention_by("math"):
-        by_math, other = attention(q, k, k), generator_kind(cpu, torch.float32, 16)
+    by_flash, kind = attention(q, k, k), generator_kind(Kernels(), cpu, torch.float32, 16)
+    by_math, other = attention(q, k, k, "math"), generator_kind(Kernels("math"), cpu, torch.float32, 16)
     torch.testing.assert_close(by_math, by_flash)
     assert not torch.equal(by_math, by_flash), "each rounds in its own way"
     assert kind == f"cpu, torch {torch.__version__}, flash attention"
     assert other == f"cpu, torch {torch.__version__}, math attention"
-    with attention_by("cudnn"), pytest.raises(ValueError, match=r"cudnn attention runs on GPUs alone.*attention: auto"):
-        backend_of(cpu, torch.float32, 16)
+    with pytest.raises(ValueError, match=r"cudnn attention runs on GPUs alone.*attention: auto"):
+        backend_of("cudnn", cpu, torch.float32, 16)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from lrag_ray.wan.flops import (
     rollout_memory,
     setup_flops,
 )
+from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.transformer import CausalWanTransformer
-from tests.tiny import CONFIG, LATENT, attention_by, prompt_embeds, tiny_transformer
+from tests.tiny import CONFIG, LATENT, prompt_embeds, tiny_transformer
 
 FULL, SAMPLER = WanConfig(), SamplerConfig()
 
@@ -44,14 +45,13 @@ def test_a_block_and_the_setup_cost_what_torch_counts() -> None:
     """Given a tiny rollout, when torch counts its second block, then the closed form gives the same number."""
     sampler = SamplerConfig(denoising_steps=(1000, 500))
     noise = KeyedNoise(0, ["p"], [0], (3, *LATENT))
+    # torch counts attention as matrix products, not the CPU's fused kernel.
+    model = tiny_transformer(Kernels("math"))
     with FlopCounterMode(display=False) as counted_setup:
-        rollout = Rollout(
-            tiny_transformer(), sampler, InfinityRope, InfinityRope.Settings(), prompt_embeds("p"), noise, LATENT
-        )
+        rollout = Rollout(model, sampler, InfinityRope, InfinityRope.Settings(), prompt_embeds("p"), noise, LATENT)
     assert counted_setup.get_total_flops() == setup_flops(CONFIG, sampler)
     list(rollout.blocks(1))
-    # torch counts attention as matrix products, not the CPU's fused kernel.
-    with FlopCounterMode(display=False) as counted, attention_by("math"):
+    with FlopCounterMode(display=False) as counted:
         list(rollout.blocks(1))
     assert counted.get_total_flops() == block_flops(CONFIG, sampler, *LATENT[1:], 6)
 

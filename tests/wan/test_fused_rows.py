@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from lrag_ray.wan import fused_rows
+from lrag_ray.wan.devices import kernel_notes
+from lrag_ray.wan.kernel_trial import TOLERANCE
+from lrag_ray.wan.kernels import Kernels
 
 pytest.importorskip("triton")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,13 +32,13 @@ def test_the_kernel_computes_what_the_plain_operations_do() -> None:
     )
     assert found.returncode == 0, found.stderr
     cases = json.loads(found.stdout.splitlines()[-1])
-    assert len(cases) == 7
+    assert len(cases) == 11
     for name, compared in cases.items():
         for what, (apart, share) in compared.items():
             if name.startswith("bfloat16"):
                 assert share < 0.01, (name, what)
             else:
-                assert apart < fused_rows.TOLERANCE[torch.float32], (name, what)
+                assert apart < TOLERANCE[torch.float32], (name, what)
 
 
 def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,27 +48,37 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path, monkeypa
     from triton.compiler import ASTSource
 
     from lrag_ray.wan.fused_kernel import rows_kernel
+    from lrag_ray.wan.residual_kernel import residual_norm_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    others = {"turns": "*fp32", "eps": "fp32", "KEEP": "constexpr", "BLOCK": "constexpr"}
-    others |= dict.fromkeys(("rows", "width", "pairs", "turns_stride", "out_stride"), "i32")
-    signature = {name: others.get(name, "*bf16") for name in rows_kernel.arg_names}
-    source = ASTSource(rows_kernel, signature, {"KEEP": True, "BLOCK": 1024})
-    code = compiled(source, target=GPUTarget("cuda", 90, 32)).asm
-    assert code["cubin"]
-    assert "cvt.rn.bf16" in code["ptx"] and "cvt.rz" not in code["ptx"]
+    others = {"turns": "*fp32", "eps": "fp32"}
+    others |= dict.fromkeys(("rows", "width", "pairs", "turns_stride", "out_stride", "rows_per_frame"), "i32")
+    others |= dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32")
+    steps = dict.fromkeys(("ADDS", "GATES", "NORMS", "MODULATES"), True)
+    for kernel, constants in (
+        (rows_kernel, {"KEEP": True, "BLOCK": 1024}),
+        (residual_norm_kernel, steps | {"BLOCK": 2048}),
+    ):
+        types = others | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, {name: types.get(name, "*bf16") for name in kernel.arg_names}, constants)
+        code = compiled(source, target=GPUTarget("cuda", 90, 32)).asm
+        assert code["cubin"]
+        assert "cvt.rn.bf16" in code["ptx"] and "cvt.rz" not in code["ptx"]
 
 
 def test_a_device_without_triton_does_without_the_kernel_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert not fused_rows.fuses(cpu) and fused_rows.notes(cpu) == []
+    on = Kernels()
+    assert not fused_rows.fuses(on, cpu) and fused_rows.notes(on, cpu) == []
     # As a GPU whose kernel does not compile: the kernel was loaded for a GPU, and is given tensors of the CPU.
     from lrag_ray.wan import fused_kernel  # noqa: F401
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not fused_rows.fuses(cpu)
-    (note,) = fused_rows.notes(cpu)
+    assert not fused_rows.fuses(on, cpu)
+    (note,) = fused_rows.notes(on, cpu)
     assert note.startswith("plain operations in place of the fused kernel, which is slower: ")
-    fused_rows.choose_fused_rows(False)
-    assert fused_rows.notes(cpu) == []
-    fused_rows.choose_fused_rows(True)
+    assert fused_rows.notes(Kernels(fused_rows=False), cpu) == []
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert kernel_notes(on, cpu) == []
+    (note,) = kernel_notes(Kernels(fused_layers=True), cpu)
+    assert note == "plain operations in place of engine.fused_layers: it runs on GPUs alone"

@@ -479,5 +479,5 @@ def test_loading_verifying_and_converting_agree_on_a_lora_without_alpha(tmp_path
     dtype = getattr(torch, config.backbones["sf"].dtype)
     expected = (before[f"{layer}.weight"] + update).to(dtype)
     torch.testing.assert_close(load_file(done.target)[f"{layer}.weight"], expected, atol=1e-6, rtol=1e-6)
-    loaded = load_generator(config.backbones["sf"], torch.device("cpu")).state_dict()
+    loaded = load_generator(config.backbones["sf"], torch.device("cpu"), config.engine.kernels).state_dict()
     torch.testing.assert_close(loaded[f"{layer}.weight"], expected, atol=1e-6, rtol=1e-6)

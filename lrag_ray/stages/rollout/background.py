@@ -26,7 +26,7 @@ class BackgroundThread:
         # A thread has a thread count of its own, and sums change with it.
         self._thread = ThreadPoolExecutor(1, "background", torch.set_num_threads, (torch.get_num_threads(),))
 
-    def do(self, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    def do(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Queue `call`; waits while `depth` calls are not done."""
         while self._calls and (self._calls[0].done() or len(self._calls) >= self._depth):
             self._calls.popleft().result()
@@ -43,7 +43,7 @@ class BackgroundThread:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def _guarded(self, call: Callable[[], None]) -> None:
+    def _guarded(self, call: Callable[[], object]) -> None:
         if self._broken:
             return
         try:

@@ -48,9 +48,7 @@ from lrag_ray.store.records import PartRecord, RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
-from lrag_ray.wan import fused_rows
-from lrag_ray.wan.attention import choose_attention
-from lrag_ray.wan.devices import generator_kind, same_kind
+from lrag_ray.wan.devices import generator_kind, kernel_notes, same_kind
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -167,8 +165,6 @@ class RolloutWorker:
         self.run = RolloutRun(stage.uri, stage.storage)
         require_run(self.run, stage.created_at)
         make_reproducible(stage.threads)
-        choose_attention(stage.engine.attention)
-        fused_rows.choose_fused_rows(stage.engine.fused_rows)
         self.device = device_for(stage.resources.gpus)
         self._backbone_name = ""
         self._transformer: CausalWanTransformer | None = None
@@ -195,7 +191,7 @@ class RolloutWorker:
                     f"backbones.{self._backbone_name}.weights: the files on node {platform.node()} are not those that "
                     "the run was started with. Put the same files on every node"
                 )
-            self._transformer = load_generator(config, self.device)
+            self._transformer = load_generator(config, self.device, self.stage.engine.kernels)
         return self._transformer
 
     def vae(self) -> WanVae:
@@ -205,7 +201,7 @@ class RolloutWorker:
         return self._vae
 
 
-def _read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
+def read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
     """Blocks in host memory. With `behind`, one is read when the next has been launched, so that the device, whose
     times are known by then, never waits for the host."""
     waiting: list[tuple[BlockResult, HostCopy, dict[str, HostCopy]]] = []
@@ -250,7 +246,7 @@ class _Attempt:
             raise RuntimeError(f"fail_on_prompt: the prompt contains {self._backbone.fail_on_prompt!r}")
         self._n = self._backbone.sampler.frames_per_block
         dtype, head_dim = getattr(torch, self._backbone.dtype), self._backbone.transformer.head_dim
-        self._device_kind = generator_kind(self._device, dtype, head_dim)
+        self._device_kind = generator_kind(self._stage.engine.kernels, self._device, dtype, head_dim)
         if task.damaged is not None:
             return self._restore(task.damaged, began)
         inventory = self._run.inventory(task.rollout)
@@ -381,7 +377,7 @@ class _Attempt:
                 rollout.replay(block.latents[None], [[block.state]])
         self._report(len(stored), "generating")
         try:
-            for block in _read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
+            for block in read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
                 self._watch.timings_s.update(rollout.timings_s)
                 yield block
                 self._report(block.block + 1, "generating")
@@ -389,7 +385,7 @@ class _Attempt:
                     self._leave_if_asked()
         finally:
             # Histories grow until the end, so their notes are read last.
-            self._notes += [*rollout.notes, *fused_rows.notes(self._device)]
+            self._notes += [*rollout.notes, *kernel_notes(self._stage.engine.kernels, self._device)]
 
     def _leave_if_asked(self) -> None:
         if self._worker.host.must_leave():

@@ -23,7 +23,6 @@ from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.seal import opened_json
 from lrag_ray.video.mp4 import read_video
-from lrag_ray.wan.attention import choose_attention
 from tests.stages.make import BACKBONE, METHODS, encode_texts, make_config, make_prompts, pending_tasks
 
 CPU = f"cpu, torch {torch.__version__}, flash attention"
@@ -235,7 +234,6 @@ def test_another_kernel_of_attention_is_another_kind_of_device(tmp_path: Path) -
     run = bench(tmp_path, durations_s=[1.5])
     run.work()
     result = bench(tmp_path, engine={"attention": "math"}).work()
-    choose_attention("auto")
     assert (result.committed, result.blocks_resumed) == ((12,), 0)
     assert "flash attention are left unused" in result.notes[0]
 

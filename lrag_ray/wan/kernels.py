@@ -1,11 +1,22 @@
-"""Names of torch's attention kernels and what each can compute; `wan.attention` calls them. Imports no torch."""
+"""Which kernels compute a generator, where there is a choice, and what each can compute. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Backend = Literal["flash", "cudnn", "efficient", "math"]
 AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math"]
+
+
+class Kernels(NamedTuple):
+    """What was chosen for a generator when it was loaded; it carries them, and so does its rollouts' context."""
+
+    attention: AttentionChoice = "auto"
+    """Kernel of every attention (`wan.attention`); ``auto`` takes the fastest that fits."""
+    fused_rows: bool = True
+    """Norm, rotation and write in one kernel, where a device takes it (`wan.fused_rows`)."""
+    fused_layers: bool = False
+    """Residual, norm and modulation in one kernel, where a device takes it (`wan.residual_norm`)."""
 
 
 def unfit(backend: Backend, *, on_gpu: bool, dtype: str, head_dim: int) -> str | None:

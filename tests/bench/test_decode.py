@@ -1,0 +1,74 @@
+"""`bench decode`: every variant of the decoder beside float32."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lrag_ray.bench import decode
+from lrag_ray.bench.rollout import random_backbone
+from lrag_ray.config.schema import BackboneConfig
+from lrag_ray.stages.backbone import load_vae, pixels_identity
+from lrag_ray.video.decode import Frames, StreamingDecoder
+from tests.bench.test_rollout import program
+
+CPU = torch.device("cpu")
+
+
+def with_vae(**vae: object) -> BackboneConfig:
+    backbone = random_backbone("tiny")
+    return backbone.model_copy(update={"vae": backbone.vae.model_copy(update=vae)})
+
+
+def test_each_variant_is_compared_with_float32() -> None:
+    done = CliRunner().invoke(program(), ["bench", "decode", "--seconds", "0.25", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    plain, last, bfloat16, _, float16, _ = json.loads(done.stdout)["variants"]
+    assert (plain["dtype"], plain["channels_last"], plain["psnr_db"]) == ("float32", False, None)
+    assert last["channels_last"] and (last["psnr_db"] is None or last["psnr_db"] > 60)
+    assert 20 < bfloat16["psnr_db"] < float16["psnr_db"]
+    assert bfloat16["psnr_worst_db"] <= bfloat16["psnr_db"]
+    assert plain["vbench"] is None and all(each["fps"] > 0 for each in (plain, last, bfloat16, float16))
+
+
+def test_dimensions_are_scored_beside_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given scores that are the mean of the frames, the difference is that of the means."""
+    seen = []
+
+    def mean(videos: list[Frames], fps: int, networks: object) -> dict[str, float]:
+        seen.append(float(videos[0].mean()))
+        return {"aesthetic_quality": seen[-1]}
+
+    monkeypatch.setattr(decode, "_scores", mean)
+    networks: object = object()
+    latents = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(2))
+    found = decode.bench_decode(random_backbone("tiny"), [latents], CPU, networks=networks)  # type: ignore[arg-type]
+    differences = [each.vbench["aesthetic_quality"] for each in found if each.vbench]
+    assert differences == [score - seen[0] for score in seen]
+    assert differences[2] != 0
+
+
+def test_weights_are_laid_out_with_channels_side_by_side() -> None:
+    """cuDNN takes the layout of the weights for all that follows; the CPU's small convolutions ignore it."""
+    vae = load_vae(with_vae(channels_last=True), CPU)
+    convolutions = [m for m in vae.model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
+    for module in convolutions:
+        last = torch.channels_last if module.weight.dim() == 4 else torch.channels_last_3d
+        assert module.weight.is_contiguous(memory_format=last)
+    assert len(convolutions) > 20
+
+
+def test_videos_of_other_layouts_are_others_and_those_without_a_choice_stay_the_same() -> None:
+    plain, last = (pixels_identity(with_vae(channels_last=on))["vae"] for on in (False, True))
+    assert plain == {"kind": "tiny", "sha256": None, "dtype": "float32"}
+    assert last == plain | {"channels_last": True}
+
+
+def test_float16_that_overflows_is_an_error_with_the_way_out() -> None:
+    vae = load_vae(with_vae(dtype="float16"), CPU)
+    vae.model.decoder.conv_in.weight.data.fill_(6e4)
+    with pytest.raises(OverflowError, match=r"Fix: vae\.dtype: bfloat16 or float32"):
+        StreamingDecoder(vae).push(torch.ones(1, 16, 2, 2))
