@@ -179,6 +179,7 @@ def _print_info(out: Console, found: DatasetInfo) -> None:
     for name, value in facts.items():
         shown.add_row(name, value)
     out.print(shown)
+    _print_lines(out, "Left out", found.left_out)
     for uri, card in zip(found.uris, found.cards, strict=True):
         if card is None:
             continue

@@ -43,7 +43,7 @@ from lrag_ray.store.dataset_index import (
     SegmentFile,
     read_manifest,
 )
-from lrag_ray.store.dataset_rows import committed_rows
+from lrag_ray.store.dataset_rows import LeftOut, committed_rows
 
 _GROUPS_OF_PLACES = 512
 """Row groups whose places are kept: those of a quarter of a million rollouts, about 100 MB."""
@@ -106,6 +106,10 @@ class LatentDataset:
         """(C, H, W) of every latent frame: (16, 60, 104) at 832x480."""
         self.dtype: torch.dtype = getattr(torch, self.form.dtype)
         """Of the latents as they are stored and read."""
+        self.left_out: Sequence[LeftOut] = [
+            LeftOut(f"{source.uri}/{path}", problem) for source in self._sources for path, problem in source.left_out
+        ]
+        """Committed latents of runs without an index that are not in the dataset, because something is damaged."""
 
     @classmethod
     def open(cls, uri: str, *more_uris: str, storage: StorageSection | None = None) -> LatentDataset:
@@ -310,17 +314,29 @@ def _open_source(storage: Storage) -> _Source:
     manifest = read_manifest(storage)
     if manifest is not None and manifest.form is not None:
         return _Source(storage, manifest.form, _IndexRows(storage, manifest))
-    table, form = committed_rows(storage)
+    table, form, left_out = committed_rows(storage)
+    if form is None and left_out:
+        raise StorageError(
+            f"{storage.uri} holds no latents that are whole ({len(left_out)} commits do not count; {left_out[0]}). "
+            "Fix: the command that made the run makes them again"
+        )
     if form is None:
         raise UsageError(f"{storage.uri} holds no finished rollout yet. Fix: wait for the first one, or run it again")
-    return _Source(storage, form, _TableRows(table))
+    return _Source(storage, form, _TableRows(table), left_out)
 
 
 class _Source:
     """The rollouts of one address."""
 
-    def __init__(self, storage: Storage, form: LatentForm, rows: _IndexRows | _TableRows) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        form: LatentForm,
+        rows: _IndexRows | _TableRows,
+        left_out: Sequence[LeftOut] = (),
+    ) -> None:
         self.storage = storage
+        self.left_out = left_out
         self.form = form
         self.uri = storage.uri
         self._frame_bytes = form.frame_bytes
