@@ -15,10 +15,14 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
 from lrag_ray.errors import StorageError, UsageError
+from lrag_ray.events import Event, TaskFinished
 from lrag_ray.pipelines.dataset import dataset_info, export_dataset, verify_dataset
 from lrag_ray.pipelines.dataset_import import import_dataset
+from lrag_ray.pipelines.latents import index_feed
 from lrag_ray.store.dataset_card import read_card
 from lrag_ray.store.dataset_files import read_shard
+from lrag_ray.store.dataset_index import read_manifest
+from lrag_ray.store.dataset_rows import RunIndex
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.rollouts import RolloutRun
 from tests.training.corpus import make_corpus
@@ -313,6 +317,21 @@ def test_what_a_run_without_an_index_cannot_give_is_named_and_nothing_else_is_mi
     files[0].unlink()
     with pytest.raises(StorageError, match=r"no latents that are whole \(5 commits do not count; .*is missing"):
         LatentDataset.open(corpus)
+
+
+def test_a_start_that_is_interrupted_leaves_no_finished_rollout_out_of_the_index(tmp_path: Path) -> None:
+    run = RolloutRun(make_corpus(tmp_path / "corpus", count=3))
+    identity, heard = run.require(), list[Event]()
+    finished = [TaskFinished(stage="rollouts", task=each.path, result=None) for each in list(identity.rollouts())[:2]]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        index_feed(RunIndex(run, identity), heard.append, every_s=1000) as relay,
+    ):
+        for event in finished:
+            relay(event)
+        raise KeyboardInterrupt
+    manifest = read_manifest(run.storage)
+    assert manifest is not None and manifest.rollouts == 2 and heard == finished
 
 
 def test_a_flipped_bit_in_the_text_of_an_index_is_noticed(imported: str) -> None:
