@@ -23,8 +23,9 @@ from lrag_ray.errors import PromptError
 from lrag_ray.text_file import read_text
 
 WHERE_TO_GET = (
-    "the prompts of the paper are moviegenbench_128_refined.txt (the MovieGen benchmark prompts, refined), in "
-    "checkpoints/ of the Hub repository qixinhu11/LongLive-RAG; any UTF-8 text file with one prompt a line will do"
+    "the paper's are in checkpoints/ of the Hub repository qixinhu11/LongLive-RAG: moviegenbench_128_refined.txt (the "
+    "MovieGen benchmark prompts, refined; its videos) and vidprom_filtered_extended.txt (the pool of its latent "
+    "corpus); any UTF-8 text file with one prompt a line will do"
 )
 
 _MOST_SHOWN = 5
