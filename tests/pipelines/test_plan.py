@@ -57,13 +57,13 @@ def test_rounding_adds_less_than_a_block(duration_s: float, frames_per_block: in
 
 
 def test_a_corpus_is_not_scored_and_decodes_its_verification_videos_alone() -> None:
-    path = str(CONFIGS / "latents.yaml")
-    config = load_job(path)
+    file, count = str(CONFIGS / "latents.yaml"), "prompts.count=2480"
+    config = load_job(file, [count])
     assert isinstance(config, LatentsConfig)
     plan = make_plan(config, plan_prompts(config.prompts))
-    assert (plan.prompts, plan.totals.scoring_flops, [cell.videos for cell in plan.cells]) == (24_800, 0, [2])
-    assert any("prompts.count 248000, which gives 24,800 prompts" in note for note in plan.notes)
-    shown = CliRunner().invoke(app, ["plan", path, "--gpus", "6"])
+    assert (plan.prompts, plan.totals.scoring_flops, [cell.videos for cell in plan.cells]) == (248, 0, [2])
+    assert any("prompts.count 2480, which gives 248 prompts" in note for note in plan.notes)
+    shown = CliRunner().invoke(app, ["plan", file, "--gpus", "6", "--set", count])
     assert shown.exit_code == 0 and "VBench" not in shown.output and "scores" not in shown.output
 
 
