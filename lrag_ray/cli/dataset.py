@@ -165,20 +165,23 @@ def print_corpus(out: Console, outcome: LatentsOutcome) -> None:
 
 def _print_info(out: Console, found: DatasetInfo) -> None:
     shown = table(" + ".join(found.uris), "", "", text_columns=2)
+    shown.show_header = False
+    same = found.shortest == found.longest
+    lengths = count(found.longest) if same else f"{count(found.shortest)} to {count(found.longest)}"
     facts = {
         "rollouts": f"{count(found.rollouts)} of {count(found.prompts) if found.prompts else 'unknown'} prompts",
-        "latent frames": f"{count(found.frames)}, {count(found.shortest)} to {count(found.longest)} per rollout",
+        "latent frames": f"{count(found.frames)}, {lengths} per rollout",
         "one frame": f"[{', '.join(map(str, found.shape))}] {found.dtype}",
         "size": quantity(found.size_bytes, "B"),
         "windows of 8": count(found.windows),
         **{f"made by {name}": f"{count(number)} rollouts" for name, number in found.by_method.items()},
-        "digest": found.digest,
     }
     if found.duplicates:
         facts["held twice"] = f"{count(found.duplicates)} rollouts, each counted once"
     for name, value in facts.items():
         shown.add_row(name, value)
     out.print(shown)
+    say(out, f"digest {found.digest}")
     _print_lines(out, "Left out", found.left_out)
     for uri, card in zip(found.uris, found.cards, strict=True):
         if card is None:

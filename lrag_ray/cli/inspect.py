@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,12 +157,11 @@ def embeddings(
         left_out = [str(each) for each in found.left_out]
         print_json({"folder": found.folder, "files": list(found.files), "measures": rows, "left_out": left_out})
         return
-    shown = table(
-        "", "rollout", "descriptor", "neighbours", "bend", "back", "reach", "spread", "changed", text_columns=2
-    )
-    for one in found.measures:
-        neighbours = one.by_distance[1] if len(one.by_distance) > 1 else float("nan")
-        numbers = (neighbours, one.bend, *one.retrieval[1:])
-        shown.add_row(one.rollout, one.descriptor, *(f"{n:.3g}" if math.isfinite(n) else "–" for n in numbers))
-    console().print(shown)
+    for rollout, measures in groupby(found.measures, lambda one: one.rollout):
+        shown = table(rollout, "descriptor", "neighbours", "bend", "back", "reach", "spread", "changed")
+        for one in measures:
+            neighbours = one.by_distance[1] if len(one.by_distance) > 1 else float("nan")
+            numbers = (neighbours, one.bend, *one.retrieval[1:])
+            shown.add_row(one.descriptor, *(f"{n:.3g}" if math.isfinite(n) else "–" for n in numbers))
+        console().print(shown)
     say(console(), f"page: {found.folder}/{found.files[0]}; data beside it: {', '.join(found.files[1:])}")

@@ -53,7 +53,7 @@ def make_corpus(
         if prompt.index < first:
             continue
         key = identity.rollout_key(rollout, frames)
-        values = latents(prompt.index, frames).to(dtype)
+        values = latents(prompt.index, frames).to(dtype).contiguous()
         parts = []
         for start in range(0, frames, 12):
             blocks = [
