@@ -25,7 +25,10 @@ from lrag_ray.store.decoded import read_decoded
 from lrag_ray.store.failures import read_failures
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
-from tests.stages.make import BACKBONE, METHODS
+from tests.stages.make import BACKBONE, METHODS, store_features
+
+ONE_ACTOR = {"actors": 1, "checkpoint_every_blocks": 2}
+"""An actor takes seconds to import what it needs."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
@@ -47,7 +50,9 @@ def make_config(uri: Path, file: Path, **changes: Any) -> LatentsConfig:
         "engine": {"actors": 2, "checkpoint_every_blocks": 2},
         "verification_videos": 0,
     }
-    return LatentsConfig.model_validate({**fields, **changes})
+    config = LatentsConfig.model_validate({**fields, **changes})
+    store_features(config, load_prompts(config.prompts))
+    return config
 
 
 def drawn(config: LatentsConfig) -> list[Prompt]:
@@ -57,7 +62,7 @@ def drawn(config: LatentsConfig) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> RolloutRun:
     """The corpus that nothing disturbed."""
-    config = make_config(tmp_path_factory.mktemp("quiet"), prompts_file)
+    config = make_config(tmp_path_factory.mktemp("quiet"), prompts_file, engine=ONE_ACTOR)
     outcome = make_latents(config)
     assert (outcome.exit_code, outcome.commits_made, outcome.dataset_rollouts, outcome.dataset_frames) == (0, 6, 6, 72)
     assert outcome.dataset_digest == LatentDataset.open(config.run.uri).digest
@@ -150,6 +155,7 @@ def test_a_rollout_that_cannot_be_made_is_named_and_the_dataset_holds_the_rest(
         tmp_path,
         prompts_file,
         prompts={"path": str(prompts_file), "ratio": 0.5, "limit": 3},
+        engine=ONE_ACTOR,
         backbones={"tiny": {**BACKBONE, "fail_on_prompt": drawn(make_config(tmp_path, prompts_file))[1].text}},
     )
     outcome = make_latents(config)
