@@ -112,7 +112,9 @@ def export(
         out = console()
         _print_lines(out, "Damaged, not exported", (f"{each.rollout}: {each.problem}" for each in made.damaged))
         there = f" ({count(made.files_there)} were there)" if made.files_there else ""
-        out.print(f"Wrote {count(made.files_made)} files{there} of {count(made.rollouts)} rollouts, {made.dtype}.")
+        out.print(
+            f"Wrote {count(made.files_made)} file{'s' * (made.files_made != 1)}{there} of {count(made.rollouts)} rollouts, {made.dtype}."
+        )
         say(out, f"files: {made.uri}")
     raise typer.Exit(made.exit_code)
 
@@ -169,7 +171,7 @@ def _print_info(out: Console, found: DatasetInfo) -> None:
     same = found.shortest == found.longest
     lengths = count(found.longest) if same else f"{count(found.shortest)} to {count(found.longest)}"
     facts = {
-        "rollouts": f"{count(found.rollouts)} of {count(found.prompts) if found.prompts else 'unknown'} prompts",
+        "rollouts": f"{count(found.rollouts)}, of {count(found.prompts) if found.prompts else 'unknown'} prompts",
         "latent frames": f"{count(found.frames)}, {lengths} per rollout",
         "one frame": f"[{', '.join(map(str, found.shape))}] {found.dtype}",
         "size": quantity(found.size_bytes, "B"),

@@ -158,10 +158,13 @@ def embeddings(
         print_json({"folder": found.folder, "files": list(found.files), "measures": rows, "left_out": left_out})
         return
     for rollout, measures in groupby(found.measures, lambda one: one.rollout):
-        shown = table(rollout, "descriptor", "neighbours", "bend", "back", "reach", "spread", "changed")
+        say(console(), rollout)
+        shown = table("", "descriptor", "neighbours", "bend", "back", "reach", "spread", "changed")
+        shown.title = None
         for one in measures:
             neighbours = one.by_distance[1] if len(one.by_distance) > 1 else float("nan")
             numbers = (neighbours, one.bend, *one.retrieval[1:])
             shown.add_row(one.descriptor, *(f"{n:.3g}" if math.isfinite(n) else "–" for n in numbers))
         console().print(shown)
+        console().print()
     say(console(), f"page: {found.folder}/{found.files[0]}; data beside it: {', '.join(found.files[1:])}")

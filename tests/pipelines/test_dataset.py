@@ -63,7 +63,7 @@ def test_an_imported_folder_is_read_bit_for_bit(imported: str) -> None:
 
 def test_prompts_that_nobody_knows_are_not_counted(imported: str) -> None:
     assert dataset_info([imported]).prompts == 0
-    assert "5 of unknown prompts" in CliRunner().invoke(app, ["dataset", "info", imported]).output
+    assert "5, of unknown prompts" in CliRunner().invoke(app, ["dataset", "info", imported]).output
 
 
 def test_every_bit_pattern_survives(tmp_path: Path) -> None:
