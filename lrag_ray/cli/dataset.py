@@ -112,9 +112,8 @@ def export(
         out = console()
         _print_lines(out, "Damaged, not exported", (f"{each.rollout}: {each.problem}" for each in made.damaged))
         there = f" ({count(made.files_there)} were there)" if made.files_there else ""
-        out.print(
-            f"Wrote {count(made.files_made)} file{'s' * (made.files_made != 1)}{there} of {count(made.rollouts)} rollouts, {made.dtype}."
-        )
+        wrote = f"{count(made.files_made)} file{'s' * (made.files_made != 1)}{there}"
+        out.print(f"Wrote {wrote} of {count(made.rollouts)} rollouts, {made.dtype}.")
         say(out, f"files: {made.uri}")
     raise typer.Exit(made.exit_code)
 
