@@ -137,8 +137,9 @@ def plan_prompts(section: PromptsSection) -> list[Prompt]:
     """Prompts to plan with: those of the file, or `count` stand-ins without text where there is no file yet."""
     if section.count is None or (section.path is not None and Path(section.path).exists()):
         return load_prompts(section)
-    is_sampled = isinstance(section, SampledPromptsSection)
-    chosen = draw(section.count, section.ratio, section.seed) if is_sampled else range(section.count)
+    chosen: Sequence[int] = range(section.count)
+    if isinstance(section, SampledPromptsSection):
+        chosen = draw(section.count, section.ratio, section.seed)
     return [make_prompt(i, "") for i in chosen[: section.limit]]
 
 

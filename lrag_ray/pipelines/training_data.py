@@ -24,8 +24,8 @@ def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Ca
     data, length = config.data, config.data.window_frames
     for each in dataset.left_out[:_MOST_NAMED]:
         warn(f"left out: {each}")
-    if more := len(dataset.left_out[_MOST_NAMED:]):
-        warn(f"left out: {more} more (`lrag-ray dataset verify {shlex.join(data.uris)}` lists them)")
+    if unnamed := len(dataset.left_out[_MOST_NAMED:]):
+        warn(f"left out: {unnamed} more (`lrag-ray dataset verify {shlex.join(data.uris)}` lists them)")
     keys, first = np.unique(np.array(dataset.keys, dtype=object), return_index=True)
     frames = dataset.frames[first]
     if short := np.flatnonzero(frames < length).tolist():
