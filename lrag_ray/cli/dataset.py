@@ -112,7 +112,8 @@ def export(
         out = console()
         _print_lines(out, "Damaged, not exported", (f"{each.rollout}: {each.problem}" for each in made.damaged))
         there = f" ({count(made.files_there)} were there)" if made.files_there else ""
-        out.print(f"Wrote {count(made.files_made)} files{there} of {count(made.rollouts)} rollouts, {made.dtype}.")
+        wrote = f"{count(made.files_made)} file{'s' * (made.files_made != 1)}{there}"
+        out.print(f"Wrote {wrote} of {count(made.rollouts)} rollouts, {made.dtype}.")
         say(out, f"files: {made.uri}")
     raise typer.Exit(made.exit_code)
 
@@ -165,20 +166,24 @@ def print_corpus(out: Console, outcome: LatentsOutcome) -> None:
 
 def _print_info(out: Console, found: DatasetInfo) -> None:
     shown = table(" + ".join(found.uris), "", "", text_columns=2)
+    shown.show_header = False
+    same = found.shortest == found.longest
+    lengths = count(found.longest) if same else f"{count(found.shortest)} to {count(found.longest)}"
     facts = {
-        "rollouts": f"{count(found.rollouts)} of {count(found.prompts) if found.prompts else 'unknown'} prompts",
-        "latent frames": f"{count(found.frames)}, {count(found.shortest)} to {count(found.longest)} per rollout",
+        "rollouts": f"{count(found.rollouts)}, of {count(found.prompts) if found.prompts else 'unknown'} prompts",
+        "latent frames": f"{count(found.frames)}, {lengths} per rollout",
         "one frame": f"[{', '.join(map(str, found.shape))}] {found.dtype}",
         "size": quantity(found.size_bytes, "B"),
         "windows of 8": count(found.windows),
         **{f"made by {name}": f"{count(number)} rollouts" for name, number in found.by_method.items()},
-        "digest": found.digest,
     }
     if found.duplicates:
         facts["held twice"] = f"{count(found.duplicates)} rollouts, each counted once"
     for name, value in facts.items():
         shown.add_row(name, value)
     out.print(shown)
+    say(out, f"digest {found.digest}")
+    _print_lines(out, "Left out", found.left_out)
     for uri, card in zip(found.uris, found.cards, strict=True):
         if card is None:
             continue

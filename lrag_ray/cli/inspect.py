@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from lrag_ray.cli.options import AsJson
-from lrag_ray.cli.output import console, print_json, say, tells_errors
+from lrag_ray.cli.output import console, print_json, say, tells_errors, write
 from lrag_ray.cli.tables import table
 
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -141,24 +142,29 @@ def embeddings(
         run, descriptors or ["avg_pool", "random"], prompts=prompts or [], most=most, to=to, settings=settings,
         frames_per_block=block, networks=weights,
     )  # fmt: skip
+    for each in found.left_out:
+        write(f"left out: {each}", stderr=True)
     if as_json:
 
         def finite(value: float) -> float | None:
             return value if math.isfinite(value) else None
 
         rows = [
-            {"rollout": each.rollout, "descriptor": each.descriptor, "by_distance": each.by_distance.tolist(),
-             "bend": finite(each.bend), "retrieval": {k: finite(v) for k, v in each.retrieval._asdict().items()}}
-            for each in found.measures
+            {"rollout": one.rollout, "descriptor": one.descriptor, "by_distance": one.by_distance.tolist(),
+             "bend": finite(one.bend), "retrieval": {k: finite(v) for k, v in one.retrieval._asdict().items()}}
+            for one in found.measures
         ]  # fmt: skip
-        print_json({"folder": found.folder, "files": list(found.files), "measures": rows})
+        left_out = [str(each) for each in found.left_out]
+        print_json({"folder": found.folder, "files": list(found.files), "measures": rows, "left_out": left_out})
         return
-    shown = table(
-        "", "rollout", "descriptor", "neighbours", "bend", "back", "reach", "spread", "changed", text_columns=2
-    )
-    for each in found.measures:
-        neighbours = each.by_distance[1] if len(each.by_distance) > 1 else float("nan")
-        numbers = (neighbours, each.bend, *each.retrieval[1:])
-        shown.add_row(each.rollout, each.descriptor, *(f"{n:.3g}" if math.isfinite(n) else "–" for n in numbers))
-    console().print(shown)
+    for rollout, measures in groupby(found.measures, lambda one: one.rollout):
+        say(console(), rollout)
+        shown = table("", "descriptor", "neighbours", "bend", "back", "reach", "spread", "changed")
+        shown.title = None
+        for one in measures:
+            neighbours = one.by_distance[1] if len(one.by_distance) > 1 else float("nan")
+            numbers = (neighbours, one.bend, *one.retrieval[1:])
+            shown.add_row(one.descriptor, *(f"{n:.3g}" if math.isfinite(n) else "–" for n in numbers))
+        console().print(shown)
+        console().print()
     say(console(), f"page: {found.folder}/{found.files[0]}; data beside it: {', '.join(found.files[1:])}")

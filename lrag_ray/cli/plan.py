@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _LEAST_GPU_HOURS = 0.1
 """Plans below this are not worth a line about GPUs."""
+_LEAST_SHOWN_HOURS = 0.01
+"""Bounds below this are not told apart."""
 _CELLS_SHOWN = 6
 """More cells are counted and not listed."""
 
@@ -149,10 +151,12 @@ def print_plan(
     if len(shown) == len(_methods(plan)) + 2:
         durations = ", ".join(f"{seconds:g}" for seconds in dict.fromkeys(cell.duration_s for cell in plan.cells))
         methods = len({cell.method for cell in plan.cells})
+        videos = [cell.videos for cell in plan.cells]
+        each = f"{count(videos[0])} videos each" if len(set(videos)) == 1 else f"{count(sum(videos))} videos in all"
         say(
             out,
             f"Cells: {len(plan.backbones)} backbones x {methods} methods x durations of {durations} s = "
-            f"{len(plan.cells)}, {count(plan.cells[0].videos)} videos each (--cells lists them).",
+            f"{len(plan.cells)}, {each} (--cells lists them).",
         )
     totals = plan.totals
     say(
@@ -205,23 +209,21 @@ def _methods(plan: Plan) -> list[Table]:
 
 
 def _hours(plan: Plan, gpu: str | None) -> Table:
-    """Operations by kind of work, and GPU-hours where there are enough to speak of."""
-    kinds = _kinds(plan, gpu)
+    """Operations by kind of work, and GPU-hours where there are enough to speak of.
+
+    A kind of GPU is a row: beside one another they fit on no common terminal.
+    """
+    kinds, totals = _kinds(plan, gpu), plan.totals
     long = bool(kinds) and max(hours.total.most for hours in kinds.values()) >= _LEAST_GPU_HOURS
-    made = table(
-        "Work in all, and hours of one GPU" if long else "Work in all", "", "operations", *(kinds if long else ())
-    )
-    totals = plan.totals
-    for kind, flops, hours in (
-        ("generation", totals.transformer_flops, [each.generation for each in kinds.values()]),
-        ("decoding", totals.decode_flops, [each.decoding for each in kinds.values()]),
-        ("VBench-Long, if run", totals.scoring_flops, [each.scoring for each in kinds.values()]),
-    ):
-        made.add_row(kind, quantity(flops, "FLOP"), *(map(_span, hours) if long else ()))
-    if long:
-        made.add_section()
-        total = quantity(totals.transformer_flops + totals.decode_flops, "FLOP")
-        made.add_row("total without scores", total, *(_span(each.total) for each in kinds.values()), style="bold")
+    scored = ["VBench-Long, if run"] if totals.scoring_flops else []
+    title = "Work in all, and hours of one GPU" if long else "Work in all"
+    made = table(title, "", "generation", "decoding", "both", *scored)
+    flops = [totals.transformer_flops, totals.decode_flops, totals.transformer_flops + totals.decode_flops]
+    flops += [totals.scoring_flops] if scored else []
+    made.add_row("operations", *(quantity(each, "FLOP") for each in flops))
+    for name, hours in kinds.items() if long else ():
+        spans = [hours.generation, hours.decoding, hours.total, *([hours.scoring] if scored else [])]
+        made.add_row(f"hours, {name}", *map(_span, spans))
     return made
 
 
@@ -242,6 +244,8 @@ def _kinds(plan: Plan, gpu: str | None) -> dict[str, GpuHours]:
 def _span(hours: Hours | None) -> str:
     if hours is None:
         return "–"
+    if hours.fewest < hours.most < _LEAST_SHOWN_HOURS:
+        return f"under {_LEAST_SHOWN_HOURS:g}"
     low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in hours)
     return low if low == high else f"{low} to {high}"
 
@@ -253,9 +257,10 @@ def _source(plan: Plan) -> str:
         generation, scoring = (
             f"{100 * low:.0f} to {100 * high:.0f} %" for low, high in (GENERATION_SHARE, SCORING_SHARE)
         )
+        scores = f", {scoring} for scores" if plan.totals.scoring_flops else ""
         return (
-            f"Hours are bounds, since nothing was measured: {generation} of the peak for generation and decoding, "
-            f"{scoring} for scores (docs/performance.md). Run one prompt and give it with --from RUN for hours of your "
+            f"Hours are bounds, since nothing was measured: {generation} of the peak for generation and decoding"
+            f"{scores} (docs/performance.md). Run one prompt and give it with --from RUN for hours of your "
             "own GPUs."
         )
     found = [
@@ -285,7 +290,7 @@ def _wall_clock(plan: Plan, gpus: int | None, gpu: str | None, price: float | No
             paid = [value / 3600 * gpus for value in wall] if gpus is not None else list(total)
             low, high = (f"{value * price:,.2f}" for value in paid)
             parts.append(f"for {low if low == high else f'{low} to {high}'} at {price:g} an hour")
-        lines.append(f"{' '.join(parts)}, without scores.")
+        lines.append(f"{' '.join(parts)}{', without scores' if plan.totals.scoring_flops else ''}.")
     return lines
 
 

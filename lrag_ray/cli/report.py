@@ -120,9 +120,11 @@ def _print(made: Report) -> None:
         out.print()
     if made.data.durations_note and len(made.blocks) > 1:
         out.print(f"{made.data.durations_note}.")
-    if not made.blocks:
+    if made.data.unscored:
+        out.print("Not scored, as configured (`lrag-ray score RUN` scores its videos).")
+    elif not made.blocks:
         out.print(f"No scores yet ({made.data.suite.title}).")
-    if made.data.scores.pending:
+    if made.data.scores.pending and not made.data.unscored:
         left = counted(made.data.scores.pending, "video")
         out.print(f"Not scored in full yet: {left} at their durations (`lrag-ray score RUN`).")
     if made.data.scores.failures:

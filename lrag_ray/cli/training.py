@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lrag_ray.store.training_status import TrainingStatus
 
 
+_LEAST_HOURS = 0.1
+"""Hours below this are not told apart."""
 GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
 """Kinds that a plan speaks of where none is asked for."""
 
@@ -51,7 +53,7 @@ def losses_table(event: TrainingAdvanced) -> Table:
 
 def print_training(console: Console, outcome: TrainingOutcome) -> None:
     """How far the training is, and where everything is."""
-    best = "" if outcome.best is None else f"; best validation total {outcome.best:.6g} in epoch {outcome.best_epoch}"
+    best = "" if outcome.best is None else f"; lowest total {outcome.best:.6g} in epoch {outcome.best_epoch}"
     console.print(
         f"{count(outcome.epochs_done)} of {count(outcome.epochs)} epochs are done ({count(outcome.steps)} steps){best}."
         f" This start took {duration(outcome.seconds)}."
@@ -103,12 +105,15 @@ def _training_hours(plan: TrainingPlan, gpus: int | None, gpu: str | None, price
 
     def add(name: str, fewest: float, most: float) -> None:
         def span(low: float, high: float) -> str:
-            if high < 0.1:
-                return "less than 0.1"
+            if high < _LEAST_HOURS:
+                return f"less than {_LEAST_HOURS:g}"
             shown = [f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in (low, high)]
             return shown[0] if shown[0] == shown[1] else " to ".join(shown)
 
         line = f"{name}: {span(fewest, most)} hours"
+        if most < _LEAST_HOURS:
+            lines.append(line)
+            return
         if gpus is not None:
             line += f", {span(fewest / gpus, most / gpus)} on {count(gpus)} of them"
         if price is not None:
@@ -137,7 +142,7 @@ def _training_hours(plan: TrainingPlan, gpus: int | None, gpu: str | None, price
 
 def print_training_status(console: Console, status: TrainingStatus) -> None:
     """How far a training is, and who works on it."""
-    best = "" if status.best is None else f", best validation total {status.best:.6g} in epoch {status.best_epoch}"
+    best = "" if status.best is None else f", lowest total {status.best:.6g} in epoch {status.best_epoch}"
     say(
         console,
         f"{status.uri}: {count(status.epoch)} of {count(status.epochs)} epochs, {count(status.step)} steps{best}.",

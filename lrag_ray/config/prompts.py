@@ -23,8 +23,9 @@ from lrag_ray.errors import PromptError
 from lrag_ray.text_file import read_text
 
 WHERE_TO_GET = (
-    "the prompts of the paper are moviegenbench_128_refined.txt (the MovieGen benchmark prompts, refined), in "
-    "checkpoints/ of the Hub repository qixinhu11/LongLive-RAG; any UTF-8 text file with one prompt a line will do"
+    "the paper's are in checkpoints/ of the Hub repository qixinhu11/LongLive-RAG: moviegenbench_128_refined.txt (the "
+    "MovieGen benchmark prompts, refined; its videos) and vidprom_filtered_extended.txt (the pool of its latent "
+    "corpus); any UTF-8 text file with one prompt a line will do"
 )
 
 _MOST_SHOWN = 5
@@ -136,7 +137,10 @@ def plan_prompts(section: PromptsSection) -> list[Prompt]:
     """Prompts to plan with: those of the file, or `count` stand-ins without text where there is no file yet."""
     if section.count is None or (section.path is not None and Path(section.path).exists()):
         return load_prompts(section)
-    return _sampled(section, _Pool([make_prompt(i, "") for i in range(section.count)], section.count))[: section.limit]
+    chosen: Sequence[int] = range(section.count)
+    if isinstance(section, SampledPromptsSection):
+        chosen = draw(section.count, section.ratio, section.seed)
+    return [make_prompt(i, "") for i in chosen[: section.limit]]
 
 
 def duplicate_warnings(prompts: Sequence[Prompt]) -> list[str]:

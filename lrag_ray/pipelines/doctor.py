@@ -299,7 +299,8 @@ def threads_row(engine: WorkersSection) -> Row:
     """Whether the actors' threads fit on this machine's cores."""
     cores = len(os.sched_getaffinity(0))
     actors = engine.most_actors or engine.least_actors
-    found = f"{actors} actors of {engine.threads_per_actor} torch threads, {cores} cores here"
+    threads = engine.threads_per_actor
+    found = f"{actors} actor{'s' * (actors != 1)} of {threads} torch thread{'s' * (threads != 1)}, {cores} cores here"
     if engine.gpus_per_actor == 0 and not engine.address and actors * engine.threads_per_actor > cores:
         return Row("threads", "warn", found, "fewer engine.actors, or fewer engine.threads_per_actor")
     return Row("threads", "ok", found)

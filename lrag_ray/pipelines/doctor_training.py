@@ -75,7 +75,7 @@ def _workers(config: TrainEncoderConfig) -> Row:
     """Whether this machine has room for the least number of workers."""
     engine, cores = config.engine, len(os.sched_getaffinity(0))
     least, cpus, gpus = engine.least_actors, engine.cpus_per_actor, engine.gpus_per_actor
-    kind = f"{cpus:g} CPUs and {gpus:g} GPUs" if gpus else f"{cpus:g} CPUs"
+    kind = f"{cpus:g} CPU{'s' * (cpus != 1)}" + (f" and {gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "")
     found = f"at least {least} with {kind} each; this machine has {cores} CPUs"
     here = torch.cuda.device_count() if gpus else None
     if here is not None:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from lrag_ray.context.rag import RagSettings
-from lrag_ray.errors import UsageError
+from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.report.embeddings import EmbeddingMeasures, write_embeddings
 from lrag_ray.retrieval.encoder import EncoderConfig, load_encoder
 from lrag_ray.retrieval.measures import played_back, similarity_map
 from lrag_ray.retrieval.similarity import Descriptor, average_pool
 from lrag_ray.store.address import Storage
+from lrag_ray.store.dataset_rows import LeftOut
 from lrag_ray.store.datasets import LatentDataset, RolloutEntry
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.videos import committed_videos
@@ -43,6 +44,8 @@ class InspectedEmbeddings:
     files: Sequence[str]
     """The page first."""
     measures: Sequence[EmbeddingMeasures]
+    left_out: Sequence[LeftOut]
+    """Latents that could not be measured because something of their rollout is damaged."""
 
 
 def inspect_embeddings(
@@ -85,7 +88,8 @@ def inspect_embeddings(
             with _video(uri, entry) as path:
                 add(entry, DINO, dino(path, entry.frames))
     folder = Storage(to) if to is not None else Storage(uri).below("summary/embeddings")
-    return InspectedEmbeddings(folder.uri, write_embeddings(found, folder, ", ".join(dataset.uris)), found)
+    files = write_embeddings(found, folder, ", ".join(dataset.uris))
+    return InspectedEmbeddings(folder.uri, files, found, dataset.left_out)
 
 
 def _chosen(dataset: LatentDataset, prompts: Sequence[str], most: int) -> list[int]:
@@ -94,7 +98,8 @@ def _chosen(dataset: LatentDataset, prompts: Sequence[str], most: int) -> list[i
     wanted = [text.lower() for text in prompts]
     chosen = [i for i, entry in enumerate(dataset.rollouts) if any(text in entry.prompt.lower() for text in wanted)]
     if not chosen:
-        raise UsageError(f"no prompt of {', '.join(dataset.uris)} contains {' or '.join(map(repr, prompts))}")
+        left_out = "".join(f"\nleft out: {each}" for each in dataset.left_out)
+        raise UsageError(f"no prompt of {', '.join(dataset.uris)} contains {' or '.join(map(repr, prompts))}{left_out}")
     return chosen[:most]
 
 
@@ -148,4 +153,10 @@ def _video(uri: str, entry: RolloutEntry) -> Iterator[Path]:
                 run.storage.get_file(video.video.path, path)
                 yield path
             return
+    for state in run.inventory().commits.get(entry.rollout, {}).values():
+        if state.problem is not None:
+            raise StorageError(
+                f"{run.uri}/{state.path} does not count: {state.problem}. Fix: the command that made the run makes it "
+                "again"
+            )
     raise UsageError(f"{entry.rollout} has no video, and {DINO} needs decoded frames. Fix: lrag-ray decode {uri}")

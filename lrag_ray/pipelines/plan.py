@@ -54,7 +54,7 @@ class Cell:
     latent_frames: int
     video_frames: int
     videos: int
-    """Prompts times samples."""
+    """Rollouts that get one."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class MethodPlan:
     longest_decode_flops: int
     """The same for decoding it."""
     scoring_flops: int
-    """Operations of VBench-Long on all videos; 0 where videos are off."""
+    """Operations of VBench-Long on all videos; 0 where videos are off, and for a corpus, which is not scored."""
     video_frames: int
     """Frames of all stored videos."""
     latent_bytes: int
@@ -202,7 +202,7 @@ def make_plan(
                     duration_s,
                     frames,
                     video_frames(frames, config.video.cold_chunk),
-                    videos,
+                    own,
                 )
                 for duration_s, frames in frames_of.items()
             ]
@@ -355,7 +355,7 @@ def _method_plan(
         decode_flops=decoded * sum(runs) * frame_decode_flops,
         longest_flops=once + sum(per_block(longest)),
         longest_decode_flops=longest * frame_decode_flops,
-        scoring_flops=decoded
+        scoring_flops=(decoded if config.job == "evaluate" else 0)
         * sum(vbench_flops(group, config.video.fps, 8 * latent.height, 8 * latent.width) for group in scored),
         video_frames=shown,
         latent_bytes=stored * latent.channels * latent.height * latent.width * value_bytes,
@@ -370,7 +370,9 @@ def _method_plan(
 def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     if prompts and not prompts[0].text:
         named = f"{config.prompts.path} is not there yet" if config.prompts.path else "no prompts.path is given"
-        yield f"{named}: planned for prompts.count {len(prompts)}. `run` needs the file: {WHERE_TO_GET}"
+        count = config.prompts.count or len(prompts)
+        drawn = f", which gives {len(prompts):,} prompts" if len(prompts) != count else ""
+        yield f"{named}: planned for prompts.count {count}{drawn}. `run` needs the file: {WHERE_TO_GET}"
     yield from sample_notes(config.prompts)
     yield from duplicate_warnings(prompts)
     if config.prompts.refine is not None and not any(prompt.original for prompt in prompts):

@@ -21,7 +21,9 @@ def cut_notes(backbones: Sequence[BackboneConfig], prompts: Sequence[Prompt]) ->
         (each.text_encoder.kind, each.text_encoder.tokenizer, each.transformer.text_len) for each in backbones
     ):
         # A token holds at least one character, or one byte of one that the vocabulary lacks.
-        long = [(each, text) for each in prompts if _most_tokens(text := clean_prompt(each.text)) > text_len]
+        long = [
+            (each, text) for each in prompts if each.text and _most_tokens(text := clean_prompt(each.text)) > text_len
+        ]
         tokenize = uncut_tokenizer(kind, tokenizer) if long else None
         kept: dict[tuple[int, ...], list[Prompt]] = {}
         cut = []

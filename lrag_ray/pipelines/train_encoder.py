@@ -79,7 +79,7 @@ def train_encoder(config: TrainEncoderConfig, *, listener: Listener = silent) ->
 class TrainEncoderJob(Job[TrainingOutcome]):
     """One start of a training."""
 
-    command = "train"
+    command = "run"
 
     def __init__(self, config: TrainEncoderConfig, listener: Listener) -> None:
         config = with_absolute_paths(config)

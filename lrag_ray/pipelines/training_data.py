@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +22,10 @@ def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Ca
     for an empty split.
     """
     data, length = config.data, config.data.window_frames
+    for each in dataset.left_out[:_MOST_NAMED]:
+        warn(f"left out: {each}")
+    if unnamed := len(dataset.left_out[_MOST_NAMED:]):
+        warn(f"left out: {unnamed} more (`lrag-ray dataset verify {shlex.join(data.uris)}` lists them)")
     keys, first = np.unique(np.array(dataset.keys, dtype=object), return_index=True)
     frames = dataset.frames[first]
     if short := np.flatnonzero(frames < length).tolist():

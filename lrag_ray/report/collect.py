@@ -18,7 +18,9 @@ from lrag_ray.report.judged import Counted, Judged, beside, judged
 from lrag_ray.report.merge import merged_identity
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns, shown_columns
 from lrag_ray.scoring.drift import DriftPoint, drift
+from lrag_ray.scoring.intended import intended_scores
 from lrag_ray.scoring.ranks import RankBlock, Unit, average_ranks, without_ranks
+from lrag_ray.scoring.registry import NONE
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import Suite
 from lrag_ray.store.identity import RunIdentity
@@ -70,6 +72,8 @@ class ReportData:
     """In what labelled runs differ."""
     judged: Sequence[Judged] = ()
     """Answers of judges, the shown suite's included; never ranked with other suites."""
+    unscored: bool = False
+    """The runs were not meant to have scores, and have none."""
 
     @property
     def uris(self) -> list[str]:
@@ -198,6 +202,7 @@ def collect(
         rollouts=_prompt_major(rollouts, merged.identity),
         run_notes=merged.notes,
         judged=[*own, *beside(shown, counted, merged.methods, suites)],
+        unscored=not blocks and all(intended_scores(run.storage).section.get("suite") == NONE for run in run_dirs),
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -30,6 +30,27 @@ from lrag_ray.thread_pool import thread_pool
 
 _COMPARED = ("rollout", "frames", "latents_digest", "part", "part_bytes")
 """Columns by which a row is known to be that of a commit."""
+
+
+class LeftOut(NamedTuple):
+    """Latents that were committed and are not in the dataset."""
+
+    path: str
+    """The commit, or the rollout whose parts are damaged."""
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+class CommittedRows(NamedTuple):
+    """What a run without an index holds."""
+
+    table: pa.Table
+    """Rows of `ROW_SCHEMA`."""
+    form: LatentForm | None
+    """Of the latents; None where nothing is committed."""
+    left_out: tuple[LeftOut, ...]
 
 
 class RunIndex:
@@ -73,7 +94,7 @@ class RunIndex:
         self._add(commits, warn)
 
     def _add(self, commits: Sequence[Commit], warn: Callable[[str], None]) -> None:
-        rows = rows_of(self._run.storage, self._identity, commits, warn)
+        rows = rows_of(self._run.storage, self._identity, commits, lambda each: warn(str(each)))
         self.writer.add(rows)
         self._indexed.update(row.row.rollout for row in rows)
 
@@ -98,26 +119,35 @@ def committed(identity: RunIdentity, inventory: Inventory) -> list[Commit]:
     return found
 
 
+def _not_counting(identity: RunIdentity, inventory: Inventory) -> Iterator[LeftOut]:
+    """Commits of the run that do not count, and would have added a rollout or made one longer."""
+    longest = {commit.rollout.path: commit.latent_frames for commit in committed(identity, inventory)}
+    for rollout in identity.rollouts_at(inventory.commits):
+        for frames, state in sorted(inventory.commits[rollout.path].items()):
+            if state.problem is not None and frames > longest.get(rollout.path, 0):
+                yield LeftOut(state.path, state.problem)
+
+
 def rows_of(
-    storage: Storage, identity: RunIdentity, commits: Sequence[Commit], broken: Callable[[str], None]
+    storage: Storage, identity: RunIdentity, commits: Sequence[Commit], left_out: Callable[[LeftOut], None]
 ) -> list[FormedRow]:
-    """Rows of committed rollouts, in order; `broken` receives a message for each whose parts are damaged."""
+    """Rows of committed rollouts, in order; `left_out` receives those whose parts are damaged."""
     with thread_pool(1 if storage.is_local else READERS, "header") as readers:
-        made = list(readers.map(partial(_row_or_reason, storage, identity), commits))
-    for reason in made:
-        if isinstance(reason, str):
-            broken(reason)
-    return [row for row in made if not isinstance(row, str)]
+        made = list(readers.map(partial(_row_or_problem, storage, identity), commits))
+    for each in made:
+        if isinstance(each, LeftOut):
+            left_out(each)
+    return [row for row in made if isinstance(row, FormedRow)]
 
 
-def _row_or_reason(storage: Storage, identity: RunIdentity, commit: Commit) -> FormedRow | str:
+def _row_or_problem(storage: Storage, identity: RunIdentity, commit: Commit) -> FormedRow | LeftOut:
     parts = commit.latent_parts
     try:
         layouts = [part_layout(storage, part.path, part.size_bytes, part.frames) for part in parts]
     except BrokenPartError as error:
-        return str(error)
+        return LeftOut(commit.rollout.path, str(error))
     if len({layout.form for layout in layouts}) != 1:
-        return f"{commit.rollout.path} holds parts of different shapes"
+        return LeftOut(commit.rollout.path, "it holds parts of different shapes")
     prompt = identity.prompts[commit.rollout.prompt_id]
     row = IndexRow(
         key=commit.rollout_key,
@@ -140,10 +170,10 @@ def _row_or_reason(storage: Storage, identity: RunIdentity, commit: Commit) -> F
     return FormedRow(row, layouts[0].form)
 
 
-def committed_rows(storage: Storage) -> tuple[pa.Table, LatentForm | None]:
-    """All rows of a run without an index, and what its latents are; None where nothing is committed.
+def committed_rows(storage: Storage) -> CommittedRows:
+    """All rows of a run without an index.
 
-    Raises StorageError where there is no run or a part is damaged, UsageError where backbones differ in latent shape.
+    Raises StorageError where there is no run, UsageError where backbones differ in latent shape.
     """
     run = RolloutRun(storage.address, storage.options)
     identity = run.read()
@@ -152,13 +182,11 @@ def committed_rows(storage: Storage) -> tuple[pa.Table, LatentForm | None]:
             f"{storage.uri} holds no dataset: there is no run at this address. Fix: `lrag-ray run` makes latents (job: "
             "latents), `lrag-ray dataset import` makes a dataset of .pt files or tar shards; or correct the address"
         )
-
-    def refuse(reason: str) -> None:
-        raise StorageError(f"{storage.uri}: {reason}. Fix: the command that made the run makes it again")
-
-    rows = rows_of(storage, identity, committed(identity, run.inventory()), refuse)
+    inventory = run.inventory()
+    left_out = list(_not_counting(identity, inventory))
+    rows = rows_of(storage, identity, committed(identity, inventory), left_out.append)
     forms = {row.row.backbone: row.form for row in rows}
     if len(set(forms.values())) > 1:
         listed = ", ".join(f"{backbone} {form}" for backbone, form in forms.items())
         raise UsageError(f"{storage.uri} holds latents of different shapes ({listed}): a dataset has one")
-    return table_of([row.row for row in rows]), next(iter(forms.values()), None)
+    return CommittedRows(table_of([row.row for row in rows]), next(iter(forms.values()), None), tuple(left_out))

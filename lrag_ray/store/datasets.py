@@ -17,10 +17,9 @@ import ctypes
 import hashlib
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +42,8 @@ from lrag_ray.store.dataset_index import (
     SegmentFile,
     read_manifest,
 )
-from lrag_ray.store.dataset_rows import committed_rows
+from lrag_ray.store.dataset_rows import LeftOut, committed_rows
+from lrag_ray.store.kept import Kept
 
 _GROUPS_OF_PLACES = 512
 """Row groups whose places are kept: those of a quarter of a million rollouts, about 100 MB."""
@@ -106,6 +106,10 @@ class LatentDataset:
         """(C, H, W) of every latent frame: (16, 60, 104) at 832x480."""
         self.dtype: torch.dtype = getattr(torch, self.form.dtype)
         """Of the latents as they are stored and read."""
+        self.left_out: Sequence[LeftOut] = [
+            LeftOut(f"{source.uri}/{path}", problem) for source in self._sources for path, problem in source.left_out
+        ]
+        """Committed latents of runs without an index that are not in the dataset, because something is damaged."""
 
     @classmethod
     def open(cls, uri: str, *more_uris: str, storage: StorageSection | None = None) -> LatentDataset:
@@ -310,24 +314,36 @@ def _open_source(storage: Storage) -> _Source:
     manifest = read_manifest(storage)
     if manifest is not None and manifest.form is not None:
         return _Source(storage, manifest.form, _IndexRows(storage, manifest))
-    table, form = committed_rows(storage)
+    table, form, left_out = committed_rows(storage)
+    if form is None and left_out:
+        raise StorageError(
+            f"{storage.uri} holds no latents that are whole ({len(left_out)} commits do not count; {left_out[0]}). "
+            "Fix: the command that made the run makes them again"
+        )
     if form is None:
         raise UsageError(f"{storage.uri} holds no finished rollout yet. Fix: wait for the first one, or run it again")
-    return _Source(storage, form, _TableRows(table))
+    return _Source(storage, form, _TableRows(table), left_out)
 
 
 class _Source:
     """The rollouts of one address."""
 
-    def __init__(self, storage: Storage, form: LatentForm, rows: _IndexRows | _TableRows) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        form: LatentForm,
+        rows: _IndexRows | _TableRows,
+        left_out: Sequence[LeftOut] = (),
+    ) -> None:
         self.storage = storage
+        self.left_out = left_out
         self.form = form
         self.uri = storage.uri
         self._frame_bytes = form.frame_bytes
         self._rows = rows
-        self._places: _Kept[_Places] = _Kept(_GROUPS_OF_PLACES)
-        self._parts: _Kept[list[tuple[str, int, int, int]]] = _Kept(_ROWS_OF_PARTS)
-        self._entries: _Kept[pa.Table] = _Kept(_GROUPS_OF_ENTRIES)
+        self._places: Kept[_Places] = Kept(_GROUPS_OF_PLACES)
+        self._parts: Kept[list[tuple[str, int, int, int]]] = Kept(_ROWS_OF_PARTS)
+        self._entries: Kept[pa.Table] = Kept(_GROUPS_OF_ENTRIES)
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Columns of all rows."""
@@ -405,7 +421,7 @@ class _TableRows:
         """Columns of all rows."""
         return self._table.select(list(names))
 
-    def group_of(self, row: int, names: Sequence[str], kept: _Kept[T], make: Callable[[pa.Table], T]) -> tuple[T, int]:
+    def group_of(self, row: int, names: Sequence[str], kept: Kept[T], make: Callable[[pa.Table], T]) -> tuple[T, int]:
         """All rows are one group."""
         return kept.get(0, lambda: make(self._table.select(list(names)))), row
 
@@ -417,7 +433,7 @@ class _IndexRows:
         self._storage = storage
         self._manifest = manifest
         self._rollouts = manifest.rollouts
-        self._files: _Kept[SegmentFile] = _Kept(64)
+        self._files: Kept[SegmentFile] = Kept(64)
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Columns of all rows of the snapshot."""
@@ -428,7 +444,7 @@ class _IndexRows:
 
         return self._current(read)
 
-    def group_of(self, row: int, names: Sequence[str], kept: _Kept[T], make: Callable[[pa.Table], T]) -> tuple[T, int]:
+    def group_of(self, row: int, names: Sequence[str], kept: Kept[T], make: Callable[[pa.Table], T]) -> tuple[T, int]:
         """What `make` makes of the row group that holds `row`, and the row's place in it."""
 
         def read(segment: IndexSegment, group: int) -> T:
@@ -469,29 +485,4 @@ class _IndexRows:
             return read()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": _Kept(64)}
-
-
-class _Kept(Generic[T]):
-    """The values that were used last, for several threads."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of `key`, made where it is not kept."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        value = make()
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-        return value
-
-    def __reduce__(self) -> tuple[type[_Kept[T]], tuple[int]]:
-        return _Kept, (self._size,)
+        return {**self.__dict__, "_files": Kept(64)}

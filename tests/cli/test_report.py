@@ -95,6 +95,15 @@ def test_what_is_not_scored_yet_is_counted(tmp_path: Path) -> None:
     assert "Not scored in full yet: 2 videos at their durations (`lrag-ray score RUN`)" in shown
 
 
+def test_a_run_that_was_not_meant_to_have_scores_misses_none(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "run"), ["a fox"], ["base"])
+    run.storage.write("config.json", b'{"job": "latents", "scoring": {"suite": "none"}}')
+    shown = invoke(run.uri, "--strips", "0").output
+    assert "Not scored, as configured" in shown and "yet" not in shown
+    page = run.storage.read_bytes("summary/report.html").decode()
+    assert "Not scored, as configured" in page and "No scores yet" not in page and "Not scored in full" not in page
+
+
 def test_several_runs_without_a_place_print_one_table(run: RolloutRun, tmp_path: Path) -> None:
     other = make_run(str(tmp_path / "other"), PROMPTS, ["infinity_rope"], (12,))
     score_run(other, lambda *_: 0.85)

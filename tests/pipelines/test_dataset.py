@@ -15,12 +15,17 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
 from lrag_ray.errors import StorageError, UsageError
+from lrag_ray.events import Event, TaskFinished
 from lrag_ray.pipelines.dataset import dataset_info, export_dataset, verify_dataset
 from lrag_ray.pipelines.dataset_import import import_dataset
+from lrag_ray.pipelines.latents import index_feed
 from lrag_ray.store.dataset_card import read_card
 from lrag_ray.store.dataset_files import read_shard
+from lrag_ray.store.dataset_index import read_manifest
+from lrag_ray.store.dataset_rows import RunIndex
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.rollouts import RolloutRun
+from tests.training.corpus import make_corpus
 
 SHAPE = (4, 6, 8)
 
@@ -58,7 +63,7 @@ def test_an_imported_folder_is_read_bit_for_bit(imported: str) -> None:
 
 def test_prompts_that_nobody_knows_are_not_counted(imported: str) -> None:
     assert dataset_info([imported]).prompts == 0
-    assert "5 of unknown prompts" in CliRunner().invoke(app, ["dataset", "info", imported]).output
+    assert "5, of unknown prompts" in CliRunner().invoke(app, ["dataset", "info", imported]).output
 
 
 def test_every_bit_pattern_survives(tmp_path: Path) -> None:
@@ -285,6 +290,48 @@ def test_verify_finds_every_kind_of_damage(imported: str) -> None:
     # Damaged latents are named and not exported, the others are.
     made = export_dataset([imported], imported + "-exported")
     assert (made.exit_code, made.files_made, len(made.damaged)) == (1, 2, 3)
+
+
+def test_what_a_run_without_an_index_cannot_give_is_named_and_nothing_else_is_missing(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", count=5)
+    whole = LatentDataset.open(corpus)
+    files = [Path(corpus) / whole.parts(i)[0].path for i in range(5)]
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    files[2].unlink()
+    files[3].write_bytes(b"\xff" * files[3].stat().st_size)
+    commit = Path(corpus) / whole.rollouts[4].rollout / "commit-24.json"
+    commit.write_bytes(commit.read_bytes()[:-9])
+    data = LatentDataset.open(corpus)
+    assert (len(data), len(data.left_out), data.keys) == (1, 4, whole.keys[:1])
+    problems = [f"{each.rollout}: {each.problem}" for each in verify_dataset([corpus]).damaged]
+    for index, problem in (
+        (1, f"{files[1].name}, which has {files[1].stat().st_size} bytes instead of"),
+        (2, f"{files[2].name}, which is missing"),
+        (3, "is not a safetensors file"),
+        (4, "not a commit record"),
+    ):
+        assert sum(whole.rollouts[index].rollout in each and problem in each for each in problems) == 1, problems
+    assert dataset_info([corpus]).left_out == tuple(str(each) for each in data.left_out)
+    made = export_dataset([corpus], str(tmp_path / "exported"))
+    assert (made.exit_code, made.files_made, len(made.damaged)) == (1, 1, 4)
+    files[0].unlink()
+    with pytest.raises(StorageError, match=r"no latents that are whole \(5 commits do not count; .*is missing"):
+        LatentDataset.open(corpus)
+
+
+def test_a_start_that_is_interrupted_leaves_no_finished_rollout_out_of_the_index(tmp_path: Path) -> None:
+    run = RolloutRun(make_corpus(tmp_path / "corpus", count=3))
+    identity, heard = run.require(), list[Event]()
+    finished = [TaskFinished(stage="rollouts", task=each.path, result=None) for each in list(identity.rollouts())[:2]]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        index_feed(RunIndex(run, identity), heard.append, every_s=1000) as relay,
+    ):
+        for event in finished:
+            relay(event)
+        raise KeyboardInterrupt
+    manifest = read_manifest(run.storage)
+    assert manifest is not None and manifest.rollouts == 2 and heard == finished
 
 
 def test_a_flipped_bit_in_the_text_of_an_index_is_noticed(imported: str) -> None:

@@ -24,7 +24,9 @@ from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.official import OFFICIAL
 from lrag_ray.scoring.vbench_long.vit import VisionTransformer, VitConfig
+from lrag_ray.store.dataset_rows import RunIndex
 from lrag_ray.store.datasets import LatentDataset
+from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.training.checkpoint import checkpoint_bytes
 from lrag_ray.training.loop import make_model
 from lrag_ray.video.mp4 import read_video
@@ -143,9 +145,28 @@ def test_the_dino_map_is_that_of_the_decoded_frames(tmp_path: Path, monkeypatch:
     page = (tmp_path / "out" / "embeddings.html").read_text()
     assert page.count('<svg class="map square"') == 2
 
-    videos[0].write_bytes(videos[0].read_bytes()[:3000].ljust(videos[0].stat().st_size, b"\0"))
+    whole = videos[0].read_bytes()
+    videos[0].write_bytes(whole[:3000].ljust(len(whole), b"\0"))
     damaged = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "damaged")])
     assert damaged.exit_code == 1 and "video" in damaged.stderr and "Traceback" not in damaged.output
+
+    # With another size its commit does not count, so its latents are not in the dataset: named, whatever is measured.
+    videos[0].write_bytes(whole[:3000])
+    pooled = ["inspect", "embeddings", corpus, "--descriptor", "avg_pool", "--to", str(tmp_path / "pooled")]
+    shown = CliRunner().invoke(app, pooled)
+    assert shown.exit_code == 0 and len(np.load(tmp_path / "pooled" / "similarity.npz")["rollouts"]) == 1
+    reason = f"{rollouts[0].rollout}/commit-9.json: names {videos[0].relative_to(corpus)}, which has 3000 bytes instead"
+    assert f"left out: {corpus}/{reason}" in shown.stderr
+    assert reason in json.loads(CliRunner().invoke(app, [*pooled, "--json"]).stdout)["left_out"][0]
+    asked = CliRunner().invoke(app, [*pooled, "--prompt", "scene 0"])
+    assert asked.exit_code == 2 and reason in asked.stderr
+    # An index knows no videos.
+    index = RunIndex(RolloutRun(corpus), RolloutRun(corpus).require())
+    videos[0].write_bytes(whole)
+    index.catch_up(RolloutRun(corpus).inventory(), print)
+    videos[0].write_bytes(whole[:3000])
+    refused = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "damaged")])
+    assert refused.exit_code == 3 and reason.replace(": names", " does not count: names") in refused.stderr
 
 
 def test_hostile_prompts_are_escaped(tmp_path: Path) -> None:

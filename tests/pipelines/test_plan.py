@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from lrag_ray.cli.app import app
 from lrag_ray.config.horizons import latent_frames
-from lrag_ray.config.load import load_config
+from lrag_ray.config.latents import LatentsConfig
+from lrag_ray.config.load import load_config, load_job
 from lrag_ray.config.prompts import plan_prompts
 from lrag_ray.context.registry import registered
 from lrag_ray.errors import ConfigError
@@ -51,6 +54,17 @@ def test_rounding_adds_less_than_a_block(duration_s: float, frames_per_block: in
     frames = latent_frames(duration_s, frames_per_block)
     assert frames % frames_per_block == 0
     assert frames == frames_per_block or -0.5 <= frames - 4 * duration_s < frames_per_block + 0.5
+
+
+def test_a_corpus_is_not_scored_and_decodes_its_verification_videos_alone() -> None:
+    file, count = str(CONFIGS / "latents.yaml"), "prompts.count=2480"
+    config = load_job(file, [count])
+    assert isinstance(config, LatentsConfig)
+    plan = make_plan(config, plan_prompts(config.prompts))
+    assert (plan.prompts, plan.totals.scoring_flops, [cell.videos for cell in plan.cells]) == (248, 0, [2])
+    assert any("prompts.count 2480, which gives 248 prompts" in note for note in plan.notes)
+    shown = CliRunner().invoke(app, ["plan", file, "--gpus", "6", "--set", count])
+    assert shown.exit_code == 0 and "VBench" not in shown.output and "scores" not in shown.output
 
 
 def test_table_2_comes_to_what_the_paper_ran() -> None:

@@ -95,7 +95,8 @@ def test_wall_clock_price_and_memory_are_answered(measured: tuple[Path, Plan]) -
     assert f"for {hours * 2.5:,.2f} at 2.5 an hour, without scores." in text and "on 6 GPUs" in text
     assert "Hours are from measured timings: 2 MFLOP/s generating on H100 (3 rollouts of runs/x)." in text
     assert text.count("Memory:") == 1 and "which H100 has" in text
-    assert "total without scores" in text
+    (row,) = (line.split() for line in text.splitlines() if line.startswith("hours, H100"))
+    assert float(row[4].replace(",", "")) == round(hours)
 
 
 @pytest.mark.parametrize(

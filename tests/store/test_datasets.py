@@ -22,7 +22,7 @@ from lrag_ray.store.dataset_index import (
     LatentForm,
     read_manifest,
 )
-from lrag_ray.store.dataset_rows import RunIndex, committed, rows_of
+from lrag_ray.store.dataset_rows import LeftOut, RunIndex, committed, rows_of
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.rollouts import RolloutRun
 from tests.stages.make import do_all, make_config, make_prompts
@@ -50,7 +50,7 @@ def copy_of(run: RolloutRun, folder: Path) -> RolloutRun:
 
 def all_rows(run: RolloutRun) -> list[FormedRow]:
     identity = run.require()
-    broken: list[str] = []
+    broken: list[LeftOut] = []
     rows = rows_of(run.storage, identity, committed(identity, run.inventory()), broken.append)
     assert broken == []
     return rows

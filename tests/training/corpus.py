@@ -12,6 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lrag_ray.store.dataset_files import values_digest
 from lrag_ray.store.parts import FinishedBlock, write_part
 from lrag_ray.store.records import Commit, RolloutId, now_utc
 from lrag_ray.store.rollouts import RolloutRun
@@ -52,7 +53,7 @@ def make_corpus(
         if prompt.index < first:
             continue
         key = identity.rollout_key(rollout, frames)
-        values = latents(prompt.index, frames).to(dtype)
+        values = latents(prompt.index, frames).to(dtype).contiguous()
         parts = []
         for start in range(0, frames, 12):
             blocks = [
@@ -69,7 +70,7 @@ def make_corpus(
             latent_parts=[part.latents for part in parts], trace_parts=[part.trace for part in parts],
             video=store_video(run, path, shown) if shown is not None else None,
             video_frames=len(shown) if shown is not None else 0, fps=16,
-            latents_digest=f"{prompt.index:064d}", device_kind="cpu",
+            latents_digest=values_digest(values), device_kind="cpu",
             versions={}, timings_s={}, created_at=now_utc(),
         )  # fmt: skip
         assert run.commit(commit)
