@@ -40,6 +40,17 @@ GOLDEN = Path(os.environ.get("LRAG_GOLDEN") or REPOSITORY.parent / "shared" / "g
 tests/golden is there in any case."""
 
 
+MEASURED = {"context", "retrieval", "rollout", "scoring", "stages", "store", "video", "wan"}
+"""Folders with the direct tests of the packages whose coverage is measured (`tool.coverage` in pyproject.toml)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Trace no line for other tests: it makes them a third slower."""
+    for item in items:
+        if item.path.relative_to(REPOSITORY / "tests").parts[0] not in MEASURED:
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of the larger set of golden vectors; skips where it is absent."""
