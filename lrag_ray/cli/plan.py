@@ -152,11 +152,11 @@ def print_plan(
         durations = ", ".join(f"{seconds:g}" for seconds in dict.fromkeys(cell.duration_s for cell in plan.cells))
         methods = len({cell.method for cell in plan.cells})
         videos = [cell.videos for cell in plan.cells]
-        each = f"{count(videos[0])} videos each" if len(set(videos)) == 1 else f"{count(sum(videos))} videos in all"
+        made = f"{count(videos[0])} videos each" if len(set(videos)) == 1 else f"{count(sum(videos))} videos in all"
         say(
             out,
             f"Cells: {len(plan.backbones)} backbones x {methods} methods x durations of {durations} s = "
-            f"{len(plan.cells)}, {each} (--cells lists them).",
+            f"{len(plan.cells)}, {made} (--cells lists them).",
         )
     totals = plan.totals
     say(

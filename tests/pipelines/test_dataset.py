@@ -19,6 +19,7 @@ from lrag_ray.events import Event, TaskFinished
 from lrag_ray.pipelines.dataset import dataset_info, export_dataset, verify_dataset
 from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.latents import index_feed
+from lrag_ray.stages.spec import Result
 from lrag_ray.store.dataset_card import read_card
 from lrag_ray.store.dataset_files import read_shard
 from lrag_ray.store.dataset_index import read_manifest
@@ -322,7 +323,9 @@ def test_what_a_run_without_an_index_cannot_give_is_named_and_nothing_else_is_mi
 def test_a_start_that_is_interrupted_leaves_no_finished_rollout_out_of_the_index(tmp_path: Path) -> None:
     run = RolloutRun(make_corpus(tmp_path / "corpus", count=3))
     identity, heard = run.require(), list[Event]()
-    finished = [TaskFinished(stage="rollouts", task=each.path, result=None) for each in list(identity.rollouts())[:2]]
+    finished = [
+        TaskFinished(stage="rollouts", task=each.path, result=Result()) for each in list(identity.rollouts())[:2]
+    ]
     with (
         pytest.raises(KeyboardInterrupt),
         index_feed(RunIndex(run, identity), heard.append, every_s=1000) as relay,

@@ -161,9 +161,9 @@ def test_the_dino_map_is_that_of_the_decoded_frames(tmp_path: Path, monkeypatch:
     asked = CliRunner().invoke(app, [*pooled, "--prompt", "scene 0"])
     assert asked.exit_code == 2 and reason in asked.stderr
     # An index knows no videos.
-    index = RunIndex(RolloutRun(corpus), RolloutRun(corpus).require())
+    indexed = RunIndex(RolloutRun(corpus), RolloutRun(corpus).require())
     videos[0].write_bytes(whole)
-    index.catch_up(RolloutRun(corpus).inventory(), print)
+    indexed.catch_up(RolloutRun(corpus).inventory(), print)
     videos[0].write_bytes(whole[:3000])
     refused = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "damaged")])
     assert refused.exit_code == 3 and reason.replace(": names", " does not count: names") in refused.stderr
