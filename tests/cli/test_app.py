@@ -103,6 +103,7 @@ SURFACE = {
     "dataset export": ["RUN…", "--to", "--format", "--dtype", "--shard-mb", "--json"],
     "dataset import": ["DIR", "--to", "--window", "--licence", "--json"],
     "bench runner": ["--items", "--actors", "--seconds", "--address"],
+    "bench decode": [None, "--backbone", "--run", "--limit", "--seconds", "--weights", "--device"],
     "bench rollout": [
         "CONFIG",
         "--backbone",
