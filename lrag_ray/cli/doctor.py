@@ -53,7 +53,7 @@ def doctor(
             if row.fix:
                 say(out, f"{'':<{_FOUND_AT}}fix: {row.fix}", _FOUND_AT, style="bold")
     if as_json:
-        print_json({"healthy": healthy(rows), "rows": [row._asdict() for row in rows]})
+        print_json({"healthy": healthy(rows), "rows": rows})
     else:
         counts: Counter[str] = Counter(row.state for row in rows)
         said = ", ".join(f"{counts[state]} {word}" for state, word in _TOTALS.items() if counts[state])

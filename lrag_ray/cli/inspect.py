@@ -75,7 +75,7 @@ def inspect_rollout_command(
     if png is not None:
         draw_png(found.rows, png, title)
     if as_json:
-        print_json({"rollout": found.commit.rollout, "rows": [row._asdict() for row in found.rows]})
+        print_json({"rollout": found.commit.rollout, "rows": found.rows})
         return
     out = console()
     out.print(f"{title}\n{found.prompt}")

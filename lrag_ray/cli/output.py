@@ -83,7 +83,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print plain data, a dataclass or a pydantic record as one JSON object."""
+    """Print plain data, a dataclass, a named tuple or a pydantic record as JSON."""
     print(json_text(plain(value), indent=2))
 
 

@@ -40,7 +40,7 @@ def prompts(
 
     made = fetch_prompts(hub_place(dataset), file, column, limit)
     if as_json:
-        print_json(made._asdict())
+        print_json(made)
         return
     named = "" if column == "prompt" else f" --set prompts.column={column}"
     console().print(f"{made.file}: {made.prompts} prompts of {made.source}", soft_wrap=True, markup=False)

@@ -103,7 +103,7 @@ def _training_report(runs: list[str], as_json: bool, other: Any) -> None:
         raise UsageError("an encoder training has a page of its own. Fix: give its address alone, without options")
     made = write_training_report(TrainingRun(runs[0]))
     if as_json:
-        print_json({"folder": made.folder, "files": made.files, "epochs": [row._asdict() for row in made.epochs]})
+        print_json({"folder": made.folder, "files": made.files, "epochs": made.epochs})
         return
     console().print(f"page: {made.folder}/{made.files[0]}", soft_wrap=True)
     console().print(f"data: {', '.join(made.files[1:])} beside it", soft_wrap=True)

@@ -129,7 +129,7 @@ def videos(
         raise UsageError(f"--duration {duration:g}: the run has {known} s")
     found = run.videos(prompt=prompt, method=method, backbone=backbone, duration_s=duration)
     if as_json:
-        print_json([video._asdict() for video in found])
+        print_json(found)
         return
     for video in found:
         write(video.address)

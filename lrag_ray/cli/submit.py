@@ -134,7 +134,7 @@ def logs(
         _follow(job, progress, as_json)
         return
     if as_json:
-        print_json({"job": job._asdict(), "lines": job_log(job).splitlines()})
+        print_json({"job": job, "lines": job_log(job).splitlines()})
         return
     listener = json_lines(write) if progress == "json" else PlainProgress(write)
     for line in job_log(job).splitlines():

@@ -157,6 +157,10 @@ class FanOut(Generic[Payload]):
                 _, running = ray.wait(running, timeout=_LOOK_EVERY_S)
                 self._take_events(quarantined)
             ray.get(wave)
+        except ray.exceptions.WorkerCrashedError as error:
+            raise ClusterError(
+                f"{self._stage.name}: the process that hands out its tasks died at each of Ray's tries (out of memory?)"
+            ) from error
         except ray.exceptions.RayError as error:
             # What a task does wrong is in the ledger; this is a worker that cannot even start.
             lines = str(error).strip().splitlines()

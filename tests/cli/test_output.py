@@ -5,7 +5,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
@@ -141,3 +141,13 @@ def stored_run_uri(tmp_path: Path) -> str:
 
 def test_workers_stand_in_natural_order() -> None:
     assert sorted(["worker-10", "worker-2", "worker-1"], key=natural) == ["worker-1", "worker-2", "worker-10"]
+
+
+class _Pair(NamedTuple):
+    name: str
+    sizes: tuple[int, int]
+
+
+def test_named_tuples_are_printed_with_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"jobs": [_Pair("a", (1, 2))]})
+    assert json.loads(capsys.readouterr().out) == {"jobs": [{"name": "a", "sizes": [1, 2]}]}
