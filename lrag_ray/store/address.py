@@ -27,7 +27,7 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
 from lrag_ray.store.faults import error_code, fix_of
-from lrag_ray.store.inside import opened_file, opened_folder, outside, read_file, read_range
+from lrag_ray.store.inside import most_bytes, opened_file, opened_folder, outside, read_file, read_range
 from lrag_ray.store.retry import GivenUpError, with_retries
 from lrag_ray.store.s3 import READERS, client_options
 from lrag_ray.store.waits import waiting
@@ -146,8 +146,12 @@ class Storage:
         if self.is_local:
             return self._do("read", path, lambda: self._read_local(full))
         # One request for the whole file: no part of a run is so large that pieces of it would be quicker.
-        single = {"max_concurrency": 1} if self.is_s3 else {}
-        return self._do("read", path, lambda: bytes(self.fs.cat_file(full, **single)))
+        data = self._do("read", path, lambda: self._cat_range(full, 0, most_bytes(path) + 1))
+        if len(data) > most_bytes(path):
+            raise StorageError(
+                f"{self.uri}/{path} has more than {most_bytes(path):,} bytes, which is all that is read. Fix: remove it"
+            )
+        return data
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file, fewer where it ends before; FileNotFoundError if there is none."""
@@ -161,8 +165,7 @@ class Storage:
         """
         full, view = self._full(path), memoryview(buffer)
         if not self.is_local:
-            single = {"max_concurrency": 1} if self.is_s3 else {}
-            data = self._do("read", path, lambda: self._cat_range(full, start, start + len(view), single))
+            data = self._do("read", path, lambda: self._cat_range(full, start, start + len(view)))
             view[: len(data)] = data
             return len(data)
         # The shortest way for a window in the page cache; anything unusual, links among it, takes the other.
@@ -175,9 +178,9 @@ class Storage:
         except OSError:
             return self._do("read", path, lambda: read_range(self.full(path), start, view))
 
-    def _cat_range(self, full: str, start: int, end: int, options: Mapping[str, Any]) -> bytes:
+    def _cat_range(self, full: str, start: int, end: int) -> bytes:
         try:
-            return bytes(self.fs.cat_file(full, start=start, end=end, **options))
+            return bytes(self.fs.cat_file(full, start=start, end=end))
         except Exception as error:
             if error_code(error) == "InvalidRange":
                 return b""

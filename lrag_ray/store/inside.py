@@ -48,11 +48,15 @@ def read_file(path: str, root: str | None) -> bytes:
 
     A sparse file of any size takes no room on a disk.
     """
-    most = _MOST_RECORD_BYTES if path.endswith((".json", ".beat", ".parquet")) else _MOST_BYTES
     with opened_file(path, root) as file:
-        if (size := os.fstat(file.fileno()).st_size) > most:
-            raise StorageError(f"{path} has {size:,} bytes, and at most {most:,} are read. Fix: remove it")
+        if (size := os.fstat(file.fileno()).st_size) > most_bytes(path):
+            raise StorageError(f"{path} has {size:,} bytes, and at most {most_bytes(path):,} are read. Fix: remove it")
         return file.read()
+
+
+def most_bytes(path: str) -> int:
+    """Bytes that are read of a file with this name, wherever it is stored."""
+    return _MOST_RECORD_BYTES if path.endswith((".json", ".beat", ".parquet")) else _MOST_BYTES
 
 
 @contextmanager

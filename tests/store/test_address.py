@@ -11,6 +11,7 @@ import pytest
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
+from lrag_ray.store import inside
 from lrag_ray.store.address import Storage
 from lrag_ray.store.s3 import parse_time
 
@@ -35,6 +36,20 @@ def test_files_are_listed_with_sizes_read_moved_and_removed(run_uri: str, tmp_pa
     assert storage.list_files() == {"a/moved.txt": 5}
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("a/b/one.txt")
+
+
+def test_no_file_is_read_beyond_the_size_of_its_kind(run_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside, "_MOST_RECORD_BYTES", 100)
+    storage = Storage(run_uri)
+    for size in (0, 100):
+        storage.write("run.json", b"x" * size)
+        assert storage.read_bytes("run.json") == b"x" * size
+    storage.write("run.json", b"x" * 101)
+    for read in (storage.read_bytes, lambda path: storage.read_many([path, path])):
+        with pytest.raises(StorageError, match=r"run\.json has .*100"):
+            read("run.json")
+    storage.write("latents.safetensors", b"x" * 101)
+    assert len(storage.read_bytes("latents.safetensors")) == 101
 
 
 def test_of_many_concurrent_creates_exactly_one_wins(run_uri: str) -> None:
