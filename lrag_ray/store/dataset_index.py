@@ -374,6 +374,9 @@ class SegmentFile:
                 return read()
         except (FileNotFoundError, StorageError):
             raise
+        except KeyError as error:
+            # What is said of a column of `read_dictionary` that the file lacks.
+            raise self._damaged(f"it has no column {error}") from error
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(str(error)) from error
 

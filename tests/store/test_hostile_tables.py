@@ -70,6 +70,13 @@ def test_a_column_of_pickles_is_not_unpickled(
     assert (tmp_path / "acted").exists()
 
 
+@pytest.mark.parametrize("name", ROW_SCHEMA.names)
+def test_an_index_without_one_of_its_columns_is_damaged(tmp_path: Path, name: str) -> None:
+    whole = pa.table({field.name: pa.array([ROW[field.name]], field.type) for field in ROW_SCHEMA})
+    with pytest.raises(DamagedIndexError, match=r"Fix: delete dataset/index\.json"):
+        read_everything(dataset_of(tmp_path, whole.drop_columns([name])))
+
+
 def _repeated(rows: int) -> dict[str, bytes]:
     """Traces of a few kilobytes: very many rows, a long text in each row, and zeros that compress to nothing."""
     return {
