@@ -204,11 +204,15 @@ def read_manifest(storage: Storage) -> IndexManifest | None:
     except ValueError as error:
         reason = why_not(error)
     else:
-        misplaced = [s.path for s in manifest.segments if not s.path.startswith(SEGMENT_PREFIX)]
-        if manifest.format_version == FORMAT_VERSION and not misplaced:
+        paths = [segment.path for segment in manifest.segments]
+        misplaced = [path for path in paths if not path.startswith(SEGMENT_PREFIX)]
+        twice = len(set(paths)) < len(paths)
+        if manifest.format_version == FORMAT_VERSION and not misplaced and not twice:
             if manifest.form is not None or not manifest.segments:
                 return manifest
             reason = "it names segments and no shape"
+        elif twice:
+            reason = "it names a segment twice"
         elif misplaced:
             reason = f"it names {misplaced[0]!r}, which is not in {SEGMENT_PREFIX}"
         else:

@@ -28,6 +28,7 @@ from lrag_ray.store.dataset_index import (
     IndexManifest,
     IndexSegment,
     LatentForm,
+    read_manifest,
 )
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.parts import TRACE_SCHEMA, BrokenPartError, read_trace
@@ -75,6 +76,16 @@ def test_an_index_without_one_of_its_columns_is_damaged(tmp_path: Path, name: st
     whole = pa.table({field.name: pa.array([ROW[field.name]], field.type) for field in ROW_SCHEMA})
     with pytest.raises(DamagedIndexError, match=r"Fix: delete dataset/index\.json"):
         read_everything(dataset_of(tmp_path, whole.drop_columns([name])))
+
+
+def test_a_manifest_that_names_a_segment_many_times_is_damaged(tmp_path: Path) -> None:
+    storage = dataset_of(tmp_path, pa.table({f.name: pa.array([ROW[f.name]], f.type) for f in ROW_SCHEMA}))
+    manifest = read_manifest(storage)
+    assert manifest is not None
+    many = manifest.model_copy(update={"segments": manifest.segments * 100_000})
+    storage.write("dataset/index.json", many.sealed())
+    with pytest.raises(DamagedIndexError, match=r"names a segment twice.*Fix: delete it"):
+        read_everything(storage)
 
 
 def _repeated(rows: int) -> dict[str, bytes]:
