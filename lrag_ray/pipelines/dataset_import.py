@@ -29,6 +29,7 @@ from lrag_ray.store.dataset_files import (
 )
 from lrag_ray.store.dataset_index import (
     FOLDER,
+    MOST_SIZE,
     FormedRow,
     IndexRow,
     IndexWriter,
@@ -190,7 +191,9 @@ class _Import:
         return FormedRow(self._stored(position, name, latents, digest, note), _form_of(latents))
 
     def _unusable(self, latents: Tensor, form: LatentForm | None) -> str:
-        frames = latents.shape[0]
+        frames, *sizes = latents.shape
+        if max(sizes) > MOST_SIZE:
+            return f"holds a tensor {list(latents.shape)}, and no size of a latent is above {MOST_SIZE}"
         if frames < self._window:
             return f"has {frames} latent frames, fewer than a window of {self._window}"
         if form is not None and _form_of(latents) != form:

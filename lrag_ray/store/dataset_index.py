@@ -84,7 +84,7 @@ _LEAST = {
     "frames": 1,
     "part_first_frame": 0,
     "part_frames": 1,
-    "part_offset": 0,
+    "part_offset": 64,  # no header of four-dimensional latents is shorter
     "part_bytes": 1,
 }
 """Smallest values of columns."""
@@ -109,12 +109,16 @@ _HEAD_BYTES = 4096
 _MOST_HEADER_BYTES = 1 << 24
 
 
+MOST_SIZE = 2**16
+"""Channels, rows or columns of a latent, as many as an encoder takes."""
+
+
 class LatentForm(Record):
     """What one latent frame of a dataset is."""
 
-    channels: int = Field(ge=1, lt=2**20)
-    height: int = Field(ge=1, lt=2**20)
-    width: int = Field(ge=1, lt=2**20)
+    channels: int = Field(ge=1, le=MOST_SIZE)
+    height: int = Field(ge=1, le=MOST_SIZE)
+    width: int = Field(ge=1, le=MOST_SIZE)
     dtype: Annotated[str, Field(pattern="^(bfloat16|float16|float32)$")]
 
     @property

@@ -177,11 +177,13 @@ def test_an_import_names_what_it_cannot_use(folder: Path, tmp_path: Path) -> Non
     torch.save({"latents": latents_of(24)}, folder / "latent_000024.pt")
     torch.save(latents_of(25)[0], folder / "latent_000025.pt")
     (folder / "latent_000026.pt").write_text("not a tensor")
+    torch.save(torch.zeros(8, 2**16 + 1, 1, 1), folder / "latent_000027.pt")
     (folder / "notes.txt").write_text("not a latent")
     outcome = import_dataset(str(folder), str(tmp_path / "imported"))
     assert (outcome.exit_code, outcome.imported) == (1, 5)
     reasons = {name: reason.split(":")[0] for name, reason in outcome.left_out.items()}
-    assert len(reasons) == 10
+    assert len(reasons) == 11
+    assert "no size of a latent is above 65536" in outcome.left_out["latent_000027.pt"]
     assert outcome.left_out["latent_000020.pt"] == "has 7 latent frames, fewer than a window of 8"
     assert "the others are [4, 6, 8] bfloat16" in outcome.left_out["latent_000021.pt"]
     assert "the others are [4, 6, 8] bfloat16" in outcome.left_out["latent_000022.pt"]
@@ -192,7 +194,7 @@ def test_an_import_names_what_it_cannot_use(folder: Path, tmp_path: Path) -> Non
     # Fixed files are added by the same command; what is there is not read into the dataset again.
     torch.save(latents_of(10), folder / "latent_000010.pt")
     again = import_dataset(str(folder), str(tmp_path / "imported"))
-    assert (again.imported, again.there, len(again.left_out), again.rollouts) == (1, 5, 9, 6)
+    assert (again.imported, again.there, len(again.left_out), again.rollouts) == (1, 5, 10, 6)
     torch.save(latents_of(99), folder / "latent_000001.pt")
     changed = import_dataset(str(folder), str(tmp_path / "imported"))
     assert changed.left_out["latent_000001.pt"] == "the dataset holds other latents under this name"

@@ -78,6 +78,12 @@ def test_an_index_without_one_of_its_columns_is_damaged(tmp_path: Path, name: st
         read_everything(dataset_of(tmp_path, whole.drop_columns([name])))
 
 
+def test_an_offset_inside_the_header_of_a_part_is_refused(tmp_path: Path) -> None:
+    columns = {f.name: pa.array([{**ROW, "part_offset": [0]}[f.name]], f.type) for f in ROW_SCHEMA}
+    with pytest.raises(DamagedIndexError, match="column part_offset"):
+        read_everything(dataset_of(tmp_path, pa.table(columns)))
+
+
 def test_a_manifest_that_names_a_segment_many_times_is_damaged(tmp_path: Path) -> None:
     storage = dataset_of(tmp_path, pa.table({f.name: pa.array([ROW[f.name]], f.type) for f in ROW_SCHEMA}))
     manifest = read_manifest(storage)
