@@ -107,10 +107,8 @@ _DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)
 _HEAD_BYTES = 4096
 """Of a part, read for its header; a header that is longer takes a second read."""
 _MOST_HEADER_BYTES = 1 << 24
-
-
 MOST_SIZE = 2**16
-"""Channels, rows or columns of a latent, as many as an encoder takes."""
+"""Channels, rows or columns of a latent; `EncoderConfig` takes no more."""
 
 
 class LatentForm(Record):

@@ -19,10 +19,11 @@ from lrag_ray.events import Event, TaskFinished
 from lrag_ray.pipelines.dataset import dataset_info, export_dataset, verify_dataset
 from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.latents import index_feed
+from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.stages.spec import Result
 from lrag_ray.store.dataset_card import read_card
 from lrag_ray.store.dataset_files import read_shard
-from lrag_ray.store.dataset_index import read_manifest
+from lrag_ray.store.dataset_index import MOST_SIZE, read_manifest
 from lrag_ray.store.dataset_rows import RunIndex
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.rollouts import RolloutRun
@@ -184,6 +185,7 @@ def test_an_import_names_what_it_cannot_use(folder: Path, tmp_path: Path) -> Non
     reasons = {name: reason.split(":")[0] for name, reason in outcome.left_out.items()}
     assert len(reasons) == 11
     assert "no size of a latent is above 65536" in outcome.left_out["latent_000027.pt"]
+    assert EncoderConfig(in_channels=MOST_SIZE)
     assert outcome.left_out["latent_000020.pt"] == "has 7 latent frames, fewer than a window of 8"
     assert "the others are [4, 6, 8] bfloat16" in outcome.left_out["latent_000021.pt"]
     assert "the others are [4, 6, 8] bfloat16" in outcome.left_out["latent_000022.pt"]
