@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import Count, Record
-from lrag_ray.wan.tensor_pickle import PickleRefusedError
+from lrag_ray.wan.tensor_rebuild import PickleRefusedError
 from lrag_ray.wan.torch_file import read_torch_file
 
 NOTES_FILE = "latents.jsonl"

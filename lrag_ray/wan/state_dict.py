@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.file_kinds import HEAD_BYTES, absence, foreign_zip, is_safetensors, is_zip, no_weights
-from lrag_ray.wan.tensor_pickle import PickleRefusedError
+from lrag_ray.wan.tensor_rebuild import PickleRefusedError
 from lrag_ray.wan.torch_file import read_torch_file
 
 _NAMES_SHOWN, _NAME_SHOWN = 8, 200

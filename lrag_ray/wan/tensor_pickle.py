@@ -9,43 +9,35 @@ The result holds dicts, lists, tuples, sets, numbers, text, bytes and tensors; c
 
 from __future__ import annotations
 
-import math
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
-from torch import Tensor
+
+from lrag_ray.wan.tensor_rebuild import (
+    MAX_NAME,
+    REBUILDERS,
+    Allowance,
+    Global,
+    PickleDamagedError,
+    PickleRefusedError,
+    StoredValues,
+    expected,
+    hashed,
+    is_count,
+    pairs,
+    rebuilt,
+    shown,
+)
 
 _MAX_INT_BYTES = 16
-_MAX_DIMENSIONS = 32
 _MAX_DEPTH = 100
-_MAX_NAME = 1000
 _MAX_LINE = 10_000
-_MAX_ENTRIES = 10_000_000
+_MAX_ENTRIES = Allowance.MAX_STEPS
 MAX_BYTES = 1 << 26
 """Of one pickle; with its optimizer's state, a generator's has one or two megabytes."""
-_MAX_OPCODES = 1 << 21
-"""Of one pickle, that is a few seconds: about forty make a tensor, and compressed ones cost a file nothing."""
-
-
-class PickleRefusedError(ValueError):
-    """A pickle holds something that is neither a tensor nor a plain container; the text names it."""
-
-
-class PickleDamagedError(ValueError):
-    """A pickle contradicts itself or the storages beside it; the text says how."""
-
-
-class Global(NamedTuple):
-    """A name in a pickle. It stays a name."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return self.name if self.module in ("builtins", "__builtin__") else f"{self.module}.{self.name}"
 
 
 @dataclass
@@ -63,11 +55,6 @@ class StorageNeed(NamedTuple):
     nbytes: int
     view: tuple[int, int] | None
     """First byte and length of the part that is meant, in files of the oldest torch versions."""
-
-
-class _Storage(NamedTuple):
-    data: torch.UntypedStorage | None
-    dtype: torch.dtype | None
 
 
 class _Mark:
@@ -89,6 +76,9 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
+_STORAGE_COST = 8
+"""Finding a storage in an archive takes as long as copying some values."""
+_TYPES = {Global("torch", "Tensor"), Global("torch._tensor", "Tensor")}
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
@@ -98,13 +88,17 @@ _VALUES = _CONSTANTS.keys() | _NUMBERS | _TEXTS | _BYTES
 """Opcodes that push their argument."""
 
 
-def read_pickle(stream: BinaryIO, storage: Callable[[StorageNeed], torch.UntypedStorage | None]) -> Any:
+def read_pickle(
+    stream: BinaryIO, storage: Callable[[StorageNeed], torch.UntypedStorage | None], allowance: Allowance
+) -> Any:
     """The value of the pickle that begins at the stream's position, which is left behind it.
 
     `storage` gives the bytes of the storages that the pickle refers to; where it gives None, tensors are None.
+    `allowance` is what reading the whole file may take.
+
     Raises PickleRefusedError, PickleDamagedError, and ValueError for a stream that is not a pickle.
     """
-    value = _Machine(storage).run(_Bounded(stream))
+    value = _Machine(storage, allowance).run(_Bounded(stream))
     _check_containers(value)
     return value
 
@@ -132,18 +126,18 @@ class _Bounded:
 
 
 class _Machine:
-    def __init__(self, storage: Callable[[StorageNeed], torch.UntypedStorage | None]) -> None:
+    def __init__(self, storage: Callable[[StorageNeed], torch.UntypedStorage | None], allowance: Allowance) -> None:
         self._storage = storage
+        self._allowance = allowance
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
     def run(self, stream: _Bounded) -> Any:
         try:
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(BinaryIO, stream))):
+            for opcode, argument, _ in pickletools.genops(cast(BinaryIO, stream)):
                 if opcode.name == "STOP":
                     return self._plain(self._stack.pop())
-                if count >= _MAX_OPCODES:
-                    raise PickleRefusedError(f"its pickle has more than {_MAX_OPCODES:,} steps, as no checkpoint has")
+                self._allowance.step()
                 self._step(opcode.name, argument)
         except (IndexError, KeyError, AttributeError, TypeError, OverflowError) as error:
             # What a stream does that pops more than it pushed or treats one kind of value as another.
@@ -179,9 +173,9 @@ class _Machine:
             case "TUPLE":
                 stack.append(tuple(self._above_mark()))
             case "FROZENSET":
-                stack.append(frozenset(map(_key, self._above_mark())))
+                stack.append(frozenset(map(self._hashed, self._above_mark())))
             case "DICT":
-                stack.append(dict(_pairs(self._above_mark())))
+                stack.append(dict(pairs(self._above_mark(), self._allowance)))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(name[-1])
                 if len(stack) < count:
@@ -189,13 +183,13 @@ class _Machine:
                 stack[-count:] = [tuple(map(self._plain, stack[-count:]))]
             case "APPEND" | "APPENDS":
                 values = self._above_mark() if name == "APPENDS" else [self._plain(stack.pop())]
-                _expected(stack[-1], list).extend(values)
+                expected(stack[-1], list).extend(values)
             case "SETITEM" | "SETITEMS":
                 values = self._above_mark() if name == "SETITEMS" else [self._plain(stack.pop()) for _ in "kv"][::-1]
-                _expected(stack[-1], dict).update(_pairs(values))
+                expected(stack[-1], dict).update(pairs(values, self._allowance))
             case "ADDITEMS":
                 values = self._above_mark()
-                _expected(stack[-1], set).update(map(_key, values))
+                expected(stack[-1], set).update(map(self._hashed, values))
             case "PUT" | "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -207,14 +201,14 @@ class _Machine:
                 stack.append(_known(Global(module, attribute)))
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
-                stack.append(_known(Global(_expected(module, str), _expected(attribute, str))))
+                stack.append(_known(Global(expected(module, str), expected(attribute, str))))
             case "BINPERSID":
                 stack.append(self._persistent(stack.pop()))
             case "REDUCE":
-                arguments = _expected(stack.pop(), tuple)
-                stack.append(_rebuilt(_expected(stack.pop(), Global), arguments))
+                arguments = expected(stack.pop(), tuple)
+                stack.append(rebuilt(expected(stack.pop(), Global), arguments, self._allowance))
             case "NEWOBJ":
-                arguments, kind = stack.pop(), _expected(stack.pop(), Global)
+                arguments, kind = stack.pop(), expected(stack.pop(), Global)
                 if not _is_script_class(kind) or arguments != ():
                     raise PickleRefusedError(f"it makes an object of {kind}, which is not a tensor")
                 stack.append(Module(kind.name))
@@ -239,6 +233,9 @@ class _Machine:
             raise PickleDamagedError("its pickle is inconsistent (a mark as a value)")
         return value
 
+    def _hashed(self, value: Any) -> Any:
+        return hashed(value, self._allowance)
+
     def _build(self, state: Any, target: Any) -> None:
         if isinstance(target, Module):
             if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -246,35 +243,39 @@ class _Machine:
                     f"its module {target.kind} stores a {type(state).__name__} for loading code of its own "
                     "(__setstate__), which is not run"
                 )
+            self._allowance.spend(len(state))
             target.attributes.update(state)
         elif not isinstance(target, dict) or not isinstance(state, dict):
             raise PickleRefusedError(f"it sets the state of a {type(target).__name__}, which no tensor needs")
         # Else: what modules note beside their state dicts (_metadata), of no use here.
 
-    def _persistent(self, reference: Any) -> _Storage:
+    def _persistent(self, reference: Any) -> StoredValues:
         if (
             not isinstance(reference, tuple)
             or len(reference) not in (5, 6)
             or reference[0] not in ("storage", b"storage")
         ):
             kind = reference[0] if isinstance(reference, tuple) and reference else reference
-            shown = f" {kind[:40]!r}" if isinstance(kind, str) else ""
-            raise PickleRefusedError(f"it refers to an object{shown} outside of the file, where a storage is expected")
-        kind, key, numel = _expected(reference[1], Global), str(_expected(reference[2], str)), reference[4]
+            named = f" {kind[:40]!r}" if isinstance(kind, str) else ""
+            raise PickleRefusedError(f"it refers to an object{named} outside of the file, where a storage is expected")
+        kind, key, numel = expected(reference[1], Global), str(expected(reference[2], str)), reference[4]
+        if len(key) > MAX_NAME:
+            raise PickleRefusedError(f"it has a storage with a name of {len(key):,} characters")
+        self._allowance.spend(_STORAGE_COST)
         dtype = _STORAGES.get(kind.name)
         if dtype is None and kind.name != "UntypedStorage":
             raise PickleRefusedError(f"it holds a storage of {kind}, which is not supported")
         width = dtype.itemsize if dtype else 1
-        if not _is_count(numel):
-            raise PickleDamagedError(f"its storage {key[:40]!r} has {numel!r} elements")
+        if not is_count(numel):
+            raise PickleDamagedError(f"its storage {key[:40]!r} has {shown(numel)} elements")
         view = reference[5] if len(reference) == 6 else None
         part = None
         if view is not None:
-            _, first, count = _expected(view, tuple)
-            if not (_is_count(first) and _is_count(count) and first + count <= numel):
+            _, first, count = expected(view, tuple)
+            if not (is_count(first) and is_count(count) and first + count <= numel):
                 raise PickleDamagedError(f"a part of its storage {key[:40]!r} lies outside")
             part = (first * width, count * width)
-        return _Storage(self._storage(StorageNeed(key, numel * width, part)), dtype)
+        return StoredValues(self._storage(StorageNeed(key, numel * width, part)), dtype)
 
 
 def _small(value: Any) -> Any:
@@ -282,33 +283,6 @@ def _small(value: Any) -> Any:
     if isinstance(value, int) and value.bit_length() > 8 * _MAX_INT_BYTES:
         raise PickleDamagedError(f"its pickle holds a number of {value.bit_length()} bits")
     return value
-
-
-def _expected(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise PickleDamagedError(f"its pickle has a {type(value).__name__} where a {kind.__name__} is expected")
-    return value
-
-
-def _key(value: Any) -> Any:
-    # Not tuples: hashing a deep one overflows the stack.
-    if value is not None and not isinstance(value, (str, bytes, int, float)):
-        raise PickleRefusedError(f"it has a {type(value).__name__} as a key, expected names")
-    if isinstance(value, (str, bytes)) and len(value) > _MAX_NAME:
-        raise PickleRefusedError(f"it has a name of {len(value):,} characters")
-    return value
-
-
-def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
-    if len(values) % 2:
-        raise PickleDamagedError("its pickle is inconsistent (a key without a value)")
-    keys = iter(values)
-    for key, value in zip(keys, keys, strict=True):
-        yield _key(key), value
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 60
 
 
 def _is_script_class(name: Global) -> bool:
@@ -320,129 +294,18 @@ def _known(name: Global) -> Any:
     """A name that may stand in a pickle: itself, or the precision it means."""
     if name.module == "torch" and name.name in _DTYPES:
         return _DTYPES[name.name]
-    shown = _printable(str(name))
+    if len(name.module) + len(name.name) > MAX_NAME:
+        raise PickleRefusedError(f"it has a name of {len(name.module) + len(name.name):,} characters")
     is_storage = name.module in ("torch", "torch.storage") and (name.name in _STORAGES or name.name == "UntypedStorage")
-    if not (is_storage or _is_script_class(name) or (name.module, name.name) in _REBUILDERS or name in _TYPES):
-        raise PickleRefusedError(f"it holds {shown}, which is not a tensor and could run code on loading")
+    if not (is_storage or _is_script_class(name) or name in REBUILDERS or name in _TYPES):
+        raise PickleRefusedError(
+            f"it holds {_printable(str(name))}, which is not a tensor and could run code on loading"
+        )
     return name
 
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text[:120])
-
-
-def _rebuilt(name: Global, arguments: tuple[Any, ...]) -> Any:
-    rebuild = _REBUILDERS.get((name.module, name.name))
-    if rebuild is None:
-        raise PickleRefusedError(f"it calls {name}, which makes no tensor")
-    return rebuild(*arguments)
-
-
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor | None:
-    return _tensor_as(_expected(storage, _Storage).dtype or torch.uint8, storage, offset, size, stride)
-
-
-def _tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
-) -> Tensor | None:
-    return _tensor_as(_expected(dtype, torch.dtype), storage, offset, size, stride)
-
-
-def _tensor_as(dtype: torch.dtype, storage: Any, offset: Any, size: Any, stride: Any) -> Tensor | None:
-    data = _expected(storage, _Storage).data
-    _check_shape(size, stride)
-    if not _is_count(offset):
-        raise PickleDamagedError(f"a tensor begins at {offset!r}")
-    if data is None:
-        return None
-    numel, held = math.prod(size), data.nbytes() // dtype.itemsize
-    if not numel:
-        return torch.empty(size, dtype=dtype)
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if last >= held:
-        raise PickleDamagedError(f"a tensor of {list(size)} reaches beyond its {held:,} stored values")
-    if numel > held - offset:
-        raise PickleRefusedError(
-            f"a tensor of {list(size)} repeats {held - offset:,} stored values (it is expanded) and would fill "
-            f"{numel * dtype.itemsize:,} bytes once it is used"
-        )
-    return torch.empty(0, dtype=dtype).set_(data, offset, tuple(size), tuple(stride))
-
-
-def _check_shape(size: Any, stride: Any) -> None:
-    shape, steps = _expected(size, (tuple, list)), _expected(stride, (tuple, list))  # type: ignore[arg-type]
-    if len(shape) != len(steps) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_count, [*shape, *steps])):
-        raise PickleDamagedError("a tensor has an impossible shape")
-
-
-def _without_values(dtype: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    _check_shape(size, stride)
-    return torch.empty(tuple(size), dtype=_expected(dtype, torch.dtype), device="meta")
-
-
-def _sparse(layout: Any, parts: Any) -> Tensor:
-    """A sparse tensor without its values, which nothing here uses: misfits call it sparse."""
-    size = _expected(_expected(parts, tuple)[2], (tuple, list))  # type: ignore[arg-type]
-    _check_shape(size, size)
-    return torch.empty(tuple(size), layout=torch.sparse_coo, device="meta")
-
-
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _subclass(rebuild: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """A tensor with attributes of its own, which are dropped."""
-    return _rebuilt(_expected(rebuild, Global), _expected(arguments, tuple))
-
-
-def _dictionary(*entries: Any) -> dict[Any, Any]:
-    if not entries:
-        return {}
-    (content,) = entries
-    if isinstance(content, dict):
-        return dict(content)
-    return dict(_pairs([part for entry in _expected(content, list) for part in entry]))
-
-
-def _plain_tuple(values: Any = ()) -> tuple[Any, ...]:
-    return tuple(_expected(values, (tuple, list)))  # type: ignore[arg-type]
-
-
-def _latin(text: Any, encoding: Any) -> bytes:
-    """Bytes, as Python writes them in the second protocol."""
-    if encoding != "latin1":
-        raise PickleRefusedError("it holds text in an unusual encoding")
-    return bytes(_expected(text, str).encode("latin1"))
-
-
-_REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("torch._utils", "_rebuild_sparse_tensor"): _sparse,
-    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _without_values,
-    ("torch._tensor", "_rebuild_from_type_v2"): _subclass,
-    ("torch.nn.parameter", "Parameter"): _first,
-    ("torch.nn", "Parameter"): _first,
-    ("torch", "Size"): _plain_tuple,
-    ("torch", "device"): _first,
-    ("torch.serialization", "_get_layout"): _first,
-    ("torch.jit._pickle", "build_intlist"): _first,
-    ("torch.jit._pickle", "build_doublelist"): _first,
-    ("torch.jit._pickle", "build_boollist"): _first,
-    ("torch.jit._pickle", "build_tensorlist"): _first,
-    ("torch.jit._pickle", "restore_type_tag"): _first,
-    ("collections", "OrderedDict"): _dictionary,
-    ("typing", "OrderedDict"): _dictionary,
-    ("collections", "Counter"): _dictionary,
-    ("_codecs", "encode"): _latin,
-    ("builtins", "set"): lambda values=(): set(map(_key, values)),
-    ("__builtin__", "set"): lambda values=(): set(map(_key, values)),
-}
-_TYPES = {Global("torch", "Tensor"), Global("torch._tensor", "Tensor")}
 
 
 def _children(value: Any) -> list[Any]:
@@ -460,8 +323,7 @@ def _check_containers(value: Any) -> None:
     pending = [(value, False)]
     while pending:
         held, is_done = pending.pop()
-        children = _children(held)
-        if id(held) in measured or not children:
+        if id(held) in measured or not (children := _children(held)):
             continue
         if is_done:
             open_now.discard(id(held))

@@ -14,19 +14,13 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
-from lrag_ray.wan.tensor_pickle import (
-    MAX_BYTES,
-    Module,
-    PickleDamagedError,
-    PickleRefusedError,
-    StorageNeed,
-    read_pickle,
-)
+from lrag_ray.wan.tensor_pickle import MAX_BYTES, Module, StorageNeed, read_pickle
+from lrag_ray.wan.tensor_rebuild import MAX_NAME, Allowance, PickleDamagedError, PickleRefusedError
 from lrag_ray.wan.torch_seal import check_seal
 
 _MAX_CODE_BYTES = 1 << 26
@@ -79,8 +73,21 @@ class _Storages:
         return self._parts[first, nbytes]
 
 
+class _Bounded:
+    """What `zipfile` reads from: neither a directory nor a record but of tensors takes much memory at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_BYTES:
+            raise PickleDamagedError(f"its archive says that one of its parts has {size:,} bytes")
+        return self._file.read(MAX_BYTES if size < 0 else size)
+
+
 def _from_archive(file: BinaryIO, path: Path, size: int) -> Any:
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(cast(BinaryIO, _Bounded(file))) as archive:
         entries = archive.infolist()
         if len(entries) > _MAX_RECORDS:
             raise PickleDamagedError(f"it is an archive of {len(entries):,} records")
@@ -118,7 +125,9 @@ def _from_archive(file: BinaryIO, path: Path, size: int) -> Any:
                 raise PickleDamagedError(f"its record data/{need.key[:40]} reaches beyond its end")
             return storages.part(first, entry.file_size)
 
-        content = read_pickle(io.BytesIO(_record(archive, records[f"{root}/data.pkl"], MAX_BYTES)), storage)
+        content = read_pickle(
+            io.BytesIO(_record(archive, records[f"{root}/data.pkl"], MAX_BYTES)), storage, Allowance()
+        )
     if isinstance(content, Module):
         return dict(_tensors_of(content))
     if is_script:
@@ -156,13 +165,14 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 def _from_pickles(file: BinaryIO, path: Path, size: int) -> Any:
     """The older format: magic number, version, machine, object, names of storages, storages."""
     file.seek(0)
+    allowance = Allowance()
 
     def no_storage(need: StorageNeed) -> None:
         raise PickleDamagedError("it refers to a storage before its content")
 
-    if read_pickle(file, no_storage) != _MAGIC:
+    if read_pickle(file, no_storage, allowance) != _MAGIC:
         raise PickleRefusedError("it is a pickle, but not one that torch wrote")
-    version, machine = read_pickle(file, no_storage), read_pickle(file, no_storage)
+    version, machine = read_pickle(file, no_storage, allowance), read_pickle(file, no_storage, allowance)
     if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise ValueError("it is of an unknown version, or of a big-endian machine")
     begin, sizes = file.tell(), dict[str, int]()
@@ -171,8 +181,8 @@ def _from_pickles(file: BinaryIO, path: Path, size: int) -> Any:
         if sizes.setdefault(need.key, need.nbytes) != need.nbytes:
             raise PickleDamagedError(f"its storage {need.key[:40]} has two sizes")
 
-    read_pickle(file, measure)
-    keys = read_pickle(file, no_storage)
+    read_pickle(file, measure, allowance)
+    keys = read_pickle(file, no_storage, allowance)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise PickleDamagedError("its list of storages is missing")
     storages, first, at = _Storages(path, size), dict[str, int](), file.tell()
@@ -190,15 +200,20 @@ def _from_pickles(file: BinaryIO, path: Path, size: int) -> Any:
         return storages.part(first[need.key] + start, length)
 
     file.seek(begin)
-    return read_pickle(file, storage)
+    return read_pickle(file, storage, allowance)
 
 
-def _tensors_of(module: Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in module.attributes.items():
+def _tensors_of(module: Module) -> Iterator[tuple[str, Tensor]]:
+    pending: list[tuple[str, Any]] = [("", module)]
+    while pending:
+        name, value = pending.pop()
         if isinstance(value, Tensor):
-            yield prefix + name, value
+            yield name, value
         elif isinstance(value, Module):
-            yield from _tensors_of(value, f"{prefix}{name}.")
+            if len(name) > MAX_NAME:
+                raise PickleRefusedError(f"its modules nest until names have {len(name):,} characters")
+            prefix = f"{name}." if name else ""
+            pending += [(prefix + key, part) for key, part in reversed(value.attributes.items())]
 
 
 def _bytes_of_tensors(content: Any) -> int:
