@@ -25,7 +25,15 @@ from fsspec.implementations.local import LocalFileSystem
 from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
-from lrag_ray.store.create_only import TEMPORARY_PREFIX, create_once, put_atomic, remove_file, rename, write_atomic
+from lrag_ray.store.create_only import (
+    TEMPORARY_PREFIX,
+    cat_range,
+    create_once,
+    put_atomic,
+    remove_file,
+    rename,
+    write_atomic,
+)
 from lrag_ray.store.faults import error_code, fix_of
 from lrag_ray.store.inside import most_bytes, opened_file, opened_folder, outside, read_file, read_range
 from lrag_ray.store.retry import GivenUpError, with_retries
@@ -146,7 +154,7 @@ class Storage:
         if self.is_local:
             return self._do("read", path, lambda: self._read_local(full))
         # One request for the whole file: no part of a run is so large that pieces of it would be quicker.
-        data = self._do("read", path, lambda: self._cat_range(full, 0, most_bytes(path) + 1))
+        data = self._do("read", path, lambda: cat_range(self.fs, full, 0, most_bytes(path) + 1))
         if len(data) > most_bytes(path):
             raise StorageError(
                 f"{self.uri}/{path} has more than {most_bytes(path):,} bytes, which is all that is read. Fix: remove it"
@@ -165,7 +173,7 @@ class Storage:
         """
         full, view = self._full(path), memoryview(buffer)
         if not self.is_local:
-            data = self._do("read", path, lambda: self._cat_range(full, start, start + len(view)))
+            data = self._do("read", path, lambda: cat_range(self.fs, full, start, start + len(view)))
             view[: len(data)] = data
             return len(data)
         # The shortest way for a window in the page cache; anything unusual, links among it, takes the other.
@@ -177,14 +185,6 @@ class Storage:
             raise
         except OSError:
             return self._do("read", path, lambda: read_range(self.full(path), start, view))
-
-    def _cat_range(self, full: str, start: int, end: int) -> bytes:
-        try:
-            return bytes(self.fs.cat_file(full, start=start, end=end))
-        except Exception as error:
-            if error_code(error) == "InvalidRange":
-                return b""
-            raise
 
     def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
         """Contents of files by path, read side by side; a file that vanished meanwhile is left out."""

@@ -18,7 +18,9 @@ from pathlib import Path, PurePosixPath
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from lrag_ray.store.faults import already_exists
+from lrag_ray.errors import StorageError
+from lrag_ray.store.faults import already_exists, is_beyond_end
+from lrag_ray.store.inside import opened_file
 
 TEMPORARY_PREFIX = ".tmp-"
 """File names that start so are unfinished writes and never listed."""
@@ -53,11 +55,28 @@ def create_once(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
 
 
 def _holds(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
+    """Whether `path` has exactly these bytes; no more than one byte too many is read, whatever is stored there."""
     try:
-        return bool(fs.cat_file(path) == data)
+        if not isinstance(fs, LocalFileSystem):
+            return cat_range(fs, path, 0, len(data) + 1) == data
+        with opened_file(path, None) as file:
+            return file.read(len(data) + 1) == data
+    except StorageError:
+        # A pipe or a device: it is not the file, and reading it may never end.
+        return False
     except FileNotFoundError:
         # It was removed since, or the store refuses what it has not: nobody has created it, so nobody was first.
         raise BlockingIOError(errno.EAGAIN, "a create was refused, and nothing is there", path) from None
+
+
+def cat_range(fs: AbstractFileSystem, path: str, start: int, end: int) -> bytes:
+    """Bytes `start` to `end` of an object by one request, fewer where it ends before."""
+    try:
+        return bytes(fs.cat_file(path, start=start, end=end))
+    except Exception as error:
+        if is_beyond_end(error):
+            return b""
+        raise
 
 
 def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:

@@ -149,6 +149,15 @@ def already_exists(error: Exception) -> bool:
     return isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412")
 
 
+def is_beyond_end(error: Exception) -> bool:
+    """Whether a range of bytes was refused because the object ends before it, as every range of an empty one does.
+
+    gcsfs keeps the HTTP status as `code`, adlfs as `status_code` and aiohttp as `status`.
+    """
+    statuses = [error_code(error), *(getattr(error, name, None) for name in ("code", "status_code", "status"))]
+    return any(str(status) in ("InvalidRange", "416") for status in statuses)
+
+
 def is_transient(error: Exception) -> bool:
     """Whether the same operation may succeed a little later."""
     response = _response(error)

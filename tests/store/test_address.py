@@ -13,6 +13,7 @@ from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
 from lrag_ray.store import inside
 from lrag_ray.store.address import Storage
+from lrag_ray.store.faults import is_beyond_end, is_transient
 from lrag_ray.store.s3 import parse_time
 
 
@@ -50,6 +51,48 @@ def test_no_file_is_read_beyond_the_size_of_its_kind(run_uri: str, monkeypatch: 
             read("run.json")
     storage.write("latents.safetensors", b"x" * 101)
     assert len(storage.read_bytes("latents.safetensors")) == 101
+
+
+def test_a_refused_create_reads_no_more_than_it_wanted_to_write(run_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, read = Storage(run_uri), list[tuple[object, object]]()
+    cat_file = storage.fs.cat_file
+
+    def measured(path: str, start: int | None = None, end: int | None = None) -> object:
+        read.append((start, end))
+        return cat_file(path, start=start, end=end)
+
+    for held in (b"", b"x" * 100_000, b"comm"):
+        storage.write("commit.json", held)
+        with monkeypatch.context() as patched:
+            patched.setattr(storage.fs, "cat_file", measured)
+            assert not storage.create("commit.json", b"commit")
+        assert storage.read_bytes("commit.json") == held
+        assert storage.create("commit.json", held)
+    assert set(read) == (set() if storage.is_local else {(0, 7)})
+
+
+def test_an_empty_object_is_empty_in_every_store(run_uri: str) -> None:
+    """Real S3 and GCS refuse every range of an object without bytes: status 416."""
+    storage = Storage(run_uri)
+    storage.write("attempt/empty.safetensors", b"")
+    assert storage.read_bytes("attempt/empty.safetensors") == b""
+    assert storage.read_range("attempt/empty.safetensors", 0, 10) == b""
+    assert storage.digest("attempt/empty.safetensors")[0] == 0
+    assert storage.read_many(["attempt/empty.safetensors"] * 2) == {"attempt/empty.safetensors": b""}
+
+
+@pytest.mark.parametrize("name", ["code", "status", "status_code"])
+def test_a_range_beyond_the_end_is_known_by_its_status(name: str) -> None:
+    refused = Exception("Request range not satisfiable, 416")
+    assert not is_beyond_end(refused)
+    setattr(refused, name, 416)
+    assert is_beyond_end(refused)
+    assert not is_transient(refused)
+
+
+def test_a_pipe_in_the_place_of_a_commit_blocks_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "commit.json")
+    assert not Storage(str(tmp_path)).create("commit.json", b"commit")
 
 
 def test_of_many_concurrent_creates_exactly_one_wins(run_uri: str) -> None:
