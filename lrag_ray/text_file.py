@@ -14,6 +14,8 @@ from lrag_ray.errors import LragError
 
 MOST_BYTES = 256 << 20
 """Largest file, unless the caller sets a lower limit."""
+MOST_LINES = 4_000_000
+"""More are refused before anybody takes them one by one; a pool of captions has one or two million."""
 MOST_CONFIG_BYTES = 1 << 24
 """Largest JSON file beside weights."""
 
@@ -43,7 +45,8 @@ def read_text(
     `what` names the file's role ("the manifest"); `missing` is the message where it does not exist.
 
     Raises:
-        error: missing, unreadable, not a regular file, too large, not text, a web page or Git LFS pointer instead.
+        error: missing, unreadable, not a regular file, too large, too many lines, not text, a web page or Git
+            LFS pointer instead.
     """
     data = _read_bytes(path, what, error, most_bytes, missing)
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
@@ -59,6 +62,11 @@ def read_text(
         raise error(
             f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not {name}; save the file as UTF-8"
         ) from None
+    if (lines := text.count("\n")) > MOST_LINES:
+        raise error(
+            f"{path}: {what} has {lines:,} lines, and at most {MOST_LINES:,} are read. Fix: give a part of it "
+            "(`split -l 1000000 FILE` makes parts)"
+        )
     start = text[:_START_CHARACTERS].lstrip().lower()
     for beginning, kind in _OTHER_KINDS.items():
         if start.startswith(beginning):

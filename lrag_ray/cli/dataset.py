@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lrag_ray.cli.options import AsJson
-from lrag_ray.cli.output import console, count, print_json, quantity, say, tells_errors, write
+from lrag_ray.cli.output import console, count, first_of, print_json, quantity, say, tells_errors, write
 from lrag_ray.cli.tables import table
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _print_info(out: Console, found: DatasetInfo) -> None:
 
 
 def _print_lines(out: Console, title: str, lines: Iterable[str]) -> None:
-    listed = list(lines)
+    listed = list(first_of(lines))
     if listed:
         out.print(f"{title}:")
         for line in listed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial, wraps
 from typing import Any, ParamSpec
@@ -31,6 +31,8 @@ P = ParamSpec("P")
 
 _WIDTH_WITHOUT_TERMINAL = 1_000_000
 """Nothing is wrapped for other programs."""
+MOST_LISTED = 50
+"""Lines of one list."""
 _WIDEST = 500
 """Columns up to which a table may be wider than the terminal, so that no word in it is broken."""
 
@@ -150,6 +152,18 @@ def say(to: Console, line: str, indent: int = 6, *, style: str = "") -> None:
         begins = len(shown) - len(shown.lstrip())
         text.stylize(style, begins, begins + len(shown.lstrip().split(" ", 1)[0]))
     to.print(text, soft_wrap=True)
+
+
+def first_of(lines: Iterable[str]) -> Iterator[str]:
+    """The first lines and how many more there are: a stranger's file may hold any number of faults."""
+    more = 0
+    for number, line in enumerate(lines):
+        if number < MOST_LISTED:
+            yield line
+        else:
+            more += 1
+    if more:
+        yield f"and {count(more)} more; --json names all"
 
 
 def count(value: float) -> str:

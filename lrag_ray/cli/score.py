@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from lrag_ray.cli.options import AsJson, Overrides
-from lrag_ray.cli.output import console, count, duration, print_json, tells_errors
+from lrag_ray.cli.output import console, count, duration, first_of, print_json, tells_errors
 
 if TYPE_CHECKING:
     from lrag_ray.pipelines.score import RunScores
@@ -201,5 +201,5 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
 def _print_failed(shown: Console, failed: Mapping[str, str]) -> None:
     if failed:
         shown.print(f"Without a score, or without all of them ({len(failed)}):")
-        for video, reason in failed.items():
-            shown.print(f"  {video}: {reason}", soft_wrap=True)
+        for line in first_of(f"{video}: {reason}" for video, reason in failed.items()):
+            shown.print(f"  {line}", soft_wrap=True)

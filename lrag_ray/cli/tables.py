@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from lrag_ray.cli.output import count, duration, quantity, say
+from lrag_ray.cli.output import count, duration, first_of, quantity, say
 
 if TYPE_CHECKING:
     from lrag_ray.conformance.case import CaseResult
@@ -158,17 +158,22 @@ def _print_list(console: Console, title: str, lines: Iterable[str]) -> None:
     shown = list(lines)
     if shown:
         console.print(f"{title} ({len(shown)}):")
-        for line in shown:
+        for line in first_of(shown):
             # What follows a line break cannot pass for a line of ours.
             say(console, "  " + line.replace("\n", "\n      "))
 
 
 def print_damage(console: Console, damage: Iterable[Damage], coverage: Coverage) -> list[dict[str, str]]:
     """Print damaged files as they are found, then what was read; returns the rows."""
-    found = []
-    for each in damage:
-        found.append(each._asdict())
-        say(console, f"damaged  {each.kind}  {each.path}: {each.what}. Fix: {each.repair}")
+    found: list[dict[str, str]] = []
+
+    def lines() -> Iterator[str]:
+        for each in damage:
+            found.append(each._asdict())
+            yield f"damaged  {each.kind}  {each.path}: {each.what}. Fix: {each.repair}"
+
+    for line in first_of(lines()):
+        say(console, line)
     left_out = f"; {count(coverage.left_out)} rollouts or other files were not drawn" if coverage.left_out else ""
     unnamed = f"; {count(len(coverage.unnamed))} files that nothing names were not read" if coverage.unnamed else ""
     say(

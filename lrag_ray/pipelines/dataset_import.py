@@ -48,6 +48,7 @@ from lrag_ray.store.versions import versions
 IMPORTED = f"{FOLDER}/latents"
 _ROWS_AT_ONCE = 256
 _LEASE_TTL_S = 120.0
+_MOST_WARNINGS = 20
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,17 @@ class _Import:
             self._known.update((row["rollout"], row["latents_digest"]) for row in rows)
         self._there = 0
         self._added = 0
+        self._warnings = 0
 
     def run(self, files: Sequence[str]) -> ImportOutcome:
         """Import everything and write the card."""
         for batch in batched(self._rows(files), _ROWS_AT_ONCE):
             self._writer.add(batch)
             self._added += len(batch)
+        if (more := self._warnings - _MOST_WARNINGS) > 0:
+            self._listener(
+                Notice(f"{more:,} more latents are left out or hold values that are not finite", warning=True)
+            )
         manifest = self._writer.manifest
         digest = None
         if manifest.rollouts:
@@ -186,7 +192,7 @@ class _Import:
             self._there += 1
             return None
         if bad := first_not_finite(latents):
-            self._listener(Notice(f"{name}: {bad}; it is imported as it is", warning=True))
+            self._warn(f"{name}: {bad}; it is imported as it is")
         note = found.note if found.note is not None and found.note.latents_digest == digest else None
         return FormedRow(self._stored(position, name, latents, digest, note), _form_of(latents))
 
@@ -202,8 +208,14 @@ class _Import:
 
     def _leave_out(self, name: str, reason: str) -> FormedRow | None:
         self._left_out[name] = reason
-        self._listener(Notice(f"{name} {reason}: left out", warning=True))
+        self._warn(f"{name} {reason}: left out")
         return None
+
+    def _warn(self, text: str) -> None:
+        """Report what is wrong with a latent; beyond the first few, the outcome alone names them."""
+        self._warnings += 1
+        if self._warnings <= _MOST_WARNINGS:
+            self._listener(Notice(text, warning=True))
 
     def _stored(self, position: int, name: str, latents: Tensor, digest: str, note: LatentNote | None) -> IndexRow:
         path = f"{IMPORTED}/{position:06d}-{digest[:16]}.safetensors"

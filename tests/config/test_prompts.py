@@ -28,6 +28,15 @@ def refused(folder: Path, content: bytes | str) -> str:
     return str(caught.value).replace(f"{folder}/", "")
 
 
+def test_a_file_of_more_lines_than_anybody_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrag_ray.text_file.MOST_LINES", 1000)
+    for name in ("prompts.txt", "prompts.csv", "prompts.jsonl"):
+        path = tmp_path / name
+        path.write_text("prompt\n" * 1001)
+        with pytest.raises(PromptError, match=rf"{name}: the prompt file has 1,001 lines, and at most 1,000 .* Fix"):
+            load_prompts(PromptsSection(path=str(path)))
+
+
 def test_an_id_is_line_number_and_hash_of_the_text(tmp_path: Path) -> None:
     first, second = load_prompts(section(tmp_path, "a fox\n\n  \n  a bear \n"))
     assert (first.index, first.text) == (0, "a fox")

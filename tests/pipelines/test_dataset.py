@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
 from lrag_ray.errors import StorageError, UsageError
-from lrag_ray.events import Event, TaskFinished
+from lrag_ray.events import Event, Notice, TaskFinished
 from lrag_ray.pipelines.dataset import dataset_info, export_dataset, verify_dataset
 from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.latents import index_feed
@@ -257,6 +257,21 @@ def test_sparse_latents_and_names_that_are_not_text_are_no_bug(folder: Path, tmp
     made = import_dataset(str(folder), str(tmp_path / "run"))
     assert "expected a dense one" in made.left_out["sparse.pt"]
     assert made.exit_code == 1 and "?.pt" in made.left_out
+
+
+def test_of_many_broken_members_the_first_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "one.tar", "w") as shard:
+        for number in range(120):
+            shard.addfile(tarfile.TarInfo(f"{number:03d}.pth"))
+    told: list[Event] = []
+    made = import_dataset(str(tmp_path / "shards"), str(tmp_path / "run"), listener=told.append)
+    assert len(made.left_out) == 120
+    texts = [event.text for event in told if isinstance(event, Notice)]
+    assert len(texts) == 21 and texts[-1].startswith("100 more latents")
+    shown = CliRunner().invoke(app, ["dataset", "import", str(tmp_path / "shards"), "--to", str(tmp_path / "run")])
+    assert shown.exit_code == 1
+    assert "and 70 more; --json names all" in shown.stdout and len(shown.output.splitlines()) < 90
 
 
 @pytest.mark.parametrize("headers", [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"}, {"size": "9" * 5000}])
