@@ -7,6 +7,9 @@ from typing import Any
 
 from lrag_ray.config.source import Document, KeyPath, dotted, parse_value
 
+_MOST_SHOWN = 500
+"""Characters of an override in a message."""
+
 
 def quoted(value: Any) -> str:
     """Text, or a list of texts, as YAML that every reader takes for just that: for overrides that a program makes."""
@@ -22,7 +25,11 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Iterator[st
         try:
             apply_override(document, override)
         except ValueError as error:
-            yield f"--set {override}: {error}"
+            yield f"--set {_shortened(override)}: {error}"
+
+
+def _shortened(override: str) -> str:
+    return override if len(override) <= _MOST_SHOWN else f"{override[:_MOST_SHOWN]}... ({len(override):,} characters)"
 
 
 def apply_override(document: Document, override: str) -> None:
@@ -49,7 +56,7 @@ def apply_override(document: Document, override: str) -> None:
     document.origins = {known: place for known, place in document.origins.items() if known[: len(path)] != path}
     for end in range(1, len(path) + 1):
         # Sections around the value that the file has keep their line; those that this override makes get its place.
-        document.origins.setdefault(path[:end], f"--set {override}")
+        document.origins.setdefault(path[:end], f"--set {_shortened(override)}")
 
 
 def _set(section: dict[str, Any], key: str, value: Any) -> KeyPath:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s'\"<>]+)")
+# Repetitions have bounds where a match may begin at every character: a stranger's text of a megabyte would take hours.
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,60})://(?P<rest>[^\s'\"<>]+)")
 _SERVER_SCHEMES = {"http", "https", "ftp", "ftps", "hdfs", "webhdfs", "ray", "grpc", "tcp", "ws", "wss"}
 """Schemes whose authority is host[:port]; that of all others is one name, a bucket."""
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:@\[\]]*)(?::\d{1,5})?")
@@ -20,16 +21,16 @@ _OPTIONS = {"raw", "download", "dl", "versionid"}
 
 # Not: tokens, tokenizer, and prose about credentials.
 _SECRET_PARAMETER = re.compile(
-    r"(?i)\b([\w-]*(?:secret|password|passwd|passphrase|pwd|token(?!s|i[sz])|signature|credential(?!s:\s)"
-    r"|(?:api|access|account|private|shared|storage|master|encryption)[_-]?key|authorization|cookie)[\w-]*"
-    r"|pass(?=[\"']?=)|sig|sas)"
+    r"(?i)((?:secret|password|passwd|passphrase|pwd|token(?!s|i[sz])|signature|credential(?!s:\s)"
+    r"|(?:api|access|account|private|shared|storage|master|encryption)[_-]?key|authorization|cookie)[\w-]{0,200}"
+    r"|\b(?:pass(?=[\"']?=)|sig|sas))"
     r"""(["']?\s*[=:]\s*(?:(?:basic|bearer)\s+)?)("[^"]*"|'[^']*'|(?:(?:basic|bearer)\s+)?[^\s"'&,;]+)"""
 )
-_BARE_USER_INFO = re.compile(r"""(?<![\w/:@.-])[^\s:@/'"=,;()]+:(?!//)[^\s@/'",;]+@(?=[\w\[])""")
+_BARE_USER_INFO = re.compile(r"""(?<![\w/:@.-])[^\s:@/'"=,;()]{1,128}:(?!//)[^\s@/'",;]{1,1024}+@(?=[\w\[])""")
 """``user:password@host`` where no scheme stands before it."""
 _KNOWN_TOKEN = re.compile(
     r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}"
-    r"|AIza[\w-]{35})(?![\w-])|(?i:(?<=bearer )[\w.~+/=-]{8,})"
+    r"|AIza[\w-]{35})(?a:(?![\w-]))|(?i:(?<=bearer )[\w.~+/=-]{8,})"
 )
 
 RAY_ADDRESS_FORM = "auto, local or host:port"

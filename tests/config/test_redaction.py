@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from lrag_ray.config.redaction import holds_credentials, is_ray_address, redact
@@ -99,3 +101,13 @@ def test_addresses_of_clusters(address: str) -> None:
 )
 def test_anything_else_is_no_address_of_a_cluster(address: str) -> None:
     assert not is_ray_address(address)
+
+
+@pytest.mark.parametrize("part", ["x", "x-", "secret", "!!:", "a.", "sk-", "a://b", "\"secret='", "a:b@"])
+def test_the_time_for_a_long_text_grows_with_its_length_alone(part: str) -> None:
+    text = part * (100_000 // len(part)) + "é"
+    began = time.process_time()
+    redact(text)
+    holds_credentials(text)
+    # Where every character begins a search to the end, it takes minutes.
+    assert time.process_time() - began < 3
