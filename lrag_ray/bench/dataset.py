@@ -11,7 +11,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lrag_ray.errors import UsageError
@@ -30,6 +31,7 @@ from lrag_ray.thread_pool import thread_pool
 
 FRAMES = 90
 SHAPE = (16, 60, 104)
+_MOST_NAMED = 8
 
 
 class _Piece(NamedTuple):
@@ -56,6 +58,10 @@ class DatasetBench:
     """What was measured."""
 
     rollouts: int
+    """Those that windows are drawn from."""
+    left_out_count: int
+    left_out: tuple[str, ...]
+    """Rollouts that no window is drawn from, each with the reason: damaged ones, and those shorter than a window."""
     window: int
     readers: int
     windows_per_pass: int
@@ -81,8 +87,10 @@ def bench_dataset(
     starts = data.frames - window + 1
     long = np.flatnonzero(starts > 0)
     opened_s = time.perf_counter() - began
+    left_out = (*map(str, data.left_out), *_shorter(data, np.flatnonzero(starts <= 0), window))
     if not len(long):
-        raise UsageError(f"no rollout has {window} latent frames. Fix: a smaller --window")
+        named = "".join(f"\nleft out: {each}" for each in left_out[:_MOST_NAMED])
+        raise UsageError(f"no rollout has {window} latent frames. Fix: a smaller --window{named}")
     random = np.random.default_rng(0)
     chosen = random.choice(long, windows, replace=len(long) < windows)
     places = [(int(i), int(random.integers(starts[i]))) for i in chosen]
@@ -126,7 +134,9 @@ def bench_dataset(
     measure(lambda: None) if passes > 1 else None
     warm = measure(lambda: None)
     return DatasetBench(
-        rollouts=len(data),
+        rollouts=len(long),
+        left_out_count=len(left_out),
+        left_out=left_out,
         window=window,
         readers=readers,
         windows_per_pass=windows,
@@ -150,6 +160,12 @@ def make_dataset(folder: Path, rollouts: int) -> str:
     for path in source.iterdir():
         path.unlink()
     return str(folder / "dataset")
+
+
+def _shorter(data: LatentDataset, rollouts: NDArray[np.int64], window: int) -> Iterator[str]:
+    """Rollouts that have no window, by name."""
+    for entry in map(data.entry, rollouts.tolist()):
+        yield f"{entry.run}/{entry.rollout}: has {entry.frames} latent frames, fewer than a window of {window}"
 
 
 def _pieces(data: LatentDataset, rollout: int, start: int, length: int) -> list[_Piece]:

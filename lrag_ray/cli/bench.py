@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lrag_ray.cli.output import print_json, tells_errors
+from lrag_ray.cli.output import console, print_json, print_lines, tells_errors
 from lrag_ray.errors import UsageError
 from lrag_ray.retrieval.bank_types import BANK_TYPES
 
@@ -179,6 +179,7 @@ def dataset(
     with TemporaryDirectory() as folder:
         uris = runs or [make_dataset(Path(folder), rollouts)]
         found = bench_dataset(uris, window=window, readers=readers, passes=passes, windows=windows)
+    print_lines(console(stderr=True), "Left out", found.left_out)
     print_json(found.as_dict())
 
 

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lrag_ray.cli.options import AsJson
-from lrag_ray.cli.output import console, count, first_of, print_json, quantity, say, tells_errors, write
+from lrag_ray.cli.output import console, count, print_json, print_lines, quantity, say, tells_errors, write
 from lrag_ray.cli.tables import table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.console import Console
 
     from lrag_ray.events import Event
@@ -72,7 +70,7 @@ def verify(runs: Datasets, as_json: AsJson = False) -> None:
         print_json(found)
     else:
         out = console()
-        _print_lines(out, "Damaged", (f"{each.rollout}: {each.problem}" for each in found.damaged))
+        print_lines(out, "Damaged", (f"{each.rollout}: {each.problem}" for each in found.damaged))
         whole = "all whole" if not found.damaged else f"{count(len(found.damaged))} damaged"
         out.print(f"Read {count(found.rollouts)} rollouts, {count(found.frames)} latent frames: {whole}.")
     raise typer.Exit(found.exit_code)
@@ -110,7 +108,7 @@ def export(
         print_json(made)
     else:
         out = console()
-        _print_lines(out, "Damaged, not exported", (f"{each.rollout}: {each.problem}" for each in made.damaged))
+        print_lines(out, "Damaged, not exported", (f"{each.rollout}: {each.problem}" for each in made.damaged))
         there = f" ({count(made.files_there)} were there)" if made.files_there else ""
         wrote = f"{count(made.files_made)} file{'s' * (made.files_made != 1)}{there}"
         out.print(f"Wrote {wrote} of {count(made.rollouts)} rollouts, {made.dtype}.")
@@ -145,7 +143,7 @@ def import_(
         print_json(made)
     else:
         out = console()
-        _print_lines(out, "Left out", (f"{name} {reason}" for name, reason in made.left_out.items()))
+        print_lines(out, "Left out", (f"{name} {reason}" for name, reason in made.left_out.items()))
         there = f" ({count(made.there)} were there)" if made.there else ""
         out.print(f"Imported {count(made.imported)} latents{there}; the dataset holds {count(made.frames)} frames.")
         say(out, f"dataset: {made.uri}")
@@ -183,21 +181,13 @@ def _print_info(out: Console, found: DatasetInfo) -> None:
         shown.add_row(name, value)
     out.print(shown)
     say(out, f"digest {found.digest}")
-    _print_lines(out, "Left out", found.left_out)
+    print_lines(out, "Left out", found.left_out)
     for uri, card in zip(found.uris, found.cards, strict=True):
         if card is None:
             continue
         out.print(f"\n{uri}: {card.origin}, licence {card.licence}")
         for each in card.weights:
             out.print(f"  {each.kind} {each.name} from {each.source}, licence {each.licence}")
-
-
-def _print_lines(out: Console, title: str, lines: Iterable[str]) -> None:
-    listed = list(first_of(lines))
-    if listed:
-        out.print(f"{title}:")
-        for line in listed:
-            say(out, f"  {line}")
 
 
 def _tell(event: Event) -> None:

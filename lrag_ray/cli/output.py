@@ -166,6 +166,15 @@ def first_of(lines: Iterable[str]) -> Iterator[str]:
         yield f"and {count(more)} more; --json names all"
 
 
+def print_lines(to: Console, title: str, lines: Iterable[str]) -> None:
+    """A list under its title; nothing where it is empty."""
+    listed = list(first_of(lines))
+    if listed:
+        to.print(f"{title}:")
+        for line in listed:
+            say(to, f"  {line}")
+
+
 def count(value: float) -> str:
     """``1,228,800``."""
     return f"{value:,.0f}"
