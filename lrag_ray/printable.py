@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -60,3 +61,13 @@ def quantity(value: float, unit: str) -> str:
             break
         value /= 1000
     return f"{value:.4g} {prefix}{unit}"
+
+
+def counted(number_of: int, what: str, plural: str = "") -> str:
+    """A number of things in words: ``1 video``, ``1,228 videos``; `plural` where it is not `what` with an s."""
+    return f"{number_of:,} {what if number_of == 1 else plural or f'{what}s'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a list in a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -13,6 +13,7 @@ from lrag_ray.cli.output import console, count, duration, print_json, quantity, 
 from lrag_ray.cli.tables import table
 from lrag_ray.cli.training import GPUS_SHOWN, print_training_plan
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import counted, listed
 
 if TYPE_CHECKING:
     from lrag_ray.pipelines.plan import GpuHours, Hours, Plan
@@ -132,7 +133,16 @@ def print_plan(
 ) -> None:
     """Rollouts and work per method with their totals, hours and price, memory in one sentence, notes."""
     samples = f" x {plan.samples} samples" if plan.samples > 1 else ""
-    out.print(f"{plan.uri}: {count(plan.prompts)} prompts{samples}\n")
+    asked = {"--gpus": gpus, "--gpu": gpu, "--price": price}
+    given = [name for name, value in asked.items() if value is not None]
+    on_cpus = bool(plan.speeds) and all(speed.device.startswith("cpu") for speed in plan.speeds)
+    if given and on_cpus:
+        raise UsageError(
+            f"{', '.join(given)}: the timings of {plan.speeds[0].source} are of CPUs. Fix: leave it out, or give "
+            "--from a run that was made on GPUs"
+        )
+    on_gpus = plan.on_gpus or bool(given)
+    out.print(f"{plan.uri}: {counted(plan.prompts, 'prompt')}{samples}\n")
     backbones = table("Backbones", "name", "label", "parameters", "tokens/frame", "KV per latent frame", text_columns=2)
     for backbone in plan.backbones:
         backbones.add_row(
@@ -142,29 +152,32 @@ def print_plan(
             count(backbone.tokens_per_frame),
             quantity(backbone.kv_bytes_per_frame, "B"),
         )
-    shown = [backbones, *_methods(plan), _hours(plan, gpu)]
-    if cells or len(plan.cells) <= _CELLS_SHOWN:
-        shown.insert(1, _cells(plan))
-    for each in shown:
+    kinds = _kinds(plan, gpu) if on_gpus or plan.speeds else {}
+    long = bool(kinds) and max(hours.total.most for hours in kinds.values()) >= _LEAST_GPU_HOURS
+    list_cells = cells or len(plan.cells) <= _CELLS_SHOWN
+    for each in [backbones, *([_cells(plan)] if list_cells else []), *_methods(plan, on_gpus=on_gpus)]:
         out.print(each)
         out.print()
-    if len(shown) == len(_methods(plan)) + 2:
+    out.print(_work(plan, kinds if long else {}, "actor" if on_cpus else "GPU"))
+    out.print()
+    if not list_cells:
         durations = ", ".join(f"{seconds:g}" for seconds in dict.fromkeys(cell.duration_s for cell in plan.cells))
         methods = len({cell.method for cell in plan.cells})
         videos = [cell.videos for cell in plan.cells]
-        made = f"{count(videos[0])} videos each" if len(set(videos)) == 1 else f"{count(sum(videos))} videos in all"
+        made = f"{counted(videos[0], 'video')} each" if len(set(videos)) == 1 else f"{count(sum(videos))} videos in all"
         say(
             out,
-            f"Cells: {len(plan.backbones)} backbones x {methods} methods x durations of {durations} s = "
-            f"{len(plan.cells)}, {made} (--cells lists them).",
+            f"Cells: {counted(len(plan.backbones), 'backbone')} x {counted(methods, 'method')} x durations of "
+            f"{durations} s = {len(plan.cells)}, {made} (--cells lists them).",
         )
     totals = plan.totals
     say(
         out,
         f"Stored: about {quantity(totals.latent_bytes, 'B')} of latents and {quantity(totals.video_bytes, 'B')} of "
-        f"video ({count(totals.video_frames)} video frames).",
+        f"video ({counted(totals.video_frames, 'video frame')}).",
     )
-    for line in (_source(plan), *_wall_clock(plan, gpus, gpu, price), _memory(plan, gpu)):
+    wall_clock = _wall_clock(kinds, plan, gpus, price)
+    for line in (*_source(plan, kinds, long=long), *wall_clock, _memory(plan, kinds, on_gpus=on_gpus)):
         say(out, line)
     for note in plan.notes:
         say(out, f"Note: {note}")
@@ -184,44 +197,51 @@ def _cells(plan: Plan) -> Table:
     return cells
 
 
-def _methods(plan: Plan) -> list[Table]:
-    """Three tables: eleven columns fit on no common terminal."""
+def _methods(plan: Plan, *, on_gpus: bool) -> list[Table]:
+    """Three tables: eleven columns fit on no common terminal. Columns in which every value would be 0 are left out."""
     both = ("backbone", "method")
     rollouts = table("Rollouts", *both, "rollouts", "latent frames", "passes", "stored", text_columns=2)
     work = table("Work of these rollouts", *both, "last block", "decoding it", "all passes", text_columns=2)
-    tiers = ("history", "in host memory", "on disk", "actor (GPU)")
-    memory = table("Memory at the end of a rollout", *both, *tiers, text_columns=3)
-    for each in plan.methods:
+    kept = any(each.keeps_history for each in plan.methods)
+    tiers = {
+        "in host memory": [each.history_bytes for each in plan.methods],
+        "on disk": [each.history_disk_bytes for each in plan.methods],
+    }
+    tiers = {name: values for name, values in tiers.items() if any(values)}
+    columns = [*both, *(["history"] if kept else []), *tiers, "actor (GPU)" if on_gpus else "actor"]
+    memory = table("Memory at the end of a rollout", *columns, text_columns=3 if kept else 2)
+    for row, each in enumerate(plan.methods):
         names = (each.backbone, each.method)
         stored = quantity(each.latent_bytes + each.video_bytes, "B")
         rollouts.add_row(*names, count(each.rollouts), count(each.latent_frames), count(each.passes), stored)
         flops = (each.block_flops, each.block_decode_flops, each.transformer_flops)
         work.add_row(*names, *(quantity(value, "FLOP") for value in flops))
-        held = (each.history_bytes, each.history_disk_bytes, each.gpu_bytes)
-        memory.add_row(*names, each.history, *(quantity(value, "B") for value in held))
+        held = [quantity(values[row], "B") if each.keeps_history else "–" for values in tiers.values()]
+        history = [each.history if each.keeps_history else "none"] if kept else []
+        memory.add_row(*names, *history, *held, quantity(each.gpu_bytes, "B"))
     totals = plan.totals
     stored = quantity(totals.latent_bytes + totals.video_bytes, "B")
     numbers = (count(totals.rollouts), count(totals.latent_frames), count(totals.passes))
-    for made, row in ((rollouts, (*numbers, stored)), (work, ("", "", quantity(totals.transformer_flops, "FLOP")))):
+    sums = ((rollouts, (*numbers, stored)), (work, ("", "", quantity(totals.transformer_flops, "FLOP"))))
+    for made, values in sums:
         made.add_section()
-        made.add_row("total", "", *row, style="bold")
+        made.add_row("total", "", *values, style="bold")
     return [rollouts, work, memory]
 
 
-def _hours(plan: Plan, gpu: str | None) -> Table:
-    """Operations by kind of work, and GPU-hours where there are enough to speak of.
+def _work(plan: Plan, kinds: dict[str, GpuHours], worker: str) -> Table:
+    """Operations by kind of work, and hours of one worker (GPU or actor) of these kinds.
 
-    A kind of GPU is a row: beside one another they fit on no common terminal.
+    A kind is a row: beside one another they fit on no common terminal.
     """
-    kinds, totals = _kinds(plan, gpu), plan.totals
-    long = bool(kinds) and max(hours.total.most for hours in kinds.values()) >= _LEAST_GPU_HOURS
+    totals = plan.totals
     scored = ["VBench-Long, if run"] if totals.scoring_flops else []
-    title = "Work in all, and hours of one GPU" if long else "Work in all"
+    title = f"Work in all, and hours of one {worker}" if kinds else "Work in all"
     made = table(title, "", "generation", "decoding", "both", *scored)
     flops = [totals.transformer_flops, totals.decode_flops, totals.transformer_flops + totals.decode_flops]
     flops += [totals.scoring_flops] if scored else []
     made.add_row("operations", *(quantity(each, "FLOP") for each in flops))
-    for name, hours in kinds.items() if long else ():
+    for name, hours in kinds.items():
         spans = [hours.generation, hours.decoding, hours.total, *([hours.scoring] if scored else [])]
         made.add_row(f"hours, {name}", *map(_span, spans))
     return made
@@ -250,39 +270,47 @@ def _span(hours: Hours | None) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _source(plan: Plan) -> str:
+def _source(plan: Plan, kinds: dict[str, GpuHours], *, long: bool) -> list[str]:
+    """What the hours are from, or why there are none."""
+    if not kinds:
+        return [
+            "Hours are not known: no run on such CPUs was measured. Run one prompt and give it with --from RUN, or ask "
+            "for a GPU with --gpu KIND."
+        ]
     if not plan.speeds:
+        if not long:
+            return [f"One GPU takes less than {_LEAST_GPU_HOURS:g} hours for all of it."]
         from lrag_ray.pipelines.speeds import GENERATION_SHARE, SCORING_SHARE
 
         generation, scoring = (
             f"{100 * low:.0f} to {100 * high:.0f} %" for low, high in (GENERATION_SHARE, SCORING_SHARE)
         )
         scores = f", {scoring} for scores" if plan.totals.scoring_flops else ""
-        return (
+        return [
             f"Hours are bounds, since nothing was measured: {generation} of the peak for generation and decoding"
             f"{scores} (docs/performance.md). Run one prompt and give it with --from RUN for hours of your "
             "own GPUs."
-        )
+        ]
     found = [
         f"{quantity(speed.generation_flops_per_s, 'FLOP/s')} generating"
         + (f" and {quantity(speed.decoding_flops_per_s, 'FLOP/s')} decoding" if speed.decoding_flops_per_s else "")
-        + f" on {speed.device} ({count(speed.rollouts)} rollouts of {speed.source})"
+        + f" on {speed.device} ({counted(speed.rollouts, 'rollout')} of {speed.source})"
         for speed in plan.speeds
     ]
-    return f"Hours are from measured timings: {'; '.join(found)}."
+    return [f"Hours are from measured timings: {'; '.join(found)}."]
 
 
-def _wall_clock(plan: Plan, gpus: int | None, gpu: str | None, price: float | None) -> list[str]:
+def _wall_clock(kinds: dict[str, GpuHours], plan: Plan, gpus: int | None, price: float | None) -> list[str]:
     if gpus is None and price is None:
         return []
     lines = []
-    for name, hours in _kinds(plan, gpu).items():
+    for name, hours in kinds.items():
         total = hours.total
         parts = [f"{name}:"]
         if gpus is not None:
             wall = [max(whole / gpus, longest) * 3600 for whole, longest in zip(total, hours.longest, strict=True)]
             low, high = map(duration, wall)
-            parts.append(f"{low if low == high else f'{low} to {high}'} on {count(gpus)} GPU{'' if gpus == 1 else 's'}")
+            parts.append(f"{low if low == high else f'{low} to {high}'} on {counted(gpus, 'GPU')}")
             if total.most / gpus < hours.longest.most:
                 parts.append("(the longest rollout alone takes that)")
         if price is not None:
@@ -294,24 +322,31 @@ def _wall_clock(plan: Plan, gpus: int | None, gpu: str | None, price: float | No
     return lines
 
 
-def _memory(plan: Plan, gpu: str | None) -> str:
+def _memory(plan: Plan, kinds: dict[str, GpuHours], *, on_gpus: bool) -> str:
     """What an actor needs of its GPU, which have it, and how large histories become, in one sentence."""
     from lrag_ray.pipelines.doctor import CUDA_CONTEXT_BYTES
     from lrag_ray.wan.devices import DEVICES
 
     largest = max(plan.methods, key=lambda each: each.gpu_bytes)
     longest = max(plan.methods, key=lambda each: each.history_bytes)
-    device_gb = (largest.gpu_bytes + CUDA_CONTEXT_BYTES) / 1e9
-    names = _kinds(plan, gpu)
-    memory = {device.name: device.memory_gb for device in DEVICES if device.name in names}
-    fitting = [name for name, gb in memory.items() if gb >= device_gb]
+    needs = largest.gpu_bytes + CUDA_CONTEXT_BYTES
+    memory = {device.name: device.memory_gb for device in DEVICES if device.name in kinds}
+    fitting = [name for name, gb in memory.items() if gb >= needs / 1e9]
     small = [name for name in memory if name not in fitting]
-    said = f"Memory: an actor needs {device_gb:.1f} GB of its GPU ({largest.backbone}/{largest.method})"
-    if memory:
-        said += f", which {', '.join(fitting) or 'none'} {'have' if len(fitting) > 1 else 'has'}"
-        said += f" and {', '.join(small)} {'have' if len(small) > 1 else 'has'} not" if small and fitting else ""
-    history_gb = longest.history_bytes / 1e9
+    if on_gpus:
+        said = f"Memory: an actor needs {quantity(needs, 'B')} of its GPU ({largest.backbone}/{largest.method})"
+        if memory:
+            said += f", which {listed(fitting) or 'none'} {'have' if len(fitting) > 1 else 'has'}"
+            said += f" ({listed(small)} {'do' if len(small) > 1 else 'does'} not)" if small and fitting else ""
+    else:
+        said = (
+            f"Memory: an actor needs {quantity(largest.gpu_bytes, 'B')} beside Python and its libraries "
+            f"({largest.backbone}/{largest.method})"
+        )
     if not longest.history_bytes:
-        return f"{said}, and no history in host memory."
-    grows = f"a history grows to {history_gb:.1f} GB of host memory per rollout ({longest.backbone}/{longest.method})"
-    return f"{said}; {grows}, which --node-memory-gb checks against a node."
+        return f"{said}, and no history in host memory." if on_gpus else f"{said}."
+    grows = quantity(longest.history_bytes, "B")
+    return (
+        f"{said}; a history grows to {grows} of host memory per rollout ({longest.backbone}/{longest.method}), which "
+        "--node-memory-gb checks against a node."
+    )

@@ -9,6 +9,7 @@ import typer
 from lrag_ray.cli.options import AsJson, named_runs
 from lrag_ray.cli.output import console, notices, print_json, tells_errors, write
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from lrag_ray.report import Report
@@ -110,7 +111,6 @@ def _training_report(runs: list[str], as_json: bool, other: Any) -> None:
 
 
 def _print(made: Report) -> None:
-    from lrag_ray.report.tables import counted
 
     out = console()
     for warning in made.warnings:

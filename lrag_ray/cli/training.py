@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lrag_ray.cli.output import count, duration, quantity, say
 from lrag_ray.errors import INTERRUPTED, UsageError
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from lrag_ray.events import TrainingAdvanced
@@ -36,7 +37,7 @@ def training_headline(event: TrainingAdvanced) -> str:
     if event.best is not None:
         parts.append(f"best {event.best:.4g} in epoch {event.best_epoch}")
     if event.windows_per_s:
-        parts.append(f"{event.windows_per_s:.3g} windows/s on {event.workers} worker{'s' if event.workers > 1 else ''}")
+        parts.append(f"{event.windows_per_s:.3g} windows/s on {counted(event.workers, 'worker')}")
     return ", ".join(parts)
 
 
@@ -55,7 +56,8 @@ def print_training(console: Console, outcome: TrainingOutcome) -> None:
     """How far the training is, and where everything is."""
     best = "" if outcome.best is None else f"; lowest total {outcome.best:.6g} in epoch {outcome.best_epoch}"
     console.print(
-        f"{count(outcome.epochs_done)} of {count(outcome.epochs)} epochs are done ({count(outcome.steps)} steps){best}."
+        f"{count(outcome.epochs_done)} of {counted(outcome.epochs, 'epoch')} are done "
+        f"({counted(outcome.steps, 'step')}){best}."
         f" This start took {duration(outcome.seconds)}."
     )
     for reason in outcome.missing.values():
@@ -73,17 +75,18 @@ def print_training_plan(
     console: Console, plan: TrainingPlan, gpus: int | None = None, gpu: str | None = None, price: float | None = None
 ) -> None:
     """Data, steps, hours, memory."""
+    half = " (about half with float16 on a GPU)" if plan.gpu_hours else ""
     rows = {
-        "data": f"{', '.join(plan.data)}: {count(plan.rollouts)} rollouts, {count(plan.frames)} latent frames; "
+        "data": f"{', '.join(plan.data)}: {counted(plan.rollouts, 'rollout')}, {counted(plan.frames, 'latent frame')}; "
         f"{count(plan.training_rollouts)} for training, {count(plan.validation_rollouts)} for validation",
         "model": f"{quantity(plan.parameters, '')} parameters",
-        "steps": f"{count(plan.steps_per_epoch)} per epoch with one window of each of {count(plan.training_rollouts)} "
-        f"rollouts, {count(plan.steps)} in {count(plan.epochs)} epochs",
+        "steps": f"{count(plan.steps_per_epoch)} per epoch with one window of each of "
+        f"{counted(plan.training_rollouts, 'rollout')}, {count(plan.steps)} in {counted(plan.epochs, 'epoch')}",
         "work": f"{quantity(plan.flops, 'FLOP')} in all",
         "read": f"{quantity(plan.read_bytes, 'B')} in all, {quantity(plan.window_bytes, 'B')} per window",
         "memory per worker": f"{quantity(plan.worker_bytes, 'B')}: {quantity(plan.model_bytes, 'B')} of weights, "
-        f"gradients and optimiser, {quantity(plan.activation_bytes, 'B')} of activations in float32 (about half with "
-        f"float16 on a GPU), {quantity(plan.batch_bytes, 'B')} of windows read ahead",
+        f"gradients and optimiser, {quantity(plan.activation_bytes, 'B')} of activations in float32{half}, "
+        f"{quantity(plan.batch_bytes, 'B')} of windows read ahead",
         "stored": f"{quantity(plan.stored_bytes, 'B')}: two checkpoints of {quantity(plan.checkpoint_bytes, 'B')}, and "
         "the losses",
     }
@@ -124,15 +127,17 @@ def _training_hours(plan: TrainingPlan, gpus: int | None, gpu: str | None, price
         add("one worker", plan.worker_hours, plan.worker_hours)
         speed = plan.speed
         lines.append(
-            f"measured: {speed.train_windows_per_s:.3g} windows/s per worker in {count(speed.steps)} steps of "
+            f"measured: {speed.train_windows_per_s:.3g} windows/s per worker in {counted(speed.steps, 'step')} of "
             f"{speed.source}"
         )
         return lines
     later = "after the first steps, plan takes the measured speed of run.uri, or of --from RUN"
     if not plan.gpu_hours:
-        if gpu is not None:
-            raise UsageError(f"--gpu {gpu}: engine.gpus_per_actor is 0. Fix: set it to 1, or leave --gpu out")
-        return [f"unknown, since nothing was measured on these CPUs: {later}"]
+        asked = {"--gpu": gpu, "--gpus": gpus, "--price": price}
+        if given := [f"{name} {value}" for name, value in asked.items() if value is not None]:
+            fix = "set it to 1 (--set engine.gpus_per_actor=1), or leave these out"
+            raise UsageError(f"{', '.join(given)}: engine.gpus_per_actor is 0. Fix: {fix}")
+        return [f"unknown, since nothing was measured on CPUs: {later}"]
     for name in (gpu,) if gpu is not None else GPUS_SHOWN:
         add(f"one {name}", *plan.gpu_hours[name])
     low, high = (f"{100 * share:g}" for share in TRAINING_SHARE)
@@ -145,7 +150,8 @@ def print_training_status(console: Console, status: TrainingStatus) -> None:
     best = "" if status.best is None else f", lowest total {status.best:.6g} in epoch {status.best_epoch}"
     say(
         console,
-        f"{status.uri}: {count(status.epoch)} of {count(status.epochs)} epochs, {count(status.step)} steps{best}.",
+        f"{status.uri}: {count(status.epoch)} of {counted(status.epochs, 'epoch')}, "
+        f"{counted(status.step, 'step')}{best}.",
     )
     if status.stored_at:
         say(console, f"Last checkpoint: {status.stored_at}.")

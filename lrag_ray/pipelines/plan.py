@@ -29,6 +29,7 @@ from lrag_ray.pipelines.speeds import (
     flops_per_block,
 )
 from lrag_ray.pipelines.text_cuts import cut_notes
+from lrag_ray.printable import counted
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.rollout.loops import loop_of, nests
 from lrag_ray.scoring.flops import vbench_flops
@@ -112,7 +113,9 @@ class MethodPlan:
     history_disk_bytes: int
     """Local disk of the same; what is in GPU memory is part of `gpu_bytes`."""
     gpu_bytes: int
-    """GPU memory of one rollout actor, without the CUDA context."""
+    """GPU memory of one rollout actor, without the CUDA context; on CPUs the same in host memory."""
+    keeps_history: bool
+    """Whether there is a history at the end of the longest rollout."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ class Plan:
     uri: str
     prompts: int
     samples: int
+    on_gpus: bool
+    """Whether actors use GPUs (`engine.gpus_per_actor`)."""
     backbones: tuple[BackbonePlan, ...]
     methods: tuple[MethodPlan, ...]
     cells: tuple[Cell, ...]
@@ -222,6 +227,7 @@ def make_plan(
         uri=config.run.uri,
         prompts=len(prompts),
         samples=config.prompts.samples,
+        on_gpus=config.engine.gpus_per_actor > 0,
         backbones=tuple(_backbone_plan(name, backbone) for name, backbone in config.backbones.items()),
         methods=tuple(methods),
         cells=tuple(cells),
@@ -364,6 +370,7 @@ def _method_plan(
         history_bytes=places.host,
         history_disk_bytes=places.disk,
         gpu_bytes=memory.total,
+        keeps_history=places.total > 0,
     )
 
 
@@ -371,7 +378,7 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     if prompts and not prompts[0].text:
         named = f"{config.prompts.path} is not there yet" if config.prompts.path else "no prompts.path is given"
         count = config.prompts.count or len(prompts)
-        drawn = f", which gives {len(prompts):,} prompts" if len(prompts) != count else ""
+        drawn = f", which gives {counted(len(prompts), 'prompt')}" if len(prompts) != count else ""
         yield f"{named}: planned for prompts.count {count}{drawn}. `run` needs the file: {WHERE_TO_GET}"
     yield from sample_notes(config.prompts)
     yield from duplicate_warnings(prompts)
@@ -431,7 +438,7 @@ def _refine_notes(section: RefineSection, prompts: Sequence[Prompt]) -> Iterator
     spent = Spent(len(texts), tokens_in, tokens_out, 0)
     yield f"prompts are refined by {described(section)} first: about {spent.described(section)}, without retries"
     if section.max_calls is not None and section.max_calls < len(texts):
-        yield f"prompts.refine.max_calls {section.max_calls} is less than the {len(texts)} prompts"
+        yield f"prompts.refine.max_calls {section.max_calls} is less than the {counted(len(texts), 'prompt')}"
 
 
 def _duration_notes(durations_s: Sequence[float], frames_per_block: int) -> Iterator[str]:

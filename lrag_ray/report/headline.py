@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lrag_ray.printable import counted, listed
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.differences import Lead
-from lrag_ray.report.tables import counted, favours, listed
+from lrag_ray.report.tables import favours
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS
 from lrag_ray.scoring.ranks import RankBlock
 
@@ -92,7 +93,8 @@ def _how_sure(data: ReportData, block: RankBlock, lead: Lead) -> str:
     if unclear := len(verdicts["unclear"]):
         parts.append(f"undecided in {counted(unclear, 'measure')}")
     return (
-        f"{_word(lead.share)}: it leads in {100 * lead.share:.0f} of 100 draws of the {block.prompts} prompts. Against "
+        f"{_word(lead.share)}: it leads in {100 * lead.share:.0f} of 100 draws of the "
+        f"{counted(block.prompts, 'prompt')}. Against "
         f"{lead.over.reference}, the next, it is {'; '.join(parts)}"
     )
 

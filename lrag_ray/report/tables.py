@@ -10,7 +10,7 @@ from enum import IntEnum
 from rich.table import Table
 from rich.text import Text
 
-from lrag_ray.printable import printable
+from lrag_ray.printable import counted, printable
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.differences import BlockStatistics, Contrast
 from lrag_ray.report.ends import flow_discontinuities
@@ -289,13 +289,3 @@ def _name(text: str) -> Text:
 
 def _marked(text: str, place: Place | None) -> Text:
     return Text(text, style={Place.BEST: "bold", Place.SECOND: "underline"}.get(place or Place.OTHER, ""))
-
-
-def counted(number_of: int, what: str) -> str:
-    """A number of things in words: ``1 video``, ``2 videos``."""
-    return f"{number_of} {what}{'' if number_of == 1 else 's'}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names as a list in a sentence: ``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

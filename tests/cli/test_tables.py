@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,10 +13,11 @@ from lrag_ray.cli.plan import print_plan
 from lrag_ray.cli.tables import print_average_ranks, print_outcome
 from lrag_ray.config.load import load_config
 from lrag_ray.config.prompts import plan_prompts
-from lrag_ray.errors import INTERRUPTED
+from lrag_ray.errors import INTERRUPTED, UsageError
 from lrag_ray.events import CellScored
 from lrag_ray.pipelines.evaluate import RunOutcome
-from lrag_ray.pipelines.plan import make_plan
+from lrag_ray.pipelines.plan import Plan, make_plan
+from lrag_ray.pipelines.speeds import Speed
 from lrag_ray.store.rollouts import RolloutRun
 from tests.conftest import REPOSITORY
 from tests.store.make import make_identity, rollout_id, store_commit
@@ -78,7 +81,7 @@ def test_the_plan_of_the_paper_is_whole_on_a_narrow_terminal() -> None:
     assert of_rag == [
         ["causal_forcing", "rag", "128", "61,440", "102,400", "16.55", "GB"],
         ["causal_forcing", "rag", "140.6", "TFLOP", "40.65", "TFLOP", "2.864", "EFLOP"],
-        ["causal_forcing", "rag", "exact", "134.6", "GB", "0", "B", "22.19", "GB"],
+        ["causal_forcing", "rag", "exact", "134.6", "GB", "22.19", "GB"],
     ]
     assert "Cells: 3 backbones x 4 methods x durations of 30, 60, 120 s = 36, 128 videos each" in " ".join(
         out.getvalue().split()
@@ -89,6 +92,28 @@ def test_the_plan_of_the_paper_is_whole_on_a_narrow_terminal() -> None:
     head, operations, *hours = (line.rstrip() for line in lines[at + 1 :][:6])
     assert head.endswith("  VBench-Long, if run") and operations.split()[:3] == ["operations", "34.36", "EFLOP"]
     assert [line.split("  ")[0] for line in hours] == ["hours, H200", "hours, H100", "hours, A100", "hours, RTX 4090"]
+
+
+def test_a_plan_of_cpus_speaks_of_no_gpus_until_asked() -> None:
+    config = load_config(str(REPOSITORY / "configs" / "demo.yaml"), ["prompts.limit=1", "methods={base: {}}"])
+    plan = make_plan(config, plan_prompts(config.prompts))
+
+    def text(plan: Plan, **asked: Any) -> str:
+        out = io.StringIO()
+        print_plan(Console(file=out, width=200, markup=False), plan, **asked)
+        return out.getvalue()
+
+    on_cpus = text(plan)
+    assert "GPU" not in on_cpus.replace("for a GPU with --gpu KIND", "") and "H100" not in on_cpus
+    assert "Hours are not known" in on_cpus and ": 1 prompt\n" in on_cpus
+    assert re.search(r"method +actor\n", on_cpus), "no column of a history that no method keeps"
+    on_gpus = text(plan, gpu="H100", gpus=1)
+    assert "actor (GPU)" in on_gpus and "of its GPU (tiny/base), which H100 has" in on_gpus
+    assert "One GPU takes less than 0.1 hours for all of it." in on_gpus and "on 1 GPU," in on_gpus
+    measured = make_plan(config, plan_prompts(config.prompts), [Speed("cpu, torch 2", "runs/x", 1, 1e4, None)])
+    assert "hours of one actor" in text(measured) and "(1 rollout of runs/x)" in text(measured)
+    with pytest.raises(UsageError, match=r"--gpus: the timings of runs/x are of CPUs"):
+        text(measured, gpus=2)
 
 
 def test_long_names_fold_and_numbers_stay_whole() -> None:
