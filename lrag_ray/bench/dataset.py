@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lrag_ray.errors import UsageError
 from lrag_ray.pipelines.dataset_import import import_dataset
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.dataset_files import file_name, tensor_bytes
 from lrag_ray.store.datasets import LatentDataset
@@ -90,7 +91,7 @@ def bench_dataset(
     left_out = (*map(str, data.left_out), *_shorter(data, np.flatnonzero(starts <= 0), window))
     if not len(long):
         named = "".join(f"\nleft out: {each}" for each in left_out[:_MOST_NAMED])
-        raise UsageError(f"no rollout has {window} latent frames. Fix: a smaller --window{named}")
+        raise UsageError(f"no rollout has {counted(window, 'latent frame')}. Fix: a smaller --window{named}")
     random = np.random.default_rng(0)
     chosen = random.choice(long, windows, replace=len(long) < windows)
     places = [(int(i), int(random.integers(starts[i]))) for i in chosen]
@@ -165,7 +166,9 @@ def make_dataset(folder: Path, rollouts: int) -> str:
 def _shorter(data: LatentDataset, rollouts: NDArray[np.int64], window: int) -> Iterator[str]:
     """Rollouts that have no window, by name."""
     for entry in map(data.entry, rollouts.tolist()):
-        yield f"{entry.run}/{entry.rollout}: has {entry.frames} latent frames, fewer than a window of {window}"
+        yield (
+            f"{entry.run}/{entry.rollout}: has {counted(entry.frames, 'latent frame')}, fewer than a window of {window}"
+        )
 
 
 def _pieces(data: LatentDataset, rollout: int, start: int, length: int) -> list[_Piece]:

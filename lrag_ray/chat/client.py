@@ -24,6 +24,7 @@ from lrag_ray.chat.messages import Question, Reply
 from lrag_ray.chat.store import AnswerRecord, CallRecord, ChatStore, answer_path
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import ChatError
+from lrag_ray.printable import counted
 from lrag_ray.store.records import now_utc
 from lrag_ray.thread_pool import thread_pool
 
@@ -176,7 +177,7 @@ class ChatClient:
 
     def _unanswered(self, reason: str) -> UnansweredError:
         """A question that used up its attempts; ChatError where others did before, and none was answered since."""
-        calls = f"{self.section.attempts} call{'' if self.section.attempts == 1 else 's'}"
+        calls = f"{counted(self.section.attempts, 'call')}"
         with self._lock:
             self._unanswered_in_row += 1
             if self._unanswered_in_row >= _MOST_UNANSWERED:

@@ -22,6 +22,7 @@ from pydantic import Field
 from lrag_ray.chat.messages import Finish, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import BudgetError
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import canonical_digest
 from lrag_ray.store.records import JsonValue, PlacedRecord, now_utc
@@ -91,7 +92,7 @@ class Spent(NamedTuple):
     def described(self, section: ChatSection) -> str:
         """``12 calls, 3,456 input and 789 output tokens, cost 0.01``."""
         cost = self.cost(section)
-        text = f"{self.calls:,} calls, {self.input_tokens:,} input and {self.output_tokens:,} output tokens"
+        text = f"{counted(self.calls, 'call')}, {self.input_tokens:,} input and {self.output_tokens:,} output tokens"
         return text if cost is None else f"{text}, cost {cost:.2f}"
 
 
@@ -148,7 +149,8 @@ class ChatStore:
                     if begun:
                         break
                     raise BudgetError(
-                        f"the budget of {section.max_calls:,} calls (max_calls) is used up. Raise it and start again: "
+                        f"the budget of {counted(section.max_calls, 'call')} (max_calls) is used up. Raise it "
+                        f"and start again: "
                         "what is answered is kept"
                     )
                 number = self._next[ledger]

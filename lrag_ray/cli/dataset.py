@@ -9,6 +9,7 @@ import typer
 from lrag_ray.cli.options import AsJson
 from lrag_ray.cli.output import console, count, print_json, print_lines, quantity, say, tells_errors, write
 from lrag_ray.cli.tables import table
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +73,7 @@ def verify(runs: Datasets, as_json: AsJson = False) -> None:
         out = console()
         print_lines(out, "Damaged", (f"{each.rollout}: {each.problem}" for each in found.damaged))
         whole = "all whole" if not found.damaged else f"{count(len(found.damaged))} damaged"
-        out.print(f"Read {count(found.rollouts)} rollouts, {count(found.frames)} latent frames: {whole}.")
+        out.print(f"Read {counted(found.rollouts, 'rollout')}, {counted(found.frames, 'latent frame')}: {whole}.")
     raise typer.Exit(found.exit_code)
 
 
@@ -110,8 +111,8 @@ def export(
         out = console()
         print_lines(out, "Damaged, not exported", (f"{each.rollout}: {each.problem}" for each in made.damaged))
         there = f" ({count(made.files_there)} were there)" if made.files_there else ""
-        wrote = f"{count(made.files_made)} file{'s' * (made.files_made != 1)}{there}"
-        out.print(f"Wrote {wrote} of {count(made.rollouts)} rollouts, {made.dtype}.")
+        wrote = f"{counted(made.files_made, 'file')}{there}"
+        out.print(f"Wrote {wrote} of {counted(made.rollouts, 'rollout')}, {made.dtype}.")
         say(out, f"files: {made.uri}")
     raise typer.Exit(made.exit_code)
 
@@ -145,7 +146,9 @@ def import_(
         out = console()
         print_lines(out, "Left out", (f"{name} {reason}" for name, reason in made.left_out.items()))
         there = f" ({count(made.there)} were there)" if made.there else ""
-        out.print(f"Imported {count(made.imported)} latents{there}; the dataset holds {count(made.frames)} frames.")
+        out.print(
+            f"Imported {counted(made.imported, 'latent')}{there}; the dataset holds {counted(made.frames, 'frame')}."
+        )
         say(out, f"dataset: {made.uri}")
     raise typer.Exit(made.exit_code)
 
@@ -156,7 +159,8 @@ def print_corpus(out: Console, outcome: LatentsOutcome) -> None:
 
     print_made(out, outcome)
     out.print(
-        f"The dataset holds {count(outcome.dataset_rollouts)} rollouts, {count(outcome.dataset_frames)} latent frames"
+        f"The dataset holds {counted(outcome.dataset_rollouts, 'rollout')}, "
+        f"{counted(outcome.dataset_frames, 'latent frame')}"
         + (f", digest {outcome.dataset_digest}." if outcome.dataset_digest else ".")
     )
     say(out, f"dataset: {outcome.uri} (lrag-ray dataset info, verify, export)")
@@ -168,15 +172,16 @@ def _print_info(out: Console, found: DatasetInfo) -> None:
     same = found.shortest == found.longest
     lengths = count(found.longest) if same else f"{count(found.shortest)} to {count(found.longest)}"
     facts = {
-        "rollouts": f"{count(found.rollouts)}, of {count(found.prompts) if found.prompts else 'unknown'} prompts",
+        "rollouts": f"{count(found.rollouts)}, of "
+        f"{counted(found.prompts, 'prompt') if found.prompts else 'unknown prompts'}",
         "latent frames": f"{count(found.frames)}, {lengths} per rollout",
         "one frame": f"[{', '.join(map(str, found.shape))}] {found.dtype}",
         "size": quantity(found.size_bytes, "B"),
         "windows of 8": count(found.windows),
-        **{f"made by {name}": f"{count(number)} rollouts" for name, number in found.by_method.items()},
+        **{f"made by {name}": f"{counted(number, 'rollout')}" for name, number in found.by_method.items()},
     }
     if found.duplicates:
-        facts["held twice"] = f"{count(found.duplicates)} rollouts, each counted once"
+        facts["held twice"] = f"{counted(found.duplicates, 'rollout')}, each counted once"
     for name, value in facts.items():
         shown.add_row(name, value)
     out.print(shown)

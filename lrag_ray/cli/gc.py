@@ -9,6 +9,7 @@ import typer
 from lrag_ray.cli.options import AsJson, Run
 from lrag_ray.cli.output import console, count, notices, print_json, quantity, tells_errors
 from lrag_ray.cli.tables import table
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +74,7 @@ def _print(out: Console, outcome: GcOutcome) -> None:
             out.print(f"  {leftover.path}")
         if len(outcome.leftovers) > _PATHS_SHOWN:
             out.print(f"  … and {count(len(outcome.leftovers) - _PATHS_SHOWN)} more (--json lists all)")
-    total = f"{count(len(outcome.leftovers))} files, {quantity(outcome.size_bytes, 'B')}"
+    total = f"{counted(len(outcome.leftovers), 'file')}, {quantity(outcome.size_bytes, 'B')}"
     if not outcome.leftovers:
         out.print("nothing to remove")
     elif outcome.removed:

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from lrag_ray.cli.options import AsJson
 from lrag_ray.cli.output import console, print_json, say, tells_errors, write
 from lrag_ray.cli.tables import table
+from lrag_ray.printable import counted
 
 _WIDTH_WITHOUT_TERMINAL = 140
 _ROLLOUT = "rollout"
@@ -70,7 +71,8 @@ def inspect_rollout_command(
 
     found = inspect_rollout(rollout)
     title = (
-        f"{found.commit.rollout.backbone}, {found.commit.rollout.method}, {found.commit.latent_frames} latent frames"
+        f"{found.commit.rollout.backbone}, {found.commit.rollout.method}, "
+        f"{counted(found.commit.latent_frames, 'latent frame')}"
     )
     if png is not None:
         draw_png(found.rows, png, title)

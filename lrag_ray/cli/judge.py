@@ -8,6 +8,7 @@ import typer
 
 from lrag_ray.cli.options import AsJson, Run
 from lrag_ray.cli.output import console, print_json, tells_errors
+from lrag_ray.printable import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +54,10 @@ def export(
     if as_json:
         print_json(made)
     else:
-        text = f"{made.page}: {made.cases} cases, {made.videos} videos, {made.size_bytes / 1e6:.1f} MB"
+        text = (
+            f"{made.page}: {counted(made.cases, 'case')}, {counted(made.videos, 'video')}, "
+            f"{made.size_bytes / 1e6:.1f} MB"
+        )
         console().print(text, markup=False, highlight=False)
 
 
@@ -75,5 +79,8 @@ def import_(
     if as_json:
         print_json(found)
     else:
-        text = f"{found.answers} of {found.cases} cases answered by {found.rater}. Next: lrag-ray report {run_uri}"
+        text = (
+            f"{found.answers} of {counted(found.cases, 'case')} answered by {found.rater}. Next: lrag-ray "
+            f"report {run_uri}"
+        )
         console().print(text, markup=False, highlight=False)

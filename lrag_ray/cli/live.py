@@ -18,6 +18,7 @@ from rich.text import Text
 from lrag_ray.cli.output import count, duration, natural
 from lrag_ray.cli.run_view import RunView
 from lrag_ray.cli.training import losses_table
+from lrag_ray.printable import counted
 from lrag_ray.store.records import ROLLOUTS
 from lrag_ray.watch.tally import Flight, cell_of
 
@@ -144,7 +145,7 @@ def _grouped(view: RunView, now_s: float, flights: Sequence[tuple[str, Flight]],
         far = f"{unit}{count(done)}/{count(total)}" if units else "starting"
         cells = Counter(cell_of(flight.task) for flight in members)
         methods = ", ".join(f"{number} {cell}" for cell, number in sorted(cells.items())) if by_node else ""
-        rows.append([name, f"{len(members)} workers", far, methods, f"longest {longest}"])
+        rows.append([name, counted(len(members), "worker"), far, methods, f"longest {longest}"])
     return rows
 
 

@@ -9,6 +9,7 @@ import typer
 
 from lrag_ray.cli.options import AsJson
 from lrag_ray.cli.output import console, print_json, tells_errors
+from lrag_ray.printable import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -43,5 +44,5 @@ def prompts(
         print_json(made)
         return
     named = "" if column == "prompt" else f" --set prompts.column={column}"
-    console().print(f"{made.file}: {made.prompts} prompts of {made.source}", soft_wrap=True, markup=False)
+    console().print(f"{made.file}: {counted(made.prompts, 'prompt')} of {made.source}", soft_wrap=True, markup=False)
     console().print(f"Use them: --set prompts.path={made.file}{named}", soft_wrap=True, markup=False)

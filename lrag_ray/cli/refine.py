@@ -8,6 +8,7 @@ import typer
 
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress
 from lrag_ray.cli.output import console, print_json, tells_errors
+from lrag_ray.printable import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -57,5 +58,5 @@ def refine(
         kept = f", {outcome.kept_original} of them as they were" if outcome.kept_original else ""
         section = loaded.prompts.refine
         spent = f" ({outcome.spent.described(section)})" if section else ""
-        shown.print(f"{len(outcome.prompts)} prompts{kept}{where}{spent}", markup=False, highlight=False)
+        shown.print(f"{counted(len(outcome.prompts), 'prompt')}{kept}{where}{spent}", markup=False, highlight=False)
     raise typer.Exit(outcome.exit_code)

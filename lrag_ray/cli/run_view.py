@@ -13,6 +13,7 @@ from lrag_ray.events import (
     TaskYielded,
     WorkerLost,
 )
+from lrag_ray.printable import counted
 from lrag_ray.stages.spec import StageName
 from lrag_ray.watch.tally import Tally
 
@@ -40,7 +41,7 @@ class RunView(Tally):
             case RunPlanned():
                 return (
                     f"{event.uri}: {count(event.commits_done)} of {count(event.commits_total)} results are there, "
-                    f"{count(event.rollouts_to_do)} rollouts ({count(event.blocks_to_do)} blocks) to do"
+                    f"{counted(event.rollouts_to_do, 'rollout')} ({counted(event.blocks_to_do, 'block')}) to do"
                 )
             case Notice():
                 return f"{'warning: ' if event.warning else ''}{event.text}"
@@ -73,7 +74,7 @@ class RunView(Tally):
         if (eta := self.eta_s) is not None:
             parts.append(f"about {duration(eta)} left")
         if self.videos_scored:
-            parts.append(f"{count(self.videos_scored)} videos scored")
+            parts.append(f"{counted(self.videos_scored, 'video')} scored")
         if self.failed_attempts:
-            parts.append(f"{count(self.failed_attempts)} failed attempts")
+            parts.append(f"{counted(self.failed_attempts, 'failed attempt')}")
         return ", ".join(parts)

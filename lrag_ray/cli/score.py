@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lrag_ray.cli.options import AsJson, Overrides
 from lrag_ray.cli.output import console, count, duration, first_of, print_json, tells_errors
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from lrag_ray.pipelines.score import RunScores
@@ -134,7 +135,7 @@ def print_run_scores(shown: Console, run: RolloutRun, outcome: RunScores, suite:
         for ranks in terminal_tables(collect([run], suite)):
             shown.print(ranks)
             shown.print()
-    shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
+    shown.print(f"This start scored {counted(outcome.videos_scored, 'video')} in {duration(outcome.seconds)}.")
     _print_failed(shown, outcome.failed)
     for name in outcome.report_files:
         shown.print(f"{outcome.report_folder}/{name}", soft_wrap=True)
@@ -180,14 +181,14 @@ def print_video_scores(shown: Console, outcome: VideoScores, suite: Suite[Any]) 
         if any(group.average_rank is not None for group in groups):
             ranks = ["-" if group.average_rank is None else f"{group.average_rank:.2f}" for group in groups]
             prompts = max(group.prompts_ranked for group in groups)
-            means.add_row(f"Average rank, over {count(prompts)} prompt{'' if prompts == 1 else 's'}", *ranks)
+            means.add_row(f"Average rank, over {counted(prompts, 'prompt')}", *ranks)
         means.add_row("Videos", *(count(group.videos) for group in groups))
         means.add_row("Clips", *(count(group.clips) for group in groups))
         shown.print(means)
         shown.print()
     for note in outcome.left_out:
         shown.print(note, soft_wrap=True)
-    shown.print(f"This start scored {count(outcome.videos_scored)} videos in {duration(outcome.seconds)}.")
+    shown.print(f"This start scored {counted(outcome.videos_scored, 'video')} in {duration(outcome.seconds)}.")
     _print_failed(shown, outcome.failed)
     notes: dict[str, set[str]] = {}
     for video in outcome.videos:

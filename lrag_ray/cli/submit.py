@@ -12,6 +12,7 @@ from lrag_ray.cli.options import AsJson, Config, Overrides, Progress
 from lrag_ray.cli.output import console, count, duration, print_json, quantity, say, tells_errors, write
 from lrag_ray.cli.tables import print_average_ranks, table
 from lrag_ray.errors import INTERRUPTED
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from lrag_ray.cli.progress import ProgressForm
@@ -213,7 +214,8 @@ def _planned(plan: Plan) -> str:
     totals = plan.totals
     hours = max((hours.total.most for hours in plan.gpu_hours.values()), default=0)
     return (
-        f"plan: {count(plan.prompts)} prompts, {count(totals.cells)} cells, {count(totals.rollouts)} rollouts, "
+        f"plan: {counted(plan.prompts, 'prompt')}, {counted(totals.cells, 'cell')}, "
+        f"{counted(totals.rollouts, 'rollout')}, "
         f"{quantity(totals.latent_bytes + totals.video_bytes, 'B')} stored"
         + (f", at most {hours:.3g} GPU-hours of generation and decoding" if hours >= 0.1 else "")
     )
@@ -243,7 +245,7 @@ def _print_end(end: JobEnd) -> None:
     if {"commits_made", "commits_total", "videos_scored"} <= outcome.keys():
         write(
             f"{end.id} made {count(outcome['commits_made'])} of {count(outcome['commits_total'])} results and scored "
-            f"{count(outcome['videos_scored'])} videos."
+            f"{counted(outcome['videos_scored'], 'video')}."
         )
     for title, reason in (outcome.get("missing") or {}).items():
         write(f"  could not be made: {title}: {reason}")

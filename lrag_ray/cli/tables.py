@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrag_ray.cli.output import count, duration, first_of, quantity, say
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from lrag_ray.conformance.case import CaseResult
@@ -62,7 +63,7 @@ def print_outcome(console: Console, run: RolloutRun, outcome: RunOutcome) -> Non
     for ranks in rank_tables(collect([run])):
         console.print(ranks)
         console.print()
-    print_made(console, outcome, f" and scored {count(outcome.videos_scored)} videos")
+    print_made(console, outcome, f" and scored {counted(outcome.videos_scored, 'video')}")
     places = {"state": f"lrag-ray status {shlex.quote(outcome.uri)}"}
     if outcome.exit_code != INTERRUPTED:
         # An interrupted run has not written its summary.
@@ -112,7 +113,7 @@ def print_made(console: Console, outcome: RunOutcome, more: str = "") -> None:
 def print_decoded(console: Console, outcome: DecodeOutcome) -> None:
     """What a decode made, what it could not make, and where it is."""
     there = f" ({count(outcome.videos_there)} were there)" if outcome.videos_there else ""
-    console.print(f"Decoded {count(outcome.videos_made)} videos{there} in {duration(outcome.seconds)}.")
+    console.print(f"Decoded {counted(outcome.videos_made, 'video')}{there} in {duration(outcome.seconds)}.")
     _print_list(
         console,
         "Rollouts without all their videos",
@@ -174,11 +175,15 @@ def print_damage(console: Console, damage: Iterable[Damage], coverage: Coverage)
 
     for line in first_of(lines()):
         say(console, line)
-    left_out = f"; {count(coverage.left_out)} rollouts or other files were not drawn" if coverage.left_out else ""
-    unnamed = f"; {count(len(coverage.unnamed))} files that nothing names were not read" if coverage.unnamed else ""
+    left_out = (
+        f"; {counted(coverage.left_out, 'rollout or other file', 'rollouts or other files')} not drawn"
+        if coverage.left_out
+        else ""
+    )
+    unnamed = f"; {counted(len(coverage.unnamed), 'file')} that nothing names, not read" if coverage.unnamed else ""
     say(
         console,
-        f"{count(coverage.files)} files read, {quantity(coverage.size_bytes, 'B')}: {count(len(found))} damaged"
+        f"{counted(coverage.files, 'file')} read, {quantity(coverage.size_bytes, 'B')}: {count(len(found))} damaged"
         f"{left_out}{unnamed}",
     )
     return found

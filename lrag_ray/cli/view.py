@@ -13,6 +13,7 @@ import typer
 from lrag_ray.cli.options import AsJson, named_runs
 from lrag_ray.cli.output import console, print_json, quantity, tells_errors, write
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from lrag_ray.report.collect import ReportData
@@ -115,7 +116,8 @@ def export(
         for line in made.missing:
             out.print(f"Left out: {line}")
         out.print(
-            f"{made.file}: {made.videos} videos, {quantity(made.size_bytes, 'B')}; unpack it and open report.html"
+            f"{made.file}: {counted(made.videos, 'video')}, {quantity(made.size_bytes, 'B')}; unpack it and "
+            f"open report.html"
         )
     raise typer.Exit(1 if made.missing else 0)
 
@@ -162,7 +164,9 @@ def push(
         for line in made.missing:
             out.print(f"Left out: {line}")
         who = "for everybody" if made.public else "private"
-        out.print(f"{made.page} ({who}): {made.videos} videos, {quantity(made.size_bytes, 'B')}", soft_wrap=True)
+        out.print(
+            f"{made.page} ({who}): {counted(made.videos, 'video')}, {quantity(made.size_bytes, 'B')}", soft_wrap=True
+        )
     raise typer.Exit(1 if made.missing else 0)
 
 

@@ -14,6 +14,7 @@ import typer
 from lrag_ray.cli.options import AsJson, Config, Overrides
 from lrag_ray.cli.output import console, duration, print_json, quantity, say, tells_errors
 from lrag_ray.errors import LragError, RunEnvironmentError, UsageError
+from lrag_ray.printable import counted
 
 if TYPE_CHECKING:
     from lrag_ray.scoring.suite import Suite
@@ -115,7 +116,7 @@ def list_needs(
     if rows:
         present = [row for row in rows if row["present_bytes"]]
         there = f"{len(present)} here{_bytes(present, 'present_bytes')}"
-        _say(f"{len(rows)} files: {there}, {len(missing)} missing{_bytes(missing, 'published_bytes')}.")
+        _say(f"{counted(len(rows), 'file')}: {there}, {len(missing)} missing{_bytes(missing, 'published_bytes')}.")
     if any(row["source"] for row in missing):
         _say(f"Fix: lrag-ray weights pull {_arguments(config, suite, folder)}")
     if not rows:
@@ -178,7 +179,7 @@ def pull(
         size, seconds = sum(row["size_bytes"] for row in fetched), time.monotonic() - began
         failed = sum(row["error"] is not None for row in rows)
         speed = f" in {duration(seconds)}, {quantity(size / seconds, 'B/s')}" if size and seconds > 0 else ""
-        _say(f"{len(rows)} files: {len(fetched)} pulled ({quantity(size, 'B')}{speed}), {failed} failed.")
+        _say(f"{counted(len(rows), 'file')}: {len(fetched)} pulled ({quantity(size, 'B')}{speed}), {failed} failed.")
     _finish({"pulled": rows}, as_json, failed=any(row["error"] for row in rows))
 
 
@@ -221,7 +222,10 @@ def verify(
             add(network.name, str(network.path), network.ok, network.detail)
     if not as_json:
         wrong = sum(not row["ok"] for row in rows)
-        _say(f"{len(rows)} files in {duration(time.monotonic() - began)}: {len(rows) - wrong} ok, {wrong} failed.")
+        _say(
+            f"{counted(len(rows), 'file')} in {duration(time.monotonic() - began)}: {len(rows) - wrong} ok, "
+            f"{wrong} failed."
+        )
     _finish({"verified": rows}, as_json, failed=not all(row["ok"] for row in rows))
 
 

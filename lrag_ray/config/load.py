@@ -32,6 +32,7 @@ from lrag_ray.config.sweeps import expand_sweeps
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.context.registry import policy_class, registered
 from lrag_ray.errors import ConfigError
+from lrag_ray.printable import counted
 from lrag_ray.scoring.registry import NONE, suite_class
 from lrag_ray.scoring.registry import registered as registered_suites
 from lrag_ray.wan.kernels import unfit
@@ -250,7 +251,9 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
     prompts = config.prompts.limit or config.prompts.count or 1
     rollouts = prompts * config.prompts.samples * len(config.backbones) * len(config.methods)
     if rollouts > MOST_ROLLOUTS:
-        yield Problem(("prompts", "samples"), f"comes to {rollouts:,} rollouts; a run has at most {MOST_ROLLOUTS:,}")
+        yield Problem(
+            ("prompts", "samples"), f"comes to {counted(rollouts, 'rollout')}; a run has at most {MOST_ROLLOUTS:,}"
+        )
     cells = len(config.backbones) * len(config.methods) * len(config.durations_s)
     if cells > MOST_CELLS:
         yield Problem(

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from lrag_ray.config.problems import Problem
 from lrag_ray.config.source import Document, KeyPath
 from lrag_ray.context.registry import policy_class
+from lrag_ray.printable import counted
 
 _MOST_METHODS = 100
 """Methods of one sweep; more than that is a slip."""
@@ -70,7 +71,7 @@ def _problems(path: KeyPath, swept: Mapping[str, list[Any]]) -> Iterator[Problem
         elif len({_shown(value) for value in values}) < len(values):
             yield Problem((*path, key), f"holds values that would give methods of one name: {values}")
     if count > _MOST_METHODS:
-        yield Problem(path, f"makes {count} methods; a sweep makes at most {_MOST_METHODS}")
+        yield Problem(path, f"makes {counted(count, 'method')}; a sweep makes at most {_MOST_METHODS}")
 
 
 def _methods(name: str, section: Mapping[str, Any], swept: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:

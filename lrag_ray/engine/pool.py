@@ -55,6 +55,7 @@ from lrag_ray.events import (
     silent,
 )
 from lrag_ray.interrupts import take_next
+from lrag_ray.printable import counted
 from lrag_ray.stages.spec import Outcome, Payload, Refused, Stage, Task, Yielded
 from lrag_ray.store.records import FailureRecord, new_attempt_id
 
@@ -160,7 +161,9 @@ class ActorPool(Generic[Payload]):
         if not flights:
             return
         take_next()
-        self._report(Notice(f"interrupted: {len(flights)} workers store what they have finished; again ends them now"))
+        self._report(
+            Notice(f"interrupted: {counted(len(flights), 'worker')} to store what is finished; again ends them now")
+        )
         for worker in flights.values():
             worker.actor.leave.remote()
         ray.wait(list(flights), num_returns=len(flights), timeout=LEAVE_S, fetch_local=False)
@@ -358,7 +361,8 @@ class ActorPool(Generic[Payload]):
         most = _START_FAILURES if raised_at_start(error) else _START_DEATHS
         if self._failed_starts >= most and not any(other.ready for other in self._workers.values()):
             raise ClusterError(
-                f"{self._failed_starts} workers in a row died before they were ready; the last: {first_line(error)}. "
+                f"{counted(self._failed_starts, 'worker')} in a row died before being ready; the last: "
+                f"{first_line(error)}. "
                 "Check that the nodes have the same environment as this one and room for engine.cpus_per_actor and "
                 "engine.gpus_per_actor"
             ) from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.errors import StorageError, UsageError
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.dataset_card import DatasetCard, read_card
 from lrag_ray.store.dataset_files import (
@@ -256,7 +257,8 @@ def _claim(target: Storage, record: ExportRecord) -> set[str]:
     except FileNotFoundError:
         if there:
             raise UsageError(
-                f"{target.uri} holds {len(there):,} latent files that no export made. Fix: give an empty folder"
+                f"{target.uri} holds {counted(len(there), 'latent file')} that no export made. Fix: give an "
+                f"empty folder"
             ) from None
         target.write(EXPORT_FILE, record.model_dump_json(indent=1).encode())
         return set()

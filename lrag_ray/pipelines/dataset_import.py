@@ -14,6 +14,7 @@ from lrag_ray.errors import UsageError
 from lrag_ray.events import Listener, Notice, silent
 from lrag_ray.pipelines.dataset import WINDOW, batched
 from lrag_ray.pipelines.lease import keep_lease
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.dataset_card import DatasetCard
 from lrag_ray.store.dataset_files import (
@@ -201,7 +202,7 @@ class _Import:
         if max(sizes) > MOST_SIZE:
             return f"holds a tensor {list(latents.shape)}, and no size of a latent is above {MOST_SIZE}"
         if frames < self._window:
-            return f"has {frames} latent frames, fewer than a window of {self._window}"
+            return f"has {counted(frames, 'latent frame')}, fewer than a window of {self._window}"
         if form is not None and _form_of(latents) != form:
             return f"holds latents {_form_of(latents)}, the others are {form}"
         return ""

@@ -28,7 +28,7 @@ from lrag_ray.engine.cluster_address import cluster_address
 from lrag_ray.errors import LragError
 from lrag_ray.pipelines.history_choice import HOST_SHARE
 from lrag_ray.pipelines.plan import Plan, make_plan
-from lrag_ray.printable import quantity
+from lrag_ray.printable import counted, quantity
 from lrag_ray.scoring.registry import suite_of
 from lrag_ray.stages.refinement import read_template
 from lrag_ray.store.address import Storage
@@ -186,7 +186,7 @@ def _video() -> Row:
     except (LragError, OSError, ImportError, ValueError, RuntimeError) as error:
         fix = "install PyAV's own wheel (pip install 'av>=18'), which holds libx264"
         return Row("video codec", "fail", f"H.264 cannot be written: {type(error).__name__}: {error}", fix)
-    return Row("video codec", "ok", f"H.264 written and read back through PyAV ({len(read)} frames)")
+    return Row("video codec", "ok", f"H.264 written and read back through PyAV ({counted(len(read), 'frame')})")
 
 
 def _is_pulled(config: RunConfig) -> bool:
@@ -213,7 +213,7 @@ def _weights(config: RunConfig, file: str) -> Iterator[Row]:
         yield Row(
             "weights",
             "fail",
-            f"{len(absent)} published {'file' if len(absent) == 1 else 'files'} missing{_to_fetch(sizes)}: {paths}",
+            f"{counted(len(absent), 'published file')} missing{_to_fetch(sizes)}: {paths}",
             fix,
         )
 
@@ -240,7 +240,7 @@ def _scoring_networks(config: RunConfig) -> Iterator[Row]:
             yield Row("scoring networks", "fail", str(error))
             return
         names = ", ".join(file.name for file in absent)
-        found = f"{len(absent)} of {len(needed)} files of {suite.label} missing"
+        found = f"{len(absent)} of {counted(len(needed), 'file')} of {suite.label} missing"
         fix = f"{suite.pull_command}, set scoring.weights to the folder that has them, or set scoring.suite: preview"
         yield Row("scoring networks", "fail", f"{found}{_to_fetch([file.size_bytes for file in absent])}: {names}", fix)
     else:
@@ -300,7 +300,7 @@ def threads_row(engine: WorkersSection) -> Row:
     cores = len(os.sched_getaffinity(0))
     actors = engine.most_actors or engine.least_actors
     threads = engine.threads_per_actor
-    found = f"{actors} actor{'s' * (actors != 1)} of {threads} torch thread{'s' * (threads != 1)}, {cores} cores here"
+    found = f"{counted(actors, 'actor')} of {counted(threads, 'torch thread')}, {counted(cores, 'core')} here"
     if engine.gpus_per_actor == 0 and not engine.address and actors * engine.threads_per_actor > cores:
         return Row("threads", "warn", found, "fewer engine.actors, or fewer engine.threads_per_actor")
     return Row("threads", "ok", found)

@@ -15,7 +15,7 @@ from lrag_ray.pipelines.doctor import CUDA_CONTEXT_BYTES, Row, State, disk_row, 
 from lrag_ray.pipelines.history_choice import HOST_SHARE
 from lrag_ray.pipelines.plan_training import TrainingPlan, plan_training
 from lrag_ray.pipelines.train_encoder import TrainEncoderJob
-from lrag_ray.printable import quantity
+from lrag_ray.printable import counted, quantity
 from lrag_ray.store.address import Storage
 from lrag_ray.weights.local import is_remote
 
@@ -43,8 +43,10 @@ def examine_training(config: TrainEncoderConfig) -> Iterator[Row]:
 
 def _described(plan: TrainingPlan) -> str:
     return (
-        f"{', '.join(plan.data)}: {plan.rollouts} rollouts, {plan.frames} latent frames; {plan.training_rollouts} for "
-        f"training, {plan.validation_rollouts} for validation; {plan.steps_per_epoch} steps per epoch, {plan.steps} in "
+        f"{', '.join(plan.data)}: {counted(plan.rollouts, 'rollout')}, {counted(plan.frames, 'latent frame')}; "
+        f"{plan.training_rollouts:,} for "
+        f"training, {plan.validation_rollouts} for validation; {counted(plan.steps_per_epoch, 'step')} per "
+        f"epoch, {plan.steps} in "
         "all"
     )
 
@@ -76,10 +78,10 @@ def _workers(config: TrainEncoderConfig) -> Row:
     engine, cores = config.engine, len(os.sched_getaffinity(0))
     least, cpus, gpus = engine.least_actors, engine.cpus_per_actor, engine.gpus_per_actor
     kind = f"{cpus:g} CPU{'s' * (cpus != 1)}" + (f" and {gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "")
-    found = f"at least {least} with {kind} each; this machine has {cores} CPUs"
+    found = f"at least {least} with {kind} each; this machine has {counted(cores, 'CPU')}"
     here = torch.cuda.device_count() if gpus else None
     if here is not None:
-        found += f" and {here} GPUs"
+        found += f" and {counted(here, 'GPU')}"
     if least * cpus <= cores and (here is None or least * gpus <= here):
         return Row("workers", "ok", found)
     state: State = "warn" if engine.address or os.environ.get("RAY_ADDRESS") else "fail"

@@ -23,6 +23,7 @@ from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.costs import with_costs
 from lrag_ray.pipelines.identity import build_identity
 from lrag_ray.pipelines.job import Job
+from lrag_ray.printable import counted
 from lrag_ray.report.csv_text import csv_text
 from lrag_ray.stages.refine import RefineStage, RefineTask
 from lrag_ray.stages.refinement import Refined, Refiner, encoder_limits, read_template
@@ -155,7 +156,9 @@ class RefineJob(Job[RefinedPrompts]):
                 continue
             reasons = "; then: ".join(found.problems)
             if not found.failed:
-                self.note(f"{_title(prompt)} was refined after {len(found.problems)} unusable answers: {reasons}")
+                self.note(
+                    f"{_title(prompt)} was refined after {counted(len(found.problems), 'unusable answer')}: {reasons}"
+                )
             elif self._section.on_failure == "original":
                 self.warn(f"{_title(prompt)} stays as it was: {reasons}")
             else:

@@ -22,6 +22,7 @@ from lrag_ray.errors import IdentityError
 from lrag_ray.events import AttemptFailed, Listener, TaskFinished, silent
 from lrag_ray.pipelines.job import Job
 from lrag_ray.pipelines.training_data import choose_rollouts
+from lrag_ray.printable import counted
 from lrag_ray.report.training import write_training_report
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.retrieval.losses import LossConfig
@@ -155,7 +156,7 @@ class TrainEncoderJob(Job[TrainingOutcome]):
         config = self._config
         dataset = LatentDataset.open(*config.data.uris, storage=config.storage)
         if dataset.duplicates:
-            self.note(f"{dataset.duplicates} rollouts are in several datasets and count once")
+            self.note(f"several datasets hold {counted(dataset.duplicates, 'rollout')}, each counted once")
         channels, height, width = dataset.shape
         sizes = EncoderConfig(
             in_channels=channels,
@@ -170,13 +171,15 @@ class TrainEncoderJob(Job[TrainingOutcome]):
         lost = [key for key, count in zip(stored.keys, stored.frames, strict=True) if frames.get(key, 0) < count]
         if lost:
             raise IdentityError(
-                f"{self._run.uri} was begun with {len(stored.keys)} rollouts, and {len(lost)} of them are not in "
+                f"{self._run.uri} was begun with {counted(len(stored.keys), 'rollout')}, and {len(lost)} of "
+                f"them are not in "
                 f"data.uris any more or have become shorter: {', '.join(key[:12] for key in lost[:_MOST_NAMED])}. Two "
                 "ways out: name all datasets that it began with, or set run.uri to a new address"
             )
         if newer := len(frames) - len(stored.keys):
             self.note(
-                f"{newer} rollouts of the dataset came after this training began, or were left out then: it goes on "
+                f"{counted(newer, 'rollout')} of the dataset came after this training began, or had been left "
+                f"out: it goes on "
                 "without them. A new training (another run.uri) takes them"
             )
         return stored, sizes

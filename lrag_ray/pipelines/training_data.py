@@ -9,6 +9,7 @@ import numpy as np
 
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import counted
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.training.windows import Rollouts, in_validation
 
@@ -30,9 +31,12 @@ def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Ca
     frames = dataset.frames[first]
     if short := np.flatnonzero(frames < length).tolist():
         entries = [dataset.rollouts[int(first[at])] for at in short[:_MOST_NAMED]]
-        named = ", ".join(f"{entry.run}/{entry.rollout} ({entry.frames} frames)" for entry in entries)
+        named = ", ".join(f"{entry.run}/{entry.rollout} ({counted(entry.frames, 'frame')})" for entry in entries)
         more = f" and {len(short) - len(entries)} more" if len(short) > len(entries) else ""
-        text = f"{len(short)} of {len(keys)} rollouts are shorter than data.window_frames {length}: {named}{more}"
+        text = (
+            f"{len(short)} of {counted(len(keys), 'rollout')} are shorter than data.window_frames {length}: "
+            f"{named}{more}"
+        )
         if data.short_rollouts == "refuse":
             raise UsageError(
                 f"{text}. Fix: data.short_rollouts: skip leaves them out; a smaller data.window_frames takes them"
@@ -46,13 +50,14 @@ def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Ca
     if not training or (data.validation_fraction and not held_out):
         empty = "validation" if training else "training"
         raise UsageError(
-            f"none of the {len(rollouts.keys)} rollouts of {', '.join(data.uris)} falls into the {empty} split at "
+            f"none of the {counted(len(rollouts.keys), 'rollout')} of {', '.join(data.uris)} falls into the "
+            f"{empty} split at "
             f"data.validation_fraction {data.validation_fraction:g}: the split follows from each rollout's digest. "
             "Fix: more rollouts, another fraction, or 0 to train on all of them"
         )
     if training < config.training.batch_size:
         warn(
-            f"the training split has {training} rollouts, fewer than training.batch_size "
+            f"the training split has {counted(training, 'rollout')}, fewer than training.batch_size "
             f"{config.training.batch_size}: each epoch is one step with a batch of {training}"
         )
     return rollouts

@@ -22,6 +22,7 @@ from lrag_ray.config.redaction import redact
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.config.table_file import read_table
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import sha256_of
 from lrag_ray.thread_pool import thread_pool
@@ -196,7 +197,8 @@ def _note_skipped(paths: Iterable[PurePosixPath], target: str, notes: list[str])
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
         notes.append(
-            f"{redact(target)}: skipped {others.total()} files that are not named like videos: {kinds}. A glob or a "
+            f"{redact(target)}: skipped {counted(others.total(), 'file')} that are not named like videos: "
+            f"{kinds}. A glob or a "
             "manifest may name them"
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrag_ray.errors import UsageError
-from lrag_ray.printable import printable
+from lrag_ray.printable import counted, printable
 from lrag_ray.report.build import PAGE
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.export import write_members
@@ -68,7 +68,8 @@ def _card(data: ReportData, videos: int) -> str:
         "---",
         "# Long-video comparison",
         "",
-        f"Scores: {data.suite.title}. {len(data.identity.prompts)} prompts, {videos} videos. Download the repository",
+        f"Scores: {data.suite.title}. {counted(len(data.identity.prompts), 'prompt')}, "
+        f"{counted(videos, 'video')}. Download the repository",
         f"and open `{PAGE}` to play them; `ranks.csv` and the files beside it hold the tables.",
         "",
         "Methods: " + ", ".join(_code(name) for name in data.identity.methods),

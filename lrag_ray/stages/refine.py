@@ -11,6 +11,7 @@ from lrag_ray.chat.store import AnswerRecord, ChatStore
 from lrag_ray.config.refine import RefineSection
 from lrag_ray.config.schema import WorkersSection
 from lrag_ray.errors import BudgetError, ChatError, ConfigError, WeightsError
+from lrag_ray.printable import counted
 from lrag_ray.stages.refinement import EncoderLimit, Refiner
 from lrag_ray.stages.spec import Host, Refused, Resources, Result, Stage, Task, WorkerState, Yielded
 from lrag_ray.store.address import Storage
@@ -74,7 +75,7 @@ class RefineWorker:
         found: dict[Question, AnswerRecord] = {}
         rejected: dict[str, str] = {}
         while questions := self._open(payload.prompts, found, rejected):
-            self._host.report(WorkerState(f"{len(questions)} prompts", 0, 0, "asking"))
+            self._host.report(WorkerState(counted(len(questions), "prompt"), 0, 0, "asking"))
             try:
                 answers = self._client.ask(list(questions.values()))
             except LeftError:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError
+from lrag_ray.printable import counted
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.training_run import TrainingRun, rollouts_digest
 from lrag_ray.training.loop import (
@@ -120,7 +121,8 @@ def window_reader(dataset: LatentDataset, rollouts: Rollouts, length: int) -> Wi
     places = {key: index for index, key in enumerate(dataset.keys)}
     if missing := [key for key in rollouts.keys if key not in places]:
         raise TrainingFailedError(
-            f"{len(missing)} of {len(rollouts.keys)} rollouts of this training are not in the dataset any more: "
+            f"{len(missing)} of {counted(len(rollouts.keys), 'rollout')} of this training are not in the "
+            f"dataset any more: "
             f"{', '.join(key[:12] for key in missing[:8])}. Fix: `lrag-ray dataset verify` lists damaged ones, and the "
             "command that made them makes them again; name all datasets it began with (data.uris); or begin a new "
             "training (another run.uri)"

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from lrag_ray.errors import StorageError
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.parquet import written_out_bytes
 from lrag_ray.store.parts import BrokenPartError
@@ -440,5 +441,5 @@ def part_layout(storage: Storage, path: str, size_bytes: int, frames: int) -> Pa
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenPartError(f"{path} does not hold latent frames: {error}") from error
     if count != frames or end - first != prod(shape) * value_bytes or not 0 <= first <= end <= size_bytes - 8 - length:
-        raise BrokenPartError(f"{path} does not hold {frames} latent frames")
+        raise BrokenPartError(f"{path} does not hold {counted(frames, 'latent frame')}")
     return PartLayout(form, 8 + length + first)

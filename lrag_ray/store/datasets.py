@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import StorageError, UsageError
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.dataset_index import (
     PLACE_COLUMNS,
@@ -196,7 +197,9 @@ class LatentDataset:
         plan = self._planned()
         frames, length = int(plan.frames[rollout_index]), out.shape[0]
         if not (start >= 0 and length > 0 and start + length <= frames):
-            raise IndexError(f"rollout {rollout_index} has {frames} latent frames, not {start} to {start + length}")
+            raise IndexError(
+                f"rollout {rollout_index} has {counted(frames, 'latent frame')}, not {start} to {start + length}"
+            )
         if out.shape[1:] != self.shape or out.dtype != self.dtype or not out.is_contiguous():
             raise ValueError(f"out is {list(out.shape)} {out.dtype}, expected contiguous frames {self.form}")
         view = memoryview((ctypes.c_char * (out.numel() * out.element_size())).from_address(out.data_ptr())).cast("B")
@@ -265,7 +268,7 @@ class _Entries(Sequence[RolloutEntry]):
         if isinstance(index, slice):
             return [self._data.entry(i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"the dataset has {len(self)} rollouts, not one with index {index}")
+            raise IndexError(f"the dataset has {counted(len(self), 'rollout')}, not one with index {index}")
         return self._data.entry(index % len(self))
 
     def __iter__(self) -> Iterator[RolloutEntry]:
@@ -317,7 +320,8 @@ def _open_source(storage: Storage) -> _Source:
     table, form, left_out = committed_rows(storage)
     if form is None and left_out:
         raise StorageError(
-            f"{storage.uri} holds no latents that are whole ({len(left_out)} commits do not count; {left_out[0]}). "
+            f"{storage.uri} holds no latents that are whole ({counted(len(left_out), 'commit')} left out; "
+            f"{left_out[0]}). "
             "Fix: the command that made the run makes them again"
         )
     if form is None:

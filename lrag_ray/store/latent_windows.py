@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrag_ray.config.schema import StorageSection
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import counted
 from lrag_ray.store.datasets import LatentDataset
 
 
@@ -41,7 +42,8 @@ class LatentWindows(torch.utils.data.Dataset[Tensor]):
             if short := np.flatnonzero(windows < 1).tolist():
                 shown = ", ".join(f"{latents.entry(i).rollout} ({frames[i]})" for i in short[:5])
                 raise UsageError(
-                    f"{len(short):,} of {len(frames):,} rollouts have fewer latent frames than a window of {window}: "
+                    f"{len(short):,} of {counted(len(frames), 'rollout')} have fewer latent frames than a "
+                    f"window of {window}: "
                     f"{shown}{', …' if len(short) > 5 else ''}. Fix: a smaller window, or leave these runs out"
                 )
         self._ends = np.cumsum(windows)
@@ -65,7 +67,7 @@ class LatentWindows(torch.utils.data.Dataset[Tensor]):
     def place(self, index: int) -> tuple[int, int]:
         """Rollout and first latent frame of a window."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"the dataset has {len(self)} items, not one with index {index}")
+            raise IndexError(f"the dataset has {counted(len(self), 'item')}, not one with index {index}")
         index %= len(self)
         rollout = int(np.searchsorted(self._ends, index, side="right"))
         return rollout, index - (int(self._ends[rollout - 1]) if rollout else 0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lrag_ray.config.schema import StorageSection
+from lrag_ray.printable import counted
 from lrag_ray.store.faults import is_transient
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ class GivenUpError(Exception):
     """Every try failed with a transient error."""
 
     def __init__(self, last: Exception, tries: int, seconds: float) -> None:
-        super().__init__(f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.0f} s")
+        super().__init__(f"{counted(tries, 'try', 'tries')} in {seconds:.0f} s")
         self.last = last
 
 

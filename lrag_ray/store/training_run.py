@@ -29,6 +29,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from lrag_ray.errors import StorageError, WeightsError
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import FORMAT_VERSION, canonical_digest, compare
 from lrag_ray.store.parquet import read_parquet, write_parquet
@@ -125,7 +126,7 @@ class TrainingRun(IdentifiedRun[TrainingIdentity]):
         """All changes but that of the epochs."""
         changes = [*compare("", stored.settings, wanted.settings)]
         if stored.rollouts_digest != wanted.rollouts_digest:
-            changes.append(f"data: {stored.rollouts} rollouts in the training, other ones in the dataset")
+            changes.append(f"data: {counted(stored.rollouts, 'rollout')} in the training, other ones in the dataset")
         return [change.removeprefix(".") for change in changes]
 
     def grown(self, stored: TrainingIdentity, wanted: TrainingIdentity) -> TrainingIdentity:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from lrag_ray.config.redaction import redact
 from lrag_ray.events import Event, Listener
+from lrag_ray.printable import counted
 
 _MOST_WAITING = 100_000
 """Events; a logger that is further behind than that misses some, which is reported."""
@@ -48,7 +49,7 @@ class BackgroundListener:
         if self._thread.is_alive():
             self._warn(f"{self._name}: it did not finish within {within_s:g} s; what it had not sent is lost")
         elif self._missed:
-            self._warn(f"{self._name}: it was too slow and missed {self._missed} events")
+            self._warn(f"{self._name}: it was too slow and missed {counted(self._missed, 'event')}")
         self._report()
 
     def _report(self) -> None:

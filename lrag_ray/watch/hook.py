@@ -22,7 +22,7 @@ from lrag_ray.config.redaction import redact
 from lrag_ray.config.watch import OnEndSection, webhook_address
 from lrag_ray.errors import ConfigError
 from lrag_ray.events import Event, RunEnded, log_record
-from lrag_ray.printable import json_text
+from lrag_ray.printable import counted, json_text
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
@@ -93,7 +93,7 @@ class EndHook:
                     return problem
             else:
                 problem = answer
-        return f"{problem} ({self._section.attempts} attempts)"
+        return f"{problem} ({counted(self._section.attempts, 'attempt')})"
 
     def _attempt(self, body: bytes, headers: dict[str, str]) -> int | str:
         """The status code, or what happened instead."""

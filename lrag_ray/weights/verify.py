@@ -10,6 +10,7 @@ import torch
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.context.weights import Loaded, tensors_of
 from lrag_ray.errors import LragError, WeightsError
+from lrag_ray.printable import counted
 from lrag_ray.text_file import read_text
 from lrag_ray.wan.checkpoint import mapped_transformer
 from lrag_ray.wan.file_kinds import absence
@@ -114,7 +115,7 @@ def fits(need: Need, path: Path, *, values: bool = False) -> str:
     backbone = need.backbone
     if need.kind == "prompts":
         lines = read_text(path, "the prompt file", WeightsError).removesuffix("\n").count("\n") + 1
-        return f"{lines} lines"
+        return counted(lines, "line")
     if need.file is not None:
         return _tensors(need, need.file.read(path), values)
     assert backbone is not None, "everything else belongs to a backbone"
@@ -138,7 +139,7 @@ def fits(need: Need, path: Path, *, values: bool = False) -> str:
         return _tensors(need, model, values)
     if need.kind == "tokenizer":
         tokenize, _ = load_tokenizer(path, backbone.transformer.text_len)
-        return f"{len(tokenize('a red fox'))} tokens for 'a red fox'"
+        return f"{counted(len(tokenize('a red fox')), 'token')} for 'a red fox'"
     return _tensors(need, mapped_vae(path), values)
 
 
@@ -146,4 +147,4 @@ def _tensors(need: Need, found: Loaded, values: bool) -> str:
     tensors = tensors_of(found)
     if values:
         refuse_non_finite(tensors, f"{need.kind.replace('_', ' ')} {need.address}")
-    return f"{len(tensors)} tensors fit"
+    return f"{counted(len(tensors), 'tensor')} fit"

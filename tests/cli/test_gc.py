@@ -26,5 +26,5 @@ def test_leftovers_are_shown_then_removed(tmp_path: Path) -> None:
     assert "nothing to remove" in invoke(cli.app, ["gc", run.uri, "--remove"]).stdout
     assert leftover in run.storage.list_files()
     done = invoke(cli.app, [*call, "--remove"])
-    assert done.exit_code == 0 and "removed: 1 files, 1.5 kB" in done.stdout
+    assert done.exit_code == 0 and "removed: 1 file, 1.5 kB" in done.stdout
     assert leftover not in run.storage.list_files() and len(run.commits()) == 2

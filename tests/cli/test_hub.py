@@ -51,7 +51,7 @@ def called(*arguments: str) -> tuple[int, str]:
 def test_a_push_makes_a_private_repository_with_page_tables_and_chosen_videos(hub: HubServer, run: str) -> None:
     code, said = called("push", run, "hub://me/demo", "--method", "rag", "--limit", "1", "--strips", "0")
     assert code == 0, said
-    assert said.startswith(f"{hub.endpoint}/datasets/me/demo (private): 1 videos")
+    assert said.startswith(f"{hub.endpoint}/datasets/me/demo (private): 1 video,")
     repository = hub.repositories["me/demo"]
     assert repository.private
     assert {"README.md", "report.html", "ranks.csv", "videos.csv", "ends.csv"} <= repository.files.keys()

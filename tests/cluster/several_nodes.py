@@ -173,7 +173,7 @@ def a_draining_node_hands_its_rollout_on(cluster: Cluster, folder: Path) -> None
     # Parts end at the end alone, but for the one that was flushed.
     flushed, rest = commit.latent_parts
     assert (finished.blocks_resumed, finished.blocks_generated) == (flushed.frames // 3, rest.frames // 3)
-    assert f"{finished.blocks_resumed} blocks are stored" in yielded.reason
+    assert f"it has stored {finished.blocks_resumed} block" in yielded.reason
 
     assert evaluate(config("quiet", held), prompts).exit_code == 0
     assert digests([commit]) == digests(RolloutRun(str(folder / "quiet")).commits())

@@ -308,7 +308,7 @@ def test_a_worker_that_the_kernel_killed_for_memory_is_named_and_one_that_was_ki
 
 
 def test_workers_that_never_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match=r"died before they were ready.*RuntimeError: no CUDA on this node"):
+    with pytest.raises(ClusterError, match=r"died before being ready.*RuntimeError: no CUDA on this node"):
         sleeper_pool(Diary(), 1, Stillborn).run(tasks_of(Job("job", tmp_path)))
 
 
@@ -360,4 +360,4 @@ def test_an_interruption_lets_workers_store_what_they_have(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         pool.run(tasks_of(Job("one", tmp_path), Job("two", tmp_path)))
     assert {path.name for path in tmp_path.glob("*.stored")} == {"one.stored", "two.stored"}
-    assert "2 workers store what they have finished" in diary.notices[-1]
+    assert "2 workers to store what is finished" in diary.notices[-1]

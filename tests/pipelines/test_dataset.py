@@ -335,7 +335,7 @@ def test_what_a_run_without_an_index_cannot_give_is_named_and_nothing_else_is_mi
     made = export_dataset([corpus], str(tmp_path / "exported"))
     assert (made.exit_code, made.files_made, len(made.damaged)) == (1, 1, 4)
     files[0].unlink()
-    with pytest.raises(StorageError, match=r"no latents that are whole \(5 commits do not count; .*is missing"):
+    with pytest.raises(StorageError, match=r"no latents that are whole \(5 commits left out; .*is missing"):
         LatentDataset.open(corpus)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import counted
 from lrag_ray.scoring.judge.agreement import krippendorff_alpha
 from lrag_ray.scoring.judge.questions import QuestionSet, UnreadableError
 from lrag_ray.scoring.judge.records import CaseRecord
@@ -158,7 +159,7 @@ def human_lines(
         among = krippendorff_alpha(list(values.values()) for values in own.values())
         both = [[fmean(values.values()), by_judge[key]] for key, values in own.items() if key in by_judge]
         against = krippendorff_alpha(both)
-        people = f"{len(raters)} {'person' if len(raters) == 1 else 'people'} rated {len(own)} cases"
+        people = f"{counted(len(raters), 'person', 'people')} rated {counted(len(own), 'case')}"
         line = f"{title}: {people}"
         if len(raters) > 1:
             line += f"; Krippendorff's alpha among them {_shown(among)}"

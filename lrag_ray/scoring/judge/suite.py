@@ -15,6 +15,7 @@ from lrag_ray.chat.client import check_backend, model_identity
 from lrag_ray.chat.store import ChatStore, Spent
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import ConfigError
+from lrag_ray.printable import counted
 from lrag_ray.scoring.judge.agreement import krippendorff_alpha, position_bias
 from lrag_ray.scoring.judge.cases import all_cases
 from lrag_ray.scoring.judge.human import human_lines
@@ -131,13 +132,15 @@ class Judge(Suite[JudgeSettings]):
                 pictures = math.ceil(shown) * (2 if each.compare else 1)
                 tokens_in += made * (len(each.question) // 4 + pictures * _TOKENS_PER_PICTURE)
         found = [
-            f"the judge {chat.model} is asked about {drawn} cases per cell: about "
+            f"the judge {chat.model} is asked about {counted(drawn, 'case')} per cell: about "
             f"{Spent(calls, tokens_in, calls * chat.max_tokens, 0).described(chat)} at most, without retries"
         ]
         if not lengths_s:
             found.append(f"no duration is scoring.settings.duration_s {settings.duration_s:g}: nothing is judged")
         if chat.max_calls is not None and chat.max_calls < calls:
-            found.append(f"{_SECTION}.max_calls {chat.max_calls} is less than the {calls} calls of the judge")
+            found.append(
+                f"{_SECTION}.max_calls {chat.max_calls} is less than the {counted(calls, 'call')} of the judge"
+            )
         return found
 
     def _pictures(self, length_s: float) -> float:
@@ -164,7 +167,11 @@ class Judge(Suite[JudgeSettings]):
         }
         if not settings.whole_video:
             described["max_frames"] = settings.max_frames
-        drawn = f"{settings.cases} cases per cell drawn with seed {settings.seed}" if settings.cases else "all cases"
+        drawn = (
+            f"{counted(settings.cases, 'case')} per cell drawn with seed {settings.seed}"
+            if settings.cases
+            else "all cases"
+        )
         seen = f"the whole video at {settings.fps:g} frames per second"
         if not settings.whole_video:
             seen = f"{settings.fps:g} frames per second, at most {settings.max_frames} per video"
@@ -174,7 +181,7 @@ class Judge(Suite[JudgeSettings]):
             model=model_identity(chat),
             settings=described,
             questions=[each.model_dump(mode="json", by_alias=True, exclude_defaults=True) for each in self.sets],
-            sampling=f"{drawn}, {seen}, {settings.votes} vote{'' if settings.votes == 1 else 's'}",
+            sampling=f"{drawn}, {seen}, {counted(settings.votes, 'vote')}",
             used_at=now_utc(),
         )
 
@@ -297,7 +304,8 @@ def agreement_lines(cases: Sequence[CaseRecord], sets: Sequence[QuestionSet]) ->
             lines.append(f"{title}: Krippendorff's alpha between votes {alpha:.2f}")
         if each.compare and (bias := position_bias(pair for case in own for pair in both_orders(case.votes))):
             lines.append(
-                f"{title}: {bias.consistent:.0%} of {bias.pairs} pairs got the same answer in both orders; the first "
+                f"{title}: {bias.consistent:.0%} of {counted(bias.pairs, 'pair')} got the same answer in both "
+                f"orders; the first "
                 f"place gets {bias.first:.0%} (50% is no bias)"
             )
     return lines

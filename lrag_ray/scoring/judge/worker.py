@@ -13,6 +13,7 @@ from lrag_ray.chat.messages import Media, Message, Part, Question, text, without
 from lrag_ray.chat.store import ChatStore
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import BudgetError, ChatError
+from lrag_ray.printable import counted
 from lrag_ray.scoring.judge.media import make_media
 from lrag_ray.scoring.judge.questions import QuestionSet, UnreadableError
 from lrag_ray.scoring.judge.records import CaseRecord, Vote, counted_scores
@@ -168,7 +169,7 @@ def question_message(case: Case, media: Sequence[tuple[Media, ...]]) -> Message:
     parts: list[Part] = [case.questions.question.replace("{prompt}", case.prompt).strip()]
     for label, group in zip(("First video (A):", "Second video (B):") if len(media) > 1 else ("",), media, strict=True):
         if group[0].mime == "image/jpeg":
-            intro = f"{len(group)} frames in their order, evenly spread over the video:"
+            intro = f"{counted(len(group), 'frame')} in their order, evenly spread over the video:"
         else:
             intro = "The video:" if not label else ""
         if line := f"{label} {intro}".strip():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
 
+from lrag_ray.printable import counted
 from lrag_ray.scoring.vbench_long.clips import ClipSpan, clip_length, spans
 from lrag_ray.scoring.vbench_long.dimensions import DIMENSIONS, as_shares
 from lrag_ray.scoring.vbench_long.rows import ScoreRow
@@ -101,7 +102,7 @@ def _video(video: str, rows: Sequence[ScoreRow], duration: int | None) -> tuple[
         absent = [span for span in expected if span not in by_span]
         pending = ""
         if absent:
-            pending = f"{len(absent)} of {len(expected)} clips are not scored yet"
+            pending = f"{len(absent)} of {counted(len(expected), 'clip')} are not scored yet"
         elif DIMENSIONS[dimension].slow and slow is None and len(expected) > 1:
             pending = "clip to clip is not scored yet"
         if pending or reason:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lrag_ray.printable import counted
 from lrag_ray.video.mp4 import VideoError
 
 Frame = NDArray[np.uint8]
@@ -72,7 +73,7 @@ def cut(frames: Iterable[Frame], length: int, durations: Sequence[int] = ()) -> 
         if ends and count == max(ends):
             return
     if ends:
-        raise VideoError(f"the video has {count} frames, {max(ends)} were expected")
+        raise VideoError(f"the video has {counted(count, 'frame')}, {max(ends)} were expected")
     if count % length:
         yield _last(recent, count)
 

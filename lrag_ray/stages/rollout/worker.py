@@ -29,6 +29,7 @@ from lrag_ray.config.schema import (
 )
 from lrag_ray.context.policy import bank_of
 from lrag_ray.errors import WeightsError
+from lrag_ray.printable import counted
 from lrag_ray.retrieval.similarity import HostCopy
 from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.rollout.loops import loop_of
@@ -262,7 +263,7 @@ class _Attempt:
         with scratch_folder() as scratch:
             whole = self._commit_all(horizons, chain, stored, scratch)
         if not whole:
-            return Yielded(f"its node is about to be taken away; {self._blocks_done} blocks are stored")
+            return Yielded(f"its node is about to be taken away; it has stored {counted(self._blocks_done, 'block')}")
         generated = self._blocks_total - len(stored)
         generating_s = sum(self._watch.timings_s.get(kind, 0.0) for kind in ("denoise", "context"))
         return RolloutResult(

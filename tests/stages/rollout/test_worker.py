@@ -171,7 +171,7 @@ def test_a_worker_that_must_leave_stores_its_open_part_and_another_goes_on_from_
 
     leaver = run.open(leave_after_three)
     yielded = leaver.work(task, new_attempt_id())
-    assert isinstance(yielded, Yielded) and "3 blocks are stored" in yielded.reason
+    assert isinstance(yielded, Yielded) and "it has stored 3 blocks" in yielded.reason
     assert list(run.commits()) == [6]
     result = run.work()
     assert (result.committed, result.blocks_resumed, result.blocks_generated) == ((12,), 3, 1)
