@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -12,8 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.gpu.harness import SIZES, Bench
+from scripts.gpu.scoring import scoring
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_gpu.py"
-REFUSED = ("ray", "pydantic", "diffusers", "transformers", "yaml", "av", "typer", "rich", "pyarrow", "torchvision")
+REFUSED = (
+    *("ray", "pydantic", "diffusers", "transformers", "yaml", "av", "typer", "rich", "pyarrow", "torchvision"),
+    *("vbench", "pyiqa"),
+)
 
 
 def test_every_call_runs_with_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
@@ -46,6 +53,8 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         assert results[f"bank {bank}"]["pass"], bank
         assert results[f"replay rag, bank {bank}"]["pass"], bank
     assert results["operations"]["self-attention"]["tflops"] > 0
+    for network in ("DINO", "DINOv2", "CLIP B/32", "CLIP L/14"):
+        assert results[f"scoring {network}"]["2 at once"]["ms per frame"] > 0, network
     kernels = results["kernels"]
     assert all(kernels[name]["ms"] > 0 for name in ("flash", "math", "plain rows"))
     assert "runs on GPUs alone" in kernels["cudnn"] and kernels["fused rows"] == "runs on GPUs alone"
@@ -58,7 +67,22 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         "memory of rollouts in a row",
         "fused layers",
         "decode",
+        "scoring MUSIQ",
+        "scoring RAFT",
+        "scoring AMT-S",
     }
+
+
+def test_networks_of_public_packages_are_measured_where_these_are_installed() -> None:
+    """Given random weights, a batch of two."""
+    pytest.importorskip("vbench")
+    bench = Bench(torch.device("cpu"), SIZES["small"], math.inf)
+    with torch.no_grad():
+        scoring(bench)
+    assert bench.failed == []
+    for network, unit in (("MUSIQ", "frame"), ("RAFT", "pair"), ("AMT-S", "pair")):
+        found = bench.results[f"scoring {network}"]
+        assert found["2 at once"][f"ms per {unit}"] > 0
 
 
 def test_a_part_that_no_longer_fits_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,11 +113,12 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, run: Callable[[], object], repeats: int = 10) -> float:
-        """Median seconds of `run` on the device, after two runs to warm up."""
-        for _ in range(2):
+        """Median seconds of `run` on the device, after two runs to warm up; on a CPU, which tries the script, of one run
+        after one."""
+        for _ in range(2 if self.cuda else 1):
             run()
         times = []
-        for _ in range(repeats if self.cuda else 3):
+        for _ in range(repeats if self.cuda else 1):
             self.wait()
             began = time.perf_counter()
             run()

@@ -1,4 +1,4 @@
-"""The table: where a pass spends its time, then blocks of every method at every depth."""
+"""The table: where a pass spends its time, blocks of every method at every depth, decoding and scoring."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ from lrag_ray.wan.kernels import Backend, Kernels
 from lrag_ray.wan.rope import Rope, rotate, rotate_into
 from lrag_ray.wan.transformer import CausalWanTransformer
 from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
+from scripts.gpu.scoring import scoring
 
 
 def table(bench: Bench, golden: Path | None) -> None:
-    """Where a pass spends its time, then blocks of every method at every depth."""
+    """All parts of the table, the longest first."""
     bench.part("operations", lambda: _operations(bench))
     bench.part("kernels", lambda: _kernels(bench))
     for depth_s in bench.size.depths_s:
         bench.part(f"depth {depth_s} s", lambda depth_s=depth_s: _depth(bench, depth_s))  # type: ignore[misc]
     bench.part("fused layers", lambda: _fused_layers(bench))
     bench.part("decode", lambda: _decode(bench))
+    scoring(bench)
 
 
 def _operations(bench: Bench) -> dict[str, dict[str, float]]:

@@ -58,8 +58,8 @@ def test_first_frames_of_clips() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(480, 832), (128, 192)])
 def test_flow_and_interpolation(height: int, width: int) -> None:
-    raft = vbench._public("vbench.third_party.RAFT.core.raft", "RAFT")
-    amt_model = vbench._public("vbench.third_party.amt.networks.AMT-S", "Model")
+    raft = vbench.public_network("vbench.third_party.RAFT.core.raft", "RAFT")
+    amt_model = vbench.public_network("vbench.third_party.amt.networks.AMT-S", "Model")
     with torch.device("meta"):
         options = argparse.Namespace(small=False, mixed_precision=False, alternate_corr=False)
         flow = FlowEstimator(raft(options).eval())
@@ -71,7 +71,7 @@ def test_flow_and_interpolation(height: int, width: int) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(480, 832), (128, 192), (528, 176)])
 def test_musiq(height: int, width: int) -> None:
-    musiq = vbench._public("pyiqa.archs.musiq_arch", "MUSIQ")(pretrained=False, num_class=1).eval()
+    musiq = vbench.public_network("pyiqa.archs.musiq_arch", "MUSIQ")(pretrained=False, num_class=1).eval()
     image = shrink(torch.rand(1, 3, height, width) * 255)
     assert counted(lambda: ImageRater(musiq).rate(image)) == musiq_flops(height, width)
 

@@ -193,21 +193,21 @@ class Networks:
     @cached_property
     def raft(self) -> FlowEstimator:
         """RAFT, trained on FlyingThings."""
-        raft = _public("vbench.third_party.RAFT.core.raft", "RAFT")
+        raft = public_network("vbench.third_party.RAFT.core.raft", "RAFT")
         options = argparse.Namespace(small=False, mixed_precision=False, alternate_corr=False)
         return FlowEstimator(self._built("raft_things", lambda: raft(options)))
 
     @cached_property
     def amt(self) -> FrameInterpolator:
         """AMT-S frame interpolation."""
-        model = _public("vbench.third_party.amt.networks.AMT-S", "Model")
+        model = public_network("vbench.third_party.amt.networks.AMT-S", "Model")
         shape = {"corr_radius": RADIUS, "corr_lvls": LEVELS, "num_flows": FLOWS}
         return FrameInterpolator(self._built("amt_s", lambda: model(**shape)))
 
     @cached_property
     def musiq(self) -> ImageRater:
         """MUSIQ, trained on SPAQ."""
-        musiq = _public("pyiqa.archs.musiq_arch", "MUSIQ")
+        musiq = public_network("pyiqa.archs.musiq_arch", "MUSIQ")
         return ImageRater(self._built("musiq_spaq", lambda: musiq(pretrained=False, num_class=1)))
 
     @cached_property
@@ -280,7 +280,7 @@ class Networks:
 _AGAIN = "give the published file (lrag-ray weights pull --suite vbench_long --again)"
 
 
-def _public(module: str, name: str) -> Callable[..., nn.Module]:
+def public_network(module: str, name: str) -> Callable[..., nn.Module]:
     """A network class of a public package, imported without letting it configure logging."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

@@ -27,7 +27,7 @@ from lrag_ray.scoring.vbench_long import (
 from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.consistency import consistency
 from lrag_ray.scoring.vbench_long.frames import decode, probe
-from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks, _public
+from lrag_ray.scoring.vbench_long.networks import BatchSizes, Networks, public_network
 from lrag_ray.scoring.vbench_long.official import NETWORKS, NetworkName
 from lrag_ray.scoring.vbench_long.preprocess import ClipFrames
 from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
@@ -216,4 +216,4 @@ def test_scores_do_not_depend_on_the_batch_size(frames: ClipFrames, networks: Ne
 
 def test_a_missing_package_is_an_error_of_the_environment() -> None:
     with pytest.raises(RunEnvironmentError, match="no_such_package cannot be imported"):
-        _public("no_such_package", "Network")
+        public_network("no_such_package", "Network")
