@@ -113,8 +113,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, run: Callable[[], object], repeats: int = 10) -> float:
-        """Median seconds of `run` on the device, after two runs to warm up; on a CPU, where the script is tried, one run
-        after another."""
+        """Median seconds of `run` on the device, after two runs to warm up; on a CPU of one run, after one."""
         for _ in range(2 if self.cuda else 1):
             run()
         times = []
