@@ -288,6 +288,8 @@ def test_the_plan_answers_price_and_refuses_options_about_rollouts(tmp_path: Pat
     assert "one A100: less than 0.1 hours\n" in shown.output
     for wrong in (["--cells"], ["--node-memory-gb", "64"], ["--gpu", "A100", "--from", "x"]):
         assert CliRunner().invoke(app, ["plan", path, *wrong]).exit_code == 2
+    on_cpus = CliRunner().invoke(app, ["plan", path, "--set", "engine.gpus_per_actor=0", "--gpus", "2"])
+    assert on_cpus.exit_code == 2 and "--gpus 2: engine.gpus_per_actor is 0" in on_cpus.output
     long = ["--set", "data.window_frames=30"]
     refused = CliRunner().invoke(app, ["plan", path, *long])
     assert refused.exit_code == 2 and "shorter than data.window_frames 30" in refused.output
