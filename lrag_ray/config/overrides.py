@@ -46,6 +46,8 @@ def apply_override(document: Document, override: str) -> None:
     key = key.strip()
     if not equals or not key or "" in key.split("."):
         raise ValueError("an override is written a.b=value")
+    if not key.isprintable():
+        raise ValueError(f"the key {ascii(key)[:_MOST_SHOWN]} holds a character that no key has")
     if not text.strip():
         raise ValueError(f"no value after '{key}='; write null to unset, or \"''\" for an empty text")
     try:

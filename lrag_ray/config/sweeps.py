@@ -14,6 +14,8 @@ from lrag_ray.config.source import Document, KeyPath
 from lrag_ray.context.registry import policy_class
 from lrag_ray.printable import counted
 
+_LONGEST_PART = 64
+"""Characters of a value in a name, which has no more in all."""
 _MOST_METHODS = 100
 """Methods of one sweep; more than that is a slip."""
 
@@ -88,7 +90,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, str):
-        return re.sub(r"[^A-Za-z0-9.-]+", "-", PurePosixPath(value).stem)
+        return re.sub(r"[^A-Za-z0-9.-]+", "-", PurePosixPath(value).stem[:_LONGEST_PART])
     return format(value, "g") if isinstance(value, float) else str(value)
 
 

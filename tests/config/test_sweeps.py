@@ -36,6 +36,15 @@ def test_several_lists_make_every_combination_and_values_become_parts_of_names(t
 
 
 @pytest.mark.parametrize(
+    "override", ["methods.\ud800=1", "methods.a\0b={}", "methods={rag: {encoder: [%s, b]}}" % ("x" * 100_000)]
+)
+def test_what_no_name_can_be_is_refused_in_a_short_message(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, SMALL), [override])
+    assert len(str(caught.value)) < 2000 and '{"job"' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("methods", "message"),
     [
         ("{rag: {top_k: []}}", r"methods\.rag\.top_k: is an empty list; a sweep needs at least one value"),
