@@ -23,6 +23,7 @@ from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.soft_decoder import soften
 from lrag_ray.wan.state_dict import load_strict, read_checkpoint, refuse_non_finite, state_dict_digest
 from lrag_ray.wan.transfer import to_device
+from lrag_ray.wan.vae_on_cpu import speed_up
 
 FRAMES_PER_LATENT = 4
 """Video frames per latent frame; the first latent frame gives one."""
@@ -50,6 +51,7 @@ class WanVae:
 
     def __init__(self, model: Any) -> None:
         self.model: Any = model.eval().requires_grad_(False)
+        speed_up(model.decoder)
         config: Any = model.config
         self.latent_channels: int = config.z_dim
         dtype, device = model.dtype, model.device
