@@ -7,7 +7,6 @@ Not a replication of the paper, whose generator never saw a retrieved frame in t
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -81,6 +80,7 @@ class GeneratorLesson(Lesson):
         fill_random(self.model, how.recipe.seed)
         # The network begins with no flow and with equal modulation everywhere.
         nn.init.zeros_(self.model.head.head.weight)
+        self._features = TextFeatures()
         self._timesteps = torch.tensor(timesteps_of(SAMPLER, 1))
         self._sigmas = FlowMatchSchedule(SAMPLER.shift).sigma(self._timesteps)
 
@@ -154,26 +154,25 @@ class GeneratorLesson(Lesson):
         text = self._features[scene.setting.prompt]
         return Batch(torch.cat([clean, noisy])[None], timesteps[None], text[None], contexts, (noise - true)[None])
 
-    @cached_property
-    def _features(self) -> dict[str, Tensor]:
-        return text_features()
-
 
 def text_encoder() -> TextEncoder:
     """The world's text encoder: the random tiny one, which tells its words apart."""
     return tiny_text_encoder(SIZES.text_dim, SIZES.text_len)
 
 
-def text_features() -> dict[str, Tensor]:
-    """Features [text_len, text_dim] of every prompt of the world, zero behind it."""
-    from lrag_ray.world.scenes import settings
+class TextFeatures(dict[str, Tensor]):
+    """Features [text_len, text_dim] of prompts, zero behind them; each is encoded when it is first asked for."""
 
-    prompts = [each.prompt for each in settings()]
-    features = {}
-    for prompt, rows in zip(prompts, text_encoder().encode(prompts), strict=True):
-        features[prompt] = torch.zeros(SIZES.text_len, SIZES.text_dim)
-        features[prompt][: len(rows)] = rows
-    return features
+    def __init__(self) -> None:
+        super().__init__()
+        self._encoder = text_encoder()
+
+    def __missing__(self, prompt: str) -> Tensor:
+        (rows,) = self._encoder.encode([prompt])
+        features = torch.zeros(SIZES.text_len, SIZES.text_dim)
+        features[: len(rows)] = rows
+        self[prompt] = features
+        return features
 
 
 LATENT_SHAPE = (CHANNELS, CELLS, CELLS)

@@ -1,8 +1,8 @@
 """The Muon optimizer in float32.
 
 torch.optim.Muon orthogonalises in bfloat16, which many CPUs emulate: there a step of the tiny generator takes longer
-than its gradients. Otherwise it is the same optimizer, without weight decay (tests/world/test_muon.py). Matrices of one shape are
-orthogonalised together.
+than its gradients. Otherwise, and without weight decay, it is the same optimizer (tests/world/test_training.py).
+Matrices of one shape are orthogonalised together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _ITERATIONS = 5
 
 
 class Muon:
-    """Nesterov momentum whose matrices are replaced by the nearest orthogonal ones (Jordan et al., 2024)."""
+    """Nesterov momentum whose matrices are replaced by the nearest orthogonal ones (Jordan et al., 2024).
+
+    A kernel of a convolution [out, in, …] is a matrix with a row for each output.
+    """
 
     def __init__(self, matrices: Iterable[nn.Parameter], momentum: float = 0.95) -> None:
         groups: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
@@ -35,11 +38,11 @@ class Muon:
         for group, buffer in zip(self._groups, self.buffers, strict=True):
             gradient = torch.stack([matrix.grad for matrix in group if matrix.grad is not None])
             buffer.lerp_(gradient, 1 - self._momentum)
-            update = orthogonal(gradient.lerp(buffer, self._momentum))
-            rows, columns = group[0].shape
+            update = orthogonal(gradient.lerp(buffer, self._momentum).flatten(2))
+            rows, columns = update.shape[1:]
             scale = max(1, rows / columns) ** 0.5
             for matrix, each in zip(group, update, strict=True):
-                matrix.add_(each, alpha=-lr * scale)
+                matrix.add_(each.view_as(matrix), alpha=-lr * scale)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def teacher_forced(
     rows = transformer.embed_text(text)
     time = transformer.embed_time(timesteps)
     attend = _Attend(Rope(config.head_dim, grid, latents.device), contexts, slots)
-    x = transformer._patches(latents)  # noqa: SLF001 - the training pass of the same module
+    x = transformer._patches(latents)
     for layer, block in enumerate(cast(list[WanBlock], list(transformer.blocks))):
         m = time.layers[layer]
         k, v = block.self_attn.keys_values(_modulated(block.norm1(x), m.shift1, m.scale1))

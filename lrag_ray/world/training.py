@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -105,6 +104,10 @@ class Trainer:
         """The moving average of the weights, by name."""
         return dict(self._average)
 
+    def about(self) -> dict[str, str]:
+        """Metadata of the files of this training."""
+        return {"step": str(self.step), "identity": self._identity}
+
     def _learn(self) -> dict[str, float]:
         parameters = list(self._parameters.values())
         for parameter in parameters:
@@ -122,7 +125,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 self._average[name].lerp_(parameter, 1 - decay)
-        values = {name: float(value) for name, value in logged.items()}
+        values = {name: float(value.detach()) for name, value in logged.items()}
         if not math.isfinite(values["loss"]):
             raise UsageError(f"{self.lesson.name}: the loss of step {self.step} is {values['loss']}; lower the rates")
         return values
@@ -136,10 +139,9 @@ class Trainer:
         return {name: each.contiguous() for name, each in state.items()}
 
     def _save(self) -> None:
-        about = {"step": str(self.step), "identity": self._identity}
         beside = self._path.with_suffix(".part")
-        save_file(self._state(), beside, about)
-        os.replace(beside, self._path)
+        save_file(self._state(), beside, self.about())
+        beside.replace(self._path)
 
     @torch.no_grad()
     def _restore(self) -> None:
