@@ -1,0 +1,66 @@
+"""Train what the tiny world needs, on one core, from seeds: ``python -m jobs.train_tiny_world LESSON FOLDER``.
+
+Lessons: ``generator`` (about an hour), ``zero_shot`` (the same without retrieved frames) and ``vae``. None of them
+needs another. FOLDER gets LESSON.state every 50 steps, from which the same command goes on, LESSON.jsonl with a line
+per step, and at the end LESSON.safetensors, the moving average of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lrag_ray.interrupts import ends_with_130
+
+LESSONS = ("generator", "zero_shot", "vae")
+
+
+def main() -> None:
+    """Train the lesson that is named on the command line."""
+    with ends_with_130():
+        _train()
+
+
+def _train() -> None:
+    parser = argparse.ArgumentParser(prog="python -m jobs.train_tiny_world")
+    parser.add_argument("lesson", choices=LESSONS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop there, with the state kept")
+    given = parser.parse_args()
+
+    import torch
+    from safetensors.torch import save_file
+
+    from jobs.entry import reporting_errors
+    from lrag_ray.world.code import fit_code
+    from lrag_ray.world.generator import ZERO_SHOT, GeneratorLesson, GeneratorRecipe
+    from lrag_ray.world.training import Trainer, identity_of
+    from lrag_ray.world.vae import VaeLesson, VaeRecipe
+
+    # One thread: sums are in the same order on every machine with the same instructions.
+    torch.set_num_threads(1)
+    with reporting_errors():
+        code = fit_code(0)
+        lesson: GeneratorLesson | VaeLesson
+        if given.lesson == "vae":
+            lesson = VaeLesson(VaeRecipe(), code)
+        else:
+            lesson = GeneratorLesson(
+                given.lesson, GeneratorRecipe() if given.lesson == "generator" else ZERO_SHOT, code
+            )
+        trainer = Trainer(lesson, lesson.how.recipe, given.folder, identity_of(**lesson.identity))
+        with (given.folder / f"{given.lesson}.jsonl").open("a", buffering=1) as log:
+            for row in trainer.run(given.until):
+                log.write(json.dumps({"step": trainer.step, **row}) + "\n")
+                if trainer.step % 50 == 0:
+                    print(f"{given.lesson}: step {trainer.step} of {trainer.recipe.steps}, loss {row['loss']:.4f}")
+        if trainer.step == trainer.recipe.steps:
+            save_file(trainer.averaged(), given.folder / f"{given.lesson}.safetensors", trainer.about())
+            print(f"{given.lesson}: {given.folder / given.lesson}.safetensors")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Training of the world's generator: flow matching at the sampler's timesteps, in the contexts of three methods.
+
+Not a replication of the paper, whose generator never saw a retrieved frame in training: `with_history` weights have,
+`zero_shot` weights have not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lrag_ray.rollout.loop import timesteps_of
+from lrag_ray.wan.config import SamplerConfig, WanConfig
+from lrag_ray.wan.keyed import key_digest, keyed_generator
+from lrag_ray.wan.random_weights import fill_random
+from lrag_ray.wan.schedule import FlowMatchSchedule
+from lrag_ray.wan.text import TextEncoder, tiny_text_encoder
+from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.world.code import CELLS, CHANNELS, LinearCode
+from lrag_ray.world.contexts import (
+    BLOCK,
+    Budget,
+    Contexts,
+    Frames,
+    Method,
+    contexts_of,
+    first_turn,
+    joined,
+    later_turn,
+)
+from lrag_ray.world.scenes import make_scene
+from lrag_ray.world.teacher import teacher_forced
+from lrag_ray.world.training import Lesson, Recipe
+
+SIZES = WanConfig(dim=128, ffn_dim=256, freq_dim=64, text_dim=32, text_len=96, num_heads=4, num_layers=4)
+SAMPLER = SamplerConfig()
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe:
+    """What a generator of the world is trained on."""
+
+    recipe: Recipe = field(default=Recipe(seed=0, steps=2500, muon=0.02, adam=2e-3))
+    batch: int = 9
+    shares: tuple[tuple[Method, float], ...] = (("rag", 0.6), ("infinity_rope", 0.25), ("base", 0.15))
+    """Methods whose contexts are trained, and how often."""
+    later: float = 0.75
+    """Share of sequences that come by the same places again."""
+    chance: float = 0.2
+    """Share of rag contexts whose frames are drawn by chance."""
+    timesteps: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
+    """Share of each of the sampler's timesteps. At the first nothing but the context tells what comes."""
+
+
+ZERO_SHOT = GeneratorRecipe(shares=(("infinity_rope", 0.65), ("base", 0.35)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of clean frames and noisy blocks, as `teacher.teacher_forced` takes them."""
+
+    latents: Tensor
+    timesteps: Tensor
+    text: Tensor
+    contexts: Contexts
+    flow: Tensor
+    """What the learned frames' output should be, [B, n, C, H, W]."""
+
+
+class GeneratorLesson(Lesson):
+    """Batches of scenes that no step sees again."""
+
+    def __init__(self, name: str, how: GeneratorRecipe, code: LinearCode) -> None:
+        self.name = name
+        self.how, self._code = how, code
+        self.model = CausalWanTransformer(SIZES)
+        fill_random(self.model, how.recipe.seed)
+        # The network begins with no flow and with equal modulation everywhere.
+        nn.init.zeros_(self.model.head.head.weight)
+        self._features = TextFeatures()
+        self._timesteps = torch.tensor(timesteps_of(SAMPLER, 1))
+        self._sigmas = FlowMatchSchedule(SAMPLER.shift).sigma(self._timesteps)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the training depends on."""
+        return {"sizes": asdict(SIZES), "sampler": asdict(SAMPLER), "how": asdict(self.how)}
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The matrices of the layers."""
+        return [each for name, each in self.model.blocks.named_parameters() if each.dim() == 2]
+
+    def loss(self, step: int) -> dict[str, Tensor]:
+        """Mean squared error of the flow."""
+        batch = self.batch(step)
+        flow = teacher_forced(self.model, batch.latents, batch.timesteps, batch.text, batch.contexts)
+        error = (flow - batch.flow).square().mean(dim=(2, 3, 4))
+        first = batch.timesteps[:, -error.shape[1] :] == self._timesteps[0]
+        return {"loss": error.mean(), "first": error[first].mean()}
+
+    def batch(self, step: int) -> Batch:
+        """What a step learns from."""
+        return self._joined([self._sequence(step, i) for i in range(self.how.batch)])
+
+    def _joined(self, rows: list[Batch]) -> Batch:
+        parts = (torch.cat([getattr(row, name) for row in rows]) for name in ("latents", "timesteps", "text"))
+        flow = torch.cat([row.flow for row in rows])
+        return Batch(*parts, joined([row.contexts for row in rows]), flow)
+
+    def _sequence(self, step: int, i: int) -> Batch:
+        key = (self.how.recipe.seed, step, i)
+        draw = np.random.Generator(np.random.Philox(key=np.frombuffer(key_digest("batch", *key)[:16], np.uint64)))
+        sequence = later_turn(draw) if draw.random() < self.how.later else first_turn(draw)
+        methods, shares = zip(*self.how.shares, strict=True)
+        method: Method = methods[int(draw.choice(len(methods), p=shares))]
+        by_chance = draw.random() < self.how.chance
+        steps = draw.choice(len(self._timesteps), len(sequence.learned), p=self.how.timesteps)
+        return self.sequence(key, sequence, method, steps.tolist(), draw if by_chance else None)
+
+    def sequence(
+        self,
+        key: tuple[int, ...],
+        frames: Frames,
+        method: Method,
+        steps: list[int],
+        by_chance: np.random.Generator | None = None,
+    ) -> Batch:
+        """A batch of one: the learned blocks at noise levels `steps`, in contexts of `method`."""
+        scene = make_scene("train", *key)
+        learned = [first + i for first in frames.learned for i in range(BLOCK)]
+        asking = {first - 1 for first in [*frames.clean[::BLOCK], *frames.learned] if first}
+        every = sorted({*frames.clean, *learned, *asking})
+        latents = dict(zip(every, self._code.of_scene(scene, every), strict=True))
+
+        def similar(query: int, eligible: list[int]) -> list[int]:
+            if by_chance is not None:
+                return by_chance.permutation(eligible).tolist()
+            described = torch.stack([latents[frame].mean(dim=(1, 2)) for frame in [query, *eligible]])
+            unit = nn.functional.normalize(described, dim=-1)
+            order = torch.argsort(unit[1:] @ unit[0], descending=True, stable=True)
+            return [eligible[i] for i in order.tolist()]
+
+        contexts = contexts_of(method, Budget(), frames, similar)
+        clean = torch.stack([latents[frame] for frame in frames.clean])
+        true = torch.stack([latents[frame] for frame in learned])
+        level = torch.tensor(steps).repeat_interleave(BLOCK)
+        sigma = self._sigmas[level].view(-1, 1, 1, 1)
+        noise = torch.randn(true.shape, generator=keyed_generator("noise of training", *key))
+        noisy = (1 - sigma) * true + sigma * noise
+        timesteps = torch.cat([torch.full((len(clean),), SAMPLER.context_timestep), self._timesteps[level]])
+        text = self._features[scene.setting.prompt]
+        return Batch(torch.cat([clean, noisy])[None], timesteps[None], text[None], contexts, (noise - true)[None])
+
+
+def text_encoder() -> TextEncoder:
+    """The world's text encoder: the random tiny one, which tells its words apart."""
+    return tiny_text_encoder(SIZES.text_dim, SIZES.text_len)
+
+
+class TextFeatures(dict[str, Tensor]):
+    """Features [text_len, text_dim] of prompts, zero behind them; each is encoded when it is first asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._encoder = text_encoder()
+
+    def __missing__(self, prompt: str) -> Tensor:
+        (rows,) = self._encoder.encode([prompt])
+        features = torch.zeros(SIZES.text_len, SIZES.text_dim)
+        features[: len(rows)] = rows
+        self[prompt] = features
+        return features
+
+
+LATENT_SHAPE = (CHANNELS, CELLS, CELLS)
