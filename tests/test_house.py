@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"pipelines"},
     {"engine", "stages", "watch"},
     {"chat", "report", "scoring", "store", "weights"},
-    {"rollout", "training"},
+    {"rollout", "training", "world"},
     {"context", "retrieval", "video"},
     {"wan"},
 ]

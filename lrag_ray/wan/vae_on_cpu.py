@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 def speed_up(model: Any) -> None:
-    """Give the modules of a decoder or encoder of AutoencoderKLWan other arithmetic for float32 on the CPU, and leave the rest as it is."""
+    """Give the modules of a part of AutoencoderKLWan other arithmetic for float32 on the CPU."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
-            module._conv_forward = _Convolution(module)  # type: ignore[method-assign]
+            module._conv_forward = _Convolution(module)  # type: ignore[method-assign,assignment]
         elif isinstance(module, WanRMS_norm):
             module.forward = _Norm(module, module.forward)
 
@@ -34,7 +34,7 @@ class _Convolution:
         self._module = module
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        m = self._module
+        m: Any = self._module
         if _ours(x):
             y: Tensor = torch.mkldnn_convolution(x, weight, bias, m.padding, m.stride, m.dilation, m.groups)
             return y

@@ -134,11 +134,15 @@ def contexts_of(method: Method, budget: Budget, sequence: Frames, similar: Simil
                 [*[False] * len(context.slots), *[True] * missing, *[False] * BLOCK],
             )
         )
-    columns = (torch.tensor(each)[None] for each in zip(*rows, strict=True))
-    return Contexts(*columns, learned_from=len(sequence.clean) // BLOCK)
+    slots_of, indices, absent = (torch.tensor(each)[None] for each in zip(*rows, strict=True))
+    return Contexts(slots_of, indices, absent, len(sequence.clean) // BLOCK)
 
 
 def joined(contexts: Sequence[Contexts]) -> Contexts:
     """A batch of them, of equally many clean frames."""
-    slots, indices, absent = (torch.cat([each[part] for each in contexts]) for part in range(3))
-    return Contexts(slots, indices, absent, contexts[0].learned_from)
+    return Contexts(
+        torch.cat([each.slots for each in contexts]),
+        torch.cat([each.indices for each in contexts]),
+        torch.cat([each.absent for each in contexts]),
+        contexts[0].learned_from,
+    )

@@ -73,6 +73,8 @@ class Batch:
 class GeneratorLesson(Lesson):
     """Batches of scenes that no step sees again."""
 
+    model: CausalWanTransformer
+
     def __init__(self, name: str, how: GeneratorRecipe, code: LinearCode) -> None:
         self.name = name
         self.how, self._code = how, code
@@ -91,7 +93,7 @@ class GeneratorLesson(Lesson):
 
     def matrices(self) -> list[nn.Parameter]:
         """The matrices of the layers."""
-        return [each for name, each in self.model.blocks.named_parameters() if each.dim() == 2]
+        return [each for each in self.model.blocks.parameters() if each.dim() == 2]
 
     def loss(self, step: int) -> dict[str, Tensor]:
         """Mean squared error of the flow."""
@@ -106,9 +108,10 @@ class GeneratorLesson(Lesson):
         return self._joined([self._sequence(step, i) for i in range(self.how.batch)])
 
     def _joined(self, rows: list[Batch]) -> Batch:
-        parts = (torch.cat([getattr(row, name) for row in rows]) for name in ("latents", "timesteps", "text"))
-        flow = torch.cat([row.flow for row in rows])
-        return Batch(*parts, joined([row.contexts for row in rows]), flow)
+        latents, timesteps, text, flow = (
+            torch.cat([getattr(row, name) for row in rows]) for name in ("latents", "timesteps", "text", "flow")
+        )
+        return Batch(latents, timesteps, text, joined([row.contexts for row in rows]), flow)
 
     def _sequence(self, step: int, i: int) -> Batch:
         key = (self.how.recipe.seed, step, i)
@@ -137,7 +140,7 @@ class GeneratorLesson(Lesson):
 
         def similar(query: int, eligible: list[int]) -> list[int]:
             if by_chance is not None:
-                return by_chance.permutation(eligible).tolist()
+                return [int(frame) for frame in by_chance.permutation(eligible)]
             described = torch.stack([latents[frame].mean(dim=(1, 2)) for frame in [query, *eligible]])
             unit = nn.functional.normalize(described, dim=-1)
             order = torch.argsort(unit[1:] @ unit[0], descending=True, stable=True)

@@ -207,7 +207,8 @@ def thing_picture(thing: int) -> tuple[NDArray[np.int8], Colour]:
 def _hue(turn: NDArray[np.float64], saturation: float, value: float) -> NDArray[np.float64]:
     """Colours [n, 3] in 0..255 of hues 0..1."""
     phase = (turn[:, None] * 6 + np.array([5.0, 3.0, 1.0])) % 6
-    return 255 * value * (1 - saturation * np.clip(np.minimum(phase, 4 - phase), 0, 1))
+    colours: NDArray[np.float64] = 255 * value * (1 - saturation * np.clip(np.minimum(phase, 4 - phase), 0, 1))
+    return colours
 
 
 def make_scene(*key: str | int, among: Sequence[Setting] = TRAINED) -> Scene:

@@ -47,18 +47,20 @@ def teacher_forced(
         x = x + block.cross_attn.o(_cross(block.cross_attn, block.norm3(x), rows.k[layer], rows.v[layer]))
         x = x + _gated(block.ffn(_modulated(block.norm2(x), m.shift2, m.scale2)), m.gate2)
     shift, scale = (part[:, -learned:] for part in time.head)
-    out = transformer.head.head(_modulated(transformer.head.norm(x), shift, scale))
+    out: Tensor = transformer.head.head(_modulated(transformer.head.norm(x), shift, scale))
     _, ph, pw = config.patch_size
     out = out.view(batch, learned, *grid, ph, pw, channels)
     return out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, learned, channels, height, width)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), scale).flatten(1, 2)
+    rows: Tensor = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift, rows, scale).flatten(1, 2)
 
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:
-    return (x.unflatten(1, (gate.shape[1], -1)) * gate).flatten(1, 2)
+    rows: Tensor = x.unflatten(1, (gate.shape[1], -1))
+    return (rows * gate).flatten(1, 2)
 
 
 def _cross(module: Attention, x: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Trainer:
         for parameter in parameters:
             parameter.grad = None
         logged = self.lesson.loss(self.step)
-        logged["loss"].backward()  # type: ignore[no-untyped-call]
+        logged["loss"].backward()
         logged["norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
         rate = self.recipe.rate(self.step)
         self._muon.step(self.recipe.muon * rate)

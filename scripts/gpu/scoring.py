@@ -30,7 +30,6 @@ VITS: Mapping[str, VitConfig] = {
     "CLIP B/32": networks.CLIP_B32,
     "CLIP L/14": networks.CLIP_L14,
 }
-_SMALL = {"width": 24, "depth": 1, "heads": 2}
 
 
 def scoring(bench: Bench) -> None:
@@ -41,7 +40,7 @@ def scoring(bench: Bench) -> None:
     for name, config in VITS.items():
         # DINO sees the whole frame, the others its centre.
         shape = (SIDE, SIDE * width // height) if name == "DINO" else (SIDE, SIDE)
-        vit = config if full else replace(config, **_SMALL, projection=min(config.projection, 8))
+        vit = config if full else replace(config, width=24, depth=1, heads=2, projection=min(config.projection, 8))
         run = _vit(bench, vit, shape, half=name.startswith("CLIP"))
         bench.part(f"scoring {name}", lambda run=run: _batches(bench, run(), frame_batches, "frame"))  # type: ignore[misc]
     rated = _musiq(bench, height, width)

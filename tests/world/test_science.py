@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lrag_ray.world.generator import TextFeatures
 from lrag_ray.world.scenes import HELD_OUT, make_scene
 from lrag_ray.world.second_turn import second_turn
 
-METHODS = {
+METHODS: dict[str, tuple[Any, Any]] = {
     "infinity_rope": (InfinityRope, BaseSettings()),
     "random": (Rag, RagSettings(descriptor="avg_pool", choose="random")),
     "rag": (Rag, RagSettings(descriptor="avg_pool")),

@@ -92,7 +92,7 @@ def test_the_vae_learns_its_codes_and_pixels() -> None:
     for _ in range(5):
         optimizer.zero_grad()
         logged = lesson.loss(0)
-        logged["loss"].backward()  # type: ignore[no-untyped-call]
+        logged["loss"].backward()
         optimizer.step()
         losses.append(float(logged["loss"].detach()))
     assert losses[-1] < 0.95 * losses[0]
