@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _REGISTERED = {
     "vbench_long": "lrag_ray.scoring.vbench_long.suite:VbenchLong",
     "preview": "lrag_ray.scoring.preview.suite:Preview",
+    "world": "lrag_ray.scoring.world.suite:World",
     "judge": "lrag_ray.scoring.judge.suite:Judge",
 }
 """In the order in which a report prefers their scores."""

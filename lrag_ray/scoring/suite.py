@@ -207,6 +207,9 @@ class Suite(ABC, Generic[SettingsT]):
         """What to do about missing weight files."""
         return f"Fix: {self.pull_command}, or choose another scoring.suite"
 
+    def check_prompts(self, prompts: Mapping[str, str]) -> None:
+        """ConfigError where one of the prompts, by the place where it is written, cannot be scored."""
+
     def check_stored(self, rows: Storage) -> None:
         """ConfigError where stored scores do not belong in one table with those that would be added."""
 

@@ -53,6 +53,8 @@ class ScoreTarget:
     """Latent frames of a block, 0 where not known; like `cold_chunk` not in score files, since the run knows it."""
     cold_chunk: int | None = None
     """Latent frames of the chunks that were decoded like new videos."""
+    prompt: str = ""
+    """Its text, for suites that compare with it; not in score files either."""
 
     def score_path(self, suite: StoredAs) -> str:
         """Where its score file is, relative to the run."""

@@ -1,0 +1,96 @@
+"""Measures of the world: a later turn against the first turn of the same video, and against the prompt.
+
+The things along the ring are free, so that only a video's own first turn says which belong where. One frame is read
+per latent frame, the last of its four.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lrag_ray.scoring.measure import Measure
+from lrag_ray.world.reading import ABSENT, UNCLEAR, Floats, Seen, majority, pose_distance, read_frames
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, SKIES, TURN, Pixels, Setting
+
+LAST_TURN = 5
+"""Later turns are not measured."""
+_PSNR_LIMIT = 60.0
+
+
+def _turn(turn: int) -> tuple[Measure, ...]:
+    suffix, title = ("", "") if turn == 2 else (f"_turn_{turn}", f", turn {turn}")
+    return (
+        Measure(
+            f"identity{suffix}",
+            f"Identity{title}",
+            f"Share of the slots in view in turns 1 and {turn} with the same thing, kind and colour, in both; a thing "
+            "is read by majority over the frames that show it, an unclear one is wrong; 0 where no slot is in both",
+            lower=0,
+            upper=1,
+            higher_is_better=True,
+        ),
+        Measure(
+            f"psnr{suffix}",
+            f"PSNR{title}",
+            f"Frames of turn {turn} against those of turn 1 that show the nearest place, dB, at most 60",
+            lower=0,
+            upper=_PSNR_LIMIT,
+            higher_is_better=True,
+        ),
+        Measure(
+            f"pose_error{suffix}",
+            f"Pose error{title}",
+            f"Mean distance in turn {turn} of the place shown from the true one, in latent frames",
+            lower=0,
+            upper=TURN / 2,
+            higher_is_better=False,
+        ),
+        Measure(
+            f"sky_drift{suffix}",
+            f"Sky drift{title}",
+            f"Mean distance in turn {turn} of the sky's colour from the prompt's, as a share of black to white",
+            lower=0,
+            upper=1,
+            higher_is_better=False,
+        ),
+    )
+
+
+MEASURES = _turn(2)
+"""The dimensions: turn 2."""
+LATER_TURNS = tuple(measure for turn in range(3, LAST_TURN + 1) for measure in _turn(turn))
+"""The same of turns 3 to 5, which short videos lack."""
+
+
+def measures(frames: Pixels, setting: Setting) -> dict[str, float]:
+    """Values by measure name of frames [F, 128, 128, 3], one per latent frame from the start of the video.
+
+    Turns that are not complete are left out. ValueError for fewer than two turns or frames of another size.
+    """
+    turns = min(len(frames) // TURN, LAST_TURN)
+    if turns < 2:
+        raise ValueError(f"{len(frames)} latent frames are less than two turns, which are {2 * TURN}")
+    seen = read_frames(frames[: turns * TURN])
+    true = np.array([setting.pose_at(FRAMES_PER_LATENT * i) for i in range(turns * TURN)])
+    errors = pose_distance(seen.poses, true)
+    drifts = np.linalg.norm(seen.skies - SKIES[setting.sky], axis=1) / (255 * np.sqrt(3))
+    found: dict[str, float] = {}
+    for turn in range(2, turns + 1):
+        now = slice((turn - 1) * TURN, turn * TURN)
+        values = (_identity(seen, now), _psnr(frames, seen.poses, now), errors[now].mean(), drifts[now].mean())
+        names = (measure.name for measure in _turn(turn))
+        found |= {name: float(value) for name, value in zip(names, values, strict=True)}
+    return found
+
+
+def _identity(seen: Seen, now: slice) -> float:
+    first, later = majority(seen.things[:TURN]), majority(seen.things[now])
+    both = (first != ABSENT) & (later != ABSENT)
+    same = (first == later) & (first != UNCLEAR)
+    return float(same[both].mean()) if both.any() else 0.0
+
+
+def _psnr(frames: Pixels, poses: Floats, now: slice) -> float:
+    nearest = pose_distance(poses[now, None], poses[None, :TURN]).argmin(1)
+    square = np.mean((frames[now].astype(np.float32) - frames[:TURN][nearest]) ** 2, dtype=np.float64)
+    return float(min(_PSNR_LIMIT, 10 * np.log10(255**2 / square))) if square else _PSNR_LIMIT

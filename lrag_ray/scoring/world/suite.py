@@ -1,0 +1,86 @@
+"""The suite of the tiny world as a `Suite`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from lrag_ray.errors import ConfigError
+from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer, frames_of
+from lrag_ray.scoring.scores import Scores
+from lrag_ray.scoring.suite import Banner, NoSettings, UnscorableError
+from lrag_ray.scoring.video_rows import ScoreTarget
+from lrag_ray.scoring.world.measures import LATER_TURNS, MEASURES, measures
+from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, TURN, setting_of
+
+_LEAST_S = 2 * TURN / 4
+"""Two turns at 16 video frames, 4 latent frames, per second."""
+
+
+class World(PerVideoSuite[NoSettings]):
+    """Whether later turns around the ring show what the first one did; runs on the CPU."""
+
+    name = "world"
+    measures = MEASURES
+    unranked = LATER_TURNS
+
+    @property
+    def title(self) -> str:
+        """Says that it is a world of its own."""
+        return "world suite, tiny world only"
+
+    def banner(self, scores: Scores) -> Banner:
+        """Says what the numbers do not show."""
+        return Banner(
+            "A tiny world with known truth.",
+            "The generator was trained with retrieved frames in its contexts; this is not a replication of the paper's "
+            "zero-shot claim. The things along the ring are free: only the first turn of a video says which belong "
+            "where.",
+        )
+
+    def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
+        """Durations without a second turn."""
+        return [
+            f"durations_s: {each:g} s is less than two turns, so suite world cannot score it; "
+            f"{_LEAST_S:g} s or more can be scored"
+            for each in durations_s
+            if each < _LEAST_S
+        ]
+
+    def check_prompts(self, prompts: Mapping[str, str]) -> None:
+        """ConfigError for the first prompt that is not of this world."""
+        for place, text in prompts.items():
+            if setting_of(text) is None:
+                raise ConfigError(
+                    f"{place}: '{text}' is not a prompt of the tiny world, so suite world has no truth for it. Write "
+                    f"it like '{HELD_OUT[0].prompt}', or choose another scoring.suite"
+                )
+
+    def pending_targets(self, run: RolloutRun) -> list[ScoreTarget]:
+        """With the prompt, which says the truth."""
+        targets = super().pending_targets(run)
+        prompts = run.identity().prompts if targets else {}
+        return [replace(target, prompt=prompts[target.prompt_id].text) for target in targets]
+
+    def scorer(self, *, threads: int, device: str) -> VideoScorer:
+        """Nothing to load."""
+        return _score
+
+
+def _score(video: Path, target: ScoreTarget) -> dict[str, float]:
+    setting = setting_of(target.prompt)
+    if setting is None:
+        raise UnscorableError(f"'{target.prompt}' is not a prompt of the tiny world")
+    frames = list(islice(frames_of(video, target.video_frames), 0, None, FRAMES_PER_LATENT))
+    try:
+        return measures(np.stack(frames), setting)
+    except ValueError as error:
+        raise UnscorableError(f"{video}: {error}") from None
+
+
+WORLD = World(NoSettings())
