@@ -131,7 +131,8 @@ class EvaluateJob(Job[RunOutcome]):
             if repair
             else None
         )
-        self._scoring.check()
+        where = config.prompts.path or "prompts"
+        self._scoring.check({f"{where}:{prompt.line}": prompt.text for prompt in prompts})
 
     @property
     def kinds(self) -> Sequence[str]:

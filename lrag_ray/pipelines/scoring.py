@@ -6,7 +6,7 @@ and is called once more at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lrag_ray.config.schema import ScoringSection, WorkersSection
@@ -35,9 +35,13 @@ class RunScoring:
         self._scoring = scoring
         self._engine = engine
 
-    def check(self) -> None:
-        """WeightsError or ConfigError, before anything is computed, for what would keep the suite from scoring."""
+    def check(self, prompts: Mapping[str, str] | None = None) -> None:
+        """WeightsError or ConfigError, before anything is computed, for what would keep the suite from scoring.
+
+        `prompts` are those that the run will have, by the place where each is written.
+        """
         if self.suite is not None:
+            self.suite.check_prompts(prompts or {})
             self.suite.check_stored(self.run.storage)
             self.suite.check_weights()
 

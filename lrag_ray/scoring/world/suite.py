@@ -64,7 +64,7 @@ class World(PerVideoSuite[NoSettings]):
     def pending_targets(self, run: RolloutRun) -> list[ScoreTarget]:
         """With the prompt, which says the truth."""
         targets = super().pending_targets(run)
-        prompts = run.identity().prompts if targets else {}
+        prompts = run.require().prompts if targets else {}
         return [replace(target, prompt=prompts[target.prompt_id].text) for target in targets]
 
     def scorer(self, *, threads: int, device: str) -> VideoScorer:
