@@ -73,8 +73,8 @@ class ScoreJob(Job[RunScores]):
         self._name = config.scoring.suite
         self._folder = ""
         self._files: list[str] = []
-        run.require()
-        self._scoring.check()
+        prompts = run.require().prompts.items()
+        self._scoring.check({f"prompt {prompt_id} of {run.uri}": prompt.text for prompt_id, prompt in prompts})
 
     @property
     def kinds(self) -> Sequence[str]:

@@ -97,7 +97,8 @@ def majority(things: NDArray[np.int64]) -> NDArray[np.int64]:
 def pose_distance(a: Floats, b: Floats) -> Floats:
     """Distance of places around the ring, in latent frames, 0 to 24."""
     apart = np.abs(a - b) % TURN
-    return np.minimum(apart, TURN - apart)
+    nearer: Floats = np.minimum(apart, TURN - apart)
+    return nearer
 
 
 def _places(frames: Pixels) -> NDArray[np.int64]:
@@ -110,7 +111,8 @@ def _places(frames: Pixels) -> NDArray[np.int64]:
     square = (bands**2).sum(1)
     sums = np.concatenate([[0.0], np.cumsum(np.concatenate([square, square[:VIEW]]))])
     energy = sums[VIEW : VIEW + RING] - sums[:RING]
-    return (energy - 2 * matched).argmin(1)
+    lefts: NDArray[np.int64] = (energy - 2 * matched).argmin(1)
+    return lefts
 
 
 @cache

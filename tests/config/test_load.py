@@ -271,8 +271,8 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "engine: {actors: 2}",
             "scoring: {suite: previw}",
-            "run.yaml:10: scoring.suite: expected 'judge', 'none', 'preview', 'vbench_long', 'world' or package.module:Suite, "
-            "got text 'previw'; did you mean 'preview'?",
+            "run.yaml:10: scoring.suite: expected 'judge', 'none', 'preview', 'vbench_long', 'world' or "
+            "package.module:Suite, got text 'previw'; did you mean 'preview'?",
         ),
         (
             "{descriptor: avg_pool}",

@@ -24,7 +24,7 @@ def degraded(frames: Pixels) -> Pixels:
 @pytest.mark.parametrize("worse", [False, True])
 @pytest.mark.parametrize("offset", [0, 7, 15])
 def test_every_thing_is_read_at_every_pose(worse: bool, offset: int) -> None:
-    poses = np.arange(TURN) + offset / 32
+    poses = np.arange(TURN, dtype=np.float64) + offset / 32
     frames = np.stack([ALL_THINGS.frame(pose) for pose in poses])
 
     seen = read_frames(degraded(frames) if worse else frames)

@@ -17,7 +17,7 @@ from lrag_ray.scoring.world.measures import measures
 from lrag_ray.scoring.world.suite import WORLD
 from lrag_ray.store.address import Storage
 from lrag_ray.video.mp4 import Mp4Writer
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, TURN, Pixels, Scene, make_scene
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, TURN, Pixels, Scene, make_scene, setting_of
 
 FIRST = make_scene("suite", 1, among=HELD_OUT)
 OTHER = Scene(FIRST.setting, tuple((thing + 5) % 24 for thing in FIRST.things))
@@ -118,6 +118,14 @@ def test_prompts_of_another_world_are_refused() -> None:
         ConfigError, match=r"p\.txt:2: 'a cat' is not a prompt of the tiny world.*Write it like 'A ride"
     ):
         WORLD.check_prompts({"p.txt:1": FIRST.setting.prompt, "p.txt:2": "a cat"})
+
+
+def test_the_prompts_that_come_along_are_held_out() -> None:
+    path = Path(__file__).parents[2] / "configs/prompts/tiny_world.txt"
+    found = [setting_of(line) for line in path.read_text().splitlines()]
+    assert len(set(found)) == 8 and set(found) <= set(HELD_OUT)
+    words = [{getattr(each, name) for each in found} for name in ("sky", "ground", "start")]
+    assert [len(each) for each in words] == [6, 6, 8]
 
 
 def test_the_page_says_what_was_trained() -> None:
