@@ -38,7 +38,7 @@ def score(
         str, typer.Argument(metavar="RUN|VIDEOS", help="Address of a run; or a folder, file, glob or bucket of videos.")
     ],
     suite: Annotated[
-        str | None, typer.Option("--suite", help="preview (runs only), vbench_long or module:Suite.")
+        str | None, typer.Option("--suite", help="preview or world (runs only), vbench_long or module:Suite.")
     ] = None,
     mode: Annotated[
         str | None, typer.Option("--mode", help="direct, or compat: clips re-encoded as the official code does.")

@@ -377,7 +377,7 @@ class ScoringSection(Section):
 
     suite: Annotated[str, AfterValidator(check_name)] = "preview"
     """preview: training-free measures, not VBench. vbench_long: the six dimensions of VBench-Long. none: no scoring.
-    ``package.module:Suite``: a suite of your own."""
+    world: rides of the tiny world alone, by turn. ``package.module:Suite``: a suite of your own."""
     settings: dict[str, Any] = Field(default={})
     """Settings of a suite of your own, checked against its ``Settings``."""
     mode: Mode = "direct"

@@ -14,10 +14,10 @@ from lrag_ray.context.policy import ContextPolicy
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan.transformer import CausalWanTransformer
-from lrag_ray.world.code import LinearCode
+from lrag_ray.world.code import CELL, LinearCode
 from lrag_ray.world.contexts import BLOCK
 from lrag_ray.world.generator import LATENT_SHAPE, SAMPLER, TextFeatures
-from lrag_ray.world.scenes import THINGS, TURN, Scene, things_in_view
+from lrag_ray.world.scenes import SLOT, SLOTS, THINGS, TURN, Scene, things_in_view
 
 
 class SecondTurn(NamedTuple):
@@ -37,35 +37,31 @@ def second_turn(
     code: LinearCode,
     features: TextFeatures,
     seed: int = 0,
+    frames: int = TURN,
 ) -> SecondTurn:
-    """Roll out the second turn after the true first one."""
+    """Roll out the first `frames` of the second turn after the true first one."""
     prompt = scene.setting.prompt
-    truth = code.of_scene(scene, range(2 * TURN))
+    truth = code.of_scene(scene, range(TURN + frames))
     noise = KeyedNoise(seed, [prompt], [0], (BLOCK, *LATENT_SHAPE))
     rollout = Rollout(
         transformer, SAMPLER, policy, settings, features[prompt][None], noise, LATENT_SHAPE, keys=[(seed, prompt, 0)]
     )
     rollout.replay(truth[None, :TURN])
-    made = torch.cat([block.latents[0] for block in rollout.blocks(TURN // BLOCK)])
+    made = torch.cat([block.latents[0] for block in rollout.blocks(frames // BLOCK)])
     error = (made - truth[TURN:]).square().mean()
     return SecondTurn(_identity(made, scene, code), float(error))
 
 
 def _identity(latents: Tensor, scene: Scene, code: LinearCode) -> float:
-    """Over all frames of one turn [48, C, H, W] and all things in whole view."""
+    """Over the frames [F, C, H, W] of a turn from its beginning, and all things in whole view."""
+    frames = range(len(latents))
+    # What each frame would be with every thing in turn in all of the slots: [things, F, C, H, W].
+    others = [Scene(scene.setting, (thing,) * SLOTS) for thing in range(THINGS)]
+    candidates = torch.stack([code.of_scene(other, frames) for other in others])
     right = []
     for frame, latent in enumerate(latents):
-        pose = (scene.setting.pose + frame) % TURN
-        views = things_in_view(pose)
-        # The view as it would be with every thing in turn in all of its slots.
-        candidates = torch.stack([_with_things(scene, thing, code, pose) for thing in range(THINGS)])
-        for slot, column in views:
-            cells = slice(max(0, column // 16), column // 16 + 4)
-            distance = (candidates[:, :, :, cells] - latent[:, :, cells]).square().flatten(1).sum(dim=1)
+        for slot, column in things_in_view((scene.setting.pose + frame) % TURN):
+            cells = slice(column // CELL, column // CELL + SLOT // CELL)
+            distance = (candidates[:, frame, :, :, cells] - latent[:, :, cells]).square().flatten(1).sum(dim=1)
             right.append(int(distance.argmin()) == scene.things[slot])
     return sum(right) / len(right)
-
-
-def _with_things(scene: Scene, thing: int, code: LinearCode, pose: int) -> Tensor:
-    other = Scene(scene.setting, (thing,) * len(scene.things))
-    return code.of_scene(other, [pose - scene.setting.pose])[0]

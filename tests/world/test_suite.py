@@ -76,9 +76,15 @@ def test_a_wrong_speed_is_a_pose_error() -> None:
     assert measures(slow, FIRST.setting)["pose_error"] == pytest.approx(7.15, abs=0.02)
 
 
+def test_a_ride_that_stands_still_brings_nothing_back() -> None:
+    turn = per_latent_frame(two_turns(FIRST, FIRST))[:TURN]
+    values = measures(np.concatenate([turn, np.repeat(turn[-1:], TURN, axis=0)]), FIRST.setting)
+    assert values["identity"] < 0.15 and values["pose_error"] > 10
+
+
 def test_random_things_agree_by_chance_only() -> None:
     shares = []
-    for key in range(8):
+    for key in range(4):
         pair = (make_scene("chance", key, i, among=[FIRST.setting]) for i in range(2))
         shares.append(measures(per_latent_frame(two_turns(*pair)), FIRST.setting)["identity"])
     assert 0 < np.mean(shares) < 0.12

@@ -23,8 +23,8 @@ def _turn(turn: int) -> tuple[Measure, ...]:
         Measure(
             f"identity{suffix}",
             f"Identity{title}",
-            f"Share of the slots in view in turns 1 and {turn} with the same thing, kind and colour, in both; a thing "
-            "is read by majority over the frames that show it, an unclear one is wrong; 0 where no slot is in both",
+            f"Share of the things of turn 1 that turn {turn} shows in the same place, kind and colour; a thing is read "
+            "by majority over the frames that show it, and one that is unclear or not shown again is wrong",
             lower=0,
             upper=1,
             higher_is_better=True,
@@ -85,9 +85,9 @@ def measures(frames: Pixels, setting: Setting) -> dict[str, float]:
 
 def _identity(seen: Seen, now: slice) -> float:
     first, later = majority(seen.things[:TURN]), majority(seen.things[now])
-    both = (first != ABSENT) & (later != ABSENT)
+    shown = first != ABSENT
     same = (first == later) & (first != UNCLEAR)
-    return float(same[both].mean()) if both.any() else 0.0
+    return float(same[shown].mean()) if shown.any() else 0.0
 
 
 def _psnr(frames: Pixels, poses: Floats, now: slice) -> float:
