@@ -26,6 +26,7 @@ from lrag_ray.world.scenes import (
     SLOT,
     SLOTS,
     STEP,
+    THING_SIZE,
     THINGS,
     TURN,
     VIEW,
@@ -41,14 +42,14 @@ ABSENT, UNCLEAR = -1, -2
 UNCLEAR_ABOVE = 40.0
 """Root mean square distance from the nearest picture, in steps of 255, above which a thing is unclear."""
 
+_WIDTH, _HEIGHT = THING_SIZE
+_MARGIN = (SLOT - _WIDTH) // 2
 _EDGE = 2
 """Rows at the edge of a band that blur and compression mix with its neighbour."""
-_WALL_ROWS = slice(HORIZON.start + _EDGE, FOOT - 60 - _EDGE)
+_WALL_ROWS = slice(HORIZON.start + _EDGE, FOOT - _HEIGHT - _EDGE)
 """The wall above the things."""
 _RAIL_ROWS = slice(RAIL.start + _EDGE, RAIL.stop - _EDGE)
 _SKY_ROWS = slice(0, HORIZON.start - _EDGE)
-_MARGIN, _HEIGHT = 10, 60
-_WIDTH = SLOT - 2 * _MARGIN
 
 Floats = NDArray[np.float64]
 
@@ -124,7 +125,7 @@ def _bands() -> Floats:
 
 @cache
 def _pictures() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Every thing before the wall of every slot [24, 24, 60 * 44 * 3], and the sums of their squares [24, 24]."""
+    """Every thing before the wall of every slot [slots, things, values], and the sums of squares [slots, things]."""
     setting = Setting("blue", "grass", "red")
     found = np.empty((SLOTS, THINGS, _HEIGHT * _WIDTH * 3), np.float32)
     for thing in range(THINGS):

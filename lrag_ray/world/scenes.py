@@ -42,7 +42,7 @@ RAIL_HUES = 4
 
 HORIZON, FOOT, RAIL = slice(24, 96), 96, slice(104, 120)
 """Rows of the picture: the wall behind the things, where the things stand, the rail."""
-_THING = (44, 60)
+THING_SIZE = (44, 60)
 """Width and height of a thing."""
 _OUTLINE = 3
 
@@ -146,7 +146,7 @@ class Scene:
     def ring(self) -> Pixels:
         """The whole panorama [128, 1536, 3]; not to be changed."""
         ring = background(self.setting).copy()
-        width, height = _THING
+        width, height = THING_SIZE
         for slot, thing in enumerate(self.things):
             left = slot * SLOT + (SLOT - width) // 2
             part = ring[FOOT - height : FOOT, left : left + width]
@@ -190,7 +190,7 @@ def background(setting: Setting) -> Pixels:
 def thing_picture(thing: int) -> tuple[NDArray[np.int8], Colour]:
     """Shape [60, 44] of a thing (0 outside, 1 inside, 2 outline), and its colour."""
     kind, colour = KINDS[thing // len(COLOURS)], list(COLOURS.values())[thing % len(COLOURS)]
-    width, height = _THING
+    width, height = THING_SIZE
     y, x = np.mgrid[0:height, 0:width] + 0.5
     # Distance from the edge in pixels, positive inside.
     if kind == "block":
@@ -222,7 +222,7 @@ def make_scene(*key: str | int, among: Sequence[Setting] = TRAINED) -> Scene:
 def things_in_view(pose: float) -> list[tuple[int, int]]:
     """Slots whose thing is wholly in view at a place, each with the column where its slot begins in the frame."""
     left = round(pose * FRAMES_PER_LATENT * STEP)
-    margin = (SLOT - _THING[0]) // 2
+    margin = (SLOT - THING_SIZE[0]) // 2
     found = []
     for slot in range(SLOTS):
         column = (slot * SLOT - left + SLOT) % RING - SLOT
