@@ -147,4 +147,4 @@ def _tensors(need: Need, found: Loaded, values: bool) -> str:
     tensors = tensors_of(found)
     if values:
         refuse_non_finite(tensors, f"{need.kind.replace('_', ' ')} {need.address}")
-    return f"{counted(len(tensors), 'tensor')} fit"
+    return counted(len(tensors), "tensor fits", "tensors fit")

@@ -204,7 +204,7 @@ def test_its_weights_are_listed_verified_and_asked_for_before_a_start(config_fil
     assert (listed["kind"], listed["keys"]) == ("recall_projection", ["methods.recall.projection"])
     assert listed["present_bytes"] == file.stat().st_size
     code, verified = told("verify")
-    assert code == 0 and "1 tensors fit" in verified["detail"]
+    assert code == 0 and "1 tensor fits" in verified["detail"]
     assert doctor()[0] == "ok"
     refuse_misfits(load_config(config_file))
 
