@@ -1,4 +1,4 @@
-"""What makes the VAE fast on a CPU: oneDNN for all of its 3-D convolutions, and a norm that reads its input in order.
+"""What makes decoding fast on a CPU: oneDNN for all 3-D convolutions, and a norm that reads its input in order.
 
 torch takes oneDNN for a 3-D convolution of one video only where it thinks it large, and else a kernel that is several
 times slower; `F.normalize` over the channels strides through memory. Values differ from torch's in the last bits.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def speed_up(model: Any) -> None:
-    """Give the modules of a part of AutoencoderKLWan other arithmetic for float32 on the CPU."""
+    """Replace the arithmetic of a decoder of AutoencoderKLWan for float32 on the CPU; other types keep theirs."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
     for module in model.modules():

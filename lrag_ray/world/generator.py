@@ -1,7 +1,7 @@
 """Training of the world's generator: flow matching at the sampler's timesteps, in the contexts of three methods.
 
-Not a replication of the paper, whose generator never saw a retrieved frame in training: `with_history` weights have,
-`zero_shot` weights have not.
+Not a replication of the paper, whose generator never saw a retrieved frame in training: lesson ``generator`` trains
+with them, lesson ``zero_shot`` without.
 """
 
 from __future__ import annotations

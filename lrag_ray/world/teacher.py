@@ -37,12 +37,13 @@ def teacher_forced(
     x = transformer._patches(latents)
     for layer, block in enumerate(cast(list[WanBlock], list(transformer.blocks))):
         m = time.layers[layer]
-        k, v = block.self_attn.keys_values(_modulated(block.norm1(x), m.shift1, m.scale1))
+        h = _modulated(block.norm1(x), m.shift1, m.scale1)
+        k, v = block.self_attn.keys_values(h)
         if layer == config.num_layers - 1:
             # Nobody reads what the last layer makes of clean frames.
-            x = x[:, -learned * tokens :]
+            x, h = x[:, -learned * tokens :], h[:, -learned * tokens :]
             m = type(m)(*(part[:, -learned:] for part in m))
-        q = block.self_attn.queries(_modulated(block.norm1(x), m.shift1, m.scale1))
+        q = block.self_attn.queries(h)
         x = x + _gated(block.self_attn.o(attend(q, k, v).flatten(2)), m.gate1)
         x = x + block.cross_attn.o(_cross(block.cross_attn, block.norm3(x), rows.k[layer], rows.v[layer]))
         x = x + _gated(block.ffn(_modulated(block.norm2(x), m.shift2, m.scale2)), m.gate2)

@@ -264,10 +264,10 @@ def test_of_many_broken_members_the_first_are_named_and_the_rest_counted(tmp_pat
     with tarfile.open(tmp_path / "shards" / "one.tar", "w") as shard:
         for number in range(120):
             shard.addfile(tarfile.TarInfo(f"{number:03d}.pth"))
-    told: list[Event] = []
-    made = import_dataset(str(tmp_path / "shards"), str(tmp_path / "run"), listener=told.append)
+    events: list[Event] = []
+    made = import_dataset(str(tmp_path / "shards"), str(tmp_path / "run"), listener=events.append)
     assert len(made.left_out) == 120
-    texts = [event.text for event in told if isinstance(event, Notice)]
+    texts = [event.text for event in events if isinstance(event, Notice)]
     assert len(texts) == 21 and texts[-1].startswith("100 more latents")
     shown = CliRunner().invoke(app, ["dataset", "import", str(tmp_path / "shards"), "--to", str(tmp_path / "run")])
     assert shown.exit_code == 1
