@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_thread_pools_cancel_their_queue_on_the_way_out() -> None:
     """Where a signal ends a command, `with ThreadPoolExecutor` would do all the work that is queued first."""
     own = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if "with ThreadPoolExecutor(" in p.read_text()}
     assert not own, f"use lrag_ray.thread_pool.thread_pool: {own}"
+
+
+def test_no_merge_was_left_half_done() -> None:
+    left = re.compile(r"^(<{7} |>{7} |={7}$)", re.MULTILINE)
+    folders = ("lrag_ray", "jobs", "cluster", "configs", "docs", "scripts", "tests")
+    paths = [*PACKAGE.parent.iterdir(), *(path for folder in folders for path in (PACKAGE.parent / folder).rglob("*"))]
+    files = [path for path in paths if path.suffix in {".py", ".md", ".j2", ".css", ".js", ".yaml", ".toml", ".txt"}]
+    assert len(files) > 500
+    assert [path for path in files if left.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_files_are_one_concept_long() -> None:
