@@ -1,4 +1,4 @@
-"""Timestamp strips: frames at chosen seconds in columns, methods in rows; for the page and for paper.
+"""Strips: frames at chosen seconds in columns, methods in rows; for the page and for paper.
 
 Each strip is one small WebP image of one video, named by the video's digest, made once and used again by every later
 report. Videos are read one at a time and frame by frame, through storage.
@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lrag_ray.report.collect import ReportData, ShownRollout
+from lrag_ray.scoring.suite import FrameRow, Suite
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
 from lrag_ray.store.videos import CommittedVideo
@@ -41,6 +42,8 @@ class Strip:
     """One row of a sheet."""
 
     method: str
+    label: str
+    """Of the row, where a method has several."""
     path: str | None
     """Of the image, relative to the report's folder; None where there is none."""
     reason: str
@@ -59,7 +62,7 @@ class StripSheet:
     seconds: Sequence[str]
     """Labels of the columns."""
     rows: Sequence[Strip]
-    """One per method that is compared."""
+    """One or more per method that is compared."""
 
 
 def make_strips(data: ReportData, folder: Storage, prompts: int) -> list[StripSheet]:
@@ -115,60 +118,76 @@ def _sheet(
         number=prompt.index + 1,
         prompt=prompt.text,
         sample=video.rollout.sample,
-        seconds=[f"{index / video.fps:.3g} s" for index in _indices(video)],
+        seconds=[f"{index / video.fps:.3g} s" for index in _rows(data.suite, video)[0].indices],
         rows=[
-            _strip(folder, present, method, *chosen[method])
-            if method in chosen
-            else Strip(method, None, "no video yet")
+            strip
             for method in data.methods[backbone]
+            for strip in (
+                _strips(data.suite, folder, present, method, *chosen[method])
+                if method in chosen
+                else [Strip(method, "", None, "no video yet")]
+            )
         ],
     )
 
 
-def _indices(video: CommittedVideo) -> list[int]:
-    """Frames in equal steps of the duration as the configuration names it, the last one in place of its end."""
+def _rows(suite: Suite[Any], video: CommittedVideo) -> Sequence[FrameRow]:
+    """What the suite wants to be seen; else one row of frames in equal steps of the duration as the configuration names
+    it, the last one in place of its end."""
     step_s = video.duration_s / (COLUMNS - 1)
-    return [min(round(i * step_s * video.fps), video.frames - 1) for i in range(COLUMNS)]
+    usual = [min(round(i * step_s * video.fps), video.frames - 1) for i in range(COLUMNS)]
+    return suite.frame_rows(video.frames) or [FrameRow("", usual)]
 
 
-def _strip(folder: Storage, present: set[str], method: str, shown: ShownRollout, video: CommittedVideo) -> Strip:
-    # Hashed once more: a stranger's record may hold anything in place of a digest.
-    made_from = f"{video.video.sha256} {_indices(video)} {_WIDTH} {_GAP} {_QUALITY}"
-    path = f"{FOLDER}/{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.webp"
-    if path not in present:
-        try:
-            folder.write(path, _image(shown.run_dir.storage, video))
-        except VideoError as error:
-            # The place on this machine means nothing to who reads the page.
-            return Strip(method, None, str(error).replace(f"{shown.run_dir.storage.root}/", ""))
-    return Strip(method, path, "")
+def _strips(
+    suite: Suite[Any], folder: Storage, present: set[str], method: str, shown: ShownRollout, video: CommittedVideo
+) -> list[Strip]:
+    rows = _rows(suite, video)
+    # Frames of a suite's own rows touch, in full size.
+    width, gap = (None, 0) if rows[0].label else (_WIDTH, _GAP)
+    strips = []
+    for row in rows:
+        # Hashed once more: a stranger's record may hold anything in place of a digest.
+        made_from = f"{video.video.sha256} {list(row.indices)} {width} {gap} {_QUALITY}"
+        path = f"{FOLDER}/{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.webp"
+        if path not in present:
+            try:
+                folder.write(path, _image(shown.run_dir.storage, video, row.indices, width, gap))
+            except VideoError as error:
+                # The place on this machine means nothing to who reads the page.
+                reason = str(error).replace(f"{shown.run_dir.storage.root}/", "")
+                return [Strip(method, row.label, None, reason)]
+        strips.append(Strip(method, row.label, path, ""))
+    return strips
 
 
-def _image(storage: Storage, video: CommittedVideo) -> bytes:
+def _image(storage: Storage, video: CommittedVideo, indices: Sequence[int], width: int | None, gap: int) -> bytes:
     """The frames side by side as WebP."""
     from PIL import Image as PilImage
 
     with tempfile.TemporaryDirectory(prefix="lrag-strip-") as scratch:
         local = local_copy(storage, video.video.path, video.video.sha256, Path(scratch))
         try:
-            pictures = [_thumbnail(frame) for frame in frames_at(local, _indices(video))]
+            pictures = [_thumbnail(frame, width) for frame in frames_at(local, indices)]
         except VideoError as error:
             raise VideoError(str(error).replace(str(local), video.video.path)) from None
     # A video of fewer frames than columns repeats some.
-    distinct = sorted(set(_indices(video)))
-    chosen = [pictures[distinct.index(index)] for index in _indices(video)]
-    width, height = chosen[0].size
-    strip = PilImage.new("RGBA", (COLUMNS * width + (COLUMNS - 1) * _GAP, height))
-    for column, picture in enumerate(chosen):
-        strip.paste(picture, (column * (width + _GAP), 0))
+    distinct = sorted(set(indices))
+    columns, (each, height) = len(indices), pictures[0].size
+    strip = PilImage.new("RGBA", (columns * each + (columns - 1) * gap, height))
+    for column, index in enumerate(indices):
+        strip.paste(pictures[distinct.index(index)], (column * (each + gap), 0))
     content = io.BytesIO()
     strip.save(content, "WEBP", quality=_QUALITY)
     return content.getvalue()
 
 
-def _thumbnail(frame: Frames) -> Image:
-    """A frame `_WIDTH` pixels wide."""
+def _thumbnail(frame: Frames, width: int | None) -> Image:
+    """A frame `width` pixels wide, or as it is."""
     from PIL import Image as PilImage
 
-    height = max(1, round(frame.shape[0] * _WIDTH / frame.shape[1]))
-    return PilImage.fromarray(frame).resize((_WIDTH, height), PilImage.Resampling.LANCZOS)
+    picture = PilImage.fromarray(frame)
+    if width is None:
+        return picture
+    height = max(1, round(frame.shape[0] * width / frame.shape[1]))
+    return picture.resize((width, height), PilImage.Resampling.LANCZOS)

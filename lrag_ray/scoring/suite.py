@@ -97,6 +97,15 @@ class Banner(NamedTuple):
     """The scores are easily mistaken for something else."""
 
 
+class FrameRow(NamedTuple):
+    """Frames of a video that a page shows side by side."""
+
+    label: str
+    """Beside the method's name; '' where there is one row."""
+    indices: Sequence[int]
+    """Of the frames; every row of a video has as many."""
+
+
 @dataclass(frozen=True)
 class NoSettings:
     """A suite without settings."""
@@ -121,6 +130,8 @@ class Suite(ABC, Generic[SettingsT]):
     """Columns of its tables, in order."""
     unranked: Sequence[Measure] = ()
     """Measures beside them that have no place in ranks and differences: a video may lack them."""
+    strips_note: str = ""
+    """How to read the rows of `frame_rows`."""
     mode: str = ""
     """How its values are computed, where there are several ways; values of two modes never share a table."""
 
@@ -171,6 +182,13 @@ class Suite(ABC, Generic[SettingsT]):
     def warnings(self, scores: Scores) -> list[str]:
         """What must be known of these scores before any number is read."""
         return []
+
+    def frame_rows(self, frames: int) -> Sequence[FrameRow]:
+        """Rows of a video of so many frames that show what the suite measures, set edge to edge at full size.
+
+        None of them: a page shows one row of small frames in equal steps.
+        """
+        return ()
 
     # Before scoring
 

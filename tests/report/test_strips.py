@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 
 from lrag_ray.report import collect, report
 from lrag_ray.report.strips import COLUMNS, make_strips
+from lrag_ray.scoring.preview.suite import Preview
+from lrag_ray.scoring.suite import FrameRow, NoSettings
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
@@ -50,6 +53,28 @@ def test_a_strip_is_made_once_per_video(run: RolloutRun, tmp_path: Path) -> None
     assert again[:1] == first and len(again) == 2
     after = {path: (tmp_path / "summary" / path).stat().st_mtime_ns for path in folder.list_files()}
     assert len(after) == 4 and {path: after[path] for path in before} == before
+
+
+class Turns(Preview):
+    def frame_rows(self, frames: int) -> list[FrameRow]:
+        return [FrameRow("turn 1", [0, 8, 16]), FrameRow("turn 2", [frames - 17, frames - 9, frames - 1])]
+
+
+def test_a_suite_chooses_rows_of_frames_that_touch(run: RolloutRun, tmp_path: Path) -> None:
+    folder = Storage(str(tmp_path / "summary"))
+    data = collect([run])
+    (sheet,) = make_strips(replace(data, suite=Turns(NoSettings())), folder, 1)
+    assert [(row.method, row.label) for row in sheet.rows] == [
+        (method, turn) for method in ("base", "rag") for turn in ("turn 1", "turn 2")
+    ]
+    assert sheet.seconds == ["0 s", "0.5 s", "1 s"]
+    path = sheet.rows[1].path
+    assert path is not None
+    picture = np.asarray(Image.open(io.BytesIO(folder.read_bytes(path))).convert("RGB")).astype(float)
+    frames = read_video(run.storage.full(next(iter(data.rollouts.values())).videos[-1].video.path))
+    flat = np.concatenate([frames[index] for index in (-17, -9, -1)], axis=1).astype(float)
+    assert picture.shape == flat.shape
+    assert np.abs(picture - flat).mean() < 0.5 * np.abs(picture - np.roll(flat, 64, axis=1)).mean()
 
 
 def test_strips_of_an_earlier_report_are_removed_and_nothing_else(run: RolloutRun, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lrag_ray.scoring.world.measures import measures
 from lrag_ray.scoring.world.suite import WORLD
 from lrag_ray.store.address import Storage
 from lrag_ray.video.mp4 import Mp4Writer
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, TURN, Pixels, Scene, make_scene, setting_of
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, STEP, TURN, Pixels, Scene, make_scene, setting_of
 
 FIRST = make_scene("suite", 1, among=HELD_OUT)
 OTHER = Scene(FIRST.setting, tuple((thing + 5) % 24 for thing in FIRST.things))
@@ -137,3 +137,16 @@ def test_the_prompts_that_come_along_are_held_out() -> None:
 def test_the_page_says_what_was_trained() -> None:
     banner = WORLD.banner(Scores())
     assert "trained with retrieved frames" in banner.text and "not a replication" in banner.text
+
+
+def test_each_turn_is_a_row_of_frames_that_make_up_the_ring() -> None:
+    video = FIRST.video(2 * TURN)
+    rows = WORLD.frame_rows(len(video))
+    assert [row.label for row in rows] == ["turn 1", "turn 2"]
+    begin = FIRST.setting.pose * FRAMES_PER_LATENT * STEP
+    for row in rows:
+        flat = np.concatenate([video[index] for index in row.indices], axis=1)
+        assert (flat == np.roll(FIRST.ring, -begin, axis=1)).all()
+    assert WORLD.frame_rows(len(FIRST.video(TURN - 1))) == []
+    assert len(WORLD.frame_rows(len(FIRST.video(TURN)))) == 1
+    assert len(WORLD.frame_rows(10 * len(video))) == 5

@@ -12,11 +12,11 @@ import numpy as np
 from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer, frames_of
 from lrag_ray.scoring.scores import Scores
-from lrag_ray.scoring.suite import Banner, NoSettings, UnscorableError
+from lrag_ray.scoring.suite import Banner, FrameRow, NoSettings, UnscorableError
 from lrag_ray.scoring.video_rows import ScoreTarget
-from lrag_ray.scoring.world.measures import LATER_TURNS, MEASURES, measures
+from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures
 from lrag_ray.store.rollouts import RolloutRun
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, TURN, setting_of
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, STEP, TURN, VIEW, setting_of
 
 _LEAST_S = 2 * TURN / 4
 """Two turns at 16 video frames, 4 latent frames, per second."""
@@ -28,6 +28,10 @@ class World(PerVideoSuite[NoSettings]):
     name = "world"
     measures = MEASURES
     unranked = LATER_TURNS
+    strips_note = (
+        "Each row is one turn around the ring, laid out flat: frames that touch, from the start of the turn to its "
+        "end. Turn 1 is the truth of that video. What comes later should show the same things in the same places."
+    )
 
     @property
     def title(self) -> str:
@@ -42,6 +46,14 @@ class World(PerVideoSuite[NoSettings]):
             "zero-shot claim. The things along the ring are free: only the first turn of a video says which belong "
             "where.",
         )
+
+    def frame_rows(self, frames: int) -> Sequence[FrameRow]:
+        """A row for every whole turn, whose frames make up the ring."""
+        turn = TURN * FRAMES_PER_LATENT
+        return [
+            FrameRow(f"turn {i + 1}", range(i * turn, (i + 1) * turn, VIEW // STEP))
+            for i in range(min((frames + FRAMES_PER_LATENT - 1) // turn, LAST_TURN))
+        ]
 
     def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
         """Durations without a second turn."""
