@@ -1,8 +1,9 @@
 """Train what the tiny world needs, on one core, from seeds: ``python -m jobs.train_tiny_world LESSON FOLDER``.
 
-Lessons: ``generator`` (about an hour), ``zero_shot`` (the same without retrieved frames) and ``vae``. None of them
-needs another. FOLDER gets LESSON.state every 50 steps, from which the same command goes on, LESSON.jsonl with a line
-per step, and at the end LESSON.safetensors, the moving average of the weights.
+Lessons: ``generator`` (about an hour), ``zero_shot`` (the same without retrieved frames) and ``vae`` (half an hour).
+None of them needs another. FOLDER gets LESSON.state every 50 steps, from which the same command goes on, LESSON.jsonl
+with a line per step, and at the end the moving average of the weights: LESSON.safetensors, of the VAE a Diffusers
+folder ``vae``.
 """
 
 from __future__ import annotations
@@ -57,8 +58,12 @@ def _train() -> None:
                 if trainer.step % 50 == 0:
                     print(f"{given.lesson}: step {trainer.step} of {trainer.recipe.steps}, loss {row['loss']:.4f}")
         if trainer.step == trainer.recipe.steps:
-            save_file(trainer.averaged(), given.folder / f"{given.lesson}.safetensors", trainer.about())
-            print(f"{given.lesson}: {given.folder / given.lesson}.safetensors")
+            file = given.folder / f"{given.lesson}.safetensors"
+            if isinstance(lesson, VaeLesson):
+                file = given.folder / "vae" / "diffusion_pytorch_model.safetensors"
+                lesson.model.save_config(file.parent)
+            save_file(trainer.averaged(), file, trainer.about())
+            print(f"{given.lesson}: {file}")
     sys.exit(0)
 
 

@@ -170,11 +170,11 @@ def _labelled(preset: str, section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weight_names(section: Mapping[str, Any]) -> list[str]:
-    """File names of the generator's weights and of its LoRA; empty where there is none."""
+    """Names of the generator's weights and of its LoRA; empty where there is none."""
     weights = section.get("weights")
     weights = weights if isinstance(weights, Mapping) else {}
     lora = weights.get("lora")
-    paths = [weights.get("path"), lora.get("path") if isinstance(lora, Mapping) else None]
+    paths = [weights.get("path") or weights.get("builtin"), lora.get("path") if isinstance(lora, Mapping) else None]
     return [str(path or "").rstrip("/").rpartition("/")[2] for path in paths]
 
 

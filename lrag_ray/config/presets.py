@@ -53,7 +53,32 @@ def _framewise(label: str, file: str, steps: list[int]) -> dict[str, Any]:
     }
 
 
+def _tiny_world(builtin: str, label: str) -> dict[str, Any]:
+    return {
+        "label": label,
+        "transformer": {
+            "dim": 128,
+            "ffn_dim": 256,
+            "freq_dim": 64,
+            "text_dim": 32,
+            "text_len": 96,
+            "in_dim": 16,
+            "out_dim": 16,
+            "num_heads": 4,
+            "num_layers": 4,
+        },
+        "weights": {"builtin": builtin},
+        # 128x128 pixels.
+        "latent": {"channels": 16, "height": 8, "width": 8},
+        "dtype": "float32",
+        "text_encoder": {"kind": "tiny"},
+        "vae": {"kind": "tiny_world", "channels_last": True},
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
+    "tiny_world": _tiny_world("tiny_world", "tiny world, trained with retrieved frames"),
+    "tiny_world_zero_shot": _tiny_world("tiny_world_zero_shot", "tiny world, trained without retrieved frames"),
     "tiny": {
         "label": "tiny, untrained",
         "transformer": {
@@ -142,11 +167,16 @@ AS_RELEASED: dict[str, dict[str, Any]] = {
 (`ContextPolicy.as_released`)."""
 
 
+_OTHER_SOURCES = ("random_seed", "builtin")
+"""Sources of weights beside `path`."""
+
+
 def overlay(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`preset` with the user's keys over it, section by section.
 
-    A section whose user names another kind (`kind`), or another source of weights (`random_seed`), keeps nothing of
-    the preset's: paths of the one kind mean nothing to the other. A `path` takes the place of a preset's random recipe.
+    A section whose user names another kind (`kind`), or another source of weights (`random_seed`, `builtin`), keeps
+    nothing of the preset's: paths of the one kind mean nothing to the other. A `path` takes the place of a preset's
+    other source.
     """
     merged = dict(preset)
     for key, value in given.items():
@@ -154,7 +184,7 @@ def overlay(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         if not (isinstance(old, dict) and isinstance(value, dict)) or _replaces(old, value):
             merged[key] = value
         elif value.get("path") is not None:
-            merged[key] = overlay({name: kept for name, kept in old.items() if name != "random_seed"}, value)
+            merged[key] = overlay({name: kept for name, kept in old.items() if name not in _OTHER_SOURCES}, value)
         else:
             merged[key] = overlay(old, value)
     return merged
@@ -162,4 +192,4 @@ def overlay(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 def _replaces(old: dict[str, Any], value: dict[str, Any]) -> bool:
     other_kind = "kind" in value and value["kind"] != old.get("kind")
-    return other_kind or value.get("random_seed") is not None
+    return other_kind or any(value.get(source) is not None for source in _OTHER_SOURCES)

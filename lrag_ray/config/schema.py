@@ -123,9 +123,9 @@ class LatentShape(Section):
     channels: int = Field(default=16, ge=1, le=1024)
     """Latent channels."""
     height: int = Field(default=60, ge=2, le=_MOST_LATENT_SIDE)
-    """Latent rows; pixels / 8."""
+    """Latent rows; pixels / 8, with the tiny world's VAE pixels / 16."""
     width: int = Field(default=104, ge=2, le=_MOST_LATENT_SIDE)
-    """Latent columns; pixels / 8."""
+    """Latent columns; pixels / 8, with the tiny world's VAE pixels / 16."""
 
 
 class LoraConfig(Section):
@@ -141,7 +141,7 @@ class LoraConfig(Section):
 
 
 class WeightsConfig(Section):
-    """Where the transformer's weights come from: a checkpoint, or a random recipe for the tiny backbone."""
+    """Where the transformer's weights come from: a checkpoint, the package itself, or a random recipe."""
 
     path: Address | None = None
     """Checkpoint file (.pt or .safetensors), or a Diffusers ``transformer`` folder."""
@@ -151,11 +151,17 @@ class WeightsConfig(Section):
     """LoRA merged at load."""
     random_seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     """Build random weights from this seed instead of reading a checkpoint."""
+    builtin: Literal["tiny_world", "tiny_world_zero_shot"] | None = None
+    """Weights that come with the package: the tiny world's generator, trained with retrieved frames in its contexts,
+    and the one that was trained without."""
 
     @model_validator(mode="after")
     def _one_source(self) -> WeightsConfig:
-        if (self.path is None) == (self.random_seed is None):
-            raise ValueError("give exactly one of path (a checkpoint) and random_seed (a random recipe)")
+        if [self.path, self.random_seed, self.builtin].count(None) != 2:
+            raise ValueError(
+                "give exactly one of path (a checkpoint), random_seed (a random recipe) and builtin (weights that come "
+                "with the package)"
+            )
         return self
 
 
@@ -180,9 +186,10 @@ class BackboneConfig(Section):
     """One frozen generator with its text encoder and VAE."""
 
     preset: str | None = None
-    """Preset whose values are the defaults of this section: tiny, self_forcing, causal_forcing (the 5 s checkpoint, as
-    the paper used it), causal_forcing_long (its authors' checkpoint for long video), causal_forcing_framewise,
-    causal_forcing_2step, causal_forcing_1step (blocks of one frame) or longlive."""
+    """Preset whose values are the defaults of this section: tiny_world (trained, for prompts of the tiny world),
+    tiny_world_zero_shot, tiny (untrained), self_forcing, causal_forcing (the 5 s checkpoint, as the paper used it),
+    causal_forcing_long (its authors' checkpoint for long video), causal_forcing_framewise, causal_forcing_2step,
+    causal_forcing_1step (blocks of one frame) or longlive."""
     label: str = ""
     """Shown in tables and pages beside the name, e.g. ``tiny, untrained``."""
     transformer: WanConfig = WanConfig()

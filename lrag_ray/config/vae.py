@@ -10,9 +10,10 @@ from lrag_ray.config.section import Address, Section
 
 
 class VaeConfig(Section):
-    """The video VAE; `tiny` is AutoencoderKLWan with a small base width and random weights."""
+    """The video VAE. `tiny` is AutoencoderKLWan with a small base width and random weights; `tiny_world` is a trained
+    one that comes with the package, with twice Wan's spatial compression."""
 
-    kind: Literal["tiny", "wan"] = "wan"
+    kind: Literal["tiny", "tiny_world", "wan"] = "wan"
     """Which VAE."""
     path: Address | None = None
     """wan: ``Wan2.1_VAE.pth`` or a Diffusers folder."""
@@ -27,4 +28,8 @@ class VaeConfig(Section):
     def _located(self) -> VaeConfig:
         if self.kind == "wan" and self.path is None:
             raise ValueError("kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
+        if self.kind != "wan" and self.path is not None:
+            raise ValueError(
+                f"kind {self.kind} comes with its weights and takes no path. For '{self.path}' give kind: wan"
+            )
         return self

@@ -321,7 +321,8 @@ def _method_plan(
     stored_frame = stored_frame_bytes(backbone, method.history)
     n, longest = sampler.frames_per_block, horizons[-1]
     value_bytes = _BYTES[backbone.dtype]
-    vae = VAE_SIZES[backbone.vae.kind] if decoded else None
+    of_kind = VAE_SIZES[backbone.vae.kind]
+    vae = of_kind if decoded else None
     nested = nests(policy) and not config.independent_durations
     runs = (longest,) if nested else horizons
 
@@ -336,7 +337,7 @@ def _method_plan(
     # Nested durations share their clips.
     scored = [lengths] if nested else [[length] for length in lengths]
     shown = decoded * sum(lengths)
-    pixels = 64 * latent.height * latent.width
+    height, width = (of_kind.spatial_compression * side for side in (latent.height, latent.width))
     memory = rollout_memory(
         sizes,
         latent.height,
@@ -362,10 +363,10 @@ def _method_plan(
         longest_flops=once + sum(per_block(longest)),
         longest_decode_flops=longest * frame_decode_flops,
         scoring_flops=(decoded if config.job == "evaluate" else 0)
-        * sum(vbench_flops(group, config.video.fps, 8 * latent.height, 8 * latent.width) for group in scored),
+        * sum(vbench_flops(group, config.video.fps, height, width) for group in scored),
         video_frames=shown,
         latent_bytes=stored * latent.channels * latent.height * latent.width * value_bytes,
-        video_bytes=round(shown * pixels * VIDEO_BITS_PER_PIXEL / 8),
+        video_bytes=round(shown * height * width * VIDEO_BITS_PER_PIXEL / 8),
         history=method.history,
         history_bytes=places.host,
         history_disk_bytes=places.disk,

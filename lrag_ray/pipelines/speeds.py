@@ -31,7 +31,16 @@ GENERATION_SHARE = (0.2, 0.6)
 SCORING_SHARE = (0.02, 0.1)
 """The same for VBench-Long, whose networks are small and run in float32 and TF32, whose peaks are a fifteenth to a half
 of the bfloat16 one."""
-VAE_SIZES = {"tiny": VaeSizes(base_dim=3, num_res_blocks=1), "wan": VaeSizes()}
+VAE_SIZES = {
+    "tiny": VaeSizes(base_dim=3, num_res_blocks=1),
+    "tiny_world": VaeSizes(
+        base_dim=8,
+        num_res_blocks=1,
+        dim_mult=(1, 1, 2, 4, 4),
+        temporal_upsample=(False, True, True, False),
+    ),
+    "wan": VaeSizes(),
+}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from lrag_ray.config.methods import Method
 from lrag_ray.config.schema import BackboneConfig, WeightsConfig
+from lrag_ray.config.vae import VaeConfig
 from lrag_ray.context.weights import Loaded, on_device
 from lrag_ray.errors import ConfigError
 from lrag_ray.wan.checkpoint import load_transformer
@@ -21,6 +22,8 @@ from lrag_ray.wan.vae import WanVae, load_wan_vae, tiny_vae
 from lrag_ray.weights.digests import weights_digest
 from lrag_ray.weights.local import local_copy
 from lrag_ray.weights.loras import local_lora, lora_identity
+from lrag_ray.world.builtin import GENERATORS
+from lrag_ray.world.builtin import VAE as BUILTIN_VAE
 
 ATTENTION_BACKEND = "sdpa"
 """What `lrag_ray.wan.attention` computes; part of every rollout key. The kernel is part of the device kind
@@ -47,10 +50,16 @@ def _sampler_identity(sampler: SamplerConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _file(weights: WeightsConfig) -> str | None:
+    """Address of the transformer's weights; None for a random recipe."""
+    return str(GENERATORS[weights.builtin]) if weights.builtin else weights.path
+
+
 def weights_identity(weights: WeightsConfig) -> dict[str, Any]:
     """The transformer's weights, by digest or recipe. WeightsError for a file that is absent."""
+    file = _file(weights)
     return {
-        "sha256": weights_digest(weights.path) if weights.path else None,
+        "sha256": weights_digest(file) if file else None,
         "random_seed": weights.random_seed,
         "use_ema": weights.use_ema,
         "lora": weights.lora and lora_identity(weights.lora),
@@ -69,10 +78,15 @@ def text_identity(config: BackboneConfig) -> dict[str, Any]:
     }
 
 
+def _vae_path(vae: VaeConfig) -> str | None:
+    return str(BUILTIN_VAE) if vae.kind == "tiny_world" else vae.path
+
+
 def pixels_identity(config: BackboneConfig) -> dict[str, Any]:
     """Everything that determines pixels, given latents."""
     vae = config.vae
-    found = {"kind": vae.kind, "sha256": weights_digest(vae.path) if vae.path else None, "dtype": vae.dtype}
+    path = _vae_path(vae)
+    found = {"kind": vae.kind, "sha256": weights_digest(path) if path else None, "dtype": vae.dtype}
     # Left out where it is off, so that videos that were made before there was a choice stay the same.
     return {"vae": found | ({"channels_last": True} if vae.channels_last else {})}
 
@@ -86,10 +100,11 @@ def load_generator(config: BackboneConfig, device: torch.device, kernels: Kernel
     """The frozen transformer, computed by `kernels`: from its checkpoint, or from the random recipe."""
     dtype = getattr(torch, config.dtype)
     weights = config.weights
-    if weights.path is not None:
+    file = _file(weights)
+    if file is not None:
         lora = local_lora(weights.lora) if weights.lora else None
         model = load_transformer(
-            local_copy(weights.path), config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
+            local_copy(file), config.transformer, use_ema=weights.use_ema, dtype=dtype, device=device, lora=lora
         )
     else:
         model = CausalWanTransformer(config.transformer)
@@ -113,13 +128,14 @@ def load_text(config: BackboneConfig, device: torch.device) -> TextEncoder:
 def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
     """The video VAE. ConfigError where its path is not given."""
     dtype = getattr(torch, config.vae.dtype)
+    path = _vae_path(config.vae)
     if config.vae.kind == "tiny":
         vae = tiny_vae()
         vae.model.to(device, dtype)
-    elif config.vae.path is None:
+    elif path is None:
         raise ConfigError("vae: kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
     else:
-        vae = load_wan_vae(local_copy(config.vae.path), dtype=dtype, device=device)
+        vae = load_wan_vae(local_copy(path), dtype=dtype, device=device)
     if config.vae.channels_last:
         vae.keep_channels_last()
     return vae

@@ -79,6 +79,11 @@ class VaeSizes:
     temporal_upsample: tuple[bool, ...] = (True, True, False)
     """Which of the decoder's doublings of the resolution double the frames as well."""
 
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent row or column."""
+        return int(2 ** len(self.temporal_upsample))
+
 
 class _Convolution(NamedTuple):
     """A convolution of the decoder with what it reads for one latent frame that is not the first."""

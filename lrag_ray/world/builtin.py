@@ -1,4 +1,4 @@
-"""Weights of the world that come with the package."""
+"""Weights of the world that come with the package. docs/tiny-world.md is their card."""
 
 from __future__ import annotations
 
@@ -8,14 +8,31 @@ import torch
 
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.transformer import CausalWanTransformer
+from lrag_ray.wan.vae import WanVae, load_wan_vae
 from lrag_ray.world.generator import SIZES
 
-GENERATOR = Path(__file__).with_name("generator.safetensors")
-"""Trained by `jobs.train_tiny_world` with seed 0; docs/tiny-world.md is its card."""
-GENERATOR_DIGEST = "b337ab4f97230ad60967876dca1e756eb57180e7cc3978c38e68fe9dad7c9c8a"
-"""SHA-256 of the file."""
+_FOLDER = Path(__file__).with_name("weights")
+
+GENERATORS = {
+    "tiny_world": _FOLDER / "generator.safetensors",
+    "tiny_world_zero_shot": _FOLDER / "zero_shot.safetensors",
+}
+"""Files of the generators: the one that was trained with retrieved frames in its contexts, and the one without."""
+VAE = _FOLDER / "vae"
+"""Diffusers folder of the VAE."""
+DIGESTS = {
+    GENERATORS["tiny_world"]: "09189d5d1ef4afbee915d09573777e9924af179990773688a2814f1903950368",
+    GENERATORS["tiny_world_zero_shot"]: "3a5404b4d25227a101e9a9471aaee6a2f8f77b736830e0478f7523a71159dbde",
+    VAE / "diffusion_pytorch_model.safetensors": "175d72a2372f570160d38c824b2784cf25a8f086c9dad152bdb3361afc539f8b",
+}
+"""SHA-256 of every file of weights."""
 
 
-def load_generator() -> CausalWanTransformer:
-    """The generator that was trained with retrieved frames in its contexts."""
-    return load_transformer(GENERATOR, SIZES, dtype=torch.float32)
+def load_generator(name: str = "tiny_world") -> CausalWanTransformer:
+    """A generator of `GENERATORS`, in float32 on the CPU."""
+    return load_transformer(GENERATORS[name], SIZES, dtype=torch.float32)
+
+
+def load_vae() -> WanVae:
+    """The VAE, in float32 on the CPU."""
+    return load_wan_vae(VAE)

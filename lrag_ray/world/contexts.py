@@ -1,10 +1,10 @@
 """What each block of a training sequence attends to: the contexts of base, ∞-RoPE and LongLive-RAG, without a rollout.
 
 A sequence is some of a rollout's frames with their true latents, in whole blocks, and noisy copies of the blocks that
-are learned. Two kinds: the first turn from its beginning; or the first block, a piece of an earlier turn and, turns
-later, a ride over the same places. Where a context's frame is not in the sequence it is absent from it, as before the
-window has filled; temporal indices are those of the whole rollout. `tests/world/test_teacher.py` compares the outcome
-with a rollout.
+are learned. Three kinds: the first turn from its beginning, of which any block is learned or the first alone; or the
+first block, a piece of an earlier turn and, turns later, a ride over the same places. Where a context's frame is not in
+the sequence it is absent from it, as before the window has filled; temporal indices are those of the whole rollout.
+`tests/world/test_teacher.py` compares the outcome with a rollout.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ PIECE = 18
 """Frames of the piece of an earlier turn."""
 LEARNED = 4
 """Blocks that are learned in a sequence."""
+
+
+def opening() -> Frames:
+    """The beginning of a rollout, and copies of its first block, of which the prompt alone knows anything."""
+    return Frames(list(range((1 + PIECE // BLOCK + LEARNED) * BLOCK)), [0] * LEARNED)
 
 
 def first_turn(draw: np.random.Generator) -> Frames:

@@ -30,6 +30,7 @@ from lrag_ray.world.contexts import (
     first_turn,
     joined,
     later_turn,
+    opening,
 )
 from lrag_ray.world.scenes import make_scene
 from lrag_ray.world.teacher import teacher_forced
@@ -43,19 +44,25 @@ SAMPLER = SamplerConfig()
 class GeneratorRecipe:
     """What a generator of the world is trained on."""
 
-    recipe: Recipe = field(default=Recipe(seed=0, steps=2500, muon=0.02, adam=2e-3))
+    recipe: Recipe = field(default=Recipe(seed=0, steps=3200, muon=0.02, adam=2e-3, restarts=(2500,)))
     batch: int = 9
     shares: tuple[tuple[Method, float], ...] = (("rag", 0.6), ("infinity_rope", 0.25), ("base", 0.15))
     """Methods whose contexts are trained, and how often."""
     later: float = 0.75
     """Share of sequences that come by the same places again."""
+    opening: float = 0.5
+    """Share of sequences of which the first block alone is learned, from the first restart on. Before, a block that
+    only the prompt determines is one in forty, and prompts are not learned."""
     chance: float = 0.2
     """Share of rag contexts whose frames are drawn by chance."""
     timesteps: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
     """Share of each of the sampler's timesteps. At the first nothing but the context tells what comes."""
 
 
-ZERO_SHOT = GeneratorRecipe(shares=(("infinity_rope", 0.65), ("base", 0.35)))
+ZERO_SHOT = GeneratorRecipe(
+    recipe=Recipe(seed=0, steps=2500, muon=0.02, adam=2e-3), shares=(("infinity_rope", 0.65), ("base", 0.35))
+)
+"""Without openings: what it shows is shown behind a true first turn."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,9 @@ class GeneratorLesson(Lesson):
         key = (self.how.recipe.seed, step, i)
         draw = np.random.Generator(np.random.Philox(key=np.frombuffer(key_digest("batch", *key)[:16], np.uint64)))
         sequence = later_turn(draw) if draw.random() < self.how.later else first_turn(draw)
+        begun = self.how.recipe.restarts[:1]
+        if begun and step >= begun[0] and draw.random() < self.how.opening:
+            sequence = opening()
         methods, shares = zip(*self.how.shares, strict=True)
         method: Method = methods[int(draw.choice(len(methods), p=shares))]
         by_chance = draw.random() < self.how.chance

@@ -37,14 +37,18 @@ class Recipe:
     adam: float
     """Peak learning rate of all other parameters."""
     warmup: int = 50
+    restarts: tuple[int, ...] = ()
+    """Steps at which warm-up and cosine begin again."""
     average: float = 0.998
     """Decay of the moving average of the weights, which is what is kept."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step as a share of its peak: linear warm-up, then a cosine down to 2 %."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        begin = max((each for each in self.restarts if each <= step), default=0)
+        end = min((each for each in self.restarts if each > step), default=self.steps)
+        if step - begin < self.warmup:
+            return (step - begin + 1) / self.warmup
+        done = (step - begin - self.warmup) / max(1, end - begin - self.warmup)
         return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -114,6 +118,10 @@ class Trainer:
             parameter.grad = None
         logged = self.lesson.loss(self.step)
         logged["loss"].backward()
+        for parameter in parameters:
+            if parameter.grad is None:
+                # Not used by this step.
+                parameter.grad = torch.zeros_like(parameter)
         logged["norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
         rate = self.recipe.rate(self.step)
         self._muon.step(self.recipe.muon * rate)

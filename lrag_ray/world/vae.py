@@ -2,10 +2,15 @@
 
 The latents are given (`world.code`): the encoder learns to make them, the decoder to undo them. The three video frames
 between two codes are nowhere in them; the decoder knows how the view moves.
+
+Single frames come first. Layers are initialised so that what is learned of them holds for every frame of a video: a
+causal kernel sees the present alone, and a change of the frame rate copies a frame or drops three. The encoder stays
+so, because a code is that of one frame; the decoder then learns how the view moves.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.vae import FRAMES_PER_LATENT, WanVae
+from lrag_ray.wan.vae_on_cpu import speed_up
 from lrag_ray.world.code import CELL, CELLS, CHANNELS, LinearCode
 from lrag_ray.world.scenes import HELD_OUT, TRAINED, TURN, Setting, make_scene, view_of
 from lrag_ray.world.training import Lesson, Recipe
@@ -23,7 +29,7 @@ from lrag_ray.world.training import Lesson, Recipe
 SIZES: dict[str, Any] = {
     "base_dim": 8,
     "z_dim": CHANNELS,
-    "dim_mult": [1, 2, 4, 4, 4],
+    "dim_mult": [1, 1, 2, 4, 4],
     "num_res_blocks": 1,
     "temperal_downsample": [False, True, True, False],
     "latents_mean": [0.0] * CHANNELS,
@@ -36,8 +42,13 @@ SIZES: dict[str, Any] = {
 class VaeRecipe:
     """What the VAE is trained on."""
 
-    recipe: Recipe = field(default=Recipe(seed=0, steps=1600, muon=0.02, adam=2e-3, average=0.99))
-    batch: int = 2
+    recipe: Recipe = field(default=Recipe(seed=0, steps=4800, muon=0.05, adam=5e-3, average=0.995, restarts=(2400,)))
+    stills: int = 18
+    """Single frames of a step at first, and those of each step that the encoder learns from."""
+    still_steps: int = 400
+    """Steps on single frames alone."""
+    clips: int = 2
+    """Clips of a step after that."""
     latent_frames: int = 4
     """Of each clip."""
     cells: int = 4
@@ -49,7 +60,7 @@ class VaeRecipe:
 
 @dataclass(frozen=True)
 class Clips:
-    """Pixels [B, 3, T, 128, 128] in [-1, 1] and their codes [B, 16, F, 8, 8]."""
+    """Pixels [B, 3, T, H, W] in [-1, 1] and their codes [B, 16, F, H/16, W/16]."""
 
     pixels: Tensor
     codes: Tensor
@@ -66,6 +77,9 @@ class VaeLesson(Lesson):
         self.how, self._code = how, code
         self.model: Any = AutoencoderKLWan(**SIZES)
         _fill(self.model, how.recipe.seed)
+        speed_up(self.model)
+        # Mean squared error of pixels that an error of 1 in a channel makes.
+        self._energy = torch.linalg.pinv(code.weight).square().mean(dim=1)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -79,13 +93,16 @@ class VaeLesson(Lesson):
     def loss(self, step: int) -> dict[str, Tensor]:
         """Mean squared errors of the encoder's codes and of the decoder's pixels."""
         key = (self.how.recipe.seed, step)
-        clips = clips_of(self._code, self.how.batch, self.how.latent_frames, "vae", *key, cells=self.how.cells)
-        noise = torch.randn(clips.codes.shape, generator=keyed_generator("noise of codes", *key))
-        pixels = decoded(self.model, clips.codes + self.how.noise * noise)
-        encoded = self.model.encode(clips.pixels).latent_dist.mode()
-        error = (pixels - clips.pixels).square().mean()
-        missed = (encoded - clips.codes).square().mean()
-        return {"loss": error + 0.1 * missed, "psnr": psnr(error.detach()), "code": missed}
+        stills = clips_of(self._code, self.how.stills, 1, "vae", *key, cells=self.how.cells)
+        shown = stills
+        if step >= self.how.still_steps:
+            shown = clips_of(self._code, self.how.clips, self.how.latent_frames, "vae", *key, cells=self.how.cells)
+        noise = torch.randn(shown.codes.shape, generator=keyed_generator("noise of codes", *key))
+        error = (decoded(self.model, shown.codes + self.how.noise * noise) - shown.pixels).square().mean()
+        encoded = self.model.encode(stills.pixels).latent_dist.mode()
+        missed = (encoded - stills.codes).square().mean(dim=(0, 2, 3, 4))
+        loss = error + (self._energy * missed).sum() + 0.1 * missed.mean()
+        return {"loss": loss, "psnr": psnr(error.detach()), "code": missed.mean()}
 
 
 def _is_kernel(name: str, parameter: nn.Parameter) -> bool:
@@ -94,13 +111,23 @@ def _is_kernel(name: str, parameter: nn.Parameter) -> bool:
 
 @torch.no_grad()
 def _fill(model: nn.Module, seed: int) -> None:
-    """Kernels that keep the variance, and no biases: torch's own let the signal fade beside them."""
+    """Kernels that keep the variance, no biases, and residual branches that begin small: with torch's own values the
+    signal fades beside the biases. Kernels over time as the module says."""
     fill_random(model, seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
         elif name.endswith("gamma"):
             parameter.fill_(1)
+        elif "time_conv" in name:
+            # [n · channels, channels, 3, 1, 1]: each of n frames is the newest.
+            parameter.zero_()
+            parameter[:, :, 2, 0, 0] = torch.eye(parameter.shape[1]).repeat(len(parameter) // parameter.shape[1], 1)
+        elif parameter.dim() == 5 and parameter.shape[2] == 3:
+            parameter[:, :, :2] = 0
+            parameter[:, :, 2].mul_(math.sqrt(3))
+        if name.endswith("conv2.weight"):
+            parameter.mul_(0.1)
 
 
 def decoded(model: Any, codes: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ backbones.*.sampler.shift backbones.*.sampler.context_timestep backbones.*.sampl
 backbones.*.sampler.first_block_denoising_steps
 backbones.*.weights backbones.*.weights.path backbones.*.weights.use_ema backbones.*.weights.lora
 backbones.*.weights.lora.path backbones.*.weights.lora.rank backbones.*.weights.lora.alpha
-backbones.*.weights.random_seed backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
+backbones.*.weights.random_seed backbones.*.weights.builtin
+backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
 backbones.*.latent.width backbones.*.dtype backbones.*.text_encoder backbones.*.text_encoder.kind
 backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae backbones.*.vae.kind
 backbones.*.vae.path backbones.*.vae.dtype backbones.*.vae.channels_last backbones.*.fail_on_prompt
@@ -288,8 +289,8 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         (
             "{preset: tiny}",
             "{preset: tiny, weights: {random_seed: 1, path: x.pt}}",
-            "run.yaml:6: backbones.tiny.weights: give exactly one of path (a checkpoint) and random_seed (a random "
-            "recipe)",
+            "run.yaml:6: backbones.tiny.weights: give exactly one of path (a checkpoint), random_seed (a random "
+            "recipe) and builtin (weights that come with the package)",
         ),
         (
             "{preset: tiny}",

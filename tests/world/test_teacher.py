@@ -83,3 +83,14 @@ def test_retrieved_frames_show_the_places_that_are_learned(lesson: GeneratorLess
         shown = {frame % 48 for frame in frames.clean[3:21]}
         assert all((first + i) % 48 in shown for first in frames.learned for i in range(BLOCK))
         assert all(frame % 3 == i % 3 for i, frame in enumerate(frames.clean))
+
+
+def test_half_of_the_sequences_are_openings_once_the_rates_have_begun_again(lesson: GeneratorLesson) -> None:
+    def openings(step: int) -> int:
+        """Sequences whose learned blocks all attend to themselves alone."""
+        contexts = lesson.batch(step).contexts
+        return int(contexts.absent[:, contexts.learned_from :, :-BLOCK].all(dim=(1, 2)).sum())
+
+    (restart,) = lesson.how.recipe.restarts
+    assert sum(openings(restart - 1 - i) for i in range(4)) == 0
+    assert 8 <= sum(openings(restart + i) for i in range(4)) <= 28

@@ -15,7 +15,7 @@ from lrag_ray.wan.vae import WanVae
 from lrag_ray.world.code import CHANNELS, LinearCode
 from lrag_ray.world.muon import Muon
 from lrag_ray.world.training import Lesson, Recipe, Trainer
-from lrag_ray.world.vae import VaeLesson, VaeRecipe, held_out_psnr
+from lrag_ray.world.vae import VaeLesson, VaeRecipe, decoded, held_out_psnr
 
 RECIPE = Recipe(seed=0, steps=8, muon=0.02, adam=1e-2, warmup=2)
 
@@ -85,11 +85,12 @@ def test_muon_is_torchs_muon_in_float32() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=3e-3)
 
 
-def test_the_vae_learns_its_codes_and_pixels() -> None:
+@pytest.mark.parametrize("steps_of_stills", [0, 1])
+def test_the_vae_learns_its_codes_and_pixels(steps_of_stills: int) -> None:
     code = LinearCode(
         torch.randn(768, CHANNELS, generator=torch.Generator().manual_seed(1)) / 30, torch.zeros(CHANNELS)
     )
-    lesson = VaeLesson(VaeRecipe(batch=2, latent_frames=2, cells=2), code)
+    lesson = VaeLesson(VaeRecipe(stills=2, still_steps=steps_of_stills, clips=2, latent_frames=2, cells=2), code)
     optimizer = torch.optim.Adam(lesson.model.parameters(), 2e-3)
     losses = []
     for _ in range(5):
@@ -100,3 +101,27 @@ def test_the_vae_learns_its_codes_and_pixels() -> None:
         losses.append(float(logged["loss"].detach()))
     assert losses[-1] < 0.95 * losses[0]
     assert 0 < held_out_psnr(WanVae(lesson.model), code, scenes=1, latent_frames=2) < 40
+
+
+@torch.no_grad()
+def test_a_vae_that_has_seen_single_frames_alone_takes_a_video_for_such() -> None:
+    """Before the first step on clips, every frame is that of its latent, and every latent that of its last frame."""
+    code = LinearCode(torch.zeros(768, CHANNELS), torch.zeros(CHANNELS))
+    model = VaeLesson(VaeRecipe(), code).model
+    draw = torch.Generator().manual_seed(2)
+    codes = torch.randn(1, CHANNELS, 3, 2, 2, generator=draw)
+    shown = decoded(model, codes)
+    singles = torch.cat([decoded(model, codes[:, :, i : i + 1]) for i in range(3)], dim=2)
+    torch.testing.assert_close(shown, singles[:, :, [0, *[1] * 4, *[2] * 4]])
+    pixels = torch.rand(1, 3, 9, 32, 32, generator=draw) * 2 - 1
+    last = torch.cat([model.encode(pixels[:, :, i : i + 1]).latent_dist.mode() for i in (0, 4, 8)], dim=2)
+    torch.testing.assert_close(model.encode(pixels).latent_dist.mode(), last)
+
+
+def test_rates_begin_again_where_the_recipe_says_so() -> None:
+    recipe = Recipe(seed=0, steps=100, muon=1, adam=1, warmup=10, restarts=(60,))
+    rates = [recipe.rate(step) for step in range(100)]
+    once = Recipe(seed=0, steps=60, muon=1, adam=1, warmup=10)
+    assert rates[:60] == [once.rate(step) for step in range(60)]
+    assert rates[60] == 0.1 and rates[69] == rates[70] == 1
+    assert rates[59] < 0.03 and rates[99] < 0.03 and sorted(rates[70:], reverse=True) == rates[70:]
