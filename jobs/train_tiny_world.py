@@ -1,9 +1,8 @@
 """Train what the tiny world needs, on one core, from seeds: ``python -m jobs.train_tiny_world LESSON FOLDER``.
 
-Lessons: ``generator`` (about an hour), ``zero_shot`` (the same without retrieved frames) and ``vae`` (half an hour).
-None of them needs another. FOLDER gets LESSON.state every 50 steps, from which the same command goes on, LESSON.jsonl
-with a line per step, and at the end the moving average of the weights: LESSON.safetensors, of the VAE a Diffusers
-folder ``vae``.
+Lessons: ``generator``, ``zero_shot`` (without retrieved frames) and ``vae``, each 70 to 80 minutes. None of them needs
+another. FOLDER gets LESSON.state every 50 steps, from which the same command goes on, LESSON.jsonl with a line per
+step, and at the end the moving average of the weights: LESSON.safetensors, of the VAE a Diffusers folder ``vae``.
 """
 
 from __future__ import annotations
