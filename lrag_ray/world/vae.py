@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {
     "z_dim": CHANNELS,
     "dim_mult": [1, 1, 2, 4, 4],
     "num_res_blocks": 1,
+    "scale_factor_spatial": 16,
     "temperal_downsample": [False, True, True, False],
     "latents_mean": [0.0] * CHANNELS,
     "latents_std": [1.0] * CHANNELS,

@@ -42,9 +42,10 @@ class World(PerVideoSuite[NoSettings]):
         """Says what the numbers do not show."""
         return Banner(
             "A tiny world with known truth.",
-            "The generator was trained with retrieved frames in its contexts; this is not a replication of the paper's "
-            "zero-shot claim. The things along the ring are free: only the first turn of a video says which belong "
-            "where.",
+            "Preset tiny_world was trained with retrieved frames in its contexts, tiny_world_zero_shot without; this "
+            "is not a replication of the paper's zero-shot claim. From text alone rides of both lose their place "
+            "(docs/tiny-world.md). The things along the ring are free: only the first turn of a video says which "
+            "belong where.",
         )
 
     def frame_rows(self, frames: int) -> Sequence[FrameRow]:
