@@ -45,6 +45,10 @@ class Frames(NamedTuple):
     clean: list[int]
     learned: list[int]
 
+    def spans(self) -> tuple[list[int], list[int], list[int]]:
+        """Clean frames of the first block, of what comes before the last LEARNED blocks, and of those."""
+        return self.clean[:BLOCK], self.clean[BLOCK : -LEARNED * BLOCK], self.clean[-LEARNED * BLOCK :]
+
 
 class Context(NamedTuple):
     """Slots of the frames that a block attends to before its own, their temporal indices, and its own first index."""

@@ -7,6 +7,7 @@ with them, lesson ``zero_shot`` without.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,27 +33,35 @@ from lrag_ray.world.contexts import (
     later_turn,
     opening,
 )
-from lrag_ray.world.scenes import make_scene
+from lrag_ray.world.scenes import Scene, make_scene
 from lrag_ray.world.teacher import teacher_forced
 from lrag_ray.world.training import Lesson, Recipe
 
 SIZES = WanConfig(dim=128, ffn_dim=256, freq_dim=64, text_dim=32, text_len=96, num_heads=4, num_layers=4)
 SAMPLER = SamplerConfig()
+_ASTRAY = 2.5
+"""Standard deviation of a wrong wall, in latent frames; never twice as much: the rail's hue repeats after 12."""
+_ROUGH = 0.2
+"""Highest standard deviation of noise on a history."""
 
 
 @dataclass(frozen=True)
 class GeneratorRecipe:
     """What a generator of the world is trained on."""
 
-    recipe: Recipe = field(default=Recipe(seed=0, steps=3200, muon=0.02, adam=2e-3, restarts=(2500,)))
+    recipe: Recipe = field(default=Recipe(seed=0, steps=3200, muon=0.02, adam=2e-3))
     batch: int = 9
     shares: tuple[tuple[Method, float], ...] = (("rag", 0.6), ("infinity_rope", 0.25), ("base", 0.15))
     """Methods whose contexts are trained, and how often."""
     later: float = 0.75
     """Share of sequences that come by the same places again."""
-    opening: float = 0.5
-    """Share of sequences of which the first block alone is learned, from the first restart on. Before, a block that
-    only the prompt determines is one in forty, and prompts are not learned."""
+    opening: float = 0.18
+    """Share of sequences of which the first block alone is learned: the only ones that need their prompt."""
+    astray: float = 0.6
+    """Share of sequences whose history has the wall's hue wrong, so that the rail corrects it. In a rollout each block
+    continues the wall that the last one drew, and small errors add up."""
+    rough: float = 0.5
+    """Share of sequences whose history has noise, as what is generated does."""
     chance: float = 0.2
     """Share of rag contexts whose frames are drawn by chance."""
     timesteps: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
@@ -60,9 +69,22 @@ class GeneratorRecipe:
 
 
 ZERO_SHOT = GeneratorRecipe(
-    recipe=Recipe(seed=0, steps=2500, muon=0.02, adam=2e-3), shares=(("infinity_rope", 0.65), ("base", 0.35))
+    recipe=Recipe(seed=0, steps=2500, muon=0.02, adam=2e-3),
+    shares=(("infinity_rope", 0.65), ("base", 0.35)),
+    opening=0,
+    astray=0,
+    rough=0,
 )
 """Without openings: what it shows is shown behind a true first turn."""
+
+
+class Faults(NamedTuple):
+    """What is wrong with a history."""
+
+    walls: tuple[float, float] = (0, 0)
+    """Latent frames that the wall is ahead: in what follows the first block, and in the last blocks."""
+    noise: float = 0
+    """Standard deviation of noise on all of it; that of the latents is 1."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +146,23 @@ class GeneratorLesson(Lesson):
         key = (self.how.recipe.seed, step, i)
         draw = np.random.Generator(np.random.Philox(key=np.frombuffer(key_digest("batch", *key)[:16], np.uint64)))
         sequence = later_turn(draw) if draw.random() < self.how.later else first_turn(draw)
-        begun = self.how.recipe.restarts[:1]
-        if begun and step >= begun[0] and draw.random() < self.how.opening:
+        if draw.random() < self.how.opening:
             sequence = opening()
         methods, shares = zip(*self.how.shares, strict=True)
         method: Method = methods[int(draw.choice(len(methods), p=shares))]
         by_chance = draw.random() < self.how.chance
         steps = draw.choice(len(self._timesteps), len(sequence.learned), p=self.how.timesteps)
-        return self.sequence(key, sequence, method, steps.tolist(), draw if by_chance else None)
+        faults = self._faults(draw)
+        return self.sequence(key, sequence, method, steps.tolist(), draw if by_chance else None, faults)
+
+    def _faults(self, draw: np.random.Generator) -> Faults:
+        walls = (
+            np.clip(draw.normal(0, _ASTRAY, 2), -2 * _ASTRAY, 2 * _ASTRAY)
+            if draw.random() < self.how.astray
+            else (0, 0)
+        )
+        noise = draw.uniform(0, _ROUGH) if draw.random() < self.how.rough else 0.0
+        return Faults((float(walls[0]), float(walls[1])), noise)
 
     def sequence(
         self,
@@ -140,13 +171,12 @@ class GeneratorLesson(Lesson):
         method: Method,
         steps: list[int],
         by_chance: np.random.Generator | None = None,
+        faults: Faults = Faults(),  # noqa: B008 - immutable
     ) -> Batch:
         """A batch of one: the learned blocks at noise levels `steps`, in contexts of `method`."""
         scene = make_scene("train", *key)
         learned = [first + i for first in frames.learned for i in range(BLOCK)]
-        asking = {first - 1 for first in [*frames.clean[::BLOCK], *frames.learned] if first}
-        every = sorted({*frames.clean, *learned, *asking})
-        latents = dict(zip(every, self._code.of_scene(scene, every), strict=True))
+        latents = self._history(key, scene, frames, faults)
 
         def similar(query: int, eligible: list[int]) -> list[int]:
             if by_chance is not None:
@@ -158,7 +188,7 @@ class GeneratorLesson(Lesson):
 
         contexts = contexts_of(method, Budget(), frames, similar)
         clean = torch.stack([latents[frame] for frame in frames.clean])
-        true = torch.stack([latents[frame] for frame in learned])
+        true = self._code.of_scene(scene, learned)
         level = torch.tensor(steps).repeat_interleave(BLOCK)
         sigma = self._sigmas[level].view(-1, 1, 1, 1)
         noise = torch.randn(true.shape, generator=keyed_generator("noise of training", *key))
@@ -166,6 +196,21 @@ class GeneratorLesson(Lesson):
         timesteps = torch.cat([torch.full((len(clean),), SAMPLER.context_timestep), self._timesteps[level]])
         text = self._features[scene.setting.prompt]
         return Batch(torch.cat([clean, noisy])[None], timesteps[None], text[None], contexts, (noise - true)[None])
+
+    def _history(self, key: tuple[int, ...], scene: Scene, frames: Frames, faults: Faults) -> dict[int, Tensor]:
+        """Latents [C, H, W] of the clean frames, and of the frame before each span of them, which asks for it."""
+        latents = {}
+        for span, wall in zip(frames.spans(), (0, *faults.walls), strict=True):
+            shown = [*([span[0] - 1] if span[0] else []), *span]
+            of_span = dict(zip(shown, self._code.of_scene(scene, shown, wall), strict=True))
+            latents = of_span | latents
+        if faults.noise:
+            generator = keyed_generator("noise of history", *key)
+            latents = {
+                frame: latent + faults.noise * torch.randn(latent.shape, generator=generator)
+                for frame, latent in latents.items()
+            }
+        return latents
 
 
 def text_encoder() -> TextEncoder:

@@ -145,7 +145,13 @@ class Scene:
     @cached_property
     def ring(self) -> Pixels:
         """The whole panorama [128, 1536, 3]; not to be changed."""
+        return self.ring_with_wall(0)
+
+    def ring_with_wall(self, ahead: float) -> Pixels:
+        """The panorama with the hues of the wall that belong `ahead` latent frames farther, and all else in place."""
         ring = background(self.setting).copy()
+        if ahead:
+            ring[HORIZON] = _wall(ahead)
         width, height = THING_SIZE
         for slot, thing in enumerate(self.things):
             left = slot * SLOT + (SLOT - width) // 2
@@ -179,11 +185,15 @@ def background(setting: Setting) -> Pixels:
     ring = np.empty((VIEW, RING, 3), np.uint8)
     ring[: HORIZON.start] = SKIES[setting.sky]
     ring[FOOT:] = GROUNDS[setting.ground]
-    turn = np.arange(RING) / RING
-    ring[HORIZON] = _hue(turn, saturation=0.45, value=0.92)
-    ring[RAIL] = _hue(RAIL_HUES * turn % 1, saturation=0.9, value=0.85)
+    ring[HORIZON] = _wall(0)
+    ring[RAIL] = _hue(RAIL_HUES * np.arange(RING) / RING % 1, saturation=0.9, value=0.85)
     ring.setflags(write=False)
     return ring
+
+
+def _wall(ahead: float) -> NDArray[np.float64]:
+    """Colours [1536, 3] of the wall along the ring."""
+    return _hue((np.arange(RING) / RING + ahead / TURN) % 1, saturation=0.45, value=0.92)
 
 
 @cache
