@@ -16,7 +16,7 @@ from lrag_ray.config.histories import HistoryPlaces, history_places, stored_fram
 from lrag_ray.config.horizons import LATENT_FRAMES_PER_SECOND, latent_frames
 from lrag_ray.config.methods import Method, resolve_method
 from lrag_ray.config.presets import CHECKPOINT_LOOPS, CHECKPOINT_NOTES, LOOP_NOTES
-from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, sample_notes
+from lrag_ray.config.prompts import WHERE_TO_GET, Prompt, duplicate_warnings, listed, sample_notes
 from lrag_ray.config.refine import RefineSection, described
 from lrag_ray.config.schema import BackboneConfig, RunConfig
 from lrag_ray.pipelines.history_choice import HistoryNeed, Machine, check_machine
@@ -38,6 +38,7 @@ from lrag_ray.stages.refinement import read_template
 from lrag_ray.wan.devices import DEVICES, Device, gpu_hours
 from lrag_ray.wan.flops import decode_flops, rollout_memory, setup_flops
 from lrag_ray.wan.vae import video_frames
+from lrag_ray.world.scenes import HELD_OUT, setting_of
 
 VIDEO_BITS_PER_PIXEL = 0.2
 """Rough size of H.264 at the default quality; sharp or noisy videos take several times as much."""
@@ -395,6 +396,8 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         file = (backbone.weights.path or "").rpartition("/")[2]
         if note := CHECKPOINT_NOTES.get(file):
             yield f"backbones.{name}: {note}"
+        if backbone.weights.builtin:
+            yield from _foreign_prompts(name, prompts)
         yield from _loop_notes(name, file, config)
         yield from _duration_notes(config.durations_s, backbone.sampler.frames_per_block)
     if len(config.durations_s) > 1 and not config.independent_durations:
@@ -407,6 +410,15 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
         for backbone in config.backbones.values():
             for note in method.policy.notes(method.settings, backbone.sampler.frames_per_block):
                 yield f"methods.{name}: {note}"
+
+
+def _foreign_prompts(backbone: str, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """Prompts that say nothing to a generator of the tiny world."""
+    if foreign := [prompt.line for prompt in prompts if prompt.text and setting_of(prompt.text) is None]:
+        yield (
+            f"backbones.{backbone} knows the tiny world alone, and {counted(len(foreign), 'prompt')} (lines "
+            f"{listed(foreign)}) are not of it: their videos mean nothing. Write them like '{HELD_OUT[0].prompt}'"
+        )
 
 
 def _history_notes(config: RunConfig, methods: Sequence[MethodPlan], machine: Machine | None) -> Iterator[str]:

@@ -22,6 +22,7 @@ from lrag_ray.pipelines.plan import MethodPlan, Plan, make_plan
 from lrag_ray.scoring.flops import vbench_flops
 from lrag_ray.wan.config import WanConfig
 from lrag_ray.wan.flops import clean_pass_flops, pass_flops
+from lrag_ray.world.scenes import HELD_OUT
 from tests.config.make import write
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -257,6 +258,15 @@ def test_duplicate_prompts_are_warned_of(tmp_path: Path) -> None:
     plan = planned(write(tmp_path), f"prompts.path={tmp_path}/twice.txt")
     assert plan.totals.rollouts == 4
     assert any(note.startswith("lines 1 and 2 hold the same prompt") for note in plan.notes)
+
+
+def test_prompts_that_are_not_of_the_tiny_world_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "mixed.txt").write_text(f"{HELD_OUT[0].prompt}\na fox\n{HELD_OUT[1].prompt}\na hare\n")
+    mixed = f"prompts.path={tmp_path}/mixed.txt"
+    note = "backbones.tiny_world knows the tiny world alone, and 2 prompts (lines 2 and 4) are not of it"
+    assert any(each.startswith(note) for each in planned(CONFIGS / "tiny_world/demo.yaml", mixed).notes)
+    assert not any("tiny world" in each for each in planned(CONFIGS / "tiny_world/demo.yaml").notes)
+    assert not any("tiny world" in each for each in planned(write(tmp_path), mixed).notes)
 
 
 def test_without_videos_nothing_is_decoded_or_stored_for_them(tmp_path: Path) -> None:
