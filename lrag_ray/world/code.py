@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrag_ray.world.scenes import RING, TURN, VIEW, Pixels, Scene, make_scene
+from lrag_ray.world.scenes import RING, TRUE_HUES, TURN, VIEW, Hues, Pixels, Scene, make_scene
 
 CELL = 16
 """Pixels of a latent cell, each way."""
@@ -38,9 +38,9 @@ class LinearCode:
         """Codes [96, 16, 8] of a panorama [128, 1536, 3]: column of cells, channel, row of cells."""
         return (_patches(ring) @ self.weight + self.bias).permute(0, 2, 1).contiguous()
 
-    def of_scene(self, scene: Scene, frames: Sequence[int], wall_ahead: float = 0) -> Tensor:
-        """Latents [F, 16, 8, 8] of the ride's latent frames with these numbers (see `Scene.ring_with_wall`)."""
-        codes = self.of_ring(scene.ring_with_wall(wall_ahead) if wall_ahead else scene.ring)
+    def of_scene(self, scene: Scene, frames: Sequence[int], hues: Hues = TRUE_HUES) -> Tensor:
+        """Latents [F, 16, 8, 8] of the ride's latent frames with these numbers (see `Scene.ring_with`)."""
+        codes = self.of_ring(scene.ring if hues == TRUE_HUES else scene.ring_with(hues))
         first = torch.tensor([(scene.setting.pose + frame) % TURN * _PER_FRAME for frame in frames])
         columns = (first[:, None] + torch.arange(CELLS)) % len(codes)
         return codes[columns].permute(0, 2, 3, 1).contiguous()

@@ -33,14 +33,15 @@ from lrag_ray.world.contexts import (
     later_turn,
     opening,
 )
-from lrag_ray.world.scenes import Scene, make_scene
+from lrag_ray.world.scenes import TRUE_HUES, Hues, Scene, make_scene
 from lrag_ray.world.teacher import teacher_forced
 from lrag_ray.world.training import Lesson, Recipe
 
 SIZES = WanConfig(dim=128, ffn_dim=256, freq_dim=64, text_dim=32, text_len=96, num_heads=4, num_layers=4)
 SAMPLER = SamplerConfig()
-_ASTRAY = 2.5
-"""Standard deviation of a wrong wall, in latent frames; never twice as much: the rail's hue repeats after 12."""
+_ASTRAY = (0.45, 1.0)
+"""Standard deviations of wrong hues, in latent frames: of both, and of the wall beside the rail. None is more than two
+deviations wrong: where things stand, two latent frames apart, tells a place from those less than one away."""
 _ROUGH = 0.2
 """Highest standard deviation of noise on a history."""
 
@@ -49,7 +50,7 @@ _ROUGH = 0.2
 class GeneratorRecipe:
     """What a generator of the world is trained on."""
 
-    recipe: Recipe = field(default=Recipe(seed=0, steps=3200, muon=0.02, adam=2e-3))
+    recipe: Recipe = field(default=Recipe(seed=0, steps=3000, muon=0.02, adam=2e-3))
     batch: int = 9
     shares: tuple[tuple[Method, float], ...] = (("rag", 0.6), ("infinity_rope", 0.25), ("base", 0.15))
     """Methods whose contexts are trained, and how often."""
@@ -57,9 +58,9 @@ class GeneratorRecipe:
     """Share of sequences that come by the same places again."""
     opening: float = 0.18
     """Share of sequences of which the first block alone is learned: the only ones that need their prompt."""
-    astray: float = 0.6
-    """Share of sequences whose history has the wall's hue wrong, so that the rail corrects it. In a rollout each block
-    continues the wall that the last one drew, and small errors add up."""
+    astray: float = 0.7
+    """Share of sequences whose history has wrong hues, so that where things stand corrects them. In a rollout each
+    block continues the hues that the last one drew, and small errors add up."""
     rough: float = 0.5
     """Share of sequences whose history has noise, as what is generated does."""
     chance: float = 0.2
@@ -81,8 +82,8 @@ ZERO_SHOT = GeneratorRecipe(
 class Faults(NamedTuple):
     """What is wrong with a history."""
 
-    walls: tuple[float, float] = (0, 0)
-    """Latent frames that the wall is ahead: in what follows the first block, and in the last blocks."""
+    hues: tuple[Hues, Hues] = (TRUE_HUES, TRUE_HUES)
+    """Those of what follows the first block, and those of the last blocks."""
     noise: float = 0
     """Standard deviation of noise on all of it; that of the latents is 1."""
 
@@ -156,13 +157,12 @@ class GeneratorLesson(Lesson):
         return self.sequence(key, sequence, method, steps.tolist(), draw if by_chance else None, faults)
 
     def _faults(self, draw: np.random.Generator) -> Faults:
-        walls = (
-            np.clip(draw.normal(0, _ASTRAY, 2), -2 * _ASTRAY, 2 * _ASTRAY)
-            if draw.random() < self.how.astray
-            else (0, 0)
-        )
+        hues = (TRUE_HUES, TRUE_HUES)
+        if draw.random() < self.how.astray:
+            both, wall = (np.clip(draw.normal(0, each, 2), -2 * each, 2 * each).tolist() for each in _ASTRAY)
+            hues = (Hues(both[0] + wall[0], both[0]), Hues(both[1] + wall[1], both[1]))
         noise = draw.uniform(0, _ROUGH) if draw.random() < self.how.rough else 0.0
-        return Faults((float(walls[0]), float(walls[1])), noise)
+        return Faults(hues, noise)
 
     def sequence(
         self,
@@ -200,9 +200,9 @@ class GeneratorLesson(Lesson):
     def _history(self, key: tuple[int, ...], scene: Scene, frames: Frames, faults: Faults) -> dict[int, Tensor]:
         """Latents [C, H, W] of the clean frames, and of the frame before each span of them, which asks for it."""
         latents = {}
-        for span, wall in zip(frames.spans(), (0, *faults.walls), strict=True):
+        for span, hues in zip(frames.spans(), (TRUE_HUES, *faults.hues), strict=True):
             shown = [*([span[0] - 1] if span[0] else []), *span]
-            of_span = dict(zip(shown, self._code.of_scene(scene, shown, wall), strict=True))
+            of_span = dict(zip(shown, self._code.of_scene(scene, shown, hues), strict=True))
             latents = of_span | latents
         if faults.noise:
             generator = keyed_generator("noise of history", *key)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +134,16 @@ TRAINED = tuple(each for each in settings() if not held_out(each))
 HELD_OUT = tuple(each for each in settings() if held_out(each))
 
 
+class Hues(NamedTuple):
+    """Latent frames that the hues of wall and rail are ahead of the place that they stand at."""
+
+    wall: float
+    rail: float
+
+
+TRUE_HUES = Hues(0, 0)
+
+
 @dataclass(frozen=True)
 class Scene:
     """A setting, and the things that stand along the ring."""
@@ -145,13 +155,13 @@ class Scene:
     @cached_property
     def ring(self) -> Pixels:
         """The whole panorama [128, 1536, 3]; not to be changed."""
-        return self.ring_with_wall(0)
+        return self.ring_with(TRUE_HUES)
 
-    def ring_with_wall(self, ahead: float) -> Pixels:
-        """The panorama with the hues of the wall that belong `ahead` latent frames farther, and all else in place."""
+    def ring_with(self, hues: Hues) -> Pixels:
+        """The panorama with wrong hues, and all else in place."""
         ring = background(self.setting).copy()
-        if ahead:
-            ring[HORIZON] = _wall(ahead)
+        if hues != TRUE_HUES:
+            ring[HORIZON], ring[RAIL] = _wall(hues.wall), _rail(hues.rail)
         width, height = THING_SIZE
         for slot, thing in enumerate(self.things):
             left = slot * SLOT + (SLOT - width) // 2
@@ -185,8 +195,7 @@ def background(setting: Setting) -> Pixels:
     ring = np.empty((VIEW, RING, 3), np.uint8)
     ring[: HORIZON.start] = SKIES[setting.sky]
     ring[FOOT:] = GROUNDS[setting.ground]
-    ring[HORIZON] = _wall(0)
-    ring[RAIL] = _hue(RAIL_HUES * np.arange(RING) / RING % 1, saturation=0.9, value=0.85)
+    ring[HORIZON], ring[RAIL] = _wall(0), _rail(0)
     ring.setflags(write=False)
     return ring
 
@@ -194,6 +203,11 @@ def background(setting: Setting) -> Pixels:
 def _wall(ahead: float) -> NDArray[np.float64]:
     """Colours [1536, 3] of the wall along the ring."""
     return _hue((np.arange(RING) / RING + ahead / TURN) % 1, saturation=0.45, value=0.92)
+
+
+def _rail(ahead: float) -> NDArray[np.float64]:
+    """Colours [1536, 3] of the rail along the ring."""
+    return _hue(RAIL_HUES * (np.arange(RING) / RING + ahead / TURN) % 1, saturation=0.9, value=0.85)
 
 
 @cache
