@@ -33,9 +33,9 @@ class RetrievalCost:
     """Frames that are searched."""
     encode_ms: float
     search_ms: float
-    transfer_ms: float
-    """Of `top_k` frames' keys and values; 0 on a CPU, where device and host are the same memory."""
-    transfer_bytes: int
+    transfer_ms: float | None
+    """Of `top_k` frames' keys and values; None on a CPU, where device and host are the same memory."""
+    transfer_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,13 @@ def _filled(
     return index
 
 
-def _transfer(device: torch.device, kv_shape: tuple[int, int, int, int], top_k: int, repeats: int) -> tuple[float, int]:
+def _transfer(
+    device: torch.device, kv_shape: tuple[int, int, int, int], top_k: int, repeats: int
+) -> tuple[float | None, int | None]:
+    if device.type != "cuda":
+        return None, None
     layers, tokens, heads, width = kv_shape
     nbytes = top_k * 2 * layers * tokens * heads * width * torch.bfloat16.itemsize
-    if device.type != "cuda":
-        return 0.0, nbytes
     bank = TieredBank(device, make_payload("exact", FrameShape(*kv_shape), torch.bfloat16))
     rows = torch.zeros(2, *kv_shape, dtype=torch.bfloat16, device=device)
     # The device keeps what it got in the last two turns.

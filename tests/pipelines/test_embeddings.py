@@ -236,4 +236,4 @@ def test_the_bench_times_every_part() -> None:
     ]  # fmt: skip
     for cost in found.costs:
         assert cost.encode_ms > 0 and cost.search_ms > 0
-        assert cost.transfer_bytes == 2 * 2 * 8 * 2
+        assert (cost.transfer_ms, cost.transfer_bytes) == (None, None)
