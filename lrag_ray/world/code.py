@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrag_ray.world.scenes import RING, TRUE_HUES, TURN, VIEW, Hues, Pixels, Scene, make_scene
+from lrag_ray.world.scenes import RING, TURN, VIEW, Pixels, Scene, background_of_every_hue, make_scene
 
 CELL = 16
 """Pixels of a latent cell, each way."""
@@ -38,17 +38,19 @@ class LinearCode:
         """Codes [96, 16, 8] of a panorama [128, 1536, 3]: column of cells, channel, row of cells."""
         return (_patches(ring) @ self.weight + self.bias).permute(0, 2, 1).contiguous()
 
-    def of_scene(self, scene: Scene, frames: Sequence[int], hues: Hues = TRUE_HUES) -> Tensor:
-        """Latents [F, 16, 8, 8] of the ride's latent frames with these numbers (see `Scene.ring_with`)."""
-        codes = self.of_ring(scene.ring if hues == TRUE_HUES else scene.ring_with(hues))
+    def of_scene(self, scene: Scene, frames: Sequence[int], ring: Pixels | None = None) -> Tensor:
+        """Latents [F, 16, 8, 8] of the ride's latent frames with these numbers, along the scene's ring or another."""
+        codes = self.of_ring(scene.ring if ring is None else ring)
         first = torch.tensor([(scene.setting.pose + frame) % TURN * _PER_FRAME for frame in frames])
         columns = (first[:, None] + torch.arange(CELLS)) % len(codes)
         return codes[columns].permute(0, 2, 3, 1).contiguous()
 
 
 def fit_code(seed: int, scenes: int = 64) -> LinearCode:
-    """Principal components of the patches of `scenes` panoramas."""
-    patches = torch.cat([_patches(make_scene("code", seed, i).ring).flatten(0, 1) for i in range(scenes)]).double()
+    """Principal components of the patches of `scenes` panoramas with walls of every hue."""
+    drawn = [make_scene("code", seed, i) for i in range(scenes)]
+    rings = [scene.ring_before(background_of_every_hue(scene.setting)) for scene in drawn]
+    patches = torch.cat([_patches(ring).flatten(0, 1) for ring in rings]).double()
     mean = patches.mean(dim=0)
     values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     best = vectors[:, -CHANNELS:].flip(1)

@@ -33,16 +33,16 @@ from lrag_ray.world.contexts import (
     later_turn,
     opening,
 )
-from lrag_ray.world.scenes import TRUE_HUES, Hues, Scene, make_scene
+from lrag_ray.world.scenes import Scene, background_astray, make_scene
 from lrag_ray.world.teacher import teacher_forced
 from lrag_ray.world.training import Lesson, Recipe
 
 SIZES = WanConfig(dim=128, ffn_dim=256, freq_dim=64, text_dim=32, text_len=96, num_heads=4, num_layers=4)
 SAMPLER = SamplerConfig()
-_ASTRAY = (0.45, 1.5)
-"""Standard deviations of wrong hues, in latent frames: of both, and of the wall beside the rail. None is more than two
-deviations wrong: where things stand, two latent frames apart, tells a place from those less than one away."""
-_ROUGH = 0.2
+_ASTRAY = 0.45
+"""Standard deviation of a wrong hue of the rail, in latent frames; none is wrong by more than two of them. Where things
+stand, two latent frames apart, tells a place from those less than one away."""
+_ROUGH = 0.15
 """Highest standard deviation of noise on a history."""
 
 
@@ -50,7 +50,7 @@ _ROUGH = 0.2
 class GeneratorRecipe:
     """What a generator of the world is trained on."""
 
-    recipe: Recipe = field(default=Recipe(seed=0, steps=2600, muon=0.02, adam=2e-3))
+    recipe: Recipe = field(default=Recipe(seed=0, steps=2400, muon=0.02, adam=2e-3))
     batch: int = 9
     shares: tuple[tuple[Method, float], ...] = (("rag", 0.6), ("infinity_rope", 0.25), ("base", 0.15))
     """Methods whose contexts are trained, and how often."""
@@ -58,16 +58,13 @@ class GeneratorRecipe:
     """Share of sequences that come by the same places again."""
     opening: float = 0.18
     """Share of sequences of which the first block alone is learned: the only ones that need their prompt."""
-    astray: float = 0.7
-    """Share of sequences whose history has wrong hues, so that where things stand corrects them. In a rollout each
-    block continues the hues that the last one drew, and small errors add up."""
+    astray: float = 0.5
+    """Share of sequences whose history has wrong hues of the rail, so that where things stand corrects them. In a
+    rollout each block continues the hues that the last one drew, and small errors add up."""
     rough: float = 0.5
     """Share of sequences whose history has noise, as what is generated does."""
     chance: float = 0.2
     """Share of rag contexts whose frames are drawn by chance."""
-    rows: tuple[float, ...] = (16, 16, 1, 1, 1, 1, 16, 16)
-    """Weight of each row of the latents. Errors where no thing stands are fifty times smaller than those where things
-    do, and yet they are what loses a place."""
     timesteps: tuple[float, ...] = (0.5, 0.25, 0.125, 0.125)
     """Share of each of the sampler's timesteps. At the first nothing but the context tells what comes."""
 
@@ -78,7 +75,6 @@ ZERO_SHOT = GeneratorRecipe(
     opening=0,
     astray=0,
     rough=0,
-    rows=(1, 1, 1, 1, 1, 1, 1, 1),
 )
 """Without openings: what it shows is shown behind a true first turn."""
 
@@ -86,8 +82,8 @@ ZERO_SHOT = GeneratorRecipe(
 class Faults(NamedTuple):
     """What is wrong with a history."""
 
-    hues: tuple[Hues, Hues] = (TRUE_HUES, TRUE_HUES)
-    """Those of what follows the first block, and those of the last blocks."""
+    rails: tuple[float, float] = (0, 0)
+    """Latent frames that the rail is ahead: in what follows the first block, and in the last blocks."""
     noise: float = 0
     """Standard deviation of noise on all of it; that of the latents is 1."""
 
@@ -116,7 +112,6 @@ class GeneratorLesson(Lesson):
         fill_random(self.model, how.recipe.seed)
         # The network begins with no flow and with equal modulation everywhere.
         nn.init.zeros_(self.model.head.head.weight)
-        self._rows = torch.tensor(how.rows)[:, None]
         self._features = TextFeatures()
         self._timesteps = torch.tensor(timesteps_of(SAMPLER, 1))
         self._sigmas = FlowMatchSchedule(SAMPLER.shift).sigma(self._timesteps)
@@ -131,14 +126,12 @@ class GeneratorLesson(Lesson):
         return [each for each in self.model.blocks.parameters() if each.dim() == 2]
 
     def loss(self, step: int) -> dict[str, Tensor]:
-        """Squared error of the flow, weighted by row; its plain mean is ``error``, at the first timestep ``first``."""
+        """Mean squared error of the flow."""
         batch = self.batch(step)
         flow = teacher_forced(self.model, batch.latents, batch.timesteps, batch.text, batch.contexts)
-        square = (flow - batch.flow).square()
-        error = square.mean(dim=(2, 3, 4))
+        error = (flow - batch.flow).square().mean(dim=(2, 3, 4))
         first = batch.timesteps[:, -error.shape[1] :] == self._timesteps[0]
-        loss = (square * self._rows).mean()
-        return {"loss": loss, "error": error.mean(), "first": error[first].mean()}
+        return {"loss": error.mean(), "first": error[first].mean()}
 
     def batch(self, step: int) -> Batch:
         """What a step learns from."""
@@ -164,12 +157,12 @@ class GeneratorLesson(Lesson):
         return self.sequence(key, sequence, method, steps.tolist(), draw if by_chance else None, faults)
 
     def _faults(self, draw: np.random.Generator) -> Faults:
-        hues = (TRUE_HUES, TRUE_HUES)
+        rails = (0.0, 0.0)
         if draw.random() < self.how.astray:
-            both, wall = (np.clip(draw.normal(0, each, 2), -2 * each, 2 * each).tolist() for each in _ASTRAY)
-            hues = (Hues(both[0] + wall[0], both[0]), Hues(both[1] + wall[1], both[1]))
+            first, last = np.clip(draw.normal(0, _ASTRAY, 2), -2 * _ASTRAY, 2 * _ASTRAY).tolist()
+            rails = (first, last)
         noise = draw.uniform(0, _ROUGH) if draw.random() < self.how.rough else 0.0
-        return Faults(hues, noise)
+        return Faults(rails, noise)
 
     def sequence(
         self,
@@ -207,9 +200,10 @@ class GeneratorLesson(Lesson):
     def _history(self, key: tuple[int, ...], scene: Scene, frames: Frames, faults: Faults) -> dict[int, Tensor]:
         """Latents [C, H, W] of the clean frames, and of the frame before each span of them, which asks for it."""
         latents = {}
-        for span, hues in zip(frames.spans(), (TRUE_HUES, *faults.hues), strict=True):
+        for span, ahead in zip(frames.spans(), (0, *faults.rails), strict=True):
+            ring = scene.ring_before(background_astray(scene.setting, ahead)) if ahead else scene.ring
             shown = [*([span[0] - 1] if span[0] else []), *span]
-            of_span = dict(zip(shown, self._code.of_scene(scene, shown, hues), strict=True))
+            of_span = dict(zip(shown, self._code.of_scene(scene, shown, ring), strict=True))
             latents = of_span | latents
         if faults.noise:
             generator = keyed_generator("noise of history", *key)

@@ -2,8 +2,8 @@
 
 A view of 128 x 128 pixels moves along a panorama that closes on itself after 48 latent frames: one column of tokens
 (32 pixels) per latent frame, 8 pixels per video frame. The prompt fixes the sky, the ground and the place where the
-ride begins. The 24 things along the way (3 kinds in 8 colours) are free, so that only history can hold them. Two hues
-tell the place: a pastel one behind the things, once around the ring, and that of the rail, four times around.
+ride begins. The 24 things along the way (3 kinds in 8 colours) are free, so that only history can hold them. The wall
+behind them has eight sides, each in one colour, and the rail's hue goes around in two of them: both tell the place.
 
 Example::
 
@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,7 @@ GROUNDS: dict[str, Colour] = {
     "clay": (190, 105, 80),
 }
 STARTS = ("red", "orange", "lime", "green", "turquoise", "blue", "purple", "rose")
-"""Sides of the ring, by the hue of the wall there; the ride begins at one of them."""
+"""Sides of the ring, by the colour of the wall there; the ride begins at the beginning of one of them."""
 KINDS = ("block", "ball", "tent")
 COLOURS: dict[str, Colour] = {
     "red": (215, 35, 35),
@@ -134,16 +134,6 @@ TRAINED = tuple(each for each in settings() if not held_out(each))
 HELD_OUT = tuple(each for each in settings() if held_out(each))
 
 
-class Hues(NamedTuple):
-    """Latent frames that the hues of wall and rail are ahead of the place that they stand at."""
-
-    wall: float
-    rail: float
-
-
-TRUE_HUES = Hues(0, 0)
-
-
 @dataclass(frozen=True)
 class Scene:
     """A setting, and the things that stand along the ring."""
@@ -155,13 +145,11 @@ class Scene:
     @cached_property
     def ring(self) -> Pixels:
         """The whole panorama [128, 1536, 3]; not to be changed."""
-        return self.ring_with(TRUE_HUES)
+        return self.ring_before(background(self.setting))
 
-    def ring_with(self, hues: Hues) -> Pixels:
-        """The panorama with wrong hues, and all else in place."""
-        ring = background(self.setting).copy()
-        if hues != TRUE_HUES:
-            ring[HORIZON], ring[RAIL] = _wall(hues.wall), _rail(hues.rail)
+    def ring_before(self, background: Pixels) -> Pixels:
+        """The things of this scene before a panorama [128, 1536, 3]."""
+        ring = background.copy()
         width, height = THING_SIZE
         for slot, thing in enumerate(self.things):
             left = slot * SLOT + (SLOT - width) // 2
@@ -192,22 +180,36 @@ def view_of(ring: Pixels, pose: float) -> Pixels:
 @cache
 def background(setting: Setting) -> Pixels:
     """The panorama [128, 1536, 3] without its things; not to be changed."""
-    ring = np.empty((VIEW, RING, 3), np.uint8)
-    ring[: HORIZON.start] = SKIES[setting.sky]
-    ring[FOOT:] = GROUNDS[setting.ground]
-    ring[HORIZON], ring[RAIL] = _wall(0), _rail(0)
+    turn = np.arange(RING) / RING
+    ring = _background(setting, wall=np.floor(turn * len(STARTS)) / len(STARTS), rail=RAIL_HUES * turn)
     ring.setflags(write=False)
     return ring
 
 
-def _wall(ahead: float) -> NDArray[np.float64]:
-    """Colours [1536, 3] of the wall along the ring."""
-    return _hue((np.arange(RING) / RING + ahead / TURN) % 1, saturation=0.45, value=0.92)
+def background_of_every_hue(setting: Setting) -> Pixels:
+    """The panorama with a wall that goes through all hues, for what must know more colours than the world has."""
+    turn = np.arange(RING) / RING
+    return _background(setting, wall=turn, rail=RAIL_HUES * turn)
 
 
-def _rail(ahead: float) -> NDArray[np.float64]:
-    """Colours [1536, 3] of the rail along the ring."""
-    return _hue(RAIL_HUES * (np.arange(RING) / RING + ahead / TURN) % 1, saturation=0.9, value=0.85)
+def background_astray(setting: Setting, ahead: float) -> Pixels:
+    """The panorama with a rail whose hues belong `ahead` latent frames farther, and all else in place."""
+    ring = background(setting).copy()
+    ring[RAIL] = _rail(RAIL_HUES * (np.arange(RING) / RING + ahead / TURN))
+    return ring
+
+
+def _background(setting: Setting, wall: NDArray[np.float64], rail: NDArray[np.float64]) -> Pixels:
+    ring = np.empty((VIEW, RING, 3), np.uint8)
+    ring[: HORIZON.start] = SKIES[setting.sky]
+    ring[FOOT:] = GROUNDS[setting.ground]
+    ring[HORIZON] = _hue(wall, saturation=0.45, value=0.92)
+    ring[RAIL] = _rail(rail)
+    return ring
+
+
+def _rail(turn: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _hue(turn % 1, saturation=0.9, value=0.85)
 
 
 @cache
