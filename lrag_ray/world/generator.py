@@ -70,13 +70,9 @@ class GeneratorRecipe:
 
 
 ZERO_SHOT = GeneratorRecipe(
-    recipe=Recipe(seed=0, steps=2500, muon=0.02, adam=2e-3),
-    shares=(("infinity_rope", 0.65), ("base", 0.35)),
-    opening=0,
-    astray=0,
-    rough=0,
+    recipe=Recipe(seed=0, steps=2000, muon=0.02, adam=2e-3), shares=(("infinity_rope", 0.65), ("base", 0.35))
 )
-"""Without openings: what it shows is shown behind a true first turn."""
+"""The same without rag's contexts."""
 
 
 class Faults(NamedTuple):
