@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,19 +38,19 @@ class Recipe:
     adam: float
     """Peak learning rate of all other parameters."""
     warmup: int = 50
-    restarts: tuple[int, ...] = ()
-    """Steps at which warm-up and cosine begin again."""
+    restarts: tuple[tuple[int, float], ...] = ()
+    """Steps at which warm-up and cosine begin again, each with its peak as a share of the first."""
     average: float = 0.998
     """Decay of the moving average of the weights, which is what is kept."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step as a share of its peak: linear warm-up, then a cosine down to 2 %."""
-        begin = max((each for each in self.restarts if each <= step), default=0)
-        end = min((each for each in self.restarts if each > step), default=self.steps)
+        rounds = [(0, 1.0), *self.restarts, (self.steps, 0.0)]
+        (begin, peak), (end, _) = next(both for both in pairwise(rounds) if step < both[1][0])
         if step - begin < self.warmup:
-            return (step - begin + 1) / self.warmup
+            return peak * (step - begin + 1) / self.warmup
         done = (step - begin - self.warmup) / max(1, end - begin - self.warmup)
-        return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
+        return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
 class Lesson(ABC):

@@ -119,9 +119,9 @@ def test_a_vae_that_has_seen_single_frames_alone_takes_a_video_for_such() -> Non
 
 
 def test_rates_begin_again_where_the_recipe_says_so() -> None:
-    recipe = Recipe(seed=0, steps=100, muon=1, adam=1, warmup=10, restarts=(60,))
+    recipe = Recipe(seed=0, steps=100, muon=1, adam=1, warmup=10, restarts=((60, 0.5),))
     rates = [recipe.rate(step) for step in range(100)]
     once = Recipe(seed=0, steps=60, muon=1, adam=1, warmup=10)
     assert rates[:60] == [once.rate(step) for step in range(60)]
-    assert rates[60] == 0.1 and rates[69] == rates[70] == 1
+    assert rates[60] == 0.05 and rates[69] == rates[70] == 0.5
     assert rates[59] < 0.03 and rates[99] < 0.03 and sorted(rates[70:], reverse=True) == rates[70:]
