@@ -45,7 +45,7 @@ class VaeRecipe:
     """What the VAE is trained on."""
 
     recipe: Recipe = field(
-        default=Recipe(seed=0, steps=5300, muon=0.05, adam=5e-3, average=0.995, restarts=(2400, 4800))
+        default=Recipe(seed=0, steps=5300, muon=0.05, adam=5e-3, average=0.995, restarts=((2400, 1.0), (4800, 0.2)))
     )
     stills: int = 18
     """Single frames of a step at first, and those of each step that the encoder learns from."""
