@@ -23,7 +23,7 @@ VAE = _FOLDER / "vae"
 DIGESTS = {
     GENERATORS["tiny_world"]: "09189d5d1ef4afbee915d09573777e9924af179990773688a2814f1903950368",
     GENERATORS["tiny_world_zero_shot"]: "3a5404b4d25227a101e9a9471aaee6a2f8f77b736830e0478f7523a71159dbde",
-    VAE / "diffusion_pytorch_model.safetensors": "175d72a2372f570160d38c824b2784cf25a8f086c9dad152bdb3361afc539f8b",
+    VAE / "diffusion_pytorch_model.safetensors": "8f2aed846d7badd9f5d72a449b55d68c8eb1c1a2c479379cf0e2867890b8880f",
 }
 """SHA-256 of every file of weights."""
 
