@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +14,7 @@ import torch
 
 from lrag_ray.context.trace import ALL_LAYERS, RowKind, TraceRow
 from lrag_ray.scoring.preview.suite import PREVIEW
-from lrag_ray.scoring.video_rows import ScoreTarget, VideoRow
+from lrag_ray.scoring.video_rows import ScoreTarget, VideoRow, to_parquet
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
@@ -110,14 +112,20 @@ def store_rollout(run: RolloutRun, identity: RunIdentity, rollout: RolloutId, ho
 
 
 def store_video(run: RolloutRun, path: str, frames: Frames) -> FileRecord:
-    """Encode and upload one video."""
+    """Encode and store one video."""
+    content = _mp4(frames.shape, frames.tobytes())
+    run.storage.write(path, content)
+    return FileRecord(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+@lru_cache(maxsize=64)
+def _mp4(shape: tuple[int, ...], pixels: bytes) -> bytes:
+    """The file of these frames; most tests are about the same few videos."""
     with TemporaryDirectory() as scratch:
         local = Path(scratch) / "video.mp4"
         with Mp4Writer(local) as writer:
-            writer.write(frames)
-        run.storage.put_file(local, path)
-        content = local.read_bytes()
-    return FileRecord(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            writer.write(np.frombuffer(pixels, np.uint8).reshape(shape))
+        return local.read_bytes()
 
 
 def make_run(
@@ -139,3 +147,18 @@ def _short(text: str) -> str:
 def preview_row(storage: Storage, target: ScoreTarget) -> VideoRow:
     """The preview scores of one video."""
     return PREVIEW.worker(storage, storage, threads=1, device="cpu").row(target)
+
+
+_ROWS: dict[tuple[str, int, int], VideoRow] = {}
+"""Scores that were computed in this process, by content and frames of the video."""
+
+
+def score_all(run: RolloutRun) -> RolloutRun:
+    """Store the preview scores of every video of `run`, each computed once per process."""
+    for target in PREVIEW.pending_targets(run):
+        key = (target.video_sha256, target.video_frames, target.frames_per_block)
+        if key not in _ROWS:
+            _ROWS[key] = preview_row(run.storage, target)
+        path = target.score_path(PREVIEW)
+        run.storage.create(path, to_parquet([replace(_ROWS[key], target=target)], PREVIEW, path))
+    return run
