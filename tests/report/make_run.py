@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -111,21 +110,22 @@ def store_rollout(run: RolloutRun, identity: RunIdentity, rollout: RolloutId, ho
         assert run.commit(commit)
 
 
+_MP4S: dict[tuple[tuple[int, ...], str], bytes] = {}
+"""Files that were encoded in this process, by shape and digest of the frames: most tests film the same few."""
+
+
 def store_video(run: RolloutRun, path: str, frames: Frames) -> FileRecord:
     """Encode and store one video."""
-    content = _mp4(frames.shape, frames.tobytes())
+    key = (frames.shape, hashlib.sha256(frames.tobytes()).hexdigest())
+    if key not in _MP4S:
+        with TemporaryDirectory() as scratch:
+            local = Path(scratch) / "video.mp4"
+            with Mp4Writer(local) as writer:
+                writer.write(frames)
+            _MP4S[key] = local.read_bytes()
+    content = _MP4S[key]
     run.storage.write(path, content)
     return FileRecord(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-@lru_cache(maxsize=64)
-def _mp4(shape: tuple[int, ...], pixels: bytes) -> bytes:
-    """The file of these frames; most tests are about the same few videos."""
-    with TemporaryDirectory() as scratch:
-        local = Path(scratch) / "video.mp4"
-        with Mp4Writer(local) as writer:
-            writer.write(np.frombuffer(pixels, np.uint8).reshape(shape))
-        return local.read_bytes()
 
 
 def make_run(
