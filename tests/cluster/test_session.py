@@ -103,8 +103,6 @@ with ray_session(EngineSection(cpus_per_actor=3)):
     # The agents of a node start behind its first actor.
     expected, deadline = {"gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}, time.time() + 60
     listeners = {}
-    if sys.argv[1:] == ["die"]:
-        os.kill(os.getpid(), 9)
     while not expected <= {name for name, _ in listeners} and time.time() < deadline:
         time.sleep(1)
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
@@ -114,6 +112,8 @@ with ray_session(EngineSection(cpus_per_actor=3)):
                     listeners[name, connection.laddr.port] = connection.laddr.ip
     (folder,) = glob.glob(os.environ["RAY_TMPDIR"] + "/*")
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    if sys.argv[1:] == ["die"]:
+        os.kill(os.getpid(), 9)
     with ray_session(EngineSection()):
         pass
     assert ray.is_initialized(), "a session inside another one must leave it alone"
