@@ -250,9 +250,10 @@ def test_a_run_grows_by_methods_prompts_and_durations(quiet: RolloutRun, tmp_pat
 
 def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -> None:
     """SIGKILL to the actor's own process as soon as it has stored a part that no commit names."""
-    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, [Gate(tmp_path / "open", opened=True)]))
-    gate = Gate(tmp_path / "gate")
-    config = long_config(tmp_path / "disturbed", None, 1, [gate], engine={"actors": 1})
+    opened, gate = Gate(tmp_path / "open", opened=True), Gate(tmp_path / "gate")
+    rag: dict[str, Any] = {"methods": {"rag": METHODS["rag"]}, "engine": {"actors": 1}}
+    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, [opened], **rag))
+    config = long_config(tmp_path / "disturbed", None, 1, [gate], **rag)
     directory, recorder = RolloutRun(config.run.uri), Recorder()
     killed: list[int] = []
 
