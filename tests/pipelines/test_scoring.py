@@ -33,6 +33,7 @@ def config_for(run: RolloutRun) -> RunConfig:
                 "tiny": {"weights": {"random_seed": 0}, "text_encoder": {"kind": "tiny"}, "vae": {"kind": "tiny"}}
             },
             "methods": {"base": {"method": "base"}},
+            "scoring": {"workers": 2},
         }
     )
 
