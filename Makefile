@@ -34,7 +34,7 @@ demo: $(VENV)/.run ## the whole job on the embedded tiny backbone: local Ray, CP
 encoder: $(VENV)/.run ## a tiny corpus, an encoder on two workers (one is killed), measures, a rag run with it: minutes
 	$(BIN)/python scripts/encoder_tiny.py
 
-# mypy needs one core, for a minute or two; the tests of the other one go on meanwhile.
+# mypy keeps one core busy for a minute or two; the tests begin beside it.
 test: lint ## lint, types and tests, as CI runs them
 	$(MAKE) --jobs=2 types unit
 
