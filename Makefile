@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo encoder test lint types unit proofs clean
+.PHONY: help install demo encoder test lint types unit coverage proofs clean
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,7 +34,9 @@ demo: $(VENV)/.run ## the whole job on the embedded tiny backbone: local Ray, CP
 encoder: $(VENV)/.run ## a tiny corpus, an encoder on two workers (one is killed), measures, a rag run with it: minutes
 	$(BIN)/python scripts/encoder_tiny.py
 
-test: lint types unit ## lint, types and tests, as CI runs them
+# mypy keeps one core busy for a minute or two; the tests begin beside it.
+test: lint ## lint, types and tests, as CI runs them
+	$(MAKE) --jobs=2 types unit
 
 lint: $(VENV)/.test ## ruff
 	$(BIN)/ruff check .
@@ -44,14 +46,19 @@ types: $(VENV)/.test ## mypy, strict
 	$(BIN)/mypy
 
 # Ray gives its processes fixed times to start, which a busy machine may exceed: a test on a real cluster that fails is
-# run once more, alone, and both outcomes are printed. No other test has a second try. In their own order: the files of
-# one long test come last otherwise, and one worker waits for the other.
+# run once more, alone, and both outcomes are printed. No other test has a second try. The files begin in the order of
+# tests/conftest.py, the longest first, so that neither worker waits long for the other.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 unit: $(VENV)/.test ## pytest, a file at a time on each of two workers; then the tests on real Ray clusters
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not cluster and not proof' \
-	  --cov --cov-report=term-missing:skip-covered
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'cluster and not proof' \
-	  tests/cluster tests/pipelines \
-	  || $(BIN)/pytest --last-failed --last-failed-no-failures none -m 'cluster and not proof' tests/cluster tests/pipelines
+	$(PYTEST) -m 'not cluster and not proof'
+	$(PYTEST) -m 'cluster and not proof' tests/cluster \
+	  || $(BIN)/pytest --last-failed --last-failed-no-failures none -m 'cluster and not proof' tests/cluster
+
+# Of the tests that are about the measured packages; counting makes them a third slower, so CI does without.
+coverage: $(VENV)/.test ## pytest with the lines of the science and the store counted: 95 % have to run
+	$(PYTEST) -m 'not cluster and not proof' --cov --cov-report=term-missing:skip-covered \
+	  $(addprefix tests/,cli context pipelines retrieval rollout scoring stages store training video wan)
 
 proofs: $(VENV)/.test ## pytest: runs that survive kills, partitions and scaling (an hour)
 	$(BIN)/pytest -m proof

@@ -40,17 +40,20 @@ GOLDEN = Path(os.environ.get("LRAG_GOLDEN") or REPOSITORY.parent / "shared" / "g
 tests/golden is there in any case."""
 
 
-MEASURED = {
-    "cli", "context", "pipelines", "retrieval", "rollout", "scoring", "stages", "store", "training", "video", "wan",
-}  # fmt: skip
-"""Folders with the tests that cover the measured packages (`tool.coverage` in pyproject.toml)."""
+LONGEST = (
+    *("cluster/test_submit.py", "cluster/test_several_nodes.py", "cluster/test_run.py", "cluster/test_session.py"),
+    *("cluster/test_decode.py", "cluster/test_latents.py", "cluster/test_third_party_suite.py"),
+    *("rollout/test_cuda_calls.py", "scoring/vbench_long/test_networks.py", "test_bench_gpu.py"),
+    *("report/test_build.py", "scoring/vbench_long/test_score.py", "conformance/test_golden.py"),
+    *("wan/test_fused_rows.py", "scoring/vbench_long/test_device.py", "store/test_lease.py"),
+)
+"""Files that take longest. One that begins last keeps the other worker of `make test` waiting."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Trace no line for other tests: it makes them a third slower."""
-    for item in items:
-        if item.path.relative_to(REPOSITORY / "tests").parts[0] not in MEASURED:
-            item.add_marker("no_cover")
+    """Begin with the longest files; no other order changes."""
+    ranks = {REPOSITORY / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")

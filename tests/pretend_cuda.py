@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar
 
 import pytest
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.rope import Angles, rotate
@@ -49,7 +49,7 @@ class OnDevice(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        device = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)).device_of
+        device = next(leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, OnDevice)).device_of
         return device.call(func, args, kwargs or {})
 
 
@@ -140,27 +140,27 @@ class Device(TorchDispatchMode):
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What a call with tensors of the device, or one that makes them, does."""
-        name, schema = str(func), func._schema
+        name, arguments, aliases = _signature(func)
         if name == "aten._to_copy.default":
             return self._to_copy(args[0], **kwargs)
         if name == "aten.copy_.default":
             return self._copy(args[0], args[1], kwargs.get("non_blocking", len(args) > 2 and args[2]))
         if name.startswith("aten._scaled_dot_product_"):
             return self._attend(func, *args[:3])
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ours = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
         if any(leaf.dim() for leaf in leaves if not isinstance(leaf, OnDevice)):
             raise RuntimeError(f"{name}: tensors of the device and of the host")
         if name in _NEEDS_VALUES:
             self._wait(name)
-        named = [*zip(args, schema.arguments, strict=False), *((kwargs.get(of.name), of) for of in schema.arguments)]
-        written = [a for a, of in named if a is not None and of.alias_info and of.alias_info.is_write]
-        is_view = not written and any(of.alias_info for of in schema.returns)
+        given = [*args, *(kwargs.get(argument) for argument, _ in arguments[len(args) :])]
+        written = [a for a, (_, writes) in zip(given, arguments, strict=True) if writes and a is not None]
+        is_view = not written and aliases
         if not is_view:
             self._launch(name, ours, written)
         if "device" in kwargs:
             kwargs["device"] = "cpu"
-        result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        result = func(*_mapped(_held, args), **{key: _mapped(_held, value) for key, value in kwargs.items()})
         known = {id(tensor.held): tensor for tensor in ours}
 
         def own(x: Any) -> Any:
@@ -168,7 +168,7 @@ class Device(TorchDispatchMode):
                 return x
             return known[id(x)] if id(x) in known else self._own(x, not is_view)
 
-        return tree_map(own, result)
+        return _mapped(own, result)
 
     def _attend(self, func: Any, q: OnDevice, k: OnDevice, v: OnDevice) -> list[Any]:
         """One kernel here whatever the CPU makes of it; nobody reads what it returns beside its output."""
@@ -290,6 +290,31 @@ class Device(TorchDispatchMode):
 
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, OnDevice) else x
+
+
+@cache
+def _signature(func: Any) -> tuple[str, list[tuple[str, bool]], bool]:
+    """Name of an operation, its arguments and whether it writes each, and whether it may return a view."""
+    schema = func._schema
+    arguments = [(of.name, bool(of.alias_info and of.alias_info.is_write)) for of in schema.arguments]
+    return str(func), arguments, any(of.alias_info for of in schema.returns)
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    """What is in nested lists, tuples and dictionaries; torch's own pytrees take as long as the operations here."""
+    if isinstance(x, (list, tuple, dict)):
+        for each in x.values() if isinstance(x, dict) else x:
+            yield from _leaves(each)
+    else:
+        yield x
+
+
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """`function` of each leaf, in lists and tuples as they were."""
+    if isinstance(x, (list, tuple)):
+        made = [_mapped(function, each) for each in x]
+        return made if isinstance(x, list) else tuple(made)
+    return function(x)
 
 
 @contextmanager

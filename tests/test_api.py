@@ -76,11 +76,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
     """Two prompts, two methods, two durations: committed and scored."""
-    run = make_run(str(tmp_path_factory.mktemp("api") / "run"), PROMPTS)
-    worker = PREVIEW.worker(run.storage, run.storage, threads=1, device="cpu")
-    for task in PREVIEW.pending(run):
-        worker.score(task.payload, lambda: True)
-    return run
+    return score_all(make_run(str(tmp_path_factory.mktemp("api") / "run"), PROMPTS))
 
 
 def test_the_names_are_frozen() -> None:

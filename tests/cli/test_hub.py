@@ -14,22 +14,14 @@ from typer.testing import CliRunner
 from lrag_ray.cli.app import app
 from lrag_ray.config.prompts import load_prompts
 from lrag_ray.config.schema import PromptsSection
-from lrag_ray.scoring.per_video import score_target
-from lrag_ray.scoring.preview.suite import PREVIEW
-from lrag_ray.scoring.video_rows import to_parquet
-from lrag_ray.store.videos import committed_videos
-from tests.report.make_run import make_run, preview_row
+from tests.report.make_run import make_run, score_all
 from tests.store.hub_server import HubServer, Repository
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = str(tmp_path_factory.mktemp("push") / "run")
-    made = make_run(uri, ["a [fox](http://x)", "a bear"], horizons=(6,))
-    for video in committed_videos(made):
-        target = score_target(video)
-        row = preview_row(made.storage, target)
-        made.storage.write(target.score_path(PREVIEW), to_parquet([row], PREVIEW, target.score_path(PREVIEW)))
+    score_all(make_run(uri, ["a [fox](http://x)", "a bear"], horizons=(6,)))
     return uri
 
 

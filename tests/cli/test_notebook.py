@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -23,25 +22,29 @@ with lr.progress() as shown:
 """
 
 
-def outputs(folder: Path, *, fail: bool) -> list[dict[str, Any]]:
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.replace("FAIL", str(fail)))])
-    drawn: list[dict[str, Any]] = []
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What a cell that succeeds and one that fails draw."""
+    cells = [nbformat.v4.new_code_cell(CELL.replace("FAIL", str(fail))) for fail in (False, True)]
+    drawn: list[list[dict[str, Any]]] = [[], []]
 
     class Client(NotebookClient):  # type: ignore[misc]
         def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
             if msg["msg_type"] in ("display_data", "update_display_data", "stream"):
-                drawn.append({"type": msg["msg_type"], **msg["content"]})
+                drawn[cell_index].append({"type": msg["msg_type"], **msg["content"]})
             return super().process_message(msg, cell, cell_index)
 
-    Client(
-        notebook, timeout=120, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": folder}}
-    ).execute()
+    resources = {"metadata": {"path": tmp_path_factory.mktemp("notebook")}}
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    Client(notebook, timeout=120, kernel_name="python3", allow_errors=True, resources=resources).execute()
     return drawn
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_a_cell_shows_one_output_that_is_drawn_anew_and_lines_that_stay(tmp_path: Path, fail: bool) -> None:
-    found = outputs(tmp_path, fail=fail)
+def test_a_cell_shows_one_output_that_is_drawn_anew_and_lines_that_stay(
+    outputs: list[list[dict[str, Any]]], fail: bool
+) -> None:
+    found = outputs[fail]
     shown = [each for each in found if each["type"] != "stream"]
     assert [each["type"] for each in shown].count("display_data") == 1, "one output, not one per frame"
     assert len({each["transient"]["display_id"] for each in shown}) == 1

@@ -89,27 +89,24 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
     assert not (shown / "decoded").exists()
 
 
-def test_the_same_command_makes_what_is_missing_and_nothing_else(latents: Path) -> None:
-    config = config_of(latents)
-    assert decode(config).videos_made == 4
+def test_a_run_that_was_moved_is_decoded_by_its_address_alone_and_what_is_missing_is_made(latents: Path) -> None:
+    command = ["decode", str(latents), "--set", "video.enabled=true", "--json"]
+    shown = CliRunner().invoke(app, command)
+    told = json.loads(shown.stdout)
+    assert (shown.exit_code, told["videos_made"], told["uri"]) == (0, 4, str(latents))
+
     victim = next(committed_videos(RolloutRun(str(latents))))
     (latents / victim.video.path).unlink()
-    recorder = Recorder()
+    config, recorder, idle = config_of(latents), Recorder(), Recorder()
     outcome = decode(config, listener=recorder)
     assert (outcome.exit_code, outcome.videos_made, outcome.videos_there) == (0, 1, 3)
     assert any("is missing" in notice.text and notice.warning for notice in recorder.of(Notice))
     assert len(frames_of(latents)) == 4
-    idle = Recorder()
     assert decode(config, listener=idle).videos_there == 4
     assert idle.events == []
 
-
-def test_a_run_that_was_moved_is_decoded_by_its_address_alone(latents: Path) -> None:
-    shown = CliRunner().invoke(app, ["decode", str(latents), "--set", "video.enabled=true", "--json"])
-    told = json.loads(shown.stdout)
-    assert (shown.exit_code, told["videos_made"], told["uri"]) == (0, 4, str(latents))
     (latents / "config.json").unlink()
-    again = CliRunner().invoke(app, ["decode", str(latents), "--set", "video.enabled=true", "--json"])
+    again = CliRunner().invoke(app, command)
     told = json.loads(again.stdout)
     assert (again.exit_code, told["videos_made"], told["videos_there"]) == (0, 0, 4)
 
@@ -121,38 +118,32 @@ def test_a_run_that_was_moved_is_decoded_by_its_address_alone(latents: Path) -> 
     assert placeless.exit_code == 2 and "or the VAE (--set backbones.NAME.vae.path=…)" in placeless.stderr
 
 
-def test_a_broken_part_fails_its_rollout_from_there_on_and_nothing_else(latents: Path) -> None:
-    commits = RolloutRun(str(latents)).commits()
-    corrupt = next(c for c in commits if c.latent_frames == 12 and c.rollout.prompt_id == PROMPTS[1].prompt_id)
+def test_broken_parts_fail_their_rollouts_from_there_on_and_nothing_else(latents: Path) -> None:
+    corrupt, short = (commit for commit in RolloutRun(str(latents)).commits() if commit.latent_frames == 12)
     part = corrupt.latent_parts[-1]
     (latents / part.path).write_bytes(b"\0" * part.size_bytes)
+    (latents / short.latent_parts[-1].path).write_bytes(b"short")
     outcome = decode(config_of(latents))
+    assert (outcome.exit_code, outcome.videos_made) == (1, 2)
+    failed = {failure.rollout: failure for failure in outcome.failed}
     reason = f"{part.path} does not have the recorded checksum. {HOW_TO_REPAIR}"
-    assert outcome.failed == (DecodeFailure(corrupt.rollout.path, (12,), reason),)
-    assert (outcome.exit_code, outcome.videos_made) == (1, 3)
-
-    (latents / part.path).write_bytes(b"short")
-    outcome = decode(config_of(latents))
-    assert (outcome.exit_code, outcome.videos_made, outcome.videos_there) == (1, 0, 3)
-    assert (
-        "5 bytes instead of" in outcome.failed[0].reason and "`lrag-ray run` makes it again" in outcome.failed[0].reason
-    )
+    assert failed.pop(corrupt.rollout.path) == DecodeFailure(corrupt.rollout.path, (12,), reason)
+    ((folder, failure),) = failed.items()
+    assert (folder, failure.latent_frames) == (short.rollout.path, (12,))
+    assert "5 bytes instead of" in failure.reason and "`lrag-ray run` makes it again" in failure.reason
 
 
 def test_of_independent_durations_a_broken_one_fails_alone(cluster: None, tmp_path: Path) -> None:
-    """Each horizon has parts of its own, so each is decoded by itself."""
+    """Each horizon has parts of its own: where they are nested, the longer one has those of the shorter one."""
     config = config_of(tmp_path, independent_durations=True, video=NO_VIDEO)
     do_all(RolloutRun(str(tmp_path)), config, PROMPTS[:1])
-    short, long = RolloutRun(str(tmp_path)).commits()
-    for commit in (short, long):
-        part = commit.latent_parts[0]
-        original = (tmp_path / part.path).read_bytes()
-        (tmp_path / part.path).write_bytes(b"\0" * part.size_bytes)
-        outcome = decode(config_of(tmp_path, video={"crf": commit.latent_frames}))
-        reason = f"{part.path} does not have the recorded checksum. {HOW_TO_REPAIR}"
-        assert outcome.failed == (DecodeFailure(commit.rollout.path, (commit.latent_frames,), reason),)
-        assert (outcome.exit_code, outcome.videos_made) == (1, 1)
-        (tmp_path / part.path).write_bytes(original)
+    short, _ = RolloutRun(str(tmp_path)).commits()
+    part = short.latent_parts[0]
+    (tmp_path / part.path).write_bytes(b"\0" * part.size_bytes)
+    outcome = decode(config_of(tmp_path))
+    reason = f"{part.path} does not have the recorded checksum. {HOW_TO_REPAIR}"
+    assert outcome.failed == (DecodeFailure(short.rollout.path, (short.latent_frames,), reason),)
+    assert (outcome.exit_code, outcome.videos_made) == (1, 1)
 
 
 def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.cluster.quiet import (
     quiet_run,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,6 @@ def test_a_node_that_joins_is_used_and_one_that_dies_costs_its_blocks_since_the_
     assert max(parts.values()) == 1, "a stored part was made again"
 
 
-@pytest.mark.proof
 def test_a_dead_head_takes_the_cluster_along_and_a_new_one_continues(
     quiet: RolloutRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

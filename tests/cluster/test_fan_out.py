@@ -48,7 +48,7 @@ class OddWorker:
         match payload:
             case "kill":
                 os._exit(1)
-            case "slow" if len(attempts(self.log, payload)) < 2 * BARREN_DEATHS + 3:
+            case "slow" if len(attempts(self.log, payload)) < BARREN_DEATHS + 2:
                 os._exit(1)
             case "refuse":
                 return Refused("not today")
@@ -106,7 +106,7 @@ def test_deaths_after_progress_do_not_count(tmp_path: Path) -> None:
     log, seen = tmp_path / "log", list[Event]()
     assert FanOut(Odd(log), 1, max_attempts=1, listener=seen.append).run(tasks("slow")) == []
     failures = [event.failure for event in seen if isinstance(event, AttemptFailed)]
-    assert len(failures) == 2 * BARREN_DEATHS + 2 and not any(failure.counted for failure in failures)
+    assert len(failures) == BARREN_DEATHS + 1 and not any(failure.counted for failure in failures)
 
 
 class Broken(Odd):

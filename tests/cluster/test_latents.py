@@ -47,7 +47,7 @@ def make_config(uri: Path, file: Path, **changes: Any) -> LatentsConfig:
         "durations_s": [3],
         "backbones": {"tiny": BACKBONE},
         "methods": {"base": METHODS["base"]},
-        "engine": {"actors": 2, "checkpoint_every_blocks": 2},
+        "engine": ONE_ACTOR,
         "verification_videos": 0,
     }
     config = LatentsConfig.model_validate({**fields, **changes})
@@ -62,7 +62,7 @@ def drawn(config: LatentsConfig) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> RolloutRun:
     """The corpus that nothing disturbed."""
-    config = make_config(tmp_path_factory.mktemp("quiet"), prompts_file, engine=ONE_ACTOR)
+    config = make_config(tmp_path_factory.mktemp("quiet"), prompts_file)
     outcome = make_latents(config)
     assert (outcome.exit_code, outcome.commits_made, outcome.dataset_rollouts, outcome.dataset_frames) == (0, 6, 6, 72)
     assert outcome.dataset_digest == LatentDataset.open(config.run.uri).digest
@@ -155,7 +155,6 @@ def test_a_rollout_that_cannot_be_made_is_named_and_the_dataset_holds_the_rest(
         tmp_path,
         prompts_file,
         prompts={"path": str(prompts_file), "ratio": 0.5, "limit": 3},
-        engine=ONE_ACTOR,
         backbones={"tiny": {**BACKBONE, "fail_on_prompt": drawn(make_config(tmp_path, prompts_file))[1].text}},
     )
     outcome = make_latents(config)

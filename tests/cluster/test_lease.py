@@ -18,9 +18,9 @@ from lrag_ray.store.lease import holder
 from lrag_ray.store.rollouts import RolloutRun
 from tests.cluster.drivers import actors_below, driver, write_config
 from tests.cluster.nodes import wait_for_end
-from tests.cluster.quiet import Gate, make_config, open_parts, quiet_run
+from tests.cluster.quiet import Gate, assert_equal, make_config, open_parts, quiet_run
 from tests.cluster.test_run import Recorder
-from tests.stages.make import METHODS, digests
+from tests.stages.make import METHODS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
@@ -60,7 +60,7 @@ def test_the_second_driver_is_refused_while_the_first_lives_and_takes_over_when_
         outcome = evaluate(config, listener=recorder)
     assert outcome.exit_code == 0
     assert not [notice for notice in recorder.of(Notice) if "Waiting for a sign of life" in notice.text]
-    assert digests(directory.commits()) == digests(quiet.commits())
+    assert_equal(directory, quiet)
     found = holder(directory.storage)
     assert found is not None and found.is_free
 
@@ -92,4 +92,4 @@ def test_a_driver_that_was_asleep_past_its_lease_stops_when_it_wakes_up(quiet: R
         with suppress(psutil.NoSuchProcess):
             actor.resume()
         wait_for_end([actor])
-    assert digests(directory.commits()) == digests(quiet.commits())
+    assert_equal(directory, quiet)

@@ -78,6 +78,12 @@ def quiet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RolloutRun
     return RolloutRun(str(folder))
 
 
+@pytest.fixture
+def finished(quiet: RolloutRun, tmp_path: Path) -> RolloutRun:
+    """A copy of the quiet run, to be damaged."""
+    return RolloutRun(str(shutil.copytree(quiet.uri, tmp_path / "run")))
+
+
 def assert_equal(found: RolloutRun, expected: RolloutRun) -> None:
     """Equal latents and traces for every commit, byte for byte where parts are cut alike."""
     assert digests(found.commits()) == digests(expected.commits())
@@ -94,49 +100,35 @@ def test_two_actors_and_reversed_prompts_give_the_same_bytes(quiet: RolloutRun, 
     assert recorder.of(RunPlanned)[0].blocks_to_do == 6 * 4
 
 
-def test_a_second_start_does_nothing_and_a_deleted_commit_is_made_again(quiet: RolloutRun, tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    assert evaluate(config, PROMPTS[:1]).commits_made == 4
-    directory = RolloutRun(str(tmp_path))
-    before = directory.storage.list_files("rollouts")
-    again = Recorder()
-    outcome = evaluate(config, PROMPTS[:1], listener=again)
+def test_a_second_start_does_nothing_and_makes_again_what_is_deleted_or_damaged(
+    quiet: RolloutRun, finished: RolloutRun
+) -> None:
+    config, storage = make_config(finished.uri), finished.storage
+    before = storage.list_files("rollouts")
+    idle = Recorder()
+    outcome = evaluate(config, PROMPTS, listener=idle)
     assert (outcome.exit_code, outcome.commits_made) == (0, 0)
-    assert not {"connect", "text", "rollouts", "scoring"} & {event.stage for event in again.of(StageBegan)}
-    assert directory.storage.list_files("rollouts") == before
+    assert not {"connect", "text", "rollouts", "scoring"} & {event.stage for event in idle.of(StageBegan)}
+    assert storage.list_files("rollouts") == before
 
-    victim = directory.commits()[-1]
-    directory.storage.remove(f"{victim.rollout.path}/commit-{victim.latent_frames}.json")
+    damaged, *_, deleted = finished.commits()
+    record = f"{deleted.rollout.path}/commit-{deleted.latent_frames}.json"
+    storage.remove(record)
+    storage.remove(damaged.trace_parts[0].path)
     redone = Recorder()
-    outcome = evaluate(config, PROMPTS[:1], listener=redone)
-    assert outcome.commits_made == 1
-    assert [(folder, result.committed) for folder, result in redone.rollouts()] == [
-        (victim.rollout.path, (victim.latent_frames,))
+    outcome = evaluate(config, PROMPTS, listener=redone)
+    assert (outcome.exit_code, outcome.commits_total) == (0, 12)
+    assert (deleted.rollout.path, (deleted.latent_frames,)) in [
+        (folder, result.committed) for folder, result in redone.rollouts()
     ]
-    after = directory.storage.list_files("rollouts")
-    del before[f"{victim.rollout.path}/commit-{victim.latent_frames}.json"]
-    assert before.items() <= after.items()
-    assert digests(directory.commits()).items() <= digests(quiet.commits()).items()
-
-
-def test_a_poisoned_prompt_is_quarantined_and_the_rest_finishes(tmp_path: Path) -> None:
-    config = make_config(tmp_path, backbones={"tiny": {**BACKBONE, "fail_on_prompt": "river"}}, durations_s=[1.5])
-    outcome = evaluate(config, PROMPTS[:2])
-    assert (outcome.exit_code, outcome.commits_made) == (1, 2)
-    assert {rollout.prompt_id for rollout in outcome.failed} == {PROMPTS[1].prompt_id}
-    assert outcome.missing.keys() == {rollout.path for rollout in outcome.failed}
-    directory = RolloutRun(str(tmp_path))
-    failures, _ = read_failures(directory.storage)
-    assert [failure.counted_attempts for failure in failures if "/rag/" in failure.task] == [1, 2, 3]
-    assert all("fail_on_prompt: the prompt contains 'river'" in failure.reason for failure in failures)
-    assert all("rollout/worker.py" in failure.traceback and "line" in failure.traceback for failure in failures)
-    status = run_status(directory)
-    assert {(cell.method, cell.done, cell.failed) for cell in status.cells} == {("base", 1, 1), ("rag", 1, 1)}
-
-    fixed = evaluate(make_config(tmp_path, durations_s=[1.5]), PROMPTS[:2])
-    assert (fixed.exit_code, fixed.commits_made, fixed.missing) == (0, 2, {})
-    assert run_status(directory).failures == []
-    assert read_failures(directory.storage) == ([], [])
+    assert {folder for folder, _ in redone.rollouts()} == {deleted.rollout.path, damaged.rollout.path}
+    assert any("is missing" in notice.text and notice.warning for notice in redone.of(Notice))
+    after = storage.list_files("rollouts")
+    assert any(".json.invalid-" in path for path in after)
+    untouched = {path: size for path, size in before.items() if not path.startswith(damaged.rollout.path)}
+    del untouched[record]
+    assert untouched.items() <= after.items()
+    assert_equal(finished, quiet)
 
 
 def test_a_history_that_this_machine_can_never_hold_ends_the_run_before_any_rollout(
@@ -187,45 +179,54 @@ class _Picky(TextWorker):
         return super().work(payload, attempt)
 
 
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [(Deadly, "ActorDiedError: .*"), (Full, "MemoryError.*the host memory of the node is full")],
+)
 def test_an_encoder_of_prompts_that_cannot_live_ends_the_run_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: type[TextStage], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(tmp_path, encoded=False, durations_s=[1.5], methods={"base": METHODS["base"]})
-    full = "MemoryError.*the host memory of the node is full"
-    for stage, reason in ((Deadly, "ActorDiedError: .*"), (Full, full)):
-        monkeypatch.setattr("lrag_ray.pipelines.text_features.TextStage", stage)
-        with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: {reason}.*The same command continues"):
-            evaluate(config, PROMPTS[:1])
-        assert RolloutRun(str(tmp_path)).commits() == []
-    monkeypatch.undo()
-    assert evaluate(config, PROMPTS[:1]).exit_code == 0
-    assert read_failures(RolloutRun(str(tmp_path)).storage) == ([], [])
+    # How often each is tried is the pool's to test.
+    monkeypatch.setattr("lrag_ray.engine.attempts.BARREN_DEATHS", 1)
+    monkeypatch.setattr("lrag_ray.pipelines.text_features.TextStage", stage)
+    config = make_config(tmp_path, encoded=False, engine={"actors": 1, "max_attempts": 1})
+    with pytest.raises(ClusterError, match=f"the prompts cannot be encoded: {reason}.*The same command continues"):
+        evaluate(config, PROMPTS[:1])
+    assert RolloutRun(str(tmp_path)).commits() == []
 
 
-def test_a_prompt_that_cannot_be_encoded_costs_its_own_rollouts_alone(
+def test_prompts_that_cannot_be_encoded_or_rolled_out_cost_their_own_rollouts_alone(
     quiet: RolloutRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, directory = make_config(tmp_path, encoded=False), RolloutRun(str(tmp_path))
-    poisoned = PROMPTS[1].prompt_id
+    """Given one prompt of either kind, both are quarantined; the start after the repair makes what they lack."""
+    _, unread, poisoned = (prompt.prompt_id for prompt in PROMPTS)
+    poison = {"tiny": {**BACKBONE, "fail_on_prompt": "dancers"}}
+    directory = RolloutRun(str(tmp_path))
     monkeypatch.setattr("lrag_ray.pipelines.text_features.TextStage", Picky)
-    outcome = evaluate(config, PROMPTS)
-    assert (outcome.exit_code, outcome.commits_made) == (1, 8)
-    assert {commit.rollout.prompt_id for commit in directory.commits()} == {PROMPTS[0].prompt_id, PROMPTS[2].prompt_id}
+    outcome = evaluate(make_config(tmp_path, encoded=False, backbones=poison), PROMPTS)
+    assert (outcome.exit_code, outcome.commits_made) == (1, 4)
+    assert {commit.rollout.prompt_id for commit in directory.commits()} == {PROMPTS[0].prompt_id}
     assert {(rollout.method, rollout.prompt_id) for rollout in outcome.failed} == {
-        ("base", poisoned),
-        ("rag", poisoned),
+        (method, prompt) for method in METHODS for prompt in (unread, poisoned)
     }
-    title = f"prompt {poisoned} of tiny"
-    assert outcome.missing == {
-        title: "ValueError: no tokens for rivers",
-        **{rollout.path: "its prompt could not be encoded" for rollout in outcome.failed},
+    title = f"prompt {unread} of tiny"
+    assert outcome.missing.keys() == {title, *(rollout.path for rollout in outcome.failed)}
+    assert outcome.missing[title] == "ValueError: no tokens for rivers"
+    assert {outcome.missing[rollout.path] for rollout in outcome.failed if rollout.prompt_id == unread} == {
+        "its prompt could not be encoded"
     }
-    (failure,) = run_status(directory).failures
-    assert (failure.stage, failure.task, failure.kind, failure.counted_attempts) == ("text", title, "exception", 3)
+    status = run_status(directory)
+    (text,) = [failure for failure in status.failures if failure.stage == "text"]
+    assert (text.task, text.kind, text.counted_attempts) == (title, "exception", 3)
+    assert {(cell.method, cell.done, cell.failed) for cell in status.cells} == {("base", 1, 1), ("rag", 1, 1)}
+    failures = [failure for failure in read_failures(directory.storage)[0] if "/rag/" in failure.task]
+    assert [failure.counted_attempts for failure in failures] == [1, 2, 3]
+    assert all("fail_on_prompt: the prompt contains 'dancers'" in failure.reason for failure in failures)
+    assert all("rollout/worker.py" in failure.traceback and "line" in failure.traceback for failure in failures)
 
     monkeypatch.undo()
-    outcome = evaluate(config, PROMPTS)
-    assert (outcome.exit_code, outcome.commits_made, outcome.missing) == (0, 4, {})
+    outcome = evaluate(make_config(tmp_path, encoded=False), PROMPTS)
+    assert (outcome.exit_code, outcome.commits_made, outcome.missing) == (0, 8, {})
     assert run_status(directory).failures == []
     assert read_failures(directory.storage) == ([], [])
     assert_equal(directory, quiet)
@@ -234,7 +235,8 @@ def test_a_prompt_that_cannot_be_encoded_costs_its_own_rollouts_alone(
 def test_a_run_grows_by_methods_prompts_and_durations(quiet: RolloutRun, tmp_path: Path) -> None:
     directory = RolloutRun(str(tmp_path))
     only_base = {"base": METHODS["base"]}
-    assert evaluate(make_config(tmp_path, methods=only_base, durations_s=[1.5]), PROMPTS[:1]).commits_made == 1
+    make.do_all(directory, make_config(tmp_path, methods=only_base, durations_s=[1.5]), PROMPTS[:1])
+    assert len(directory.commits()) == 1
     grown = Recorder()
     assert evaluate(make_config(tmp_path), PROMPTS, listener=grown).commits_made == 11
     assert_equal(directory, quiet)
@@ -248,9 +250,10 @@ def test_a_run_grows_by_methods_prompts_and_durations(quiet: RolloutRun, tmp_pat
 
 def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -> None:
     """SIGKILL to the actor's own process as soon as it has stored a part that no commit names."""
-    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, [Gate(tmp_path / "open", opened=True)]))
-    gate = Gate(tmp_path / "gate")
-    config = long_config(tmp_path / "disturbed", None, 1, [gate], engine={"actors": 1})
+    opened, gate = Gate(tmp_path / "open", opened=True), Gate(tmp_path / "gate")
+    rag: dict[str, Any] = {"methods": {"rag": METHODS["rag"]}, "engine": {"actors": 1}}
+    undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, [opened], **rag))
+    config = long_config(tmp_path / "disturbed", None, 1, [gate], **rag)
     directory, recorder = RolloutRun(config.run.uri), Recorder()
     killed: list[int] = []
 
@@ -274,21 +277,6 @@ def test_a_killed_worker_costs_nothing_but_time(cluster: None, tmp_path: Path) -
     same_results(directory, undisturbed)
 
 
-def test_a_commit_whose_file_is_gone_is_set_aside_and_made_again(tmp_path: Path) -> None:
-    config = make_config(tmp_path, durations_s=[1.5], methods={"base": METHODS["base"]})
-    assert evaluate(config, PROMPTS[:1]).exit_code == 0
-    directory = RolloutRun(str(tmp_path))
-    (victim,) = directory.commits()
-    directory.storage.remove(victim.trace_parts[0].path)
-    recorder = Recorder()
-    assert evaluate(config, PROMPTS[:1], listener=recorder).commits_made == 1
-    assert any("is missing" in notice.text and notice.warning for notice in recorder.of(Notice))
-    assert any(".json.invalid-" in path for path in directory.storage.list_files("rollouts"))
-    (again,) = directory.commits()
-    assert again.latents_digest == victim.latents_digest
-    assert [part.sha256 for part in again.trace_parts] == [part.sha256 for part in victim.trace_parts]
-
-
 def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     recorder = Recorder()
@@ -297,6 +285,7 @@ def test_an_address_that_cannot_be_written_is_refused_before_any_actor(tmp_path:
     assert recorder.of(StageBegan) == []
 
 
+@pytest.mark.proof
 def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(cluster: None, tmp_path: Path) -> None:
     opened = [Gate(tmp_path / f"open-{number}", opened=True) for number in range(2)]
     undisturbed = quiet_run(long_config(tmp_path / "undisturbed", None, 1, opened))
@@ -337,10 +326,8 @@ def test_a_driver_is_interrupted_and_killed_and_the_run_ends_with_the_same(clust
     same_results(directory, undisturbed)
 
 
-def test_a_repair_makes_again_what_is_damaged_and_touches_nothing_else(quiet: RolloutRun, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(quiet.uri, folder)
-    run = RolloutRun(str(folder))
+def test_a_repair_makes_again_what_is_damaged_and_touches_nothing_else(finished: RolloutRun) -> None:
+    run, folder = finished, Path(finished.uri)
     expected = digests(run.commits())
 
     def files() -> dict[Path, tuple[bytes, int]]:

@@ -39,7 +39,7 @@ SHORT, LONG = 21, 45
 
 
 def vbench_config(run: RolloutRun, **scoring: Any) -> RunConfig:
-    chosen = {"suite": "vbench_long", "weights": "random", "dimensions": ["motion_smoothness"], **scoring}
+    chosen = {"suite": "vbench_long", "weights": "random", "dimensions": ["motion_smoothness"], "workers": 1, **scoring}
     return RunConfig.model_validate({**config_for(run).model_dump(), "scoring": chosen})
 
 

@@ -36,8 +36,9 @@ from tests.scoring.odd_videos import BROKEN, encode, make_folder
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
-OPTIONS = ["--weights", "random", "--dimensions", "motion_smoothness"]
-OVERRIDES = ["scoring.weights=random", "scoring.dimensions=[motion_smoothness]"]
+# One worker: each loads its networks for seconds.
+OPTIONS = ["--weights", "random", "--dimensions", "motion_smoothness", "--set", "scoring.workers=1"]
+OVERRIDES = ["scoring.weights=random", "scoring.dimensions=[motion_smoothness]", "scoring.workers=1"]
 
 
 def scores_of(folder: Path) -> dict[RowKey, float | None]:
@@ -167,6 +168,7 @@ PROGRAM = [sys.executable, "-m", "lrag_ray"]
 HELD = f"{HeldVbench.__module__}:{HeldVbench.__qualname__}"
 
 
+@pytest.mark.proof
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_driver_is_continued_and_nothing_is_scored_twice(
     undisturbed: dict[RowKey, Any], long_video: Path, tmp_path: Path

@@ -27,7 +27,7 @@ from lrag_ray.store.rollouts import RolloutRun
 from tests.stages.make import METHODS, make_config, make_prompts, store_features
 
 WAITING = {"method": "tests.cluster.disturbed:Disturbed", "window": 9, "at_block": 1, "how": "wait"}
-PROMPTS = make_prompts("a red fox in the snow", "a river at dawn", "two dancers")
+PROMPTS = make_prompts("a red fox in the snow")
 
 
 class Recorder:
@@ -53,7 +53,9 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scored_config(folder: Path, **methods: Any) -> Any:
     engine = {"actors": 1, "checkpoint_every_blocks": 2}
-    config = make_config(folder, engine=engine, scoring={"suite": "preview"}, methods={**METHODS, **methods})
+    config = make_config(
+        folder, engine=engine, scoring={"suite": "preview", "workers": 1}, methods={**METHODS, **methods}
+    )
     return store_features(config, PROMPTS)
 
 
@@ -62,18 +64,18 @@ def scored_config(folder: Path, **methods: Any) -> Any:
 def test_videos_are_scored_while_rollouts_go_on_and_the_rest_at_the_end(tmp_path: Path) -> None:
     # Its rollouts last until there are scores, however quick the rollouts are and however slow the first wave.
     config, progress = scored_config(tmp_path, waiting={**WAITING, "marker": str(tmp_path / "scores")}), Recorder()
-    outcome = evaluate(config, PROMPTS[:2], listener=progress)
-    assert (outcome.exit_code, outcome.videos_scored) == (0, 12)
+    outcome = evaluate(config, PROMPTS, listener=progress)
+    assert (outcome.exit_code, outcome.videos_scored) == (0, 6)
     assert RunScoring(RolloutRun(str(tmp_path)), config.scoring, config.engine).pending() == []
     scored = [i for i, e in enumerate(progress.events) if isinstance(e, TaskFinished) and e.stage == "scoring"]
-    assert len(scored) == 12
+    assert len(scored) == 6
     ended = next(i for i, e in enumerate(progress.events) if isinstance(e, StageEnded) and e.stage == "rollouts")
     early = sum(i < ended for i in scored)
-    assert 0 < early <= 12
+    assert 0 < early <= 6
     left = [event.total for event in progress.of(StageBegan) if event.stage == "scoring"]
-    assert sum(left) == 12 - early
+    assert sum(left) == 6 - early
     assert progress.threads == {threading.current_thread()}
-    assert len(RolloutRun(str(tmp_path)).storage.list_files("scores")) == 12
+    assert len(RolloutRun(str(tmp_path)).storage.list_files("scores")) == 6
 
 
 @pytest.mark.cluster
@@ -93,7 +95,7 @@ def test_an_error_of_a_wave_does_not_end_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(waves, "RunScoring", type("Unreachable", (RunScoring,), {"score": unreachable}))
     progress = Recorder()
     config = scored_config(tmp_path / "run", waiting={**WAITING, "marker": str(gate)})
-    outcome = evaluate(config, PROMPTS[:1], listener=progress)
+    outcome = evaluate(config, PROMPTS, listener=progress)
     assert (outcome.exit_code, outcome.videos_scored) == (0, 6)
     told = [event.text for event in progress.of(Notice) if "bucket" in event.text]
     assert told == ["videos cannot be scored yet: the bucket is away"]

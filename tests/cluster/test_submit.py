@@ -170,7 +170,7 @@ def test_a_log_that_cannot_be_read_does_not_end_the_following(client: JobClient)
 
 
 def test_a_log_whose_connections_are_cut_comes_whole_and_once(head: RayHead, client: JobClient) -> None:
-    program = "import time\nfor n in range(80):\n    print('line', n, flush=True)\n    time.sleep(0.2)"
+    program = "import time\nfor n in range(40):\n    print('line', n, flush=True)\n    time.sleep(0.2)"
     submit_program(client, "cut", program)
     proxy = CuttingProxy(int(head.url.rsplit(":", 1)[1]))
     outages: list[float] = []
@@ -189,7 +189,7 @@ def test_a_log_whose_connections_are_cut_comes_whole_and_once(head: RayHead, cli
             if len(lines) in (10, 25):
                 proxy.cut(refuse=len(lines) == 25)
     proxy.close()
-    assert lines == [f"line {n}" for n in range(80)]
+    assert lines == [f"line {n}" for n in range(40)]
     assert outages[0] == 0.0 and len(outages) > 1, "it waited while nothing answered"
 
 

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli.app import app
 from lrag_ray.config.load import load_config
+from lrag_ray.config.prompts import load_prompts
 from lrag_ray.errors import ConfigError
 from lrag_ray.report.collect import collect
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import run_status
-from tests.stages.make import BACKBONE, METHODS
+from tests.stages.make import BACKBONE, METHODS, store_features
 
 pytestmark = pytest.mark.cluster
 
@@ -33,11 +34,12 @@ def folder(tmp_path: Path) -> Path:
         "durations_s": [1.5, 3],
         "backbones": {"tiny": BACKBONE},
         "methods": METHODS,
-        "engine": {"actors": 2},
+        "engine": {"actors": 1},
         "scoring": {
             "suite": SUITE,
             "settings": {"factor": 3, "away": str(tmp_path / "away")},
             "during_generation": False,
+            "workers": 1,
         },
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
@@ -52,7 +54,8 @@ def command(*arguments: str) -> tuple[int, Any]:
 
 @pytest.mark.usefixtures("cluster")
 def test_it_runs_scores_and_reports_without_an_edit_of_the_package(folder: Path) -> None:
-    run = RolloutRun(str(folder / "run"))
+    run, config = RolloutRun(str(folder / "run")), load_config(folder / "config.yaml")
+    store_features(config, load_prompts(config.prompts))
     (folder / "away").touch()
     code, outcome = command("run", str(folder / "config.yaml"))
     assert (code, outcome["commits_made"], outcome["videos_scored"]) == (1, 4, 2), "a score is missing: exit code 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ import torch
 
 from lrag_ray.context.trace import ALL_LAYERS, RowKind, TraceRow
 from lrag_ray.scoring.preview.suite import PREVIEW
-from lrag_ray.scoring.video_rows import ScoreTarget, VideoRow
+from lrag_ray.scoring.video_rows import ScoreTarget, VideoRow, to_parquet
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import BackboneIdentity, Horizon, MethodIdentity, PromptIdentity, RunIdentity
 from lrag_ray.store.parts import FinishedBlock, write_part
@@ -109,14 +110,21 @@ def store_rollout(run: RolloutRun, identity: RunIdentity, rollout: RolloutId, ho
         assert run.commit(commit)
 
 
+_MP4S: dict[tuple[tuple[int, ...], str], bytes] = {}
+"""Files that were encoded in this process, by shape and digest of the frames: most tests film the same few."""
+
+
 def store_video(run: RolloutRun, path: str, frames: Frames) -> FileRecord:
-    """Encode and upload one video."""
-    with TemporaryDirectory() as scratch:
-        local = Path(scratch) / "video.mp4"
-        with Mp4Writer(local) as writer:
-            writer.write(frames)
-        run.storage.put_file(local, path)
-        content = local.read_bytes()
+    """Encode and store one video."""
+    key = (frames.shape, hashlib.sha256(frames.tobytes()).hexdigest())
+    if key not in _MP4S:
+        with TemporaryDirectory() as scratch:
+            local = Path(scratch) / "video.mp4"
+            with Mp4Writer(local) as writer:
+                writer.write(frames)
+            _MP4S[key] = local.read_bytes()
+    content = _MP4S[key]
+    run.storage.write(path, content)
     return FileRecord(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
@@ -139,3 +147,18 @@ def _short(text: str) -> str:
 def preview_row(storage: Storage, target: ScoreTarget) -> VideoRow:
     """The preview scores of one video."""
     return PREVIEW.worker(storage, storage, threads=1, device="cpu").row(target)
+
+
+_ROWS: dict[tuple[str, int, int], VideoRow] = {}
+"""Scores that were computed in this process, by content and frames of the video."""
+
+
+def score_all(run: RolloutRun) -> RolloutRun:
+    """Store the preview scores of every video of `run`, each computed once per process."""
+    for target in PREVIEW.pending_targets(run):
+        key = (target.video_sha256, target.video_frames, target.frames_per_block)
+        if key not in _ROWS:
+            _ROWS[key] = preview_row(run.storage, target)
+        path = target.score_path(PREVIEW)
+        run.storage.create(path, to_parquet([replace(_ROWS[key], target=target)], PREVIEW, path))
+    return run

@@ -31,7 +31,7 @@ from lrag_ray.store.failures import write_failure
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.seal import opened_json
-from tests.report.make_run import HORIZONS, make_identity, make_run, preview_row, store_rollout
+from tests.report.make_run import HORIZONS, make_identity, make_run, score_all, store_rollout
 from tests.report.vbench_rows import by_rollout, score_run, store_frozen, store_rows, video_rows
 
 NASTY = 'a fox <script>alert(1)</script> & "quotes" \'--> {{ 7*7 }}'
@@ -73,16 +73,9 @@ class Page(HTMLParser):
         return [value for value in found if value is not None]
 
 
-def score_all(run: RolloutRun) -> None:
-    for target in PREVIEW.pending_targets(run):
-        run.storage.create(target.score_path(PREVIEW), to_parquet([preview_row(run.storage, target)], PREVIEW))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RolloutRun:
-    run = make_run(str(tmp_path_factory.mktemp("report") / "run"), PROMPTS)
-    score_all(run)
-    return run
+    return score_all(make_run(str(tmp_path_factory.mktemp("report") / "run"), PROMPTS))
 
 
 @pytest.fixture(scope="module")

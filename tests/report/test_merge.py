@@ -9,27 +9,19 @@ import pytest
 from lrag_ray.errors import IdentityError, UsageError
 from lrag_ray.report import collect, report
 from lrag_ray.report.tables import warnings
-from lrag_ray.scoring.preview.suite import PREVIEW
-from lrag_ray.scoring.video_rows import to_parquet
 from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.rollouts import RolloutRun
-from tests.report.make_run import make_identity, make_run, preview_row
+from tests.report.make_run import make_identity, make_run, score_all
 
 PROMPTS = ["a red fox", "a river at dawn"]
-
-
-def scored(run: RolloutRun) -> RolloutRun:
-    for target in PREVIEW.pending_targets(run):
-        run.storage.create(target.score_path(PREVIEW), to_parquet([preview_row(run.storage, target)], PREVIEW))
-    return run
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RolloutRun]:
     """base of both prompts in one run, rag of the first in another."""
     folder = tmp_path_factory.mktemp("merge")
-    first = scored(make_run(str(folder / "one run"), PROMPTS, ["base"]))
-    return [first, scored(make_run(str(folder / "other"), PROMPTS[:1], ["rag"]))]
+    first = score_all(make_run(str(folder / "one run"), PROMPTS, ["base"]))
+    return [first, score_all(make_run(str(folder / "other"), PROMPTS[:1], ["rag"]))]
 
 
 def identity_run(uri: Path, identity: RunIdentity) -> RolloutRun:
@@ -84,7 +76,7 @@ def test_several_runs_without_a_place_write_nothing(runs: list[RolloutRun]) -> N
 
 
 def test_a_rollout_of_both_runs_counts_once(runs: list[RolloutRun], tmp_path: Path) -> None:
-    copy = scored(make_run(str(tmp_path / "copy"), PROMPTS, ["base"]))
+    copy = score_all(make_run(str(tmp_path / "copy"), PROMPTS, ["base"]))
     data = collect([*runs, copy])
     assert len(data.scores.videos) == 6
     assert {shown.run_dir.uri for shown in data.rollouts.values()} == {run.uri for run in runs}
@@ -132,8 +124,8 @@ def test_a_run_is_named_once(runs: list[RolloutRun]) -> None:
 
 def test_labels_tell_methods_of_one_name_apart(tmp_path: Path) -> None:
     """Given two runs with base, of which one has another seed, labels give both a row, a player and a strip."""
-    one = scored(make_run(str(tmp_path / "one"), PROMPTS, ["base", "rag"], horizons=(6,)))
-    other = scored(make_run(str(tmp_path / "two"), PROMPTS, ["base"], horizons=(6,)))
+    one = score_all(make_run(str(tmp_path / "one"), PROMPTS, ["base", "rag"], horizons=(6,)))
+    other = score_all(make_run(str(tmp_path / "two"), PROMPTS, ["base"], horizons=(6,)))
     identity = other.require().model_copy(update={"seed": 8})
     other.storage.write("run.json", identity.model_dump_json().encode())
     with pytest.raises(IdentityError, match=r"run.seed: 7 in the first, 8 in the second\n.*`A="):
