@@ -116,21 +116,21 @@ def refuse_odd_files(folder: Path) -> None:
 
 
 class BoundedFile:
-    """What `zipfile` reads from: no part of an archive takes much memory at once.
+    """What `zipfile` and `tarfile` read from: no part of an archive takes much memory at once.
 
-    `most_bytes` begins as the limit of the directory, which is read when the archive is opened. zipfile.BadZipFile
-    above it.
+    `most_bytes` begins as the limit of a zip's directory, which is read when the archive is opened. `error` above it.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, error: type[Exception] = zipfile.BadZipFile) -> None:
         self._file = file
+        self._error = error
         self.most_bytes = _MOST_DIRECTORY_BYTES
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
         """As of a file."""
         if size > self.most_bytes:
-            raise zipfile.BadZipFile(f"it says that one of its parts has {size:,} bytes")
+            raise self._error(f"it says that one of its parts has {size:,} bytes")
         return self._file.read(self.most_bytes if size < 0 else size)
 
 
