@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from lrag_ray.store.process import ProcessIdentity, this_process
 
 _PREFIX = "lrag-scratch-"
@@ -48,6 +46,6 @@ def remove_orphans() -> None:
 def _is_orphan(folder: Path, modified_s: float) -> bool:
     try:
         return ProcessIdentity.model_validate_json((folder / _OWNER).read_text(encoding="utf-8")).is_gone
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, ValueError):
         # Its process was killed before it could sign.
         return time.time() - modified_s > _YOUNG_S
