@@ -146,7 +146,10 @@ def _header(text: str, column: str, separator: str, line: int) -> tuple[list[str
         found[each] = [cell.strip() for cell in cells]
         if column in found[each]:
             if len(found[each]) > _MOST_COLUMNS:
-                raise TableFaultError(line, f"a head line of {len(found[each]):,} columns; at most {_MOST_COLUMNS:,}")
+                raise TableFaultError(
+                    line,
+                    f"a head line of {len(found[each]):,} columns, more than {_MOST_COLUMNS:,}. Fix: leave some out",
+                )
             twice = _twice(name for name in found[each] if name)
             if twice is not None:
                 raise TableFaultError(line, f"the head line names column '{twice}' twice")

@@ -115,7 +115,7 @@ def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedV
     place = Path(target).expanduser()
     if place.is_dir():
         base = place
-        found = list(_few(_below(place, notes), target))
+        found = list(_bounded(_below(place, notes), target))
         chooses = not every_file
     elif place.exists():
         base, found, chooses = place.parent, [place], False
@@ -128,7 +128,7 @@ def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedV
         # Unlike glob.glob, this does not follow links to folders, which may lead round in circles, below a **.
         matches = base.glob(str(Path(*rest))) if rest else ()
         wanted = any(part.startswith(".") for part in rest)
-        found = [path for path in _few(matches, target) if wanted or not _is_hidden(path.relative_to(base))]
+        found = [path for path in _bounded(matches, target) if wanted or not _is_hidden(path.relative_to(base))]
         chooses = place.name.endswith("*")
     if chooses:
         _note_skipped((PurePosixPath(path.relative_to(base)) for path in found if not _is_folder(path)), target, notes)
@@ -154,7 +154,7 @@ def _stamped(video: ListedVideo) -> ListedVideo:
         return replace(video, problem=f"it is {absence(path)}" if gone else f"it cannot be read: {error.strerror}")
 
 
-def _few(paths: Iterable[Path], target: str) -> Iterator[Path]:
+def _bounded(paths: Iterable[Path], target: str) -> Iterator[Path]:
     """The same paths; UsageError where there are more than `_MOST_PATHS`."""
     for count, path in enumerate(paths):
         if count == _MOST_PATHS:
