@@ -18,6 +18,9 @@ MOST_LINES = 4_000_000
 """More are refused before anybody takes them one by one; a pool of captions has one or two million."""
 MOST_CONFIG_BYTES = 1 << 24
 """Largest JSON file beside weights."""
+MOST_VALUE_BYTES = 1 << 30
+"""Memory that the values of a JSON text may take: a million prompts need half of it."""
+_SMALL_CHARACTERS = 1 << 20
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -76,6 +79,18 @@ def read_text(
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         raise error(f"{path}:{line}: control character U+0000 at column {column}; {what} is a plain text file")
     return text
+
+
+def is_json_bomb(text: str | bytes) -> bool:
+    """Whether the values of a JSON text would take more than `MOST_VALUE_BYTES`, counted before any is made."""
+
+    def count(character: str) -> int:
+        return text.count(character) if isinstance(text, str) else text.count(character.encode())
+
+    if len(text) <= _SMALL_CHARACTERS:
+        return False
+    # Three characters make an empty list of 72 bytes.
+    return 40 * count(",") + 72 * count("[") + 240 * count("{") + len(text) > MOST_VALUE_BYTES
 
 
 def _read_bytes(path: str | Path, what: str, error: type[LragError], most_bytes: int, missing: str) -> bytes:

@@ -11,6 +11,7 @@ from lrag_ray.chat.backend import Backend, RejectedError
 from lrag_ray.chat.messages import Finish, Media, Message, Question, Reply, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import ChatError
+from lrag_ray.wan.file_kinds import refuse_odd_files
 from lrag_ray.weights.digests import weights_digest
 
 
@@ -21,6 +22,10 @@ def folder_digest(model: str) -> str:
             f"model '{model}' is not a Hugging Face model folder (no config.json). Fix: give backend local a folder "
             "that is on every node; nothing is downloaded"
         )
+    try:
+        refuse_odd_files(Path(model))
+    except (OSError, ValueError) as error:
+        raise ChatError(f"model '{model}' is not read: {error}. Fix: give a folder as it was published") from error
     return weights_digest(model)
 
 
@@ -46,8 +51,12 @@ class LocalBackend(Backend):
             self._processor: Any = reader.from_pretrained(section.model, **options)
             dtype = torch.float32 if device == "cpu" else "auto"
             self._network: Any = kind.from_pretrained(section.model, dtype=dtype, use_safetensors=True, **options)
-        except (OSError, ValueError, ImportError) as error:
-            raise ChatError(f"model '{section.model}' cannot be loaded: {error}") from error
+        except Exception as error:
+            # The library raises anything over files that are damaged or contradict one another.
+            raise ChatError(
+                f"model '{section.model}' cannot be loaded: {type(error).__name__}: {error}. Fix: give a folder as it "
+                "was published, of a model that transformers knows"
+            ) from error
         self._network.to(device).eval()
         self._sees = sees
         self._tokenizer: Any = getattr(self._processor, "tokenizer", self._processor)

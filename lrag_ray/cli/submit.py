@@ -180,10 +180,10 @@ def _follow(job: SubmittedJob, progress: ProgressForm, as_json: bool, storage: S
         with shown_progress(progress) as shown:
             end = follow(job, storage=storage, listener=receive)
     except KeyboardInterrupt:
-        at = f" --address {shlex.quote(job.url)}"
+        name, at = shlex.quote(job.id), f" --address {shlex.quote(job.url)}"
         write(
-            f"detached: {job.id} goes on. Follow it again: lrag-ray logs {job.id} --follow{at}; end it: lrag-ray stop "
-            f"{job.id}{at}",
+            f"detached: {job.id} goes on. Follow it again: lrag-ray logs {name} --follow{at}; end it: lrag-ray stop "
+            f"{name}{at}",
             stderr=True,
         )
         raise typer.Exit(INTERRUPTED) from None
@@ -224,10 +224,11 @@ def _planned(plan: Plan) -> str:
 def _print_submitted(job: SubmittedJob, kind: str, as_json: bool) -> None:
     made, shown_by = ("the dataset", "dataset info") if kind == "latents" else ("tables and page", "report")
     at = f" --address {shlex.quote(job.url)}"
-    run = shlex.quote(job.run)
+    # The id of a job that is attached to is somebody else's choice.
+    name, run = shlex.quote(job.id), shlex.quote(job.run)
     commands = {
-        "progress": f"lrag-ray logs {job.id} --follow{at}",
-        "end it": f"lrag-ray stop {job.id}{at}",
+        "progress": f"lrag-ray logs {name} --follow{at}",
+        "end it": f"lrag-ray stop {name}{at}",
         "all jobs": f"lrag-ray jobs{at}",
         "results so far": f"lrag-ray status {run}",
         made: f"lrag-ray {shown_by} {run}",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import webbrowser
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,11 +60,12 @@ def view(
       lrag-ray view s3://bucket/table2 --no-browser --port 8000
     """
     from lrag_ray.report.view import ReportServer
+    from lrag_ray.store.scratch import scratch_folder
 
     data = _collected(runs, suite, mode)
-    with tempfile.TemporaryDirectory(prefix="lrag-ray-view-") as folder:
+    with scratch_folder() as folder:
         try:
-            server = ReportServer(data, Path(folder), port=port, strips=strips)
+            server = ReportServer(data, folder, port=port, strips=strips)
         except OSError as error:
             raise UsageError(f"--port {port}: {error.strerror}. Fix: leave it out, or give another one") from error
         with server:

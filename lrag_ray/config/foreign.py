@@ -140,9 +140,9 @@ class _Import:
         steps = self._take(key)
         if not isinstance(steps, list) or not steps or not all(type(step) is int for step in steps):
             raise ConfigError(
-                f"{self._name}: {key} is {steps!r}, expected a list of whole numbers. Only few-step generators are run "
-                "here; a file without this list is that of a many-step model. Fix: give the configuration of a "
-                "distilled generator"
+                f"{self._name}: {key} is {_shown(repr(steps))}, expected a list of whole numbers. Only few-step "
+                "generators are run here; a file without this list is that of a many-step model. Fix: give the "
+                "configuration of a distilled generator"
             )
         if steps[-1] == 0:
             steps = steps[:-1]
@@ -153,7 +153,7 @@ class _Import:
         model = str(self._left_model.pop("model_name", None) or self._take("model_name") or _DEFAULT_MODEL)
         if model not in _WAN_SIZES:
             raise ConfigError(
-                f"{self._name}: model_name {model} is not run here; expected {' or '.join(_WAN_SIZES)}. "
+                f"{self._name}: model_name {_shown(model)} is not run here; expected {' or '.join(_WAN_SIZES)}. "
                 "Fix: give the configuration of such a generator"
             )
         shape = self._take("image_or_video_shape")
@@ -276,12 +276,12 @@ class _Import:
     def _number(self, key: str, default: int) -> int:
         value = self._take(key, default)
         if type(value) is not int:
-            raise ConfigError(f"{self._name}: {key} is {value!r}, expected a whole number. Fix: correct it")
+            raise ConfigError(f"{self._name}: {key} is {_shown(repr(value))}, expected a whole number. Fix: correct it")
         return value
 
     def _real(self, key: str, value: Any) -> float:
         if type(value) not in (int, float) or not abs(value) < _MOST:
-            raise ConfigError(f"{self._name}: {key} is {value!r}, expected a number. Fix: correct it")
+            raise ConfigError(f"{self._name}: {key} is {_shown(repr(value))}, expected a number. Fix: correct it")
         return float(value)
 
     def _section(self, key: str) -> Mapping[str, Any]:
@@ -289,7 +289,7 @@ class _Import:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{self._name}: {key} is {value!r}, expected a section. Fix: correct it")
+            raise ConfigError(f"{self._name}: {key} is {_shown(repr(value))}, expected a section. Fix: correct it")
         return value
 
 

@@ -25,9 +25,11 @@ _MOST_DIGITS = 40
 _MOST_DEPTH = 100
 _MOST_BYTES = 4 << 20
 _MOST_NODES = 100_000
+"""Values that a file may hold, aliases expanded; far above any real configuration."""
 _MOST_WRITTEN = 20_000
 """Values without aliases: reading them takes a second or two."""
-"""Values that a file may hold, aliases expanded; far above any real configuration."""
+_MOST_CHARACTERS = 4 * _MOST_BYTES
+"""Of all texts, aliases expanded: a long one that is named again and again takes no memory before it is written."""
 
 
 @dataclass
@@ -197,6 +199,7 @@ class _Builder:
     def __init__(self, document: Document) -> None:
         self._document = document
         self._nodes = 0
+        self._characters = 0
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         self._nodes += 1
@@ -236,6 +239,9 @@ class _Builder:
             raise ConfigError(f"{self._place(node)}: text with half a character (a lone surrogate)")
         if "\0" in text:
             raise ConfigError(f"{self._place(node)}: text with a NUL character; remove it")
+        self._characters += len(text)
+        if self._characters > _MOST_CHARACTERS:
+            raise ConfigError(f"{self._place(node)}: more than {_MOST_CHARACTERS:,} characters, aliases expanded")
         return text
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import difflib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lrag_ray.errors import LragError
-from lrag_ray.text_file import read_text
+from lrag_ray.text_file import MOST_VALUE_BYTES, is_json_bomb, read_text
 
 JSON_LINES = frozenset({".jsonl", ".ndjson"})
 """Suffixes of files with one JSON object a line."""
@@ -26,6 +26,9 @@ SUFFIXES = frozenset({".csv", ".tsv", ".json"}) | JSON_LINES
 
 _SEPARATORS = {",": "','", ";": "';'", "\t": "tab"}
 _MOST_NAMED = 12
+_MOST_COLUMNS = 10_000
+_MOST_CELLS = 20_000_000
+"""Of a CSV file: two million captions with ten columns."""
 _MOST_NESTED = 64
 """Levels of JSON; records of a run are read to about 200."""
 _TOO_DEEP = "not read: JSON that is nested too deeply"
@@ -104,13 +107,16 @@ def _csv(text: str, column: str, separator: str) -> Iterator[Row]:
         separator, skipped, text = first[-1], 1, text.partition("\n")[2]
     names, separator = _header(text, column, separator, skipped + 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    number, end = -1, 0
+    number, end, count = -1, 0, 0
     try:
         for cells in reader:
             begin, end = skipped + end + 1, reader.line_num
             if begin == skipped + 1:
                 continue
             number += 1
+            count += len(cells)
+            if count > _MOST_CELLS:
+                raise TableFaultError(begin, f"more than {_MOST_CELLS:,} values. Fix: give a part of the file")
             if not any(cells):
                 continue
             if len(cells) > len(names):
@@ -139,9 +145,14 @@ def _header(text: str, column: str, separator: str, line: int) -> tuple[list[str
             continue
         found[each] = [cell.strip() for cell in cells]
         if column in found[each]:
-            twice = [name for name in found[each] if name and found[each].count(name) > 1]
-            if twice:
-                raise TableFaultError(line, f"the head line names column '{twice[0]}' twice")
+            if len(found[each]) > _MOST_COLUMNS:
+                raise TableFaultError(
+                    line,
+                    f"a head line of {len(found[each]):,} columns, more than {_MOST_COLUMNS:,}. Fix: leave some out",
+                )
+            twice = _twice(name for name in found[each] if name)
+            if twice is not None:
+                raise TableFaultError(line, f"the head line names column '{twice}' twice")
             return found[each], each
     if not any(any(names) for names in found.values()):
         raise TableFaultError(0, "no head line; CSV begins with the names of its columns")
@@ -158,6 +169,7 @@ def _header(text: str, column: str, separator: str, line: int) -> tuple[list[str
 
 
 def _json_lines(text: str, column: str) -> Iterator[Row]:
+    _refuse_bomb(text)
     for number, line in enumerate(text.split("\n")):
         if line.strip(" \t\r"):
             yield Row(number, number + 1, _object(parse_json(line, number + 1), number + 1, column))
@@ -205,6 +217,7 @@ def _object(value: Any, line: int, column: str, at: str = "") -> dict[str, Any]:
 
 def parse_json(text: str, line: int) -> Any:
     """One JSON value as the standard has it: no key twice, no NaN, no half characters, no NUL."""
+    _refuse_bomb(text)
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as fault:
@@ -237,9 +250,25 @@ def parse_json(text: str, line: int) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+        raise ValueError(f"key {_twice(name for name, _ in pairs)!r} is given twice")
     return made
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that was there before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _refuse_bomb(text: str) -> None:
+    if is_json_bomb(text):
+        raise TableFaultError(
+            0, f"its values take more than {MOST_VALUE_BYTES >> 20} MiB. Fix: give a part of the file"
+        )
 
 
 def _refuse_constant(name: str) -> Any:

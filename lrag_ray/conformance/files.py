@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lrag_ray.errors import LragError, UsageError
+from lrag_ray.text_file import MOST_CONFIG_BYTES, read_text
+
 
 class Vectors:
     """A safetensors file: names and shapes at once, values when asked for."""
@@ -73,16 +76,20 @@ class Folder:
         self.vectors: list[Vectors] = []
         self.torch_files: list[Path] = []
         self.broken: list[Broken] = []
+        self._json_bytes_left = MOST_CONFIG_BYTES
         for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
             try:
                 self._read(file)
-            except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            except (LragError, OSError, ValueError, RecursionError, SafetensorError) as error:
                 self.broken.append(Broken(file, f"cannot be read: {error}"))
 
     def _read(self, file: Path) -> None:
         match file.suffix:
             case ".json":
-                self.records.append(CaseRecord(file, json.loads(file.read_text(encoding="utf-8"))))
+                text = read_text(file, "the record", UsageError, most_bytes=self._json_bytes_left)
+                # Of all records together: they stay in memory, where each is many times as large.
+                self._json_bytes_left -= file.stat().st_size
+                self.records.append(CaseRecord(file, json.loads(text)))
             case ".safetensors":
                 self.vectors.append(Vectors(file))
             case ".pt" | ".pth":

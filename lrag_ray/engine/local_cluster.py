@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -25,6 +26,7 @@ from lrag_ray.errors import ClusterError
 LOOPBACK = "127.0.0.1"
 _PREFIX = "lrag"
 _RANDOM_BYTES = 2
+_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
 _LOCK = "driver.lock"
 _SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 _RAY_FOLDER = "r"
@@ -91,16 +93,22 @@ def _remove_abandoned(base: Path) -> None:
             if status.st_uid != os.geteuid() or folder.is_symlink() or not folder.is_dir():
                 continue
             if not (folder / _LOCK).is_file():
-                if _is_empty(folder) and time.time() - status.st_mtime > _YOUNG_S:
-                    folder.rmdir()
+                if _is_left_over(folder) and time.time() - status.st_mtime > _YOUNG_S:
+                    _remove(folder)
                 continue
             with (folder / _LOCK).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(folder)
 
 
-def _is_empty(folder: Path) -> bool:
-    return next(folder.iterdir(), None) is None
+def _is_left_over(folder: Path) -> bool:
+    """Whether a folder without a lock is empty, or holds what Ray's late processes made after it was removed."""
+    if _NAME.fullmatch(folder.name) is None:
+        return False
+    inside = [entry.name for entry in folder.iterdir()]
+    if inside != [_RAY_FOLDER]:
+        return not inside
+    return all(entry.name.startswith("session_") for entry in (folder / _RAY_FOLDER).iterdir())
 
 
 def _remove(folder: Path) -> None:

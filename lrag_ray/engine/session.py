@@ -27,6 +27,7 @@ from lrag_ray.errors import ClusterError
 from lrag_ray.interrupts import signals_wait
 from lrag_ray.printable import printable
 from lrag_ray.store.rollouts import without_cycle_search
+from lrag_ray.store.scratch import remove_orphans
 
 _CONNECT_TIMEOUT_S = 20.0
 _START_TRIES = 3
@@ -44,6 +45,7 @@ def ray_session(engine: WorkersSection) -> Iterator[None]:
         yield
         return
     address = cluster_address(engine)
+    remove_orphans()
     with private_folder() if address is None else nullcontext() as folder:
         yield from _session(engine, address, folder)
 

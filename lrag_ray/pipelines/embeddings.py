@@ -6,7 +6,6 @@ Descriptors are named ``avg_pool``, ``random`` (the encoder with untrained weigh
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lrag_ray.store.address import Storage
 from lrag_ray.store.dataset_rows import LeftOut
 from lrag_ray.store.datasets import LatentDataset, RolloutEntry
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.videos import committed_videos
 from lrag_ray.training.loop import make_model
 from lrag_ray.video.mp4 import frames_at
@@ -148,8 +148,8 @@ def _video(uri: str, entry: RolloutEntry) -> Iterator[Path]:
         )
     for video in committed_videos(run):
         if video.rollout.path == entry.rollout and video.latent_frames >= entry.frames:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "video.mp4"
+            with scratch_folder() as folder:
+                path = folder / "video.mp4"
                 run.storage.get_file(video.video.path, path)
                 yield path
             return

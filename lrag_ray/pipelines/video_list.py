@@ -29,6 +29,9 @@ from lrag_ray.thread_pool import thread_pool
 from lrag_ray.video.reader import SUFFIXES
 from lrag_ray.wan.file_kinds import absence
 
+_MOST_PATHS = 500_000
+"""Links between folders can lead to the same ones along endless ways."""
+_MOST_DEPTH = 100
 COLUMNS = ("path", "method", "backbone", "prompt", "sample", "duration_s")
 """Of a manifest; all but the first may be absent."""
 
@@ -112,7 +115,7 @@ def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedV
     place = Path(target).expanduser()
     if place.is_dir():
         base = place
-        found = list(_below(place, notes))
+        found = list(_bounded(_below(place, notes), target))
         chooses = not every_file
     elif place.exists():
         base, found, chooses = place.parent, [place], False
@@ -125,7 +128,7 @@ def _on_disk(target: str, notes: list[str], *, every_file: bool) -> list[ListedV
         # Unlike glob.glob, this does not follow links to folders, which may lead round in circles, below a **.
         matches = base.glob(str(Path(*rest))) if rest else ()
         wanted = any(part.startswith(".") for part in rest)
-        found = [path for path in matches if wanted or not _is_hidden(path.relative_to(base))]
+        found = [path for path in _bounded(matches, target) if wanted or not _is_hidden(path.relative_to(base))]
         chooses = place.name.endswith("*")
     if chooses:
         _note_skipped((PurePosixPath(path.relative_to(base)) for path in found if not _is_folder(path)), target, notes)
@@ -151,13 +154,29 @@ def _stamped(video: ListedVideo) -> ListedVideo:
         return replace(video, problem=f"it is {absence(path)}" if gone else f"it cannot be read: {error.strerror}")
 
 
-def _below(folder: Path, notes: list[str], above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Files in a folder at any depth. Links to folders are followed, but not back to one that is being listed.
+def _bounded(paths: Iterable[Path], target: str) -> Iterator[Path]:
+    """The same paths; UsageError where there are more than `_MOST_PATHS`."""
+    for count, path in enumerate(paths):
+        if count == _MOST_PATHS:
+            raise UsageError(
+                f"{target} leads to more than {_MOST_PATHS:,} files and folders. Fix: score a part of it, and look for "
+                "links between its folders"
+            )
+        yield path
 
-    A folder that may not be listed, such as lost+found of a mounted disk, goes to `notes`.
+
+def _below(folder: Path, notes: list[str], above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Files in a folder to any sensible depth. Links to folders are followed, but not back to one that is being listed.
+
+    A folder comes before what is in it. One that may not be listed, such as lost+found of a mounted disk, goes to
+    `notes`.
     """
+    yield folder
     real = folder.resolve()
     if real in above:
+        return
+    if len(above) == _MOST_DEPTH:
+        notes.append(f"{_shown(folder)}: not looked into: {_MOST_DEPTH} folders deep")
         return
     try:
         entries = sorted(folder.iterdir())

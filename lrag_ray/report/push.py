@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lrag_ray.errors import UsageError
 from lrag_ray.printable import counted, printable
@@ -16,6 +14,7 @@ from lrag_ray.report.headline import headline
 from lrag_ray.report.tables import warnings
 from lrag_ray.store.hub import Hub, HubPlace
 from lrag_ray.store.records import RolloutId
+from lrag_ray.store.scratch import scratch_folder
 
 CARD = "README.md"
 
@@ -49,8 +48,7 @@ def push_report(
     hub = Hub()
     hub.check_target(place, public=public)
     missing: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="lrag-ray-push-") as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         videos = write_members(data, folder, wanted, strips, missing)
         (folder / CARD).write_text(_card(data, videos), encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

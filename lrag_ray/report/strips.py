@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.scoring.suite import FrameRow, Suite
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
+from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.videos import CommittedVideo
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import VideoError, frames_at
@@ -165,8 +164,8 @@ def _image(storage: Storage, video: CommittedVideo, indices: Sequence[int], widt
     """The frames side by side as WebP."""
     from PIL import Image as PilImage
 
-    with tempfile.TemporaryDirectory(prefix="lrag-strip-") as scratch:
-        local = local_copy(storage, video.video.path, video.video.sha256, Path(scratch))
+    with scratch_folder() as scratch:
+        local = local_copy(storage, video.video.path, video.video.sha256, scratch)
         try:
             pictures = [_thumbnail(frame, width) for frame in frames_at(local, indices)]
         except VideoError as error:

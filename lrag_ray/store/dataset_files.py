@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import Count, Record
+from lrag_ray.wan.file_kinds import BoundedFile
 from lrag_ray.wan.tensor_rebuild import PickleRefusedError
 from lrag_ray.wan.torch_file import read_torch_file
 
@@ -118,7 +119,7 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
         yield FoundLatent(path.name, None, None, "is not a regular file")
         return
     try:
-        with tarfile.open(path, "r:") as shard:
+        with path.open("rb") as file, tarfile.open(fileobj=_bounded(file), mode="r:") as shard:
             for member in shard:
                 stem, dot, ending = member.name.rpartition("/")[2].partition(".")
                 suffix = f"{dot}{ending}"
@@ -143,6 +144,11 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
         if held is not None:
             yield _found(held, note)
         yield FoundLatent(path.name, None, None, f"is a truncated or damaged tar archive ({error})")
+
+
+def _bounded(file: BinaryIO) -> IO[bytes]:
+    """Extended headers are read whole."""
+    return cast(IO[bytes], BoundedFile(file, tarfile.ReadError))
 
 
 def _ends_at(path: Path, offset: int) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from lrag_ray.text_file import MOST_VALUE_BYTES, is_json_bomb
+
 _JSON = re.compile(rb',\n "seal": "sha256:([0-9a-f]{64})"\n}\Z')
 _JSON_BYTES = len(',\n "seal": "sha256:"\n}') + 64
 _JSON_TRACES = (b'"seal"', b'"sha256:')
@@ -27,11 +29,6 @@ _PARQUET = re.compile(rb"\x18\x04seal\x18\x47sha256:([0-9a-f]{64})")
 _PARQUET_TRACES = (b"\x18\x04seal", b"\x47sha256:")
 _PARQUET_SEARCHED = 1 << 16
 """Bytes before the end of a parquet file within which its metadata keeps the seal."""
-
-
-_MOST_VALUE_BYTES = 1 << 30
-"""Memory that the values of a record may take: a million prompts need half of it."""
-_SMALL_BYTES = 1 << 20
 
 
 class DamagedError(ValueError):
@@ -63,11 +60,8 @@ def parsed_json(data: bytes) -> Any:
 
     Pydantic's own parser copies the whole input into each of its errors.
     """
-    # Three bytes make an empty list of 72: counted from above before any is made.
-    if len(data) > _SMALL_BYTES and (
-        40 * data.count(b",") + 72 * data.count(b"[") + 240 * data.count(b"{") + len(data) > _MOST_VALUE_BYTES
-    ):
-        raise ValueError(f"its values take more than {_MOST_VALUE_BYTES >> 20} MiB")
+    if is_json_bomb(data):
+        raise ValueError(f"its values take more than {MOST_VALUE_BYTES >> 20} MiB")
     return from_json(opened_json(data), allow_inf_nan=False)
 
 

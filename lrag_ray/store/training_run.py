@@ -19,7 +19,6 @@ only put an older checkpoint of the same training there, from which the same ste
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from lrag_ray.store.identity import FORMAT_VERSION, canonical_digest, compare
 from lrag_ray.store.parquet import read_parquet, write_parquet
 from lrag_ray.store.records import Count, JsonValue, Record, UtcTime, now_utc, why_not
 from lrag_ray.store.run_dir import CONFIG_FILE, RUN_FILE, IdentifiedRun
+from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.training.checkpoint import OWN_KEY, checkpoint_bytes
 from lrag_ray.training.loop import LossRow
 from lrag_ray.training.windows import Rollouts
@@ -169,8 +169,8 @@ class TrainingRun(IdentifiedRun[TrainingIdentity]):
         if self.storage.is_local:
             full = Path(self.storage.full(path))
             return read_checkpoint(full) if full.is_file() else None
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "checkpoint.pt"
+        with scratch_folder() as folder:
+            copy = folder / "checkpoint.pt"
             try:
                 self.storage.get_file(path, copy)
             except FileNotFoundError:

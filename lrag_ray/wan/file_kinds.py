@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import BinaryIO, cast
 
 HEAD_BYTES = 512
 """How much of a file `no_weights` wants to see."""
@@ -100,10 +101,43 @@ def no_weights(head: bytes, suffix: str) -> str | None:
     return f"is text ({_shown(text)}), not a torch or safetensors file. Fix: correct the path"
 
 
+def refuse_odd_files(folder: Path) -> None:
+    """ValueError for what no library may open because it has the name of a file that belongs in a model's folder.
+
+    Opening a pipe would wait for its writer for ever, a device or a file of gigabytes fill the memory.
+    """
+    for file in sorted(folder.iterdir()):
+        if not file.exists() or file.is_dir():
+            continue
+        if not file.is_file():
+            raise ValueError(f"{file.name} is a pipe, a socket or a device")
+        if file.suffix in _READ_WHOLE and (size := file.stat().st_size) > _MOST_READ_WHOLE:
+            raise ValueError(f"{file.name} has {size:,} bytes, and such files at most {_MOST_READ_WHOLE:,}")
+
+
+class BoundedFile:
+    """What `zipfile` and `tarfile` read from: no part of an archive takes much memory at once.
+
+    `most_bytes` begins as the limit of a zip's directory, which is read when the archive is opened. `error` above it.
+    """
+
+    def __init__(self, file: BinaryIO, error: type[Exception] = zipfile.BadZipFile) -> None:
+        self._file = file
+        self._error = error
+        self.most_bytes = _MOST_DIRECTORY_BYTES
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        """As of a file."""
+        if size > self.most_bytes:
+            raise self._error(f"it says that one of its parts has {size:,} bytes")
+        return self._file.read(self.most_bytes if size < 0 else size)
+
+
 def foreign_zip(path: Path) -> str | None:
     """What a zip archive is that torch did not write, with the fix; None for torch's own and for damaged ones."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(cast(BinaryIO, BoundedFile(file))) as archive:
             names = [entry.filename for entry in archive.infolist()[:_MOST_ENTRIES] if not entry.is_dir()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
@@ -118,6 +152,12 @@ def foreign_zip(path: Path) -> str | None:
 
 _COMPARE = "Fix: give a .pt, .pth or .safetensors file; if this was one, compare its size and digest with the source"
 _MOST_ENTRIES = 100_000
+_READ_WHOLE = (".json", ".jinja", ".model", ".txt")
+"""Suffixes of the files beside weights that libraries read as a whole."""
+_MOST_READ_WHOLE = 1 << 26
+"""The vocabulary of umT5 has 17 MB."""
+_MOST_DIRECTORY_BYTES = 1 << 25
+"""Of an archive; the entries of such a one take ten times as much in memory."""
 
 
 def _as_text(head: bytes) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.diffusers_folder import model_of_folder, read_config
+from lrag_ray.wan.file_kinds import refuse_odd_files
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.state_dict import load_strict, refuse_non_finite, state_dict_digest, unwrapped
 from lrag_ray.wan.weight_parts import read_weights
@@ -303,6 +304,7 @@ def _check_tokenizer(folder: Path) -> None:
     """ValueError for a folder whose configuration makes the library do more than read tokenizer.json."""
     if not (folder / "tokenizer.json").is_file():
         raise ValueError("it holds no tokenizer.json")
+    refuse_odd_files(folder)
     if list(folder.glob("chat_template*")):
         raise ValueError("it holds a chat template, which is a program of its own and not of umT5")
     for file, key, known in (

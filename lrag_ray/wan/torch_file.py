@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from lrag_ray.wan.file_kinds import BoundedFile
 from lrag_ray.wan.tensor_pickle import MAX_BYTES, Module, StorageNeed, read_pickle
 from lrag_ray.wan.tensor_rebuild import MAX_NAME, Allowance, PickleDamagedError, PickleRefusedError
 from lrag_ray.wan.torch_seal import check_seal
@@ -73,21 +74,10 @@ class _Storages:
         return self._parts[first, nbytes]
 
 
-class _Bounded:
-    """What `zipfile` reads from: neither a directory nor a record but of tensors takes much memory at once."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
-
-    def read(self, size: int = -1) -> bytes:
-        if size > MAX_BYTES:
-            raise PickleDamagedError(f"its archive says that one of its parts has {size:,} bytes")
-        return self._file.read(MAX_BYTES if size < 0 else size)
-
-
 def _from_archive(file: BinaryIO, path: Path, size: int) -> Any:
-    with zipfile.ZipFile(cast(BinaryIO, _Bounded(file))) as archive:
+    bounded = BoundedFile(file)
+    with zipfile.ZipFile(cast(BinaryIO, bounded)) as archive:
+        bounded.most_bytes = MAX_BYTES
         entries = archive.infolist()
         if len(entries) > _MAX_RECORDS:
             raise PickleDamagedError(f"it is an archive of {len(entries):,} records")

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import httpx2
 from huggingface_hub.errors import HfHubHTTPError
@@ -24,6 +24,7 @@ from lrag_ray.config.redaction import redact
 from lrag_ray.errors import LragError, WeightsError
 from lrag_ray.scoring.suite import Suite, WeightFile
 from lrag_ray.store.records import now_utc
+from lrag_ray.wan.file_kinds import BoundedFile
 from lrag_ray.weights.local import RECORD_SUFFIX, PulledFile, PullRecord, file_digest, locked, record_at
 
 _RANGE_NOT_SATISFIABLE = 416
@@ -161,7 +162,7 @@ def _unpacked(archive: Path, member: str, path: Path, url: str) -> Path:
     fresh = path.with_name(f"{path.name}.{os.getpid()}.part")
     _remove(fresh)
     try:
-        with zipfile.ZipFile(archive) as content:
+        with archive.open("rb") as file, zipfile.ZipFile(cast(BinaryIO, BoundedFile(file))) as content:
             entries = [entry for entry in content.infolist() if not entry.is_dir() and _is_in(entry.filename, member)]
             if not entries:
                 archive.unlink()

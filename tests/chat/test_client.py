@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from lrag_ray.chat.backend import RejectedError, retry_after
 from lrag_ray.chat.client import ChatClient, LeftError, Outcome, UnansweredError, check_backend
+from lrag_ray.chat.local_backend import folder_digest
 from lrag_ray.chat.messages import Media, Message, Question, text
 from lrag_ray.chat.store import AnswerRecord, ChatStore
 from lrag_ray.config.chat import ChatSection
@@ -339,3 +341,10 @@ def test_a_local_folder_answers_in_batches(tmp_path: Path) -> None:
         assert client._backend is None, "nothing is loaded where all is answered"
     assert store.spent().calls == 6
     assert json.loads(next((tmp_path / "run").rglob("answers/*/*.json")).read_text())["finish"] == "stop"
+
+
+def test_a_pipe_in_a_model_folder_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(ChatError, match=r"generation_config\.json is a pipe, a socket or a device\. Fix: "):
+        folder_digest(str(tmp_path))

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from lrag_ray.cli import app as cli
 from lrag_ray.cli.output import PrintableConsole, print_json, say
+from lrag_ray.cli.submit import _print_submitted
+from lrag_ray.pipelines.submit.submit import SubmittedJob
 from lrag_ray.printable import json_text, printable
 from lrag_ray.store.failures import write_failure
 from lrag_ray.store.records import FailureRecord, RolloutId, now_utc
@@ -134,6 +136,13 @@ def test_json_escapes_and_keeps_the_value(attack: str, capsys: pytest.CaptureFix
     assert shown_unsafe(shown) == set()
     assert json.loads(shown) == {attack: [attack]}
     assert json.loads(json_text(attack)) == attack
+
+
+def test_the_id_of_a_job_that_somebody_else_submitted_is_quoted(capsys: pytest.CaptureFixture[str]) -> None:
+    job = SubmittedJob("a; touch x", "http://head:8265", "runs/x", "RUNNING", None, 0, None, attached=True)
+    _print_submitted(job, "evaluate", as_json=False)
+    shown = capsys.readouterr().out
+    assert "lrag-ray logs 'a; touch x' --follow" in shown and "lrag-ray stop 'a; touch x' --address" in shown
 
 
 def test_what_is_harmless_stays() -> None:

@@ -153,6 +153,7 @@ def test_the_number_of_the_last_prompt_is_a_limit() -> None:
         ({**LONGLIVE_RAG, "model_name": "Wan2.2-TI2V-5B"}, r"model_name Wan2\.2-TI2V-5B is not run here"),
         ({**LONGLIVE_RAG, "denoising_step_list": None}, "that of a many-step model"),
         ({**LONGLIVE_RAG, "num_output_frames": 100}, "100 is not a number of whole blocks of 3"),
+        ({**LONGLIVE_RAG, "model_kwargs": "x" * 10_000}, r"model_kwargs is 'x{76}\.\.\., expected a section"),
         ({**LONGLIVE_RAG, "model_kwargs": 3}, "model_kwargs is 3, expected a section"),
         ({**LONGLIVE_RAG, "model_kwargs": {"timestep_shift": [5]}}, r"timestep_shift is \[5\], expected a number"),
         ({**LONGLIVE_RAG, "context_noise": 10**400}, "context_noise is 1000"),

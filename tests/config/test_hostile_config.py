@@ -29,6 +29,12 @@ def text_with(line: str) -> str:
     return "\n".join({**LINES, key: line}.values())
 
 
+def test_a_long_text_that_is_named_again_and_again_is_refused_before_it_is_written() -> None:
+    bomb = f'x: &x "{"a" * 20_000}"\ny: [{", ".join(["*x"] * 1000)}]'
+    with pytest.raises(ConfigError, match=r"run\.yaml:1: more than 16,777,216 characters, aliases expanded"):
+        parse_document("run.yaml", bomb)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

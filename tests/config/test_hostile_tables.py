@@ -9,9 +9,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from lrag_ray.config import table_file
 from lrag_ray.config.prompts import load_prompts
 from lrag_ray.config.schema import PromptsSection, StorageSection
 from lrag_ray.errors import PromptError, UsageError
+from lrag_ray.pipelines import video_list
 from lrag_ray.pipelines.video_list import list_videos
 
 SUFFIXES = [".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson"]
@@ -63,6 +65,48 @@ def test_any_bytes_are_rows_or_a_message(tmp_path: Path, suffix: str, piece: byt
         assert refused.exit_code == 2 and str(refused)
     else:
         assert all(video.labels.prompt.encode() is not None for video in videos)
+
+
+def test_a_table_takes_no_more_memory_than_a_large_one_of_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nested = tmp_path / "a.json"
+    nested.write_text(f'[{{"prompt": "A fox", "x": [{"[]," * 10_000_000}[]]}}]')
+    with pytest.raises(PromptError, match=r"a\.json: its values take more than 1024 MiB"):
+        load_prompts(PromptsSection(path=str(nested)))
+    wide = tmp_path / "a.csv"
+    wide.write_text("prompt" + "".join(f",c{at}" for at in range(20_000)) + "\nA fox\n")
+    with pytest.raises(PromptError, match=r"a\.csv:1: a head line of 20,001 columns"):
+        load_prompts(PromptsSection(path=str(wide)))
+    monkeypatch.setattr(table_file, "_MOST_CELLS", 1000)
+    wide.write_text("prompt,a,b\n" + "A fox,,\n" * 400)
+    with pytest.raises(PromptError, match=r"a\.csv:335: more than 1,000 values"):
+        load_prompts(PromptsSection(path=str(wide)))
+
+
+def test_links_that_lead_to_the_same_folders_along_many_ways_are_not_followed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for at in range(12):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        (folder / "a").symlink_to(f"../{at + 1}")
+        (folder / "b").symlink_to(f"../{at + 1}")
+    monkeypatch.setattr(video_list, "_MOST_PATHS", 500)
+    with pytest.raises(UsageError, match="leads to more than 500 files and folders"):
+        list_videos(str(tmp_path / "0"), None, StorageSection())
+
+
+def test_a_folder_that_is_deeper_than_any_is_noted(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(150):
+        deep /= "d"
+    deep.mkdir(parents=True)
+    (deep / "a.mp4").write_bytes(b"")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    found = list_videos(str(tmp_path), None, StorageSection())
+    assert [video.name for video in found.videos] == ["b.mp4"]
+    assert len(found.notes) == 1 and "not looked into: 100 folders deep" in found.notes[0]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

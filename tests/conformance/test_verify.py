@@ -136,6 +136,16 @@ def test_a_file_that_cannot_be_read_is_a_failure(tmp_path: Path, suffix: str) ->
     assert any(row.case == path.name and "cannot be read" in row.reason for row in results if row.status == "fail")
 
 
+def test_records_that_would_fill_the_memory_are_failures(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(f"[{' ' * (9 << 20)}]")
+    with (tmp_path / "c.json").open("wb") as file:
+        file.truncate(1 << 40)
+    rows = {row.case: row for row in verify_path(tmp_path)}
+    assert {name: row.status for name, row in rows.items()} == {"b.json": "fail", "c.json": "fail"}
+    assert all("the record is larger than" in row.reason for row in rows.values())
+
+
 def test_missing_weights_are_a_failure_of_their_case_alone(tmp_path: Path) -> None:
     make_case(tmp_path / "good", "case", *ONE_STEP[:3])
     make_case(tmp_path / "poor", "case", *ONE_STEP[:3])

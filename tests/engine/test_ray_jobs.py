@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 
+from lrag_ray.engine.ray_jobs import client as client_module
 from lrag_ray.engine.ray_jobs import dashboard as dashboard_module
 from lrag_ray.engine.ray_jobs.client import (
     MOST_PACKAGE_BYTES,
     JobClient,
+    LogError,
     NoAnswerError,
     RayJob,
     TakenIdError,
@@ -285,6 +287,7 @@ def test_states_and_exit_codes(state: Any, driver: int | None, code: int, said: 
         {"submission_id": "a", "status": "GONE"},
         {"submission_id": "a", "status": "FAILED", "driver_exit_code": 10**400},
         {"submission_id": "a", "status": "FAILED", "start_time": "soon"},
+        {"submission_id": "a", "status": "FAILED", "start_time": 2**52},
         {"submission_id": "a", "status": "FAILED", "metadata": [1]},
         '{"submission_id": "a",', "[" * 100_000, "<html>",
     ],
@@ -298,6 +301,25 @@ def test_an_answer_of_another_kind_is_refused_with_the_address(job: Any) -> None
         for ask in (client.jobs, lambda: client.job("a"), lambda: client.log("a")):
             with pytest.raises(ClusterError, match=rf"^{re.escape(url)}.* does not answer as Ray does \("):
                 ask()
+
+
+def test_what_others_say_of_their_jobs_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"submission_id": "a", "status": "FAILED", "message": "m" * 99_999, "start_time": 1}
+    mine = job | {"metadata": {"lrag_run": "runs/x", "lrag_config": "x" * 99_999}}
+    listed = [job | {"submission_id": "a" * 2000}, mine]
+    answers = suits() | {"GET /api/jobs/": (200, listed), "GET /api/jobs/a/logs": (200, {"logs": "x" * 300_000})}
+    with head(answers) as url:
+        client = connect(url)
+        (found,) = client.jobs()
+        assert (found.id, len(found.message), found.metadata) == ("a", 10_000, {"lrag_run": "runs/x"})
+        assert client.log("a") == "x" * 300_000
+        monkeypatch.setattr(client_module, "_MOST_ANSWER_BYTES", 250_000)
+        with pytest.raises(
+            LogError, match=r"the log of a is too long .* more than 250,000 bytes\. Fix: .*driver-a\.log"
+        ):
+            client.log("a")
+        with pytest.raises(ClusterError, match="answers with more than 250,000 bytes"):
+            client.jobs()
 
 
 def test_an_hour_asleep_in_the_middle_of_an_outage_does_not_end_the_following(monkeypatch: pytest.MonkeyPatch) -> None:

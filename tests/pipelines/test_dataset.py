@@ -224,6 +224,16 @@ def test_a_shard_that_is_cut_anywhere_is_named_and_what_is_whole_is_read(importe
     assert any(name.startswith(shard.name) for name in outcome.left_out)
 
 
+def test_a_header_of_a_shard_that_would_fill_the_memory_is_damage(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 36
+    with (tmp_path / "a.tar").open("wb") as shard:
+        shard.write(header.tobuf(tarfile.GNU_FORMAT))
+        shard.truncate(1 << 37)
+    (found,) = read_shard(tmp_path / "a.tar", tmp_path)
+    assert "damaged tar archive (it says that one of its parts has 68,719,476,736 bytes)" in found.problem
+
+
 def test_names_in_a_shard_are_never_paths(tmp_path: Path) -> None:
     source = tmp_path / "shards"
     source.mkdir()

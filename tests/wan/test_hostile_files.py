@@ -293,3 +293,16 @@ def test_code_of_a_tokenizer_is_not_run(file: str, content: object, named: str, 
     (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(WeightsError, match=rf"no tokenizer in {tmp_path}: .*{named}"):
         load_tokenizer(tmp_path, 8)
+
+
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "added_tokens.json", "spiece.model"])
+def test_pipes_and_endless_files_beside_a_tokenizer_are_not_opened(file: str, tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(WeightsError, match=rf"no tokenizer in {tmp_path}: {file} is a pipe, a socket or a device"):
+        load_tokenizer(tmp_path, 8)
+    (tmp_path / file).unlink()
+    with (tmp_path / file).open("wb") as large:
+        large.truncate(1 << 40)
+    with pytest.raises(WeightsError, match=f"{file} has 1,099,511,627,776 bytes, and such files at most"):
+        load_tokenizer(tmp_path, 8)

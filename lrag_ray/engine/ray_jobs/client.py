@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote
 
 import requests
@@ -24,6 +24,11 @@ from lrag_ray.errors import INTERRUPTED, ClusterError
 
 MOST_PACKAGE_BYTES = 100 << 20
 """The dashboard takes no larger body. Ray's own warning begins far above."""
+_MOST_ANSWER_BYTES = 1 << 26
+"""Whoever may submit to a cluster decides how long its logs and its list of jobs are."""
+_MOST_ID, _MOST_TEXT = 1000, 10_000
+"""Characters of a job's id, and of what its metadata and messages keep."""
+_YEAR_10000_MS = 253_402_300_800_000
 _CONNECT_S = 10.0
 _ANSWER_S = 90.0
 _SIGKILL = 9
@@ -44,6 +49,10 @@ class UnknownJobError(ClusterError):
 
 class TakenIdError(ClusterError):
     """A job with this id exists already."""
+
+
+class LongAnswerError(ClusterError):
+    """An answer is longer than anything that Ray has to say."""
 
 
 class LogError(ClusterError):
@@ -118,20 +127,32 @@ class _Job(BaseModel):
     message: str | None = None
     driver_exit_code: int | None = Field(default=None, ge=-255, le=255)
     metadata: dict[str, str] | None = None
-    start_time: int | None = Field(default=None, ge=0, lt=1 << 53)
-    end_time: int | None = Field(default=None, ge=0, lt=1 << 53)
+    start_time: int | None = Field(default=None, ge=0, lt=_YEAR_10000_MS)
+    end_time: int | None = Field(default=None, ge=0, lt=_YEAR_10000_MS)
 
     def found(self) -> RayJob:
         """As the rest of the program knows it."""
         return RayJob(
             id=self.submission_id,
             state=self.status,
-            message=self.message or "",
+            message=(self.message or "")[:_MOST_TEXT],
             driver_exit_code=self.driver_exit_code,
-            metadata=self.metadata or {},
+            metadata={k: text for k, text in (self.metadata or {}).items() if len(k) + len(text) <= _MOST_TEXT},
             began_ms=self.start_time or 0,
             ended_ms=self.end_time,
         )
+
+
+class _Reply(NamedTuple):
+    """What came back."""
+
+    status_code: int
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return self.content.decode("utf-8", "replace")
 
 
 class _Driver(BaseModel):
@@ -194,7 +215,7 @@ class JobClient:
         if answer.status_code != 200:
             self._refuse(answer, "does not list its jobs")
         listed = self._parsed(answer, TypeAdapter(list[_Job | _Driver]))
-        found = [job.found() for job in listed if isinstance(job, _Job)]
+        found = [job.found() for job in listed if isinstance(job, _Job) and len(job.submission_id) <= _MOST_ID]
         return sorted(found, key=lambda job: (job.began_ms, job.id))
 
     def job(self, job_id: str) -> RayJob:
@@ -208,7 +229,13 @@ class JobClient:
 
     def log(self, job_id: str) -> str:
         """All that the job has written so far. LogError where the cluster cannot read it."""
-        answer = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
+        try:
+            answer = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
+        except LongAnswerError as error:
+            raise LogError(
+                f"the log of {job_id} is too long to be read from here: {error}. Fix: read it on the head node, "
+                f"/tmp/ray/session_latest/logs/job-driver-{job_id}.log"
+            ) from None
         if answer.status_code == 404:
             raise UnknownJobError(f"{self._where()} has no job {job_id!r}")
         if answer.status_code != 200:
@@ -278,12 +305,19 @@ class JobClient:
     def _where(self) -> str:
         return f"{self.url} ({self.dashboard.source})"
 
-    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
+    def _request(self, method: str, path: str, **options: Any) -> _Reply:
+        timeout = (_CONNECT_S, _ANSWER_S)
+        content = bytearray()
         try:
             # Not over a connection that is kept: the other end may have closed it.
-            answer = requests.request(
-                method, self.url + path, headers=self.headers, timeout=(_CONNECT_S, _ANSWER_S), **options
-            )
+            with requests.request(
+                method, self.url + path, headers=self.headers, timeout=timeout, stream=True, **options
+            ) as response:
+                for chunk in response.iter_content(1 << 16):
+                    content += chunk
+                    if len(content) > _MOST_ANSWER_BYTES:
+                        raise LongAnswerError(f"{self._where()} answers with more than {_MOST_ANSWER_BYTES:,} bytes")
+            answer = _Reply(response.status_code, bytes(content))
         except requests.exceptions.SSLError as error:
             raise ClusterError(
                 f"{self._where()}: no secure connection: {redact(str(error))}. Fix: http:// where the dashboard has no "
@@ -314,7 +348,7 @@ class JobClient:
             "unless set otherwise"
         )
 
-    def _parsed(self, answer: requests.Response, expected: TypeAdapter[_Answer]) -> _Answer:
+    def _parsed(self, answer: _Reply, expected: TypeAdapter[_Answer]) -> _Answer:
         """What an answer says; ClusterError where it is not what Ray answers."""
         try:
             return expected.validate_json(answer.content)
@@ -326,7 +360,7 @@ class JobClient:
                 "that address; where it is Ray's dashboard, use the Ray version of constraints.txt there"
             ) from None
 
-    def _refuse(self, answer: requests.Response, what: str) -> NoReturn:
+    def _refuse(self, answer: _Reply, what: str) -> NoReturn:
         raise ClusterError(f"{self._where()} {what}: HTTP {answer.status_code}, {_last_line(answer.text)}")
 
 

@@ -23,6 +23,11 @@ from lrag_ray.errors import ClusterError
 
 LONGEST_LINE = 1 << 20
 """Characters of a line that the stream is trusted with; it sends up to 20,000 more in the same message."""
+_LONGEST_OPEN = 1 << 26
+"""Characters that are kept of a line that does not end."""
+_LONGEST_MESSAGE = 1 << 24
+_MOST_WAITING = 8
+"""Messages that were received and not shown yet."""
 _SILENCE_S = 1.0
 _HEARTBEAT_S = 20.0
 _LOOK_EVERY_S = 15.0
@@ -99,7 +104,7 @@ class JobLog:
 
     def _stream(self) -> Iterator[str | Silence]:
         """What the stream brings beyond what was seen, until it ends, for whatever reason, or the job has."""
-        chunks: queue.Queue[str | None] = queue.Queue()
+        chunks: queue.Queue[str | None] = queue.Queue(_MOST_WAITING)
         stop = threading.Event()
         threading.Thread(target=_receive, args=(self._client, self._id, chunks, stop), daemon=True).start()
         position, quiet_since = 0, time.monotonic()
@@ -145,8 +150,13 @@ class JobLog:
         return text
 
     def _split(self, text: str) -> Iterator[str]:
-        *whole, self._open = (self._open + text).split("\n")
-        yield from whole
+        first, *more = text.split("\n")
+        if len(self._open) < _LONGEST_OPEN:
+            self._open += first
+        if more:
+            yield self._open
+            *whole, self._open = more
+            yield from whole
 
     def _patiently(self, ask: Callable[[], _Answer]) -> _Answer:
         """An answer of the cluster, waiting through an outage."""
@@ -169,12 +179,18 @@ class JobLog:
 def _receive(client: JobClient, job_id: str, chunks: queue.Queue[str | None], stop: threading.Event) -> None:
     """Put what the stream sends into `chunks`, and None at its end, however it ends."""
 
+    def put(chunk: str | None) -> None:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                chunks.put(chunk, timeout=_SILENCE_S)
+                return
+
     async def receive() -> None:
         url = f"{client.url}/api/jobs/{quote(job_id, safe='')}/logs/tail"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with (
             aiohttp.ClientSession(headers=client.headers, timeout=timeout, trust_env=True) as session,
-            session.ws_connect(url, heartbeat=_HEARTBEAT_S, max_msg_size=0) as socket,
+            session.ws_connect(url, heartbeat=_HEARTBEAT_S, max_msg_size=_LONGEST_MESSAGE) as socket,
         ):
             while not stop.is_set():
                 try:
@@ -183,11 +199,11 @@ def _receive(client: JobClient, job_id: str, chunks: queue.Queue[str | None], st
                     continue
                 if message.type is not aiohttp.WSMsgType.TEXT:
                     return
-                chunks.put(message.data)
+                put(message.data)
 
     try:
         # The state of the job says what to make of its end.
         with suppress(aiohttp.ClientError, OSError):
             asyncio.run(receive())
     finally:
-        chunks.put(None)
+        put(None)
