@@ -35,7 +35,7 @@ from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.stages.backbone import load_generator, load_method_weights, load_vae
 from lrag_ray.stages.rollout.background import BackgroundThread
-from lrag_ray.stages.rollout.worker import BLOCKS_BEHIND, read_behind
+from lrag_ray.stages.rollout.worker import BLOCKS_BEHIND
 from lrag_ray.training.loop import make_model
 from lrag_ray.video.decode import StreamingDecoder
 from lrag_ray.wan.devices import DEVICES
