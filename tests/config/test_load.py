@@ -48,6 +48,7 @@ methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.firs
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
 engine engine.address engine.actors engine.actors.min engine.actors.max engine.cpus_per_actor engine.gpus_per_actor
 engine.threads_per_actor engine.attention engine.fused_rows engine.fused_layers
+engine.prompts_per_pass
 engine.max_attempts engine.bank engine.bank.device_gb engine.bank.host_gb engine.bank.disk methods.*.history
 engine.checkpoint_every_blocks engine.stall_timeout_s engine.lease_ttl_s resume resume.on
 storage storage.endpoint_url storage.region storage.profile storage.attempts storage.retry_for_s
