@@ -311,7 +311,8 @@ def _host_memory(config: RunConfig, plan: Plan) -> Row:
     rollouts = config.engine.prompts_per_pass
     history = rollouts * max(method.history_bytes for method in plan.methods)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{total / 1e9:.0f} GB; the history of {counted(rollouts, 'rollout')} grows to {quantity(history, 'B')} per actor"
+    held = f"the history of {counted(rollouts, 'rollout')} grows to {quantity(history, 'B')} per actor"
+    found = f"{total / 1e9:.0f} GB; {held}"
     if history > HOST_SHARE * total:
         return Row(
             "host memory",

@@ -410,7 +410,7 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
     if lone := videos % rows:
         yield (
             f"engine.prompts_per_pass {rows}: of the {counted(videos, 'rollout')} of each method the last {lone} fill "
-            f"no pass, whose other {counted(rows - lone, 'row')} take as long and are thrown away"
+            "no pass, so it takes as long as a full one"
         )
     for name, section in config.methods.items():
         method = resolve_method(section)
