@@ -116,9 +116,7 @@ def test_those_that_cannot_be_done_together_are_told_apart(tmp_path: Path, monke
             with pytest.raises(OSError, match="the disk is gone"):
                 run.together(prompt)
     first, parted = run.together(FOX, OWL)
-    assert made([first]) == [(1, 2, 4)] and parted == Parted(
-        "it was begun in the same row of a pass as another rollout"
-    )
+    assert parted == Parted("it was begun in the same row of a pass as another rollout")
     run.tasks[BEAR] = replace(run.tasks[BEAR], horizons=(6,))
     first, parted = run.together(OWL, BEAR)
     assert made([first]) == [(1, 2, 4)] and isinstance(parted, Parted) and "it ends elsewhere than" in parted.reason
