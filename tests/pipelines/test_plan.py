@@ -121,8 +121,9 @@ def test_a_pass_of_two_prompts_holds_two_of_everything_but_the_weights() -> None
         assert two.history_bytes == one.history_bytes
         assert (two.passes, two.transformer_flops) == (one.passes // 2, one.transformer_flops)
         assert (two.longest_flops, two.longest_decode_flops) == (2 * one.longest_flops, 2 * one.longest_decode_flops)
-        sizes, pixels = WanConfig(), decode_bytes(VaeSizes(), 60, 104) + 4 * WAN_VAE_PARAMETERS
-        assert two.gpu_bytes == 2 * one.gpu_bytes - 2 * sizes.parameter_count() - pixels
+        layer = 2 * decode_bytes(VaeSizes(), 60, 104) - decode_bytes(VaeSizes(), 60, 104, videos=2)
+        weights = 2 * WanConfig().parameter_count() + 4 * WAN_VAE_PARAMETERS
+        assert two.gpu_bytes == 2 * one.gpu_bytes - weights - layer
     odd = planned(CONFIGS / "table2.yaml", "engine.prompts_per_pass=3")
     assert odd.methods[0].passes == 43 * 160 * 5
     assert any("the last 2 fill no pass, so it takes as long" in note for note in odd.notes)

@@ -86,7 +86,7 @@ class RolloutStage(Stage[RolloutTask]):
     """
 
     name = "rollouts"
-    memory_use = "the history of this rollout"
+    memory_use = "the history in its actor"
 
     uri: str
     """Address of the run, credentials included: never shown."""
@@ -275,7 +275,8 @@ class _Attempt:
         with scratch_folder() as scratch:
             whole = not elements or self._commit_all(list(elements.values()), scratch)
         for i, element in elements.items():
-            outcomes[i] = self._result(element) if whole else self._left(element)
+            done = whole or element.blocks_done == self._blocks_total
+            outcomes[i] = self._result(element) if done else self._left(element)
         spent = time.perf_counter() - began
         return [
             replace(outcome, seconds=spent) if isinstance(outcome, RolloutResult) else outcome
