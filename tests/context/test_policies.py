@@ -217,14 +217,14 @@ def test_a_row_does_not_depend_on_what_is_beside_it(
     model: Any, policy: type[ContextPolicy[Any]], settings: Any
 ) -> None:
     """Bit for bit: another prompt, or the row's own repeated."""
-    fox, street, bear = "a red fox", "an empty street at night", "a bear that fishes"
+    fox, street = "a red fox", "an empty street at night"
 
     def rows(*prompts: str) -> Tensor:
         return generate(start(model, policy, settings, prompts=prompts), 9)
 
     together = rows(fox, street)
-    assert torch.equal(together[0], rows(fox, bear)[0]) and torch.equal(together[0], rows(fox, fox)[0])
-    assert torch.equal(together[1], rows(street, street)[1])
+    assert torch.equal(together[0], rows(fox, fox)[0])
+    assert torch.equal(together[1], rows("a bear that fishes", street)[1])
     assert not torch.equal(*together)
 
 
