@@ -222,6 +222,11 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
         ("engine: {actors: 2}", "engine: {actors: 0}", "run.yaml:10: engine.actors: must be at least 1, got 0"),
         (
             "engine: {actors: 2}",
+            "engine: {prompts_per_pass: 17}",
+            "run.yaml:10: engine.prompts_per_pass: must be at most 16, got 17",
+        ),
+        (
+            "engine: {actors: 2}",
             "engine: {cpus_per_actor: .inf}",
             "run.yaml:10: engine.cpus_per_actor: expected a finite number, got Infinity",
         ),

@@ -10,9 +10,12 @@ def test_a_death_in_company_counts_like_any_other_and_is_barren_without_progress
     ledger = AttemptLedger("rollouts", max_attempts=3)
     for key in ("kept", "barren"):
         ledger.start(key, progress=0)
-    kept = ledger.failed("kept", "kept", "a", DEATH, 1, ["barren"])
-    barren = ledger.failed("barren", "barren", "b", DEATH, 0, ["kept"])
+    kept = ledger.failed("kept", "kept", "a", DEATH, 1, others=["barren"])
+    barren = ledger.failed("barren", "barren", "b", DEATH, 0, others=["kept"])
     assert (ledger.is_barren("kept"), ledger.is_barren("barren")) == (False, True)
     assert not kept.counted and not barren.counted
     assert barren.reason == "the worker was lost (together with kept)"
-    assert [ledger.failed("barren", "barren", "c", DEATH, 0, ["kept"]).counted for _ in range(2)] == [False, True]
+    assert [ledger.failed("barren", "barren", "c", DEATH, 0, others=["kept"]).counted for _ in range(2)] == [
+        False,
+        True,
+    ]
