@@ -15,9 +15,11 @@ from lrag_ray.stages.rollout.joint import placed
 from lrag_ray.stages.rollout.restore import Damaged
 from lrag_ray.stages.rollout.worker import RolloutResult, RolloutStage, RolloutTask, RolloutWorker
 from lrag_ray.stages.spec import LocalHost, Parted, Yielded
+from lrag_ray.store.embeddings import write_embedding
 from lrag_ray.store.records import Commit, new_attempt_id
 from lrag_ray.store.rollouts import RolloutRun
-from tests.stages.make import METHODS, make_config, make_prompts, pending_tasks, store_features
+from lrag_ray.wan.keyed import keyed_generator
+from tests.stages.make import METHODS, make_config, make_prompts, pending_tasks
 from tests.stages.rollout.test_worker import DEEP, ROLLING, die_after
 
 PROMPTS = make_prompts("a red fox in the snow", "an owl at night", "a bear that fishes")
@@ -32,11 +34,13 @@ class Shared:
         engine = {"checkpoint_every_blocks": 2, "prompts_per_pass": rows}
         changes = {"durations_s": [4.5], "video": {"enabled": False}, **changes}
         self.config = make_config(uri, methods={"m": method}, engine=engine, **changes)
-        store_features(self.config, PROMPTS)
         self.run = RolloutRun(str(uri))
         self.identity = self.run.ensure(build_identity(self.config, PROMPTS))
         self.tasks = {self.place(task): task for task in pending_tasks(self.run, self.identity)}
         self.told: list[Any] = []
+        for task in self.tasks.values():
+            features = torch.randn(8, 8, generator=keyed_generator("text", task.prompt))
+            write_embedding(self.run.storage, task.text_digest, task.prompt, features)
 
     def place(self, of: RolloutTask | Commit) -> int:
         return self.identity.prompts[of.rollout.prompt_id].index
