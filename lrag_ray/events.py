@@ -82,6 +82,7 @@ class TaskStarted(_Timed):
     task: str
     attempt: str
     worker: str
+    """Its name; ``+1``, ``+2``, … follow it for further tasks that it is given together with a first one."""
     node: str = ""
     """Ray's id of the worker's node; empty where it is not known."""
 

@@ -35,7 +35,8 @@ from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise
 from lrag_ray.stages.backbone import load_generator, load_method_weights, load_vae
 from lrag_ray.stages.rollout.background import BackgroundThread
-from lrag_ray.stages.rollout.worker import BLOCKS_BEHIND, read_behind
+from lrag_ray.stages.rollout.joint import JointRollout
+from lrag_ray.stages.rollout.worker import BLOCKS_BEHIND
 from lrag_ray.training.loop import make_model
 from lrag_ray.video.decode import StreamingDecoder
 from lrag_ray.wan.devices import DEVICES
@@ -61,6 +62,8 @@ class Measured:
     """Medians of the timed blocks of one method."""
 
     method: str
+    prompts_per_pass: int
+    """Rollouts that were made together; all numbers are of them together."""
     history: BankType
     ms_per_block: float
     """Denoising and clean-context passes, with all that the method does."""
@@ -92,8 +95,9 @@ class Comparison:
     """A method beside the first one."""
 
     method: str
+    prompts_per_pass: int
     ratio: float
-    """Median of its time per block over the first one's, turn by turn; above 1 it is slower."""
+    """Median of its time per block of one rollout over the first one's, turn by turn; above 1 it is slower."""
     low: float
     """Smallest of these ratios."""
     high: float
@@ -158,8 +162,10 @@ def bench_rollout(
     tiers: Tiers = Tiers(),  # noqa: B008 - frozen
     kernels: Kernels = Kernels(),  # noqa: B008 - frozen
     decode: bool = True,
+    prompts_per_pass: int = 1,
 ) -> RolloutBench:
-    """Measure `blocks` blocks of each method behind `depth_frames` latent frames, which are replayed from random ones.
+    """Measure `blocks` blocks of each method behind `depth_frames` latent frames, which are replayed from random ones;
+    above 1 `prompts_per_pass`, of so many rollouts together as well.
 
     The first method is what the others are compared with, and, for `banks`, rolled out over `bank_blocks` blocks with
     every storage type. UsageError where it then keeps no history that could be stored.
@@ -176,22 +182,27 @@ def bench_rollout(
     n = backbone.sampler.frames_per_block
     # The windows that are timed hold as many blocks as in the middle of a long rollout.
     total = depth_frames // n + (1 + (vae is not None)) * blocks + 1 + len(backbone.sampler.denoising_steps)
-    runs = {name: _Run(backbone, model, name, method, device, total, tiers) for name, method in methods.items()}
-    for run in runs.values():
+    sizes = sorted({1, prompts_per_pass})
+    runs = [
+        _Run(backbone, model, name, method, device, total, tiers, rows)
+        for name, method in methods.items()
+        for rows in sizes
+    ]
+    for run in runs:
         run.replay(depth_frames // n)
     for turn in range(blocks + 1):
-        for run in runs.values():
+        for run in runs:
             run.block(vae, counted=turn > 0)
-    measured = [run.measured() for run in runs.values()]
+    measured = [run.measured() for run in runs]
     if vae is not None:
-        overlapped = [run.overlapped_fps(vae, blocks) for run in runs.values()]
+        overlapped = [run.overlapped_fps(vae, blocks) for run in runs]
         measured = [replace(one, fps_overlapped=fps) for one, fps in zip(measured, overlapped, strict=True)]
-    first, *others = runs.values()
+    first, *others = runs
     compared = []
     for other in others:
-        ratios = [b / a for a, b in zip(first.seconds, other.seconds, strict=True)]
-        compared.append(Comparison(other.name, statistics.median(ratios), min(ratios), max(ratios)))
-    del runs
+        ratios = [b / a / other.rows for a, b in zip(first.seconds, other.seconds, strict=True)]
+        compared.append(Comparison(other.name, other.rows, statistics.median(ratios), min(ratios), max(ratios)))
+    del runs, first, others
     differences = list(_bank_differences(backbone, model, name, method, device, banks, bank_blocks)) if banks else []
     on_gpu = device.type == "cuda"
     return RolloutBench(
@@ -210,7 +221,7 @@ def bench_rollout(
 
 
 class _Run:
-    """One method's rollout, block by block."""
+    """One method's rollout, or `rows` of them together, block by block."""
 
     def __init__(
         self,
@@ -221,19 +232,20 @@ class _Run:
         device: torch.device,
         total_blocks: int,
         tiers: Tiers,
+        rows: int,
     ) -> None:
-        self.name = name
+        self.name, self.rows = name, rows
         self.seconds: list[float] = []
-        self.rollout = _rollout(backbone, model, method, device, total_blocks, tiers)
+        self.rollout = _rollout(backbone, model, method, device, total_blocks, tiers, rows)
         self._total_blocks = total_blocks
         self._backbone, self._method, self._device = backbone, method, device
         self._clock = PassClock(device, *PARTS)
         self._decode_s: list[float] = []
         self._counter = _Launches()
-        self._policy: Any = self.rollout.context.policies[0]
-        for hook, part in HOOKS.items():
-            _time(self._policy, hook, part, self._clock)
-        self._bank = next((bank for bank in self.rollout._banks if isinstance(bank, TieredBank)), None)
+        for policy in self.rollout.context.policies:
+            for hook, part in HOOKS.items():
+                _time(policy, hook, part, self._clock)
+        self._banks = [bank for bank in self.rollout._banks if isinstance(bank, TieredBank)]
 
     def replay(self, blocks: int) -> None:
         """Fill the caches with random latents; where replay needs more than latents, with generated ones."""
@@ -243,7 +255,7 @@ class _Run:
         for _ in self.rollout.blocks(generated):
             pass
         for block in range(generated, blocks):
-            latents = torch.randn(1, n, *_latent(self._backbone), generator=keyed_generator("bench", block))
+            latents = torch.randn(self.rows, n, *_latent(self._backbone), generator=keyed_generator("bench", block))
             self.rollout.replay(latents)
         self._begin()
 
@@ -261,7 +273,8 @@ class _Run:
         decode_s = 0.0
         if vae is not None:
             began = time.perf_counter()
-            vae.decode(result.latents[0])
+            for latents in result.latents:
+                vae.decode(latents)
             self._wait()
             decode_s = time.perf_counter() - began
         if counted:
@@ -272,20 +285,23 @@ class _Run:
 
     def overlapped_fps(self, vae: WanVae, blocks: int) -> float:
         """Video frames per second of more blocks, each decoded to the host while the next one is generated."""
-        decoder = StreamingDecoder(vae)
+        decoders = [StreamingDecoder(vae) for _ in range(self.rows)]
+        rollouts = JointRollout(self.rollout, range(self.rows), self.rows)
         self._wait()
         began = time.perf_counter()
-        with BackgroundThread(BLOCKS_BEHIND) as background:
-            for block in read_behind(self.rollout.blocks(blocks), behind=self._device.type == "cuda"):
-                background.do(decoder.push, block.latents)
+        with BackgroundThread(self.rows * BLOCKS_BEHIND) as background:
+            for together in rollouts.blocks(blocks, behind=self._device.type == "cuda"):
+                for decoder, block in zip(decoders, together, strict=True):
+                    background.do(decoder.push, block.latents)
             background.finish()
-        frames = blocks * self._backbone.sampler.frames_per_block * VIDEO_FRAMES_PER_LATENT
+        frames = self.rows * blocks * self._backbone.sampler.frames_per_block * VIDEO_FRAMES_PER_LATENT
         return frames / (time.perf_counter() - began)
 
     def measured(self) -> Measured:
         """Of the blocks that were counted."""
         count, backbone = len(self.seconds), self._backbone
         n, latent = backbone.sampler.frames_per_block, backbone.latent
+        frames = self.rows * n * VIDEO_FRAMES_PER_LATENT
         median = statistics.median(self.seconds)
         totals = {**self._clock.totals_s(), **self.rollout.timings_s}
         parts = {part: 1e3 * (totals[part] - self._before[part]) / count for part in PARTS if part != "decode"}
@@ -300,19 +316,20 @@ class _Run:
         to_host, to_device = (b - a for a, b in zip(self._crossed, self._bus(), strict=True))
         return Measured(
             method=self.name,
+            prompts_per_pass=self.rows,
             history=self._method.history,
             ms_per_block=1e3 * median,
             spread=(max(self.seconds) - min(self.seconds)) / median,
             parts_ms={**parts, "decode": 1e3 * decode_s},
-            fps=n * VIDEO_FRAMES_PER_LATENT / median,
-            fps_decoded=n * VIDEO_FRAMES_PER_LATENT / (median + decode_s) if decode_s else None,
+            fps=frames / median,
+            fps_decoded=frames / (median + decode_s) if decode_s else None,
             fps_overlapped=None,
-            mfu=flops / median / 1e12 / peak if peak else None,
+            mfu=self.rows * flops / median / 1e12 / peak if peak else None,
             launches=self._counter.count,
             to_host_bytes=to_host / count,
             to_device_bytes=to_device / count,
-            history_frames=self._bank.nbytes() // self._bank.usage().frame_bytes if self._bank else 0,
-            history_bytes=self._bank.nbytes() if self._bank else 0,
+            history_frames=sum(bank.nbytes() // bank.usage().frame_bytes for bank in self._banks),
+            history_bytes=sum(bank.nbytes() for bank in self._banks),
         )
 
     def _begin(self) -> None:
@@ -322,8 +339,8 @@ class _Run:
         self._crossed = self._bus()
 
     def _bus(self) -> tuple[int, int]:
-        usage = self._bank.usage() if self._bank else None
-        return (usage.to_host_bytes, usage.to_device_bytes) if usage else (0, 0)
+        usages = [bank.usage() for bank in self._banks]
+        return sum(usage.to_host_bytes for usage in usages), sum(usage.to_device_bytes for usage in usages)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -364,16 +381,17 @@ def _rollout(
     device: torch.device,
     total_blocks: int,
     tiers: Tiers = Tiers(),  # noqa: B008 - frozen
+    rows: int = 1,
 ) -> RolloutLoop:
     sizes, shape = backbone.transformer, _latent(backbone)
-    text = torch.randn(1, sizes.text_len, sizes.text_dim, generator=keyed_generator("bench", "text"))
+    text = torch.randn(rows, sizes.text_len, sizes.text_dim, generator=keyed_generator("bench", "text"))
     return loop_of(method.policy)(
         model,
         backbone.sampler,
         method.policy,
         method.settings,
         text,
-        KeyedNoise(0, ["bench"], [0], (backbone.sampler.frames_per_block, *shape)),
+        KeyedNoise(0, ["bench"] * rows, range(rows), (backbone.sampler.frames_per_block, *shape)),
         shape,
         weights=_weights(method, shape, device),
         make_bank=bank_of(method.history, tiers),

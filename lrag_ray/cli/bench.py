@@ -201,6 +201,9 @@ def rollout(
     ] = None,
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks that are timed.")] = 6,
     depth_s: Annotated[float, typer.Option("--depth-s", min=0, help="Seconds of video before them.")] = 12.0,
+    prompts_per_pass: Annotated[
+        int, typer.Option("--prompts-per-pass", min=1, max=16, help="Also measure so many rollouts in one pass.")
+    ] = 1,
     bank: Annotated[
         list[str] | None,
         typer.Option(
@@ -218,6 +221,7 @@ def rollout(
     \b
     Examples:
       lrag-ray bench rollout --compare infinity_rope
+      lrag-ray bench rollout --prompts-per-pass 2
       lrag-ray bench rollout --bank int8 --bank int4 --bank-blocks 160
       lrag-ray bench rollout configs/table2.yaml --backbone longlive --method rag --depth-s 120
     """
@@ -258,6 +262,7 @@ def rollout(
         tiers=tiers,
         kernels=kernels,
         decode=decode,
+        prompts_per_pass=prompts_per_pass,
     )
     print_json(measured.as_dict())
 

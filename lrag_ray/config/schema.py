@@ -296,8 +296,7 @@ class WorkersSection(Section):
     max_attempts: int = Field(default=3, ge=1, le=1000)
     """Counted attempts before a rollout is quarantined."""
     stall_timeout_s: float | None = Field(default=1800, gt=0, le=_WEEK_S)
-    """An actor that finishes no block (and takes no other step, such as loading) in this time is replaced; null: never.
-    """
+    """An actor that finishes no block (or other step, such as loading) in this time is replaced; null: never."""
     lease_ttl_s: float = Field(default=120, ge=1, le=3600)
     """A driver that showed no sign of life on storage for this long is presumed dead: it stops itself, and the next one
     takes the run over. It shows twelve of them in that time."""
@@ -346,6 +345,10 @@ class EngineSection(WorkersSection):
     fused_layers: bool = False
     """On a GPU, do gated residual, norm and modulation in one Triton kernel, and GELU where its product ends. Makes
     another device kind, as `fused_rows` does. Off: no GPU has run it yet."""
+    prompts_per_pass: int = Field(default=1, ge=1, le=16)
+    """Rollouts of one backbone, method and length that an actor makes together, as rows of the same passes; each keeps
+    its own parts, commits and attempts. A pass always has so many rows, a lone rollout repeats itself in them, so bits
+    do not depend on company; but another number makes another device kind (`resume.on`)."""
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""
     bank: BankSection = BankSection()
@@ -413,8 +416,7 @@ class ScoringSection(Section):
     cpus_per_worker: float = Field(default=1, gt=0, le=_MOST_CPUS)
     """CPUs that each scoring worker reserves; of vbench_long also its torch threads, rounded down."""
     gpus_per_worker: float = Field(default=0, ge=0, le=_MOST_GPUS)
-    """GPUs, or the share of one, that each worker of a suite with networks (vbench_long) reserves; 0 scores on the
-    CPU."""
+    """GPUs, or a share of one, that each worker of a suite with networks (vbench_long) reserves; 0 scores on CPUs."""
     during_generation: bool = True
     """Score what is committed while rollouts go on, on CPUs and GPUs that no rollout holds; what is left is scored at
     the end."""

@@ -287,8 +287,12 @@ class _Buffer:
         self._bounded = bounded
 
     def batches(self) -> list[_Rows]:
-        """The whole batch at once where all elements have the same groups of the same lengths (most methods)."""
-        if all(groups == self.groups[0] for groups in self.groups[1:]):
+        """The whole batch at once where all elements have as many rows and heads attend alike (most methods).
+
+        Groups of heads are an element's own, even where another happens to have the same: its bits must not depend on
+        what else is in the batch.
+        """
+        if self.groups[0][0].heads is None and all(groups == self.groups[0] for groups in self.groups[1:]):
             return self._rows(slice(None), self.groups[0])
         return [rows for i in range(len(self.groups)) for rows in self.element(i)]
 

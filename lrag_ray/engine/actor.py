@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic
+from collections.abc import Sequence
+from typing import Any, Generic, cast
 
 import ray
 
 from lrag_ray.engine.board import BoardWriter
 from lrag_ray.engine.oom import WorkerLocation, worker_location
 from lrag_ray.engine.sizing import this_node_drains
-from lrag_ray.stages.spec import Outcome, Payload, Stage, WorkerState
+from lrag_ray.stages.spec import BatchWorker, Outcome, Parted, Payload, Stage, WorkerState
 
 WATCH = "watch"
 """Concurrency group of the methods that answer while the actor works."""
@@ -37,7 +38,7 @@ class ActorHost:
 
 
 class StageActor(Generic[Payload]):
-    """Sets a stage up and does one task at a time."""
+    """Sets a stage up and does one task at a time, or one batch."""
 
     def __init__(self, stage: Stage[Payload], name: str, board: Any) -> None:
         self._host = ActorHost(name, board)
@@ -51,6 +52,11 @@ class StageActor(Generic[Payload]):
         """Do a task."""
         self._host.steps += 1
         return self._worker.work(payload, attempt)
+
+    def work_together(self, payloads: Sequence[Payload], attempts: Sequence[str]) -> Sequence[Outcome | Parted]:
+        """Do tasks of one batch."""
+        self._host.steps += 1
+        return cast(BatchWorker[Payload], self._worker).work_together(payloads, attempts)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def leave(self) -> None:

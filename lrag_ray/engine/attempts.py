@@ -1,11 +1,13 @@
 """The attempt ledger: what counts as an attempt, and when a task is quarantined. Shared by all ways of running tasks.
 
-An exception of the task itself counts. A death of its worker counts only from the third in a row that brought no
-progress: a worker may be taken away for many reasons that are not the task's fault.
+An exception of the task itself counts, unless the task was done together with others: any of them may be the cause. A
+death of its worker counts only from the third in a row that brought no progress: a worker may be taken away for many
+reasons that are not the task's fault.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lrag_ray.engine.failures import Cause
@@ -35,8 +37,18 @@ class AttemptLedger:
         """A task is known, with this much progress."""
         self._tasks.setdefault(key, _Attempts(progress=progress))
 
-    def failed(self, key: str, title: str, attempt: str, cause: Cause, progress: int | None = None) -> FailureRecord:
-        """Count a failed attempt; `progress` is None where it cannot be read."""
+    def failed(
+        self,
+        key: str,
+        title: str,
+        attempt: str,
+        cause: Cause,
+        progress: int | None = None,
+        *,
+        others: Sequence[str] = (),
+    ) -> FailureRecord:
+        """Count a failed attempt; `progress` is None where it cannot be read. `others` are the titles of tasks that
+        were done together with it."""
         task = self._tasks.setdefault(key, _Attempts())
         raised = cause.raised
         if raised or (progress is not None and progress > task.progress):
@@ -44,7 +56,8 @@ class AttemptLedger:
         elif progress is not None:
             task.barren_deaths += 1
         task.progress = max(progress or 0, task.progress)
-        counted = raised or task.barren_deaths >= BARREN_DEATHS
+        counted = (raised and not others) or task.barren_deaths >= BARREN_DEATHS
+        together = f" (together with {', '.join(others)})" if others else ""
         task.counted += counted
         return FailureRecord(
             stage=self._stage,
@@ -54,10 +67,14 @@ class AttemptLedger:
             counted=counted,
             counted_attempts=task.counted,
             quarantined=task.counted >= self._max_attempts,
-            reason=cause.reason,
+            reason=f"{cause.reason}{together}",
             traceback=cause.traceback,
             created_at=now_utc(),
         )
+
+    def is_barren(self, key: str) -> bool:
+        """Whether the last attempt at a task was a death that brought no progress."""
+        return self._tasks[key].barren_deaths > 0
 
     def refused(self, key: str, title: str, attempt: str, reason: str) -> FailureRecord:
         """A task that can never be done: no retry."""

@@ -33,8 +33,8 @@ HOST_MEMORY_FIX = (
     "engine.gpus_per_actor), nodes with more memory, or shorter durations, whose history is smaller"
 )
 GPU_MEMORY_FIX = (
-    "the memory of the GPU is full. Fix: engine.gpus_per_actor: 1, a smaller window or top_k of the method, dtype: "
-    "bfloat16, or video.enabled: false and `lrag-ray decode` afterwards"
+    "the memory of the GPU is full. Fix: engine.gpus_per_actor: 1, engine.prompts_per_pass: 1, a smaller window or "
+    "top_k of the method, dtype: bfloat16, or video.enabled: false and `lrag-ray decode` afterwards"
 )
 
 _REASON_CHARACTERS = 500

@@ -1,4 +1,4 @@
-"""A pool of Ray actors that runs the tasks of a stage: one task in flight each, replaced when they die.
+"""A pool of Ray actors that runs the tasks of a stage: one task or batch in flight each, replaced when they die.
 
 Ray is asked to restart and retry nothing (`max_restarts=0`, `max_task_retries=0`): this loop replaces actors and counts
 attempts (`lrag_ray.engine.attempts`), because only it can tell a task that raises from a worker that was taken away.
@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import ray
@@ -56,7 +56,7 @@ from lrag_ray.events import (
 )
 from lrag_ray.interrupts import take_next
 from lrag_ray.printable import counted
-from lrag_ray.stages.spec import Outcome, Payload, Refused, Stage, Task, Yielded
+from lrag_ray.stages.spec import Outcome, Parted, Payload, Refused, Stage, Task, Yielded
 from lrag_ray.store.records import FailureRecord, new_attempt_id
 
 _POLL_S = 0.25
@@ -80,7 +80,12 @@ class _Worker(Generic[Payload]):
     ready: bool = False
     node: str | None = None
     group: str | None = None
-    task: Task[Payload] | None = None
+    tasks: Sequence[Task[Payload]] = ()
+    """What it is at: one task, or several of one batch."""
+
+    def label(self, i: int) -> str:
+        """Its name in events of its task `i`."""
+        return f"{self.name}+{i}" if i else self.name
 
 
 class ActorPool(Generic[Payload]):
@@ -113,8 +118,8 @@ class ActorPool(Generic[Payload]):
         self._report = listener
         self._on_tick = tick
         self._workers: dict[str, _Worker[Payload]] = {}
-        self._flights: dict[Any, tuple[_Worker[Payload], str]] = {}
-        """Worker and attempt by what is waited for: a task or, while the worker is not ready, its start."""
+        self._flights: dict[Any, tuple[_Worker[Payload], Sequence[str]]] = {}
+        """Worker and attempts, one per task, by what is waited for: tasks or, while it is not ready, its start."""
         self._quarantined: list[Task[Payload]] = []
         self._nodes: list[NodeRoom] = []
         self._draining: set[str] = set()
@@ -139,7 +144,7 @@ class ActorPool(Generic[Payload]):
         self._board_reader = BoardReader(self._board)
         self._stage_ref = ray.put(self._stage)
         try:
-            while self._queue or any(worker.task is not None for worker in self._workers.values()):
+            while self._queue or any(worker.tasks for worker in self._workers.values()):
                 self._look_around()
                 self._assign()
                 self._settle_all()
@@ -157,7 +162,7 @@ class ActorPool(Generic[Payload]):
 
     def _store_what_is_finished(self) -> None:
         """After an interruption: workers at a task store what they have finished, as on a node that drains."""
-        flights = {ref: worker for ref, (worker, _) in self._flights.items() if worker.ready and worker.task}
+        flights = {ref: worker for ref, (worker, _) in self._flights.items() if worker.ready and worker.tasks}
         if not flights:
             return
         take_next()
@@ -190,9 +195,11 @@ class ActorPool(Generic[Payload]):
         for name, state in self._board_reader.new_states().items():
             worker = self._workers.get(name)
             # A state may arrive when the worker is done or gone.
-            if worker is not None and worker.task is not None:
-                title = worker.task.title
-                self._report(TaskAdvanced(self._stage.name, title, name, state.done, state.total, state.step))
+            if worker is None:
+                continue
+            for i, task in enumerate(worker.tasks):
+                advanced = (worker.label(i), state.done, state.total, state.step)
+                self._report(TaskAdvanced(self._stage.name, task.title, *advanced))
 
     def _look_around(self) -> None:
         """Follow nodes, sizes and stalls."""
@@ -233,7 +240,8 @@ class ActorPool(Generic[Payload]):
     def _resize(self) -> None:
         """Spawn the workers that are missing; end those that never found a place and are not wanted any more."""
         needs = self._queue.needs()
-        busy = [worker for worker in self._workers.values() if worker.task is not None]
+        busy = [worker for worker in self._workers.values() if worker.tasks]
+        turns = self._queue.turns(self._stage.tasks_at_once)
         staying = [worker for worker in self._workers.values() if worker.node not in self._draining]
         held = sorted({*needs, *(worker.memory for worker in busy)}, reverse=True)
         wanted = wanted_workers(self._size, self._shape, self._nodes, held)
@@ -251,13 +259,13 @@ class ActorPool(Generic[Payload]):
                 kept.append(exact)
             else:
                 missing.append(memory)
-        for worker in [*starting, *kept[len(self._queue) :]]:
+        for worker in [*starting, *kept[turns:]]:
             self._end(worker)
         if time.monotonic() < self._spawn_after:
             return
         staying = [worker for worker in staying if worker.name in self._workers]
-        without_task = sum(worker.task is None for worker in staying)
-        room = min(len(wanted) - len(staying), len(self._queue) - without_task)
+        without_task = sum(not worker.tasks for worker in staying)
+        room = min(len(wanted) - len(staying), turns - without_task)
         for memory in missing[: max(room, 0)]:
             # What only busy workers hold need not be asked for again.
             fitting = [need for need in needs if need <= memory]
@@ -270,10 +278,10 @@ class ActorPool(Generic[Payload]):
         actor = spawn_actor(self._stage, self._stage_ref, name, self._board, memory)
         worker: _Worker[Payload] = _Worker(name, actor, memory)
         self._workers[name] = worker
-        self._flights[worker.actor.ready.remote()] = (worker, "")
+        self._flights[worker.actor.ready.remote()] = (worker, ())
 
     def _assign(self) -> None:
-        idle = [worker for worker in self._workers.values() if worker.ready and worker.task is None]
+        idle = [worker for worker in self._workers.values() if worker.ready and not worker.tasks]
         smallest = min((worker.memory for worker in self._workers.values()), default=0)
         holders = Counter(worker.group for worker in self._workers.values() if worker.group is not None)
         for worker in idle:
@@ -284,53 +292,64 @@ class ActorPool(Generic[Payload]):
                 self._end(worker)
                 continue
             holders.subtract([worker.group] if worker.group is not None else [])
-            worker.task, worker.group = task, task.group
+            at_once = self._stage.tasks_at_once
+            worker.tasks, worker.group = [task, *self._queue.take_beside(task, at_once - 1)], task.group
             holders[task.group] += 1
-            attempt = new_attempt_id()
-            self._flights[worker.actor.work.remote(task.payload, attempt)] = (worker, attempt)
+            attempts = [new_attempt_id() for _ in worker.tasks]
+            if at_once > 1:
+                ref = worker.actor.work_together.remote([each.payload for each in worker.tasks], attempts)
+            else:
+                ref = worker.actor.work.remote(task.payload, attempts[0])
+            self._flights[ref] = (worker, attempts)
             if self._stalls is not None:
                 self._stalls.begin(worker.name, worker.actor)
-            self._report(TaskStarted(self._stage.name, task.title, attempt, worker.name, worker.node or ""))
+            for i, (each, attempt) in enumerate(zip(worker.tasks, attempts, strict=True)):
+                self._report(TaskStarted(self._stage.name, each.title, attempt, worker.label(i), worker.node or ""))
 
     def _settle(self, ref: Any) -> None:
         """Take in the answer of a finished reference."""
-        worker, attempt = self._flights.pop(ref)
+        worker, attempts = self._flights.pop(ref)
         if self._stalls is not None:
             self._stalls.end(worker.name)
         try:
             answer = ray.get(ref)
         except RayTaskError as error:
-            if worker.task is None:
+            if not worker.tasks:
                 self._end(worker)
-                self._worker_failed(worker, attempt, error)
+                self._worker_failed(worker, attempts, error)
             else:
-                failed, worker.task = worker.task, None
-                self._attempt_failed(failed, attempt, error)
+                failed, worker.tasks = worker.tasks, ()
+                self._attempts_failed(failed, attempts, error)
             return
         except WORKER_LOST as error:
             # An unavailable actor may come back and continue; it is replaced, so it must not.
             self._end(worker)
             if self._oom_kills.explains(error, worker.node):
                 text = f"the kernel ended a process of its node for want of memory, and {worker.name} died"
-                self._worker_failed(worker, attempt, KernelKilledError(text))
+                self._worker_failed(worker, attempts, KernelKilledError(text))
             else:
-                self._worker_failed(worker, attempt, error)
+                self._worker_failed(worker, attempts, error)
             return
-        task, worker.task = worker.task, None
-        if task is None:
+        tasks, worker.tasks = worker.tasks, ()
+        if not tasks:
             location: WorkerLocation = answer
             worker.ready, worker.node = True, location.node
             self._oom_kills.note(location)
             self._failed_starts = 0
-        else:
-            self._task_returned(worker, task, attempt, answer)
-
-    def _task_returned(self, worker: _Worker[Payload], task: Task[Payload], attempt: str, outcome: Outcome) -> None:
-        if isinstance(outcome, Yielded):
+            return
+        outcomes: Sequence[Outcome | Parted] = answer if self._stage.tasks_at_once > 1 else [answer]
+        if any(isinstance(outcome, Yielded) for outcome in outcomes):
             self._end(worker)
-            self._look_after = 0.0
+        for i, (task, attempt, outcome) in enumerate(zip(tasks, attempts, outcomes, strict=True)):
+            self._task_returned(worker.label(i), task, attempt, outcome)
+
+    def _task_returned(self, worker: str, task: Task[Payload], attempt: str, outcome: Outcome | Parted) -> None:
+        if isinstance(outcome, Yielded):
             self._put_back(task, "first")
-            self._report(TaskYielded(self._stage.name, task.title, worker.name, outcome.reason))
+            self._report(TaskYielded(self._stage.name, task.title, worker, outcome.reason))
+        elif isinstance(outcome, Parted):
+            self._put_back(replace(task, batch=""), "first")
+            self._report(TaskYielded(self._stage.name, task.title, worker, outcome.reason))
         elif isinstance(outcome, Refused):
             self._failed(task, self._ledger.refused(task.key, task.title, attempt, outcome.reason), "last")
         else:
@@ -339,23 +358,23 @@ class ActorPool(Generic[Payload]):
             self._report(TaskFinished(self._stage.name, task.title, outcome))
             self._advance()
 
-    def _end(self, worker: _Worker[Payload]) -> str:
-        """Kill a worker and forget it; returns the attempt that it was at, if any."""
+    def _end(self, worker: _Worker[Payload]) -> Sequence[str]:
+        """Kill a worker and forget it; returns the attempts that it was at."""
         ray.kill(worker.actor)
         del self._workers[worker.name]
         if self._stalls is not None:
             self._stalls.end(worker.name)
-        for ref, (other, attempt) in list(self._flights.items()):
+        for ref, (other, attempts) in list(self._flights.items()):
             if other is worker:
                 del self._flights[ref]
-                return attempt
-        return ""
+                return attempts
+        return ()
 
-    def _worker_failed(self, worker: _Worker[Payload], attempt: str, error: Exception) -> None:
+    def _worker_failed(self, worker: _Worker[Payload], attempts: Sequence[str], error: Exception) -> None:
         self._look_after = 0.0
         self._report(WorkerLost(worker.name, first_line(error)))
-        if worker.task is not None:
-            self._attempt_failed(worker.task, attempt, error)
+        if worker.tasks:
+            self._attempts_failed(worker.tasks, attempts, error)
             return
         self._failed_starts += 1
         most = _START_FAILURES if raised_at_start(error) else _START_DEATHS
@@ -368,7 +387,12 @@ class ActorPool(Generic[Payload]):
             ) from error
         self._spawn_after = time.monotonic() + min(_POLL_S * 2**self._failed_starts, _LONGEST_PAUSE_S)
 
-    def _attempt_failed(self, task: Task[Payload], attempt: str, error: Exception) -> None:
+    def _attempts_failed(self, tasks: Sequence[Task[Payload]], attempts: Sequence[str], error: Exception) -> None:
+        """What was done together is done alone the next time, unless its worker was lost with progress made."""
+        for task, attempt in zip(tasks, attempts, strict=True):
+            self._attempt_failed(task, attempt, error, [other.title for other in tasks if other is not task])
+
+    def _attempt_failed(self, task: Task[Payload], attempt: str, error: Exception, others: Sequence[str]) -> None:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if self._stage.fatal and isinstance(cause, self._stage.fatal):
             raise cause from error
@@ -378,7 +402,10 @@ class ActorPool(Generic[Payload]):
             self._warn(f"{task.title}: its progress cannot be read: {unread}")
             progress = None
         why = explain(error)
-        failure = self._ledger.failed(task.key, task.title, attempt, why, progress)
+        failure = self._ledger.failed(task.key, task.title, attempt, why, progress, others=others)
+        if others and not failure.quarantined and (why.raised or self._ledger.is_barren(task.key)):
+            task = replace(task, batch="")
+            self._warn(f"{task.title} failed together with {', '.join(others)}: it is tried again alone")
         self._failed(task, failure, "last" if why.raised else "first")
 
     def _failed(self, task: Task[Payload], failure: FailureRecord, turn: Turn) -> None:

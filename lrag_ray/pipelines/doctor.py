@@ -307,10 +307,12 @@ def threads_row(engine: WorkersSection) -> Row:
 
 
 def _host_memory(config: RunConfig, plan: Plan) -> Row:
-    """The history of one rollout per actor, if all actors were on this machine."""
-    history = max(method.history_bytes for method in plan.methods)
+    """The histories of an actor's rollouts, if all actors were on this machine."""
+    rollouts = config.engine.prompts_per_pass
+    history = rollouts * max(method.history_bytes for method in plan.methods)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{total / 1e9:.0f} GB; the history of a rollout grows to {quantity(history, 'B')} per actor"
+    held = f"the history of {counted(rollouts, 'rollout')} grows to {quantity(history, 'B')} per actor"
+    found = f"{total / 1e9:.0f} GB; {held}"
     if history > HOST_SHARE * total:
         return Row(
             "host memory",
@@ -321,7 +323,7 @@ def _host_memory(config: RunConfig, plan: Plan) -> Row:
         )
     actors = config.engine.most_actors or config.engine.least_actors
     if history * actors > HOST_SHARE * total:
-        return Row("host memory", "warn", found, f"{actors} such rollouts do not fit on one such machine")
+        return Row("host memory", "warn", found, f"{actors} such actors do not fit on one such machine")
     return Row("host memory", "ok", found)
 
 

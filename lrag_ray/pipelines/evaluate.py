@@ -253,7 +253,8 @@ class EvaluateJob(Job[RunOutcome]):
 
         @cache
         def need(backbone: str, method: str, latent_frames: int) -> int:
-            return history_bytes(self._config, backbones[backbone], methods[method], latent_frames)
+            rollout_bytes = history_bytes(self._config, backbones[backbone], methods[method], latent_frames)
+            return self._config.engine.prompts_per_pass * rollout_bytes
 
         return need
 

@@ -28,7 +28,7 @@ class Machine(NamedTuple):
     gpu_bytes: int
     """GPU memory of an actor: that of one GPU, or its share of one; 0 for a node without."""
     rollouts: int
-    """Actors at a time."""
+    """Actors at a time, each with one rollout or those of a pass."""
 
 
 class Choice(NamedTuple):
@@ -52,6 +52,8 @@ class HistoryNeed(NamedTuple):
     """Latent frames of the rollout."""
     actor_bytes: int
     """GPU memory of the actor without any history on the device."""
+    per_actor: int = 1
+    """Rollouts that an actor makes together (`engine.prompts_per_pass`)."""
 
 
 def check_machine(needs: Sequence[HistoryNeed], config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -82,7 +84,8 @@ def choose(need: HistoryNeed, machine: Machine, disk: str | None) -> Choice | No
                 return Choice(kind, bank, f"{_settings(need, method, bank)} ({fits})")
     if disk is not None:
         method = need.method._replace(history=kinds[-1])
-        bank = BankSection(host_gb=_whole_gb(HOST_SHARE * machine.host_bytes / machine.rollouts), disk=disk)
+        host_bytes = HOST_SHARE * machine.host_bytes / (machine.rollouts * need.per_actor)
+        bank = BankSection(host_gb=_whole_gb(host_bytes), disk=disk)
         if (fits := _fits(need, method, bank, machine, on_gpu=machine.gpu_bytes > 0)) is not None:
             return Choice(kinds[-1], bank, f"{_settings(need, method, bank)} ({fits})")
     return None
@@ -92,7 +95,7 @@ def _banks(need: HistoryNeed, method: Method, machine: Machine) -> Iterator[Bank
     """Host memory alone, then as much of the device as is free, the rest in host memory."""
     yield BankSection()
     if machine.gpu_bytes:
-        free = GPU_SHARE * machine.gpu_bytes - need.actor_bytes
+        free = (GPU_SHARE * machine.gpu_bytes - need.actor_bytes) / need.per_actor
         history = stored_frame_bytes(need.backbone, method.history) * history_frames(need.backbone, method, need.frames)
         if free > 0:
             yield BankSection(device_gb=_whole_gb(min(free, history + 1e9)))
@@ -101,21 +104,24 @@ def _banks(need: HistoryNeed, method: Method, machine: Machine) -> Iterator[Bank
 def _fits(need: HistoryNeed, method: Method, bank: BankSection, machine: Machine, *, on_gpu: bool) -> str | None:
     """Where the history is kept, in words; None where it does not fit."""
     places = history_places(need.backbone, method, need.frames, bank, on_gpu=on_gpu)
-    if places.homeless or places.host * machine.rollouts > HOST_SHARE * machine.host_bytes:
+    rollouts = machine.rollouts * need.per_actor
+    if places.homeless or places.host * rollouts > HOST_SHARE * machine.host_bytes:
         return None
-    if machine.gpu_bytes and need.actor_bytes + places.device > GPU_SHARE * machine.gpu_bytes:
+    on_device = need.actor_bytes + need.per_actor * places.device
+    if machine.gpu_bytes and on_device > GPU_SHARE * machine.gpu_bytes:
         return None
     host = "page-locked host memory" if on_gpu else "host memory"
     parts = [(places.device, "GPU memory"), (places.host, host), (places.disk, "a file on the local disk")]
     where = " and ".join(f"{nbytes / 1e9:.1f} GB in {name}" for nbytes, name in parts if nbytes)
-    return f"{_described(need, method, machine)}: fits, {where}{' each' if machine.rollouts > 1 else ''}"
+    return f"{_described(need, method, machine)}: fits, {where}{' each' if rollouts > 1 else ''}"
 
 
 def _described(need: HistoryNeed, method: Method, machine: Machine) -> str:
     seconds = need.frames / LATENT_FRAMES_PER_SECOND
     total = stored_frame_bytes(need.backbone, method.history) * history_frames(need.backbone, method, need.frames)
-    count = f"{machine.rollouts} rollouts of {seconds:g} s" if machine.rollouts > 1 else f"a rollout of {seconds:g} s"
-    each = " each" if machine.rollouts > 1 else ""
+    rollouts = machine.rollouts * need.per_actor
+    count = f"{rollouts} rollouts of {seconds:g} s" if rollouts > 1 else f"a rollout of {seconds:g} s"
+    each = " each" if rollouts > 1 else ""
     gpus = f" and {machine.gpu_bytes / 1e9:.0f} GB of GPU memory per actor" if machine.gpu_bytes else ""
     return (
         f"{count} with {total / 1e9:.1f} GB of history{each} ({method.history}) on a node with "

@@ -85,20 +85,20 @@ class MethodPlan:
     rollouts: int
     latent_frames: int
     passes: int
-    """Transformer passes."""
+    """Transformer passes; one makes `engine.prompts_per_pass` rollouts go on."""
     block_flops: int
     """Operations of the last block of the longest rollout, or of the last full window where several blocks are denoised
     together: the most expensive one."""
     block_decode_flops: int
     """Operations to decode a block; 0 where videos are off."""
     transformer_flops: int
-    """Operations of all passes; a multiply-add counts as two."""
+    """Operations of all passes, in rows that repeat a rollout too; a multiply-add counts as two."""
     decode_flops: int
     """Operations to decode the latents; 0 where videos are off."""
     longest_flops: int
-    """Operations of the passes of the longest rollout, which one worker makes alone."""
+    """Operations of the passes of the longest rollout, with those beside it, which one worker makes."""
     longest_decode_flops: int
-    """The same for decoding it."""
+    """The same for decoding them."""
     scoring_flops: int
     """Operations of VBench-Long on all videos; 0 where videos are off, and for a corpus, which is not scored."""
     video_frames: int
@@ -114,7 +114,8 @@ class MethodPlan:
     history_disk_bytes: int
     """Local disk of the same; what is in GPU memory is part of `gpu_bytes`."""
     gpu_bytes: int
-    """GPU memory of one rollout actor, without the CUDA context; on CPUs the same in host memory."""
+    """GPU memory of one rollout actor, without the CUDA context; on CPUs the same in host memory. With all rows of a
+    pass (`engine.prompts_per_pass`), unlike the histories above."""
     keeps_history: bool
     """Whether there is a history at the end of the longest rollout."""
 
@@ -339,6 +340,8 @@ def _method_plan(
     scored = [lengths] if nested else [[length] for length in lengths]
     shown = decoded * sum(lengths)
     height, width = (of_kind.spatial_compression * side for side in (latent.height, latent.width))
+    rows = config.engine.prompts_per_pass
+    turns = -(-videos // rows)
     memory = rollout_memory(
         sizes,
         latent.height,
@@ -346,6 +349,7 @@ def _method_plan(
         frames_per_pass=per_pass,
         window_frames=policy.attended_frames(settings, n, longest - n),
         method_bytes=policy.device_bytes(settings, n, longest, stored_frame) + places.device,
+        batch=rows,
         bytes_per_value=value_bytes,
         vae=vae,
     )
@@ -356,13 +360,13 @@ def _method_plan(
         nested=nested,
         rollouts=videos * len(runs),
         latent_frames=generated,
-        passes=videos * sum(loop.passes(sampler, frames // n) for frames in runs),
+        passes=turns * sum(loop.passes(sampler, frames // n) for frames in runs),
         block_flops=per_block(longest)[-per_pass // n],
-        transformer_flops=videos * sum(once + sum(per_block(frames)) for frames in runs),
+        transformer_flops=turns * rows * sum(once + sum(per_block(frames)) for frames in runs),
         block_decode_flops=n * frame_decode_flops,
         decode_flops=decoded * sum(runs) * frame_decode_flops,
-        longest_flops=once + sum(per_block(longest)),
-        longest_decode_flops=longest * frame_decode_flops,
+        longest_flops=rows * (once + sum(per_block(longest))),
+        longest_decode_flops=rows * longest * frame_decode_flops,
         scoring_flops=(decoded if config.job == "evaluate" else 0)
         * sum(vbench_flops(group, config.video.fps, height, width) for group in scored),
         video_frames=shown,
@@ -405,6 +409,12 @@ def _notes(config: RunConfig, prompts: Sequence[Prompt]) -> Iterator[str]:
             "durations are nested: shorter videos are the beginnings of the longest, so results of different durations "
             "are not independent samples (independent_durations: true makes them so, at the cost of more rollouts)"
         )
+    videos, rows = len(prompts) * config.prompts.samples, config.engine.prompts_per_pass
+    if lone := videos % rows:
+        yield (
+            f"engine.prompts_per_pass {rows}: of the {counted(videos, 'rollout')} of each method the last {lone} fill "
+            "no pass, so it takes as long as a full one"
+        )
     for name, section in config.methods.items():
         method = resolve_method(section)
         for backbone in config.backbones.values():
@@ -428,8 +438,9 @@ def _history_notes(config: RunConfig, methods: Sequence[MethodPlan], machine: Ma
         places = _places(config, backbone, method, each.horizons[-1])
         if places.total:
             where, key = f"{each.backbone}/{each.method}", f"methods.{each.method}.history"
-            actor_bytes = each.gpu_bytes - places.device
-            needs.append(HistoryNeed(where, key, backbone, method, each.horizons[-1], actor_bytes))
+            rows = config.engine.prompts_per_pass
+            actor_bytes = each.gpu_bytes - rows * places.device
+            needs.append(HistoryNeed(where, key, backbone, method, each.horizons[-1], actor_bytes, rows))
     if machine is not None:
         yield from check_machine(needs, config, machine)
 

@@ -23,7 +23,7 @@ from lrag_ray.store.identity import BackboneIdentity
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.run_dir import RUN_FILE
 from lrag_ray.wan.config import SamplerConfig, WanConfig
-from lrag_ray.wan.devices import DEVICES
+from lrag_ray.wan.devices import DEVICES, without_row
 from lrag_ray.wan.flops import VaeSizes, decode_flops, setup_flops
 
 GENERATION_SHARE = (0.2, 0.6)
@@ -90,7 +90,7 @@ def measured_speeds(run: RolloutRun) -> list[Speed]:
         if not work or not generating_s > 0 or not math.isfinite(generating_s):
             continue
         decoding_s = best.timings_s.get("decode", 0.0)
-        found = sums.setdefault(best.device_kind, [0.0] * 5)
+        found = sums.setdefault(without_row(best.device_kind), [0.0] * 5)
         decoded = work.decoding if decoding_s > 0 else 0
         for i, value in enumerate((1, work.generation, generating_s, decoded, decoding_s)):
             found[i] += value

@@ -90,7 +90,8 @@ class RolloutWatch:
         match event:
             case TaskStarted():
                 self.began_s = self.began_s or time.monotonic()
-                self._busy[event.worker] = event.task
+                # What is done together shares a worker, and ends together.
+                self._busy[event.worker.partition("+")[0]] = event.task
                 self._most_busy = max(self._most_busy, len(self._busy))
             case TaskFinished(task=task):
                 self.finished += 1
@@ -98,7 +99,7 @@ class RolloutWatch:
             case AttemptFailed(failure):
                 self._land(failure.task)
             case TaskYielded() | WorkerLost():
-                self._busy.pop(event.worker, None)
+                self._busy.pop(event.worker.partition("+")[0], None)
             case StageAdvanced(stage="rollouts"):
                 self._open = event.total - event.done
 

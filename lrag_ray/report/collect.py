@@ -28,6 +28,7 @@ from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import RunStatus, run_status
 from lrag_ray.store.videos import CommittedVideo, committed_videos
+from lrag_ray.wan.devices import without_row
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class ReportData:
     @property
     def device_kinds(self) -> Mapping[str, int]:
         """Number of rollouts per kind of device."""
-        return Counter(rollout.videos[-1].commit.device_kind for rollout in self.rollouts.values())
+        return Counter(without_row(rollout.videos[-1].commit.device_kind) for rollout in self.rollouts.values())
 
 
 def collect(

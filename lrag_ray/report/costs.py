@@ -14,6 +14,7 @@ from lrag_ray.retrieval.bank_types import BANK_TYPES
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.store.identity import BackboneIdentity, MethodIdentity
 from lrag_ray.wan.config import WanConfig
+from lrag_ray.wan.devices import without_row
 
 KINDS = {
     "denoise": "Denoise",
@@ -78,7 +79,7 @@ def cost_tables(data: ReportData) -> list[CostTable]:
             for kind, seconds in commit.timings_s.items()
             if kind in KINDS and math.isfinite(seconds) and seconds >= 0
         }
-        by_method = found.setdefault((rollout.backbone, commit.device_kind), {})
+        by_method = found.setdefault((rollout.backbone, without_row(commit.device_kind)), {})
         by_method.setdefault(rollout.method, []).append(timings)
     return [
         CostTable(

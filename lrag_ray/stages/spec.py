@@ -12,7 +12,7 @@ returns. The engine runs any stage: on a pool of actors (`lrag_ray.engine.pool`)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -50,9 +50,11 @@ class Task(Generic[Payload]):
     name: str = ""
     """Name in messages and failure records; the key if empty."""
     memory: int = 0
-    """Bytes of host memory that its worker must have reserved."""
+    """Bytes of host memory that its worker must have reserved, also for those that are done with it."""
     progress: int = 0
     """Progress at the start, in the unit of `Stage.progress`."""
+    batch: str = ""
+    """Tasks of one batch may be done together (`Stage.tasks_at_once`); empty: it is done alone."""
 
     @property
     def title(self) -> str:
@@ -95,6 +97,13 @@ class Refused:
 
 
 Outcome = Result | Yielded | Refused
+
+
+@dataclass(frozen=True)
+class Parted:
+    """Of tasks that were to be done together: this one could not be. It is queued again, to be done alone."""
+
+    reason: str
 
 
 class WorkerState(NamedTuple):
@@ -144,6 +153,14 @@ class Worker(Protocol[PayloadIn]):
         """Do a task. An exception is a failed attempt, which is retried within limits."""
 
 
+class BatchWorker(Worker[PayloadIn], Protocol[PayloadIn]):
+    """A worker of a stage with `tasks_at_once`."""
+
+    def work_together(self, payloads: Sequence[PayloadIn], attempts: Sequence[str]) -> Sequence[Outcome | Parted]:
+        """Do tasks of one batch; an outcome for each. An exception is a failed attempt of all, and not counted where
+        there are several: each is then retried alone."""
+
+
 class Stage(ABC, Generic[Payload]):
     """What a worker does, as a picklable object."""
 
@@ -158,6 +175,11 @@ class Stage(ABC, Generic[Payload]):
     @abstractmethod
     def resources(self) -> Resources:
         """What each worker reserves."""
+
+    @property
+    def tasks_at_once(self) -> int:
+        """Most tasks of one batch that a worker is given together; above 1 the workers are `BatchWorker`."""
+        return 1
 
     @abstractmethod
     def open(self, host: Host) -> Worker[Payload]:

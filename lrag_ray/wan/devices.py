@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ class Device(NamedTuple):
     memory_gb: int
     """Memory in 10^9 bytes; of the larger version where there are two."""
 
+
+_PASS = re.compile(r", (?P<size>\d+) prompts per pass, row (?P<row>\d+)$")
 
 DEVICES = (
     Device("B200", 2250.0, 180),
@@ -56,6 +59,27 @@ def generator_kind(kernels: Kernels, device: torch.device, dtype: torch.dtype, h
     return kind + (f", fused layers {residual_norm.VERSION}" if residual_norm.fuses(kernels, device) else "")
 
 
+def row_kind(kind: str, row: int, size: int) -> str:
+    """The kind of what row `row` of passes over `size` prompts makes; `kind` itself where they hold one.
+
+    A product over another number of rows rounds differently, and a kernel may treat the first rows of a product unlike
+    the last. A row does not depend on what the others hold.
+    """
+    return kind if size == 1 else f"{kind}, {size} prompts per pass, row {row}"
+
+
+def row_of(kind: str, size: int) -> int:
+    """The row that `row_kind` put into `kind`, for passes over `size` prompts; 0 where it was made by others."""
+    found = _PASS.search(kind)
+    return int(found["row"]) % size if found and int(found["size"]) == size else 0
+
+
+def without_row(kind: str) -> str:
+    """`kind` for all rows of a pass: they take equally long."""
+    found = _PASS.search(kind)
+    return f"{kind[: found.start()]}, {found['size']} prompts per pass" if found else kind
+
+
 def kernel_notes(kernels: Kernels, device: torch.device) -> list[str]:
     """Which of the chosen kernels the device does without, and why."""
     return [*fused_rows.notes(kernels, device), *residual_norm.notes(kernels, device)]
@@ -64,9 +88,17 @@ def kernel_notes(kernels: Kernels, device: torch.device) -> list[str]:
 def same_kind(recorded: str, own: str) -> bool:
     """Whether parts of the kind `recorded` may be continued on `own`.
 
-    Older versions recorded less (``cpu`` alone, no attention kernel); what they left out is not held against them.
+    Older versions recorded less (``cpu`` alone, no attention kernel); what they left out is not held against them. All
+    versions knew passes over one prompt alone until these were recorded, so that part must be the same (`row_kind`).
     """
-    return own == recorded or own.startswith(f"{recorded}, ")
+    (recorded, *recorded_pass), (own, *own_pass) = _split(recorded), _split(own)
+    return recorded_pass == own_pass and (own == recorded or own.startswith(f"{recorded}, "))
+
+
+def _split(kind: str) -> list[str]:
+    """The device and its kernels; and what `row_kind` added, if anything."""
+    found = _PASS.search(kind)
+    return [kind[: found.start()], found[0]] if found else [kind]
 
 
 def gpu_hours(flops: float, device: Device, utilisation: float) -> float:

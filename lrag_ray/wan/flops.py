@@ -155,11 +155,14 @@ def decoder_parameter_count(vae: VaeSizes) -> int:
     return sum(c.outputs * (c.inputs * prod(c.kernel) + 1) for c in _decoder(vae, 1, 1))
 
 
-def decode_bytes(vae: VaeSizes, height: int, width: int, bytes_per_value: int = FLOAT32_BYTES) -> int:
-    """GPU memory of a streaming decode beside the weights: the feature cache and the largest layer's activations."""
+def decode_bytes(
+    vae: VaeSizes, height: int, width: int, bytes_per_value: int = FLOAT32_BYTES, *, videos: int = 1
+) -> int:
+    """GPU memory of streaming decodes beside the weights: a feature cache for each of the `videos` that are open, and
+    the largest layer's activations."""
     convolutions = list(_decoder(vae, height, width))
     cached = sum(convolution.cached_values for convolution in convolutions)
-    return bytes_per_value * (cached + max(convolution.peak_values for convolution in convolutions))
+    return bytes_per_value * (videos * cached + max(convolution.peak_values for convolution in convolutions))
 
 
 @dataclass(frozen=True)
@@ -224,5 +227,5 @@ def rollout_memory(
         exposed=batch * window_frames * frame,
         activations=tokens * (widest + 3 * config.dim * bytes_per_value),
         method=batch * method_bytes,
-        vae=stored_vae + decode_bytes(vae, height, width) if vae is not None else 0,
+        vae=stored_vae + decode_bytes(vae, height, width, videos=batch) if vae is not None else 0,
     )

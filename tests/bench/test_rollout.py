@@ -67,11 +67,18 @@ def test_unknown_names_are_refused_with_the_known_ones(wrong: str) -> None:
 
 def test_rolling_windows_are_measured_with_their_own_loop() -> None:
     arguments = ["bench", "rollout", "--method", "rolling_forcing", "--blocks", "1", "--depth-s", "0.75"]
-    done = CliRunner().invoke(program(), [*arguments, "--device", "cpu", "--no-decode"])
+    done = CliRunner().invoke(program(), [*arguments, "--device", "cpu", "--no-decode", "--prompts-per-pass", "2"])
     assert done.exit_code == 0, done.output
-    (rolling,) = json.loads(done.stdout)["methods"]
-    assert rolling["fps_overlapped"] is None
-    assert rolling["parts_ms"]["denoise"] > 0 and rolling["parts_ms"]["context"] > 0
+    found = json.loads(done.stdout)
+    for rolling, rows in zip(found["methods"], (1, 2), strict=True):
+        assert rolling["prompts_per_pass"] == rows
+        assert rolling["fps_overlapped"] is None
+        assert rolling["parts_ms"]["denoise"] > 0 and rolling["parts_ms"]["context"] > 0
+        assert rolling["fps"] == pytest.approx(rows * 12e3 / rolling["ms_per_block"])
+    (compared,) = found["compared"]
+    single, both = (each["ms_per_block"] for each in found["methods"])
+    assert (compared["method"], compared["prompts_per_pass"]) == ("rolling_forcing", 2)
+    assert compared["ratio"] == pytest.approx(both / 2 / single)
 
 
 @pytest.mark.parametrize("method", ["dummy_forcing", "forcing_kv", "deep_forcing"])

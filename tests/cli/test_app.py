@@ -111,6 +111,7 @@ SURFACE = {
         "--compare",
         "--blocks",
         "--depth-s",
+        "--prompts-per-pass",
         "--bank",
         "--bank-blocks",
         "--decode",

@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +23,10 @@ from lrag_ray.events import (
     StageAdvanced,
     TaskFinished,
     TaskStarted,
+    TaskYielded,
     WorkerLost,
 )
-from lrag_ray.stages.spec import Host, Outcome, Refused, Resources, Result, Stage, Task, Yielded
+from lrag_ray.stages.spec import Host, Outcome, Parted, Refused, Resources, Result, Stage, Task, Yielded
 from lrag_ray.store.records import FailureRecord
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
@@ -97,6 +98,19 @@ class Leaver(Sleeper):
         return Yielded("it must leave")
 
 
+class Together(Sleeper):
+    """Does jobs one after the other as one attempt, and leaves out of it those that refuse company."""
+
+    def work_together(self, payloads: Sequence[Job], attempts: Sequence[str]) -> list[Outcome | Parted]:
+        names = "+".join(job.name for job in payloads)
+        (payloads[0].folder / f"together-{names}").touch()
+        company = len(payloads) > 1
+        return [
+            Parted("it is shy") if company and job.name == "shy" else self.work(job, attempt)
+            for job, attempt in zip(payloads, attempts, strict=True)
+        ]
+
+
 class Stillborn(Sleeper):
     """Never starts."""
 
@@ -114,6 +128,11 @@ class Jobs(Stage[Job]):
     name = "rollouts"
     worker: type[Sleeper] = Sleeper
     needs: Resources = ONE_CPU
+    at_once: int = 1
+
+    @property
+    def tasks_at_once(self) -> int:
+        return self.at_once
 
     @property
     def resources(self) -> Resources:
@@ -208,6 +227,43 @@ def test_poison_is_quarantined_with_its_traceback_and_the_rest_finishes(tmp_path
     assert "in work" in bad[0].traceback
     assert [failure.kind for key, failure in diary.failures if key == "big"] == ["out_of_memory"]
     assert diary.lost == []
+
+
+def test_what_fails_together_is_tried_again_alone_and_only_then_counted(tmp_path: Path) -> None:
+    class Shy(Diary):
+        """Notes who was given back."""
+
+        def __call__(self, event: Event) -> None:
+            if isinstance(event, TaskYielded):
+                self.notices.append(f"{event.worker} {event.task} {event.reason}")
+            else:
+                super().__call__(event)
+
+    diary = Shy()
+    jobs = [Job("good1", tmp_path), Job("bad", tmp_path, raises=9), Job("good2", tmp_path), Job("shy", tmp_path)]
+    pool = ActorPool(Jobs(Together, at_once=2), PoolSize(1, 1), max_attempts=2, listener=diary)
+    quarantined = pool.run([replace(task, batch="b") for task in tasks_of(*jobs)])
+    assert [task.key for task in quarantined] == ["bad"]
+    assert set(diary.results) == {"good1", "good2", "shy"}
+    assert [(task, failure.counted, failure.reason) for task, failure in diary.failures] == [
+        ("good1", False, "ValueError: bad is poison (together with bad)"),
+        ("bad", False, "ValueError: bad is poison (together with good1)"),
+        ("bad", True, "ValueError: bad is poison"),
+        ("bad", True, "ValueError: bad is poison"),
+    ]
+    assert diary.order[:4] == [
+        ("worker-0", "good1"),
+        ("worker-0+1", "bad"),
+        ("worker-0", "good2"),
+        ("worker-0+1", "shy"),
+    ]
+    assert diary.notices == [
+        "good1 failed together with bad: it is tried again alone",
+        "bad failed together with good1: it is tried again alone",
+        "worker-0+1 shy it is shy",
+    ]
+    names = {path.name.removeprefix("together-") for path in tmp_path.glob("together-*")}
+    assert names == {"good1+bad", "good2+shy", "shy", "good1", "bad"}
 
 
 def test_deaths_are_survived_and_do_not_count_while_they_bring_parts(tmp_path: Path) -> None:

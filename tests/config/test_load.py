@@ -48,6 +48,7 @@ methods.*.descriptor methods.*.descriptor_dtype methods.*.encoder methods.*.firs
 methods.*.recent methods.*.recent_exclude methods.*.sink methods.*.top_k methods.*.window
 engine engine.address engine.actors engine.actors.min engine.actors.max engine.cpus_per_actor engine.gpus_per_actor
 engine.threads_per_actor engine.attention engine.fused_rows engine.fused_layers
+engine.prompts_per_pass
 engine.max_attempts engine.bank engine.bank.device_gb engine.bank.host_gb engine.bank.disk methods.*.history
 engine.checkpoint_every_blocks engine.stall_timeout_s engine.lease_ttl_s resume resume.on
 storage storage.endpoint_url storage.region storage.profile storage.attempts storage.retry_for_s
@@ -219,6 +220,11 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
             "run.yaml:10: engine.actors: expected a whole number, per_gpu or {min: a, max: b}, got true",
         ),
         ("engine: {actors: 2}", "engine: {actors: 0}", "run.yaml:10: engine.actors: must be at least 1, got 0"),
+        (
+            "engine: {actors: 2}",
+            "engine: {prompts_per_pass: 17}",
+            "run.yaml:10: engine.prompts_per_pass: must be at most 16, got 17",
+        ),
         (
             "engine: {actors: 2}",
             "engine: {cpus_per_actor: .inf}",

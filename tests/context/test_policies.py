@@ -212,6 +212,22 @@ def test_batch_elements_are_independent(model: Any, policy: type[ContextPolicy[A
         assert torch.allclose(together[i : i + 1], alone, atol=2e-5)
 
 
+@pytest.mark.parametrize(("policy", "settings"), CASES)
+def test_a_row_does_not_depend_on_what_is_beside_it(
+    model: Any, policy: type[ContextPolicy[Any]], settings: Any
+) -> None:
+    """Bit for bit: another prompt, or the row's own repeated."""
+    fox, street = "a red fox", "an empty street at night"
+
+    def rows(*prompts: str) -> Tensor:
+        return generate(start(model, policy, settings, prompts=prompts), 9)
+
+    together = rows(fox, street)
+    assert torch.equal(together[0], rows(fox, fox)[0])
+    assert torch.equal(together[1], rows("a bear that fishes", street)[1])
+    assert not torch.equal(*together)
+
+
 class _Watch:
     def __init__(self) -> None:
         self.rows: dict[tuple[int, int, int, Any], tuple[Tensor, Tensor]] = {}

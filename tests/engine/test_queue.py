@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from lrag_ray.engine.queue import AFFINITY_SPAN, TaskQueue
 from lrag_ray.stages.spec import Task
@@ -41,3 +42,17 @@ def test_a_worker_takes_only_what_it_has_memory_for_and_leaves_the_small_where_t
     assert taken(queue, memory=5, spare_small=True) == "large"
     assert [taken(queue, memory=5) for _ in range(2)] == ["small", None]
     assert queue.needs() == [9]
+
+
+def test_what_is_taken_together_is_of_one_batch_in_order() -> None:
+    kinds = [("rag", 0), ("base", 0), ("rag", 1), ("base", 1), ("rag", 2)]
+    queue = TaskQueue([replace(task(f"{method}{order}", order), batch=method) for method, order in kinds])
+    alone = task("alone", 0)
+    queue.put(alone, "last")
+    assert queue.turns(2) == 2 + 1 + 1 and queue.turns(1) == 6
+    first = queue.take(0, None, Counter())
+    assert first is not None and first.key == "rag0"
+    assert [each.key for each in queue.take_beside(first, 1)] == ["rag1"]
+    assert [taken(queue), taken(queue), taken(queue)] == ["base0", "base1", "rag2"]
+    assert queue.take_beside(first, 3) == [] and len(queue) == 1
+    assert queue.take(0, None, Counter()) == alone and queue.take_beside(alone, 3) == []

@@ -21,7 +21,7 @@ from lrag_ray.pipelines.history_choice import Machine
 from lrag_ray.pipelines.plan import MethodPlan, Plan, make_plan
 from lrag_ray.scoring.flops import vbench_flops
 from lrag_ray.wan.config import WanConfig
-from lrag_ray.wan.flops import clean_pass_flops, pass_flops
+from lrag_ray.wan.flops import WAN_VAE_PARAMETERS, VaeSizes, clean_pass_flops, decode_bytes, pass_flops
 from lrag_ray.world.scenes import HELD_OUT
 from tests.config.make import write
 
@@ -113,6 +113,29 @@ def test_six_rollouts_of_120_s_fit_on_256_gb_at_int4() -> None:
     assert any(
         note.startswith(expected) and note.endswith("fits, 34.8 GB in page-locked host memory each") for note in notes
     )
+
+
+def test_a_pass_of_two_prompts_holds_two_of_everything_but_the_weights() -> None:
+    alone, both = (planned(CONFIGS / "table2.yaml", f"engine.prompts_per_pass={rows}") for rows in (1, 2))
+    for one, two in zip(alone.methods, both.methods, strict=True):
+        assert (two.rollouts, two.latent_bytes) == (one.rollouts, one.latent_bytes)
+        assert two.history_bytes == one.history_bytes
+        assert (two.passes, two.transformer_flops) == (one.passes // 2, one.transformer_flops)
+        assert (two.longest_flops, two.longest_decode_flops) == (2 * one.longest_flops, 2 * one.longest_decode_flops)
+        layer = 2 * decode_bytes(VaeSizes(), 60, 104) - decode_bytes(VaeSizes(), 60, 104, videos=2)
+        weights = 2 * WanConfig().parameter_count() + 4 * WAN_VAE_PARAMETERS
+        assert two.gpu_bytes == 2 * one.gpu_bytes - weights - layer
+    odd = planned(CONFIGS / "table2.yaml", "engine.prompts_per_pass=3")
+    assert odd.methods[0].passes == 43 * 160 * 5
+    assert any("the last 2 fill no pass, so it takes as long" in note for note in odd.notes)
+    assert not any("prompts_per_pass" in note for note in both.notes)
+    # Three actors of two rollouts need what six of one do.
+    config = load_config(CONFIGS / "table2.yaml", ["engine.prompts_per_pass=2", "methods.rag.history=int4"])
+    node = Machine(256_000_000_000, 80_000_000_000, 3)
+    notes = make_plan(config, plan_prompts(config.prompts), machine=node).notes
+    assert any(note.startswith("self_forcing/rag: 6 rollouts of 120 s with 34.8 GB") for note in notes)
+    with pytest.raises(ConfigError, match=r"12 rollouts of 120 s .*: does not fit"):
+        make_plan(config, plan_prompts(config.prompts), machine=node._replace(rollouts=6))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from lrag_ray.wan.attention import attention, backend_of
-from lrag_ray.wan.devices import generator_kind, same_kind
+from lrag_ray.wan.devices import generator_kind, row_kind, row_of, same_kind, without_row
 from lrag_ray.wan.kernels import Kernels
 
 
@@ -73,7 +73,19 @@ def test_a_chosen_kernel_is_called_and_recorded() -> None:
         ("H100, torch 2.12.1, cuDNN 9190", False),
         ("H100, torch 2.12", False),
         ("H1", False),
+        ("H100, torch 2.12.1, cuDNN 91900, flash attention, 2 prompts per pass, row 0", False),
     ],
 )
 def test_a_kind_of_an_older_version_says_less_but_nothing_else(recorded: str, same: bool) -> None:
     assert same_kind(recorded, "H100, torch 2.12.1, cuDNN 91900, flash attention") == same
+
+
+def test_rows_of_a_pass_are_kinds_of_their_own_and_take_equally_long() -> None:
+    alone = "H100, torch 2.12.1, cuDNN 91900, flash attention"
+    first, second = row_kind(alone, 0, 2), row_kind(alone, 1, 2)
+    assert row_kind(alone, 0, 1) == alone
+    assert same_kind(first, first) and same_kind("H100, 2 prompts per pass, row 0", first)
+    assert not any(same_kind(old, first) for old in (second, row_kind(alone, 0, 3), alone, "H100"))
+    assert [row_of(second, 2), row_of(second, 3), row_of(alone, 2)] == [1, 0, 0]
+    assert without_row(first) == without_row(second) == f"{alone}, 2 prompts per pass"
+    assert without_row(alone) == alone

@@ -36,7 +36,7 @@ def pending_rollouts(
 ) -> PendingRollouts:
     """Rollouts of `identity` with the horizons that have no valid commit of their own.
 
-    `history_bytes(backbone, method, latent_frames)` is the host memory that a rollout's history needs at its end.
+    `history_bytes(backbone, method, latent_frames)` is the host memory that histories of an actor need at their end.
 
     A cell is done as soon as a longer commit covers it; its own commit is made all the same, because it names the
     video of that length. From stored parts that costs a decode and no pass of the transformer.
@@ -75,6 +75,7 @@ def pending_rollouts(
                             name=rollout.path,
                             memory=history_bytes(name, method_name, group[-1]),
                             progress=stored_pieces(inventory, rollout),
+                            batch=f"{name}/{method_name}/{group[-1]}",
                         )
                     )
     return PendingRollouts(tasks, invalid, total, blocks)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.stages.horizon_videos import HorizonVideos
+from lrag_ray.stages.rollout.joint import JointRollout
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import sha256_of
 from lrag_ray.store.parts import (
@@ -56,7 +56,7 @@ class Restoration:
         storage: Storage,
         damaged: Damaged,
         frames_per_block: int,
-        start: Callable[[], RolloutLoop],
+        start: Callable[[], JointRollout],
         open_videos: Callable[[Sequence[int]], HorizonVideos | None],
         step: Callable[[int, str], None],
     ) -> None:
@@ -128,12 +128,11 @@ class Restoration:
             self._step(index, "restoring" if index in stored else "generating")
             if index in stored:
                 if rollout is not None and index < last_gap:
-                    rollout.replay(stored[index].latents[None], [[stored[index].state]])
+                    rollout.replay([stored[index]])
                 yield stored[index]
             elif rollout is not None:
-                result = next(rollout.blocks(1))
-                state = {name: value.cpu() for name, value in result.state[0].items()}
-                yield FinishedBlock(result.block, result.latents[0].cpu(), result.trace[0], state)
+                ((block,),) = rollout.blocks(1)
+                yield block
 
 
 def _distinct_parts(commits: Sequence[Commit]) -> list[tuple[LatentPart, FileRecord]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lrag_ray.config.histories import history_frames, tiers_of
 from lrag_ray.config.methods import resolve_method
@@ -30,26 +31,25 @@ from lrag_ray.config.schema import (
 from lrag_ray.context.policy import bank_of
 from lrag_ray.errors import WeightsError
 from lrag_ray.printable import counted
-from lrag_ray.retrieval.similarity import HostCopy
-from lrag_ray.rollout.loop import RolloutLoop
 from lrag_ray.rollout.loops import loop_of
 from lrag_ray.rollout.noise import KeyedNoise, NoiseVersion
-from lrag_ray.rollout.types import BlockResult
 from lrag_ray.stages.backbone import device_for, load_generator, load_method_weights, load_vae, weights_identity
 from lrag_ray.stages.horizon_videos import HorizonVideos
 from lrag_ray.stages.numerics import make_reproducible
 from lrag_ray.stages.rollout.background import BackgroundThread
+from lrag_ray.stages.rollout.begun import BegunRollout
 from lrag_ray.stages.rollout.block_writer import BlockWriter, Stopwatch
+from lrag_ray.stages.rollout.joint import JointRollout, filled, placed
 from lrag_ray.stages.rollout.restore import Damaged, Restoration, Restored
-from lrag_ray.stages.spec import Host, Resources, Result, Stage, Task, WorkerState, Yielded
+from lrag_ray.stages.spec import Host, Parted, Resources, Result, Stage, Task, WorkerState, Yielded
 from lrag_ray.store.embeddings import embedding_path, read_embedding
 from lrag_ray.store.identity import canonical_digest
-from lrag_ray.store.parts import FinishedBlock, PartChain, read_chain
-from lrag_ray.store.records import PartRecord, RolloutId
+from lrag_ray.store.parts import FinishedBlock, StoredPart
+from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
-from lrag_ray.wan.devices import generator_kind, kernel_notes, same_kind
+from lrag_ray.wan.devices import generator_kind, kernel_notes, row_kind, row_of
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -81,12 +81,12 @@ class RolloutStage(Stage[RolloutTask]):
     """Rollouts of a run.
 
     Needs `engine.cpus_per_actor` CPUs, `engine.gpus_per_actor` GPUs, and host memory for the history of each rollout.
-    Set up: sees the run and fixes torch's numerics; a backbone is loaded with its first rollout. Does: one rollout to
-    its missing commits. Returns: `RolloutResult`, or yields between two blocks.
+    Set up: sees the run and fixes torch's numerics; a backbone is loaded with its first rollout. Does: one rollout,
+    or as many as a pass has rows, to their missing commits. Returns: `RolloutResult`, or yields between two blocks.
     """
 
     name = "rollouts"
-    memory_use = "the history of this rollout"
+    memory_use = "the history in its actor"
 
     uri: str
     """Address of the run, credentials included: never shown."""
@@ -134,6 +134,11 @@ class RolloutStage(Stage[RolloutTask]):
         """Blocks per latent part."""
         return self.engine.checkpoint_every_blocks
 
+    @property
+    def tasks_at_once(self) -> int:
+        """Rows of a pass."""
+        return self.engine.prompts_per_pass
+
     def open(self, host: Host) -> RolloutWorker:
         """StorageError where this node does not see the run."""
         return RolloutWorker(self, host)
@@ -158,7 +163,7 @@ class RolloutResult(Result):
 
 
 class RolloutWorker:
-    """Does rollouts one after the other and keeps the backbone that it loaded last."""
+    """Does rollouts one after the other, or a few at a time, and keeps the backbone that it loaded last."""
 
     def __init__(self, stage: RolloutStage, host: Host) -> None:
         self.stage = stage
@@ -173,9 +178,17 @@ class RolloutWorker:
 
     def work(self, payload: RolloutTask, attempt: str) -> RolloutResult | Yielded:
         """Bring every missing horizon of a rollout to a commit, or yield."""
+        (outcome,) = self.work_together([payload], [attempt])
+        assert not isinstance(outcome, Parted), "there is no other"
+        return outcome
+
+    def work_together(
+        self, payloads: Sequence[RolloutTask], attempts: Sequence[str]
+    ) -> list[RolloutResult | Yielded | Parted]:
+        """The same for rollouts of one backbone, method and length, in passes of `engine.prompts_per_pass` rows."""
         # The engine may call this in another thread than the constructor.
         make_reproducible(self.stage.threads)
-        return _Attempt(self, payload, attempt).run()
+        return _Attempt(self, payloads, attempts).run()
 
     def hold(self, name: str) -> BackboneConfig:
         """Release any backbone other than `name`, so that two are never in memory."""
@@ -202,24 +215,6 @@ class RolloutWorker:
         return self._vae
 
 
-def read_behind(results: Iterator[BlockResult], *, behind: bool) -> Iterator[FinishedBlock]:
-    """Blocks in host memory. With `behind`, one is read when the next has been launched, so that the device, whose
-    times are known by then, never waits for the host."""
-    waiting: list[tuple[BlockResult, HostCopy, dict[str, HostCopy]]] = []
-    for result in results:
-        state = {name: HostCopy(value) for name, value in result.state[0].items()}
-        waiting.append((result, HostCopy(result.latents[0]), state))
-        if len(waiting) > behind:
-            yield _finished(*waiting.pop(0))
-    for last in waiting:
-        yield _finished(*last)
-
-
-def _finished(result: BlockResult, latents: HostCopy, state: dict[str, HostCopy]) -> FinishedBlock:
-    kept = {name: value.read() for name, value in state.items()}
-    return FinishedBlock(result.block, latents.read(), result.trace[0], kept)
-
-
 class _MustLeaveError(Exception):
     """The worker must go; unwinds the block loop."""
 
@@ -229,65 +224,94 @@ def stored_pieces(inventory: Inventory, rollout: RolloutId) -> int:
     return len(inventory.part_records.get(rollout.path, ())) + len(inventory.commits.get(rollout.path, {}))
 
 
+@dataclass
+class _Element:
+    """One of the rollouts that an attempt makes together."""
+
+    task: RolloutTask
+    attempt: str
+    horizons: Sequence[int]
+    """Those without a commit, ascending."""
+    row: int
+    device_kind: str
+    parts: Sequence[StoredPart]
+    """What it continues from."""
+    stored: Sequence[FinishedBlock]
+    """Their blocks."""
+    notes: list[str]
+    blocks_done: int = 0
+    stored_bytes: int = 0
+
+
 class _Attempt:
-    def __init__(self, worker: RolloutWorker, task: RolloutTask, attempt: str) -> None:
+    """Rollouts of one backbone, method and length, as rows of the same passes."""
+
+    def __init__(self, worker: RolloutWorker, tasks: Sequence[RolloutTask], attempts: Sequence[str]) -> None:
         self._worker, self._stage = worker, worker.stage
         self._run, self._device = worker.run, worker.device
-        self._task = task
-        self._id = attempt
+        self._tasks, self._ids = tasks, attempts
+        self._size = self._stage.engine.prompts_per_pass
         self._watch = Stopwatch()
-        self._notes: list[str] = []
-        self._blocks_done = self._stored_bytes = 0
+        self._blocks_total = self._generated = 0
+        self._sharing = len(tasks)
+        """Rollouts that share the time that is spent."""
 
-    def run(self) -> RolloutResult | Yielded:
+    def run(self) -> list[RolloutResult | Yielded | Parted]:
         began = time.perf_counter()
-        task = self._task
-        self._backbone = self._worker.hold(task.rollout.backbone)
-        if self._backbone.fail_on_prompt is not None and self._backbone.fail_on_prompt in task.prompt:
-            raise RuntimeError(f"fail_on_prompt: the prompt contains {self._backbone.fail_on_prompt!r}")
+        self._backbone = self._worker.hold(self._tasks[0].rollout.backbone)
+        fails_on = self._backbone.fail_on_prompt
+        if fails_on is not None and any(fails_on in task.prompt for task in self._tasks):
+            raise RuntimeError(f"fail_on_prompt: the prompt contains {fails_on!r}")
         self._n = self._backbone.sampler.frames_per_block
         dtype, head_dim = getattr(torch, self._backbone.dtype), self._backbone.transformer.head_dim
-        self._device_kind = generator_kind(self._stage.engine.kernels, self._device, dtype, head_dim)
-        if task.damaged is not None:
-            return self._restore(task.damaged, began)
-        inventory = self._run.inventory(task.rollout)
-        committed = inventory.valid_commits(task.rollout)
-        horizons = [horizon for horizon in task.horizons if horizon not in committed]
-        if not horizons:
-            return RolloutResult(made=0, units=0, seconds=time.perf_counter() - began)
-        self._blocks_total = horizons[-1] // self._n
-        self._report(0, "loading")
-        with self._watch.measure("store"):
-            chain = self._chain(inventory, horizons[-1])
-        stored = [block for part in chain.parts for block in part.blocks][: self._blocks_total]
+        kernels = self._stage.engine.kernels
+        self._kinds = [
+            row_kind(generator_kind(kernels, self._device, dtype, head_dim), row, self._size)
+            for row in range(self._size)
+        ]
+        if (damaged := self._tasks[0].damaged) is not None:
+            return [self._restore(self._tasks[0], damaged, began)]
+        elements, outcomes = self._elements()
         with scratch_folder() as scratch:
-            whole = self._commit_all(horizons, chain, stored, scratch)
-        if not whole:
-            return Yielded(f"its node is about to be taken away; it has stored {counted(self._blocks_done, 'block')}")
-        generated = self._blocks_total - len(stored)
+            whole = not elements or self._commit_all(list(elements.values()), scratch)
+        for i, element in elements.items():
+            done = whole or element.blocks_done == self._blocks_total
+            outcomes[i] = self._result(element) if done else self._left(element)
+        spent = time.perf_counter() - began
+        return [
+            replace(outcome, seconds=spent) if isinstance(outcome, RolloutResult) else outcome
+            for _, outcome in sorted(outcomes.items())
+        ]
+
+    def _result(self, element: _Element) -> RolloutResult:
+        generated = self._blocks_total - len(element.stored)
         generating_s = sum(self._watch.timings_s.get(kind, 0.0) for kind in ("denoise", "context"))
         return RolloutResult(
-            made=len(horizons),
+            made=len(element.horizons),
             units=self._blocks_total,
-            unit_seconds=generating_s / generated if generated else 0.0,
-            stored_bytes=self._stored_bytes,
-            committed=tuple(horizons),
+            unit_seconds=generating_s / self._generated / self._sharing if generated else 0.0,
+            stored_bytes=element.stored_bytes,
+            committed=tuple(element.horizons),
             blocks_generated=generated,
-            blocks_resumed=len(stored),
-            seconds=time.perf_counter() - began,
-            notes=tuple(self._notes),
+            blocks_resumed=len(element.stored),
+            notes=tuple(element.notes),
         )
 
-    def _restore(self, damaged: Damaged, began: float) -> RolloutResult | Yielded:
+    def _left(self, element: _Element) -> Yielded:
+        return Yielded(f"its node is about to be taken away; it has stored {counted(element.blocks_done, 'block')}")
+
+    def _restore(self, task: RolloutTask, damaged: Damaged, began: float) -> RolloutResult | Yielded:
         self._blocks_total = max(commit.latent_frames for commit in damaged.commits) // self._n
 
         def step(block: int, word: str) -> None:
             self._leave_if_asked()
             self._report(block, word)
 
+        row = row_of(damaged.commits[-1].device_kind, self._size)
         with scratch_folder() as scratch:
-            open_videos = partial(self._open_videos, scratch)
-            work = Restoration(self._run.storage, damaged, self._n, self._start, open_videos, step)
+            open_videos = partial(self._open_videos, scratch, task)
+            start = partial(self._start, [task], [row])
+            work = Restoration(self._run.storage, damaged, self._n, start, open_videos, step)
             try:
                 restored = work.run()
             except _MustLeaveError:
@@ -295,135 +319,169 @@ class _Attempt:
         seconds = time.perf_counter() - began
         return RolloutResult(made=0, units=self._blocks_total, seconds=seconds, restored=restored)
 
-    def _chain(self, inventory: Inventory, end_frame: int) -> PartChain:
-        """What to continue from."""
-        records, broken = self._run.part_records(inventory, self._task.rollout)
-        records = [record for record in records if record.rollout_key == self._task.rollout_key]
-        own = [record for record in records if same_kind(record.device_kind, self._device_kind)]
-        if self._stage.resume.on == "any":
-            own = records
-        chain = self._read_chain(own)
-        foreign = [record for record in records if record not in own]
-        if chain.end_frame < end_frame and max((record.end_frame for record in foreign), default=0) > chain.end_frame:
-            whole = self._read_chain(records)
-            if whole.end_frame >= end_frame:
-                # Nothing is left to generate, so no rollout is continued on another kind of device.
-                chain = whole
-            else:
-                kinds = ", ".join(sorted({record.device_kind for record in foreign}))
-                self._notes.append(
-                    f"{self._task.rollout.path}: parts made on {kinds} are left unused, this is {self._device_kind} "
-                    "(resume.on: any continues from them)"
-                )
-        self._notes += [f"{line}: cut back to frame {chain.end_frame}" for line in [*broken, *chain.broken]]
-        return chain
+    def _elements(self) -> tuple[dict[int, _Element], dict[int, RolloutResult | Yielded | Parted]]:
+        """Those with something left to do, by their place among the tasks, and what becomes of the others."""
+        open_: dict[int, tuple[list[int], BegunRollout]] = {}
+        outcomes: dict[int, RolloutResult | Yielded | Parted] = {}
+        for i, task in enumerate(self._tasks):
+            inventory = self._run.inventory(task.rollout)
+            committed = inventory.valid_commits(task.rollout)
+            horizons = [horizon for horizon in task.horizons if horizon not in committed]
+            if not horizons:
+                outcomes[i] = RolloutResult(made=0, units=0)
+                continue
+            if not open_:
+                self._blocks_total = horizons[-1] // self._n
+                self._report(0, "loading")
+            elif horizons[-1] // self._n != self._blocks_total:
+                outcomes[i] = Parted(f"it ends elsewhere than {self._tasks[min(open_)].rollout.path}")
+                continue
+            with self._watch.measure("store"):
+                begun = BegunRollout.look(self._run, inventory, task.rollout, task.rollout_key, self._n)
+            open_[i] = horizons, begun
+        found: dict[int, _Element] = {}
+        on_any = self._stage.resume.on == "any"
+        rows = placed([begun.best_of(self._kinds) for _, begun in open_.values()], self._size)
+        for (i, (horizons, begun)), row in zip(open_.items(), rows, strict=True):
+            if row is None:
+                outcomes[i] = Parted("it was begun in the same row of a pass as another rollout")
+                continue
+            kind = self._kinds[row]
+            with self._watch.measure("store"):
+                chain, notes = begun.chain(kind, horizons[-1], on_any=on_any)
+            stored = [block for part in chain.parts for block in part.blocks][: self._blocks_total]
+            if on_any and found and len(stored) != len(found[min(found)].stored):
+                # Blocks that another kind of device made do not come out the same beside one that is behind.
+                outcomes[i] = Parted("it continues from another block than the rollout beside it")
+                continue
+            found[i] = _Element(self._tasks[i], self._ids[i], horizons, row, kind, chain.parts, stored, notes)
+        return found, outcomes
 
-    def _read_chain(self, records: Sequence[PartRecord]) -> PartChain:
-        key, storage = self._task.rollout_key, self._run.storage
-        return read_chain(storage, records, rollout_key=key, frames_per_block=self._n)
-
-    def _commit_all(
-        self, horizons: Sequence[int], chain: PartChain, stored: Sequence[FinishedBlock], scratch: Path
-    ) -> bool:
-        """Make blocks, and let the writer follow behind; False if the worker must leave before the end."""
-        videos = self._open_videos(scratch, horizons)
-        writer = BlockWriter(
-            self._run,
-            self._task.rollout,
-            self._task.rollout_key,
-            self._id,
-            self._device_kind,
-            horizons=horizons,
-            part_blocks=self._stage.checkpoint_every_blocks,
-            fps=self._stage.video.fps,
-            videos=videos,
-        )
-        writer.reuse(chain.parts)
+    def _commit_all(self, elements: Sequence[_Element], scratch: Path) -> bool:
+        """Make blocks, and let the writers follow behind; False if the worker must leave before the end."""
+        opened: list[HorizonVideos] = []
+        writers: dict[str, BlockWriter] = {}
         try:
-            with BackgroundThread(BLOCKS_BEHIND) as background:
+            for element in elements:
+                folder = scratch / element.attempt
+                folder.mkdir()
+                videos = self._open_videos(folder, element.task, element.horizons)
+                opened += [videos] if videos is not None else []
+                writers[element.attempt] = writer = BlockWriter(
+                    self._run,
+                    element.task.rollout,
+                    element.task.rollout_key,
+                    element.attempt,
+                    element.device_kind,
+                    horizons=element.horizons,
+                    part_blocks=self._stage.checkpoint_every_blocks,
+                    fps=self._stage.video.fps,
+                    videos=videos,
+                )
+                writer.reuse(element.parts)
+            with BackgroundThread(BLOCKS_BEHIND * len(elements)) as background:
+                whole = True
                 try:
-                    for block in self._blocks(stored):
-                        background.do(writer.take, block, dict(self._watch.timings_s))
-                        self._blocks_done = block.block + 1
-                    whole = True
+                    for element, block in self._blocks(elements):
+                        shares = {kind: spent / self._sharing for kind, spent in self._watch.timings_s.items()}
+                        background.do(writers[element.attempt].take, block, shares)
+                        element.blocks_done = block.block + 1
                 except _MustLeaveError:
-                    background.do(writer.flush)
+                    for writer in writers.values():
+                        background.do(writer.flush)
                     whole = False
                 background.finish()
         finally:
-            if videos is not None:
+            for videos in opened:
                 videos.abort()
-        self._notes += writer.notes
-        self._stored_bytes = writer.stored_bytes
+        for element in elements:
+            element.notes += writers[element.attempt].notes
+            element.stored_bytes = writers[element.attempt].stored_bytes
         return whole
 
-    def _blocks(self, stored: Sequence[FinishedBlock]) -> Iterator[FinishedBlock]:
+    def _blocks(self, elements: Sequence[_Element]) -> Iterator[tuple[_Element, FinishedBlock]]:
         """Stored blocks, then generated ones; caches are rebuilt from the stored ones only if more are needed."""
-        for block in stored:
-            self._leave_if_asked()
-            self._report(block.block, "storing")
-            yield block
-        left = self._blocks_total - len(stored)
-        if not left:
+        for element in elements:
+            for block in element.stored:
+                self._leave_if_asked()
+                self._report(block.block, "storing")
+                yield element, block
+        unfinished = [element for element in elements if len(element.stored) < self._blocks_total]
+        if not unfinished:
             return
         self._leave_if_asked()
+        self._sharing = len(unfinished)
         with self._watch.measure("load"):
-            rollout = self._start()
-        for block, following in zip_longest(stored, stored[1:]):
+            rollout = self._start([element.task for element in unfinished], [element.row for element in unfinished])
+        # A row that is ahead of another makes its next blocks once more, which takes no longer than waiting.
+        common = min(len(element.stored) for element in unfinished)
+        stored = list(zip(*(element.stored[:common] for element in unfinished), strict=True))
+        for blocks, following in zip_longest(stored, stored[1:]):
             self._leave_if_asked()
-            self._report(block.block, "replaying")
+            self._report(blocks[0].block, "replaying")
             with self._watch.measure("replay"):
                 if following is not None:
-                    rollout.expect([row.frame for row in following.trace if row.kind == "retrieved"])
-                rollout.replay(block.latents[None], [[block.state]])
-        self._report(len(stored), "generating")
+                    rollout.expect(following)
+                rollout.replay(blocks)
+        self._report(common, "generating")
+        self._generated = self._blocks_total - common
         try:
-            for block in read_behind(rollout.blocks(left), behind=self._device.type == "cuda"):
-                self._watch.timings_s.update(rollout.timings_s)
-                yield block
-                self._report(block.block + 1, "generating")
-                if block.block + 1 < self._blocks_total:
+            for blocks in rollout.blocks(self._generated, behind=self._device.type == "cuda"):
+                self._watch.timings_s.update(rollout.loop.timings_s)
+                done = blocks[0].block + 1
+                for element, block in zip(unfinished, blocks, strict=True):
+                    if block.block >= len(element.stored):
+                        yield element, block
+                self._report(done, "generating")
+                if done < self._blocks_total:
                     self._leave_if_asked()
         finally:
             # Histories grow until the end, so their notes are read last.
-            self._notes += [*rollout.notes, *kernel_notes(self._stage.engine.kernels, self._device)]
+            notes = [*rollout.loop.notes, *kernel_notes(self._stage.engine.kernels, self._device)]
+            unfinished[0].notes += dict.fromkeys(notes)
 
     def _leave_if_asked(self) -> None:
         if self._worker.host.must_leave():
             raise _MustLeaveError
 
-    def _start(self) -> RolloutLoop:
-        task, config = self._task, self._backbone
+    def _start(self, tasks: Sequence[RolloutTask], rows: Sequence[int]) -> JointRollout:
+        config = self._backbone
+        by_row = [tasks[i] for i in filled(rows, self._size)]
+        method = resolve_method(self._stage.methods[tasks[0].rollout.method])
+        latent = config.latent
+        shape = (latent.channels, latent.height, latent.width)
+        seed, prompts = self._stage.seed, [task.prompt for task in by_row]
+        samples = [task.rollout.sample for task in by_row]
+        expected = history_frames(config, method, self._blocks_total * self._n)
+        loop = loop_of(method.policy)(
+            self._worker.generator(tasks[0].weights_digest),
+            config.sampler,
+            method.policy,
+            method.settings,
+            torch.stack([self._text_features(task) for task in by_row]),
+            KeyedNoise(seed, prompts, samples, (self._n, *shape), self._stage.noise),
+            shape,
+            weights=load_method_weights(method, self._device),
+            make_bank=bank_of(method.history, tiers_of(self._stage.engine.bank, expected)),
+            keys=[(seed, prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)],
+            total_blocks=self._blocks_total,
+        )
+        return JointRollout(loop, rows, self._size)
+
+    def _text_features(self, task: RolloutTask) -> Tensor:
         rows = read_embedding(self._run.storage, task.text_digest, task.prompt)
         if rows is None:
             path = embedding_path(task.text_digest, task.prompt)
             raise RuntimeError(f"{path}: the text features are missing or damaged; the next start makes them again")
-        method = resolve_method(self._stage.methods[task.rollout.method])
-        latent = config.latent
-        shape = (latent.channels, latent.height, latent.width)
-        seed, sample = self._stage.seed, task.rollout.sample
-        expected = history_frames(config, method, self._blocks_total * self._n)
-        return loop_of(method.policy)(
-            self._worker.generator(task.weights_digest),
-            config.sampler,
-            method.policy,
-            method.settings,
-            pad_text(rows, config.transformer.text_len)[None],
-            KeyedNoise(seed, [task.prompt], [sample], (self._n, *shape), self._stage.noise),
-            shape,
-            weights=load_method_weights(method, self._device),
-            make_bank=bank_of(method.history, tiers_of(self._stage.engine.bank, expected)),
-            keys=[(seed, task.prompt, sample)],
-            total_blocks=self._blocks_total,
-        )
+        return pad_text(rows, self._backbone.transformer.text_len)
 
-    def _open_videos(self, scratch: Path, horizons: Sequence[int]) -> HorizonVideos | None:
+    def _open_videos(self, scratch: Path, task: RolloutTask, horizons: Sequence[int]) -> HorizonVideos | None:
         video = self._stage.video
-        if not (video.enabled and self._task.decode):
+        if not (video.enabled and task.decode):
             return None
         with self._watch.measure("load"):
             vae = self._worker.vae()
         return HorizonVideos(scratch, vae, horizons, video)
 
     def _report(self, blocks: int, step: str) -> None:
-        self._worker.host.report(WorkerState(self._task.rollout.path, blocks, self._blocks_total, step))
+        self._worker.host.report(WorkerState(self._tasks[0].rollout.path, blocks, self._blocks_total, step))
