@@ -16,8 +16,7 @@ import lrag_ray as lr
 from lrag_ray.errors import StorageError, UsageError
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.store.rollouts import RolloutRun
-from tests.report.make_run import HORIZONS, make_run
-from tests.report.test_build import score_all
+from tests.report.make_run import HORIZONS, make_run, score_all
 
 FUNCTIONS = {
     "load_config": "(path: 'str | Path', overrides: 'Sequence[str]' = ()) -> 'JobConfig'",

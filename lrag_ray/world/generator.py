@@ -195,7 +195,7 @@ class GeneratorLesson(Lesson):
 
     def _history(self, key: tuple[int, ...], scene: Scene, frames: Frames, faults: Faults) -> dict[int, Tensor]:
         """Latents [C, H, W] of the clean frames, and of the frame before each span of them, which asks for it."""
-        latents = {}
+        latents: dict[int, Tensor] = {}
         for span, ahead in zip(frames.spans(), (0, *faults.rails), strict=True):
             ring = scene.ring_before(background_astray(scene.setting, ahead)) if ahead else scene.ring
             shown = [*([span[0] - 1] if span[0] else []), *span]

@@ -23,8 +23,8 @@ from lrag_ray.scoring.judge.suite import NOT_VBENCH, Judge
 from lrag_ray.scoring.suite import StoppedError, UnscorableError
 from lrag_ray.store.rollouts import RolloutRun
 from tests.chat.servers import ChatProxy
-from tests.report.make_run import make_identity, make_run
-from tests.report.test_build import Page, score_all
+from tests.report.make_run import make_identity, make_run, score_all
+from tests.report.test_build import Page
 
 KEY = "a-key-that-must-be-nowhere-0987654321"
 SECRETIVE = ("base", "rag", "tiny", "rollouts", "attempt", "mp4", "lrag")
