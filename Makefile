@@ -28,8 +28,8 @@ $(VENV)/.test: $(VENV)/.run
 
 install: $(VENV)/.run ## make the environment in .venv
 
-demo: $(VENV)/.run ## the whole job on the embedded tiny backbone: local Ray, CPU, local storage
-	$(BIN)/lrag-ray run configs/demo.yaml
+demo: $(VENV)/.run ## four methods ride twice around a tiny world: local Ray, CPU, local storage; minutes
+	$(BIN)/lrag-ray run configs/tiny_world/demo.yaml
 
 encoder: $(VENV)/.run ## a tiny corpus, an encoder on two workers (one is killed), measures, a rag run with it: minutes
 	$(BIN)/python scripts/encoder_tiny.py
