@@ -148,7 +148,7 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
 
 def _bounded(file: BinaryIO) -> IO[bytes]:
     """Extended headers are read whole."""
-    return cast(IO[bytes], BoundedFile(file, tarfile.ReadError))
+    return cast(IO[bytes], BoundedFile(file, tarfile.ReadError, _BLOCK))
 
 
 def _ends_at(path: Path, offset: int) -> bool:

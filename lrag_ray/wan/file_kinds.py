@@ -12,6 +12,8 @@ from typing import BinaryIO, cast
 HEAD_BYTES = 512
 """How much of a file `no_weights` wants to see."""
 _SHOWN = 60
+_MOST_DIRECTORY_BYTES = 1 << 23
+"""Of an archive: 100,000 entries, and two seconds to read them."""
 
 
 def absence(path: Path) -> str:
@@ -121,10 +123,15 @@ class BoundedFile:
     `most_bytes` begins as the limit of a zip's directory, which is read when the archive is opened. `error` above it.
     """
 
-    def __init__(self, file: BinaryIO, error: type[Exception] = zipfile.BadZipFile) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        error: type[Exception] = zipfile.BadZipFile,
+        most_bytes: int = _MOST_DIRECTORY_BYTES,
+    ) -> None:
         self._file = file
         self._error = error
-        self.most_bytes = _MOST_DIRECTORY_BYTES
+        self.most_bytes = most_bytes
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
@@ -156,8 +163,6 @@ _READ_WHOLE = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the files beside weights that libraries read as a whole."""
 _MOST_READ_WHOLE = 1 << 26
 """The vocabulary of umT5 has 17 MB."""
-_MOST_DIRECTORY_BYTES = 1 << 25
-"""Of an archive; the entries of such a one take ten times as much in memory."""
 
 
 def _as_text(head: bytes) -> str | None:
