@@ -39,7 +39,10 @@ def configuration(slot: str) -> str:
     return written
 
 
-@pytest.mark.parametrize(("attack", "slot", "command"), zip(QUICK, cycle(SLOTS), cycle(COMMANDS), strict=False))
+MEETINGS = [*zip(QUICK, cycle(SLOTS), cycle(COMMANDS), strict=False)]
+
+
+@pytest.mark.parametrize(("attack", "slot", "command"), MEETINGS)
 def test_a_file_that_is_no_network_is_refused_by_name(
     attack: str, slot: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
