@@ -21,7 +21,7 @@ GENERATORS = {
 VAE = _FOLDER / "vae"
 """Diffusers folder of the VAE."""
 DIGESTS = {
-    GENERATORS["tiny_world"]: "09189d5d1ef4afbee915d09573777e9924af179990773688a2814f1903950368",
+    GENERATORS["tiny_world"]: "60815c9f1b34d195aaa7869275946e0b89ea0c74db21ea8ec0e5ed3a394f9c4f",
     GENERATORS["tiny_world_zero_shot"]: "3a5404b4d25227a101e9a9471aaee6a2f8f77b736830e0478f7523a71159dbde",
     VAE / "diffusion_pytorch_model.safetensors": "8f2aed846d7badd9f5d72a449b55d68c8eb1c1a2c479379cf0e2867890b8880f",
 }
