@@ -22,7 +22,7 @@ VAE = _FOLDER / "vae"
 """Diffusers folder of the VAE."""
 DIGESTS = {
     GENERATORS["tiny_world"]: "60815c9f1b34d195aaa7869275946e0b89ea0c74db21ea8ec0e5ed3a394f9c4f",
-    GENERATORS["tiny_world_zero_shot"]: "3a5404b4d25227a101e9a9471aaee6a2f8f77b736830e0478f7523a71159dbde",
+    GENERATORS["tiny_world_zero_shot"]: "7137feb44151e9668f625d56a66b501965a285c5cec17ddabebff464147b32b7",
     VAE / "diffusion_pytorch_model.safetensors": "8f2aed846d7badd9f5d72a449b55d68c8eb1c1a2c479379cf0e2867890b8880f",
 }
 """SHA-256 of every file of weights."""
