@@ -43,9 +43,9 @@ class World(PerVideoSuite[NoSettings]):
         return Banner(
             "A tiny world with known truth.",
             "Preset tiny_world was trained with retrieved frames in its contexts, tiny_world_zero_shot without; this "
-            "is not a replication of the paper's zero-shot claim. From text alone rides of both lose their place "
-            "(docs/tiny-world.md). The things along the ring are free: only the first turn of a video says which "
-            "belong where.",
+            "is not a replication of the paper's zero-shot claim (docs/tiny-world.md). No prompt names the things "
+            "along the ring: only the first turn of a video says which belong where, and only what a method keeps of "
+            "it can bring them back.",
         )
 
     def frame_rows(self, frames: int) -> Sequence[FrameRow]:
