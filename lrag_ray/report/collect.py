@@ -126,6 +126,11 @@ class ReportData:
         return list(dict.fromkeys(backbone.label for backbone in self.identity.backbones.values() if backbone.label))
 
     @property
+    def untrained(self) -> list[str]:
+        """The labels that say that a backbone's weights are random, so that nothing follows about the methods."""
+        return [label for label in self.labels if "untrained" in label]
+
+    @property
     def durations_note(self) -> str:
         """That durations are prefixes of one rollout, and of which methods they are not; '' where they are of none."""
         several = any(len(backbone.horizons) > 1 for backbone in self.identity.backbones.values())

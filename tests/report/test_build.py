@@ -186,7 +186,7 @@ def test_the_same_storage_gives_the_same_files(run: RolloutRun, report: Report) 
 
 
 def test_the_page_says_what_it_is(page: Page) -> None:
-    assert "tiny, untrained" in page.text
+    assert "Of tiny, untrained: a test of the program, not of the methods." in page.text
     assert "Preview measures, not VBench." in page.text
     assert "Over the 2 prompts that all methods have." in page.text
     assert "Durations are prefixes of one rollout, not independent samples" in page.text

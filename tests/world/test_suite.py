@@ -136,7 +136,7 @@ def test_the_prompts_that_come_along_are_held_out() -> None:
 
 def test_the_page_says_what_was_trained() -> None:
     banner = WORLD.banner(Scores())
-    assert "trained with retrieved frames" in banner.text and "not a replication" in banner.text
+    assert "saw retrieved frames in training" in banner.text and "does not replicate" in banner.text
 
 
 def test_each_turn_is_a_row_of_frames_that_make_up_the_ring() -> None:

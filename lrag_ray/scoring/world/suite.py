@@ -30,7 +30,8 @@ class World(PerVideoSuite[NoSettings]):
     unranked = LATER_TURNS
     strips_note = (
         "Each row is one turn around the ring, laid out flat: frames that touch, from the start of the turn to its "
-        "end. Turn 1 is the truth of that video. What comes later should show the same things in the same places."
+        "end. The colours of the wall and of the rail at its foot show the place. Every video is compared with its own "
+        "turn 1: what comes later should show the same things in the same places."
     )
 
     @property
@@ -41,11 +42,11 @@ class World(PerVideoSuite[NoSettings]):
     def banner(self, scores: Scores) -> Banner:
         """Says what the numbers do not show."""
         return Banner(
-            "A tiny world with known truth.",
-            "Preset tiny_world was trained with retrieved frames in its contexts, tiny_world_zero_shot without; this "
-            "is not a replication of the paper's zero-shot claim (docs/tiny-world.md). No prompt names the things "
-            "along the ring: only the first turn of a video says which belong where, and only what a method keeps of "
-            "it can bring them back.",
+            "A tiny world, not a benchmark.",
+            "The generator of preset tiny_world saw retrieved frames in training, as rag gives them to it. Those of "
+            "the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate its result; "
+            "tiny_world_zero_shot never saw any. No prompt names the things along the ring: which belong where is "
+            "decided in the first turn of each video, and only what a method keeps of it can bring them back.",
         )
 
     def frame_rows(self, frames: int) -> Sequence[FrameRow]:
