@@ -11,6 +11,9 @@ from lrag_ray.errors import WeightsError
 from lrag_ray.store.create_only import write_atomic
 from lrag_ray.weights.local import file_digest, is_remote, local_copy, record_at
 
+_MOST_BYTES = 1 << 38
+"""Of a file of weights; a sparse one of a terabyte takes no disk, and an hour to read."""
+
 
 def weights_digest(address: str) -> str:
     """SHA-256 of a file, or over names and digests of the files of a folder, wherever it lies.
@@ -37,6 +40,14 @@ def _folder_digest(digests: dict[str, str]) -> str:
 def _file_digest(path: Path) -> str:
     try:
         stat = path.stat()
+        if not path.is_file():
+            # Reading a pipe would wait for its writer for ever, and a device may have no end.
+            raise WeightsError(f"{path} is no regular file. Fix: correct the path in the configuration")
+        if stat.st_size > _MOST_BYTES:
+            raise WeightsError(
+                f"{path} has {stat.st_size:,} bytes, more than any network that runs here. Fix: correct the path in "
+                "the configuration"
+            )
         key = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
         known = _remembered()
         if key not in known:

@@ -26,7 +26,7 @@ SLOTS: dict[str, dict[str, Any]] = {
     "retrieval encoder": {},
 }
 COMMANDS = (["weights", "verify"], ["run"])
-QUICK = [attack for attack in ATTACKS if attack not in ("bomb of a pickle", "30,000 tensors")]
+QUICK = [attack for attack in ATTACKS if attack not in ("bomb of a pickle", "30,000 tensors", "sparse archive")]
 """The others take as many steps as a pickle may have, which are some seconds."""
 
 

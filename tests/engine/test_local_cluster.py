@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -24,17 +26,24 @@ KEPT = {
 """Of other programs and people, by chance with such a name."""
 
 
-def test_what_is_over_is_removed_and_what_is_not_rays_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """A folder with a short path: Ray's sockets lie below it."""
+    with TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_what_is_over_is_removed_and_what_is_not_rays_stays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(base))
     for folder, files in (LEFT | KEPT | {"lragffff": ["r/session_1/x"]}).items():
-        (tmp_path / folder).mkdir()
+        (base / folder).mkdir()
         for file in files:
-            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / folder / file).write_text("")
+            (base / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (base / folder / file).write_text("")
         if folder != "lragffff":
-            os.utime(tmp_path / folder, (0, 0))
+            os.utime(base / folder, (0, 0))
     with private_folder() as mine:
-        there = {folder.name for folder in tmp_path.iterdir()} - {mine.parent.name}
+        there = {folder.name for folder in base.iterdir()} - {mine.parent.name}
     # One that is young may be of a start that has just begun.
     assert there == {*KEPT, "lragffff"}
     assert not mine.parent.exists()

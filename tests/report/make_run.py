@@ -117,14 +117,15 @@ _MP4S: dict[tuple[tuple[int, ...], str], bytes] = {}
 def store_video(run: RolloutRun, path: str, frames: Frames) -> FileRecord:
     """Encode and store one video."""
     key = (frames.shape, hashlib.sha256(frames.tobytes()).hexdigest())
-    if key not in _MP4S:
-        with TemporaryDirectory() as scratch:
-            local = Path(scratch) / "video.mp4"
+    with TemporaryDirectory() as scratch:
+        local = Path(scratch) / "video.mp4"
+        if key not in _MP4S:
             with Mp4Writer(local) as writer:
                 writer.write(frames)
             _MP4S[key] = local.read_bytes()
-    content = _MP4S[key]
-    run.storage.write(path, content)
+        content = _MP4S[key]
+        local.write_bytes(content)
+        run.storage.put_file(local, path)
     return FileRecord(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
