@@ -165,7 +165,7 @@ def bench_rollout(
     prompts_per_pass: int = 1,
 ) -> RolloutBench:
     """Measure `blocks` blocks of each method behind `depth_frames` latent frames, which are replayed from random ones;
-    above 1 `prompts_per_pass`, of so many rollouts together as well.
+    above 1 `prompts_per_pass`, of that number of rollouts together as well.
 
     The first method is what the others are compared with, and, for `banks`, rolled out over `bank_blocks` blocks with
     every storage type. UsageError where it then keeps no history that could be stored.

@@ -202,7 +202,7 @@ def rollout(
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks that are timed.")] = 6,
     depth_s: Annotated[float, typer.Option("--depth-s", min=0, help="Seconds of video before them.")] = 12.0,
     prompts_per_pass: Annotated[
-        int, typer.Option("--prompts-per-pass", min=1, max=16, help="Also measure so many rollouts in one pass.")
+        int, typer.Option("--prompts-per-pass", min=1, max=16, help="Also measure this number of rollouts in one pass.")
     ] = 1,
     bank: Annotated[
         list[str] | None,

@@ -347,7 +347,7 @@ class EngineSection(WorkersSection):
     another device kind, as `fused_rows` does. Off: no GPU has run it yet."""
     prompts_per_pass: int = Field(default=1, ge=1, le=16)
     """Rollouts of one backbone, method and length that an actor makes together, as rows of the same passes; each keeps
-    its own parts, commits and attempts. A pass always has so many rows, a lone rollout repeats itself in them, so bits
+    its own parts, commits and attempts. A pass is always full, a lone rollout repeats itself in it, so bits
     do not depend on company; but another number makes another device kind (`resume.on`)."""
     checkpoint_every_blocks: int = Field(default=8, ge=1, le=100_000)
     """Blocks per latent part."""

@@ -42,7 +42,7 @@ def _file_digest(path: Path) -> str:
         stat = path.stat()
         if not path.is_file():
             # Reading a pipe would wait for its writer for ever, and a device may have no end.
-            raise WeightsError(f"{path} is no regular file. Fix: correct the path in the configuration")
+            raise WeightsError(f"{path} is not a regular file. Fix: correct the path in the configuration")
         if stat.st_size > _MOST_BYTES:
             raise WeightsError(
                 f"{path} has {stat.st_size:,} bytes, more than any network that runs here. Fix: correct the path in "

@@ -162,7 +162,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "sparse archive": _sparse_archive,
     "folder of pipes": _folder,
 }
-"""What is no ordinary file."""
+"""What is not an ordinary file."""
 ATTACKS = (*FILES, *PLACES)
 
 

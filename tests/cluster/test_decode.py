@@ -92,8 +92,8 @@ def test_a_run_without_videos_gets_the_frames_that_the_run_itself_would_have_mad
 def test_a_run_that_was_moved_is_decoded_by_its_address_alone_and_what_is_missing_is_made(latents: Path) -> None:
     command = ["decode", str(latents), "--set", "video.enabled=true", "--json"]
     shown = CliRunner().invoke(app, command)
-    told = json.loads(shown.stdout)
-    assert (shown.exit_code, told["videos_made"], told["uri"]) == (0, 4, str(latents))
+    reported = json.loads(shown.stdout)
+    assert (shown.exit_code, reported["videos_made"], reported["uri"]) == (0, 4, str(latents))
 
     victim = next(committed_videos(RolloutRun(str(latents))))
     (latents / victim.video.path).unlink()
@@ -107,8 +107,8 @@ def test_a_run_that_was_moved_is_decoded_by_its_address_alone_and_what_is_missin
 
     (latents / "config.json").unlink()
     again = CliRunner().invoke(app, command)
-    told = json.loads(again.stdout)
-    assert (again.exit_code, told["videos_made"], told["videos_there"]) == (0, 0, 4)
+    reported = json.loads(again.stdout)
+    assert (again.exit_code, reported["videos_made"], reported["videos_there"]) == (0, 0, 4)
 
     # The place of a VAE that is a file is the caller's to say.
     identity = json.loads(opened_json((latents / "run.json").read_bytes()))
@@ -166,7 +166,7 @@ def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Pat
     (tmp_path / "run.yaml").write_text(half.model_dump_json())
     command = ["decode", str(latents), "--config", str(tmp_path / "run.yaml"), "--other-vae", "--set", "video.crf=40"]
     shown = CliRunner().invoke(app, [*command, "--json"])
-    told = json.loads(shown.stdout)
-    assert (shown.exit_code, told["videos_made"], told["failed"]) == (0, 4, [])
+    reported = json.loads(shown.stdout)
+    assert (shown.exit_code, reported["videos_made"], reported["failed"]) == (0, 4, [])
     shown = CliRunner().invoke(app, command)
-    assert "Decoded 0 videos (4 were there)" in shown.stdout and told["folders"][0] in shown.stdout
+    assert "Decoded 0 videos (4 were there)" in shown.stdout and reported["folders"][0] in shown.stdout

@@ -37,7 +37,7 @@ class Shared:
         self.run = RolloutRun(str(uri))
         self.identity = self.run.ensure(build_identity(self.config, PROMPTS))
         self.tasks = {self.place(task): task for task in pending_tasks(self.run, self.identity)}
-        self.told: list[Any] = []
+        self.reported: list[Any] = []
         for task in self.tasks.values():
             features = torch.randn(8, 8, generator=keyed_generator("text", task.prompt))
             write_embedding(self.run.storage, task.text_digest, task.prompt, features)
@@ -46,7 +46,7 @@ class Shared:
         return self.identity.prompts[of.rollout.prompt_id].index
 
     def worker(self, must_leave: Callable[[], bool] = lambda: False) -> RolloutWorker:
-        return RolloutStage.of(self.run, self.config).open(LocalHost(self.told.append, must_leave))
+        return RolloutStage.of(self.run, self.config).open(LocalHost(self.reported.append, must_leave))
 
     def together(self, *prompts: int, worker: RolloutWorker | None = None) -> list[Any]:
         tasks = [self.tasks[prompt] for prompt in prompts]
@@ -147,7 +147,7 @@ def test_a_worker_that_must_leave_stores_what_all_have(tmp_path: Path, whole: Sh
     run = Shared(tmp_path)
 
     def leave_after_three() -> bool:
-        return any(state.step == "generating" and state.done == 3 for state in run.told)
+        return any(state.step == "generating" and state.done == 3 for state in run.reported)
 
     outcomes = run.together(FOX, OWL, worker=run.worker(leave_after_three))
     assert [isinstance(each, Yielded) and "has stored 3 blocks" in each.reason for each in outcomes] == [True, True]
