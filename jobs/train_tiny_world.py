@@ -1,4 +1,4 @@
-"""Train what the tiny world needs, on one core, from seeds: ``python -m jobs.train_tiny_world LESSON FOLDER``.
+"""Train what the tiny world needs, on one core, from a seed: ``python -m jobs.train_tiny_world LESSON FOLDER``.
 
 Lessons: ``generator``, ``zero_shot`` (without retrieved frames) and ``vae``, 34 to 89 minutes each. None of them needs
 another. FOLDER gets LESSON.state every 50 steps, from which the same command goes on, LESSON.jsonl with a line per
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lrag_ray.interrupts import ends_with_130
 
@@ -27,6 +29,7 @@ def _train() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.train_tiny_world")
     parser.add_argument("lesson", choices=LESSONS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="another start and other scenes; the package has 0")
     parser.add_argument("--until", type=int, metavar="STEP", help="stop there, with the state kept")
     given = parser.parse_args()
 
@@ -39,17 +42,19 @@ def _train() -> None:
     from lrag_ray.world.training import Trainer, identity_of
     from lrag_ray.world.vae import VaeLesson, VaeRecipe
 
+    def seeded(how: Any) -> Any:
+        return replace(how, recipe=replace(how.recipe, seed=given.seed))
+
     # One thread: sums are in the same order on every machine with the same instructions.
     torch.set_num_threads(1)
     with reporting_errors():
         code = fit_code(0)
         lesson: GeneratorLesson | VaeLesson
         if given.lesson == "vae":
-            lesson = VaeLesson(VaeRecipe(), code)
+            lesson = VaeLesson(seeded(VaeRecipe()), code)
         else:
-            lesson = GeneratorLesson(
-                given.lesson, GeneratorRecipe() if given.lesson == "generator" else ZERO_SHOT, code
-            )
+            how = GeneratorRecipe() if given.lesson == "generator" else ZERO_SHOT
+            lesson = GeneratorLesson(given.lesson, seeded(how), code)
         trainer = Trainer(lesson, lesson.how.recipe, given.folder, identity_of(**lesson.identity))
         with (given.folder / f"{given.lesson}.jsonl").open("a", buffering=1) as log:
             for row in trainer.run(given.until):

@@ -24,7 +24,7 @@ from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.vae import FRAMES_PER_LATENT, WanVae
 from lrag_ray.wan.vae_on_cpu import speed_up
 from lrag_ray.world.code import CELL, CELLS, CHANNELS, LinearCode
-from lrag_ray.world.scenes import HELD_OUT, TRAINED, TURN, Setting, background_of_every_hue, make_scene, view_of
+from lrag_ray.world.scenes import HELD_OUT, TRAINED, TURN, Setting, make_scene, view_of
 from lrag_ray.world.training import Lesson, Recipe
 
 SIZES: dict[str, Any] = {
@@ -45,14 +45,12 @@ class VaeRecipe:
     """What the VAE is trained on."""
 
     recipe: Recipe = field(
-        default=Recipe(seed=0, steps=5300, muon=0.05, adam=5e-3, average=0.995, restarts=((2400, 1.0), (4800, 0.2)))
+        default=Recipe(seed=0, steps=8800, muon=0.05, adam=5e-3, average=0.995, restarts=((2400, 1.0), (4800, 0.6)))
     )
     stills: int = 18
     """Single frames of a step at first, and those of each step that the encoder learns from."""
     still_steps: int = 400
     """Steps on single frames alone."""
-    every_hue_steps: int = 4800
-    """Steps on walls of every hue; after them on the world's own."""
     clips: int = 2
     """Clips of a step after single frames."""
     latent_frames: int = 4
@@ -99,7 +97,7 @@ class VaeLesson(Lesson):
     def loss(self, step: int) -> dict[str, Tensor]:
         """Mean squared errors of the encoder's codes and of the decoder's pixels."""
         key = (self.how.recipe.seed, step)
-        clips = partial(clips_of, self._code, cells=self.how.cells, every_hue=step < self.how.every_hue_steps)
+        clips = partial(clips_of, self._code, cells=self.how.cells)
         shown = stills = clips(self.how.stills, 1, "vae", *key)
         if step >= self.how.still_steps:
             shown = clips(self.how.clips, self.how.latent_frames, "vae", *key)
@@ -154,22 +152,17 @@ def clips_of(
     *key: str | int,
     among: tuple[Setting, ...] = TRAINED,
     cells: int = CELLS,
-    every_hue: bool = False,
 ) -> Clips:
-    """Clips of as many scenes, each from some place of its ring on, cut out to `cells` x `cells` latent cells.
-
-    With `every_hue` the walls go through all of them.
-    """
+    """Clips of as many scenes, each from some place of its ring on, cut out to `cells` x `cells` latent cells."""
     pixels, codes = [], []
     for i in range(count):
         scene = make_scene("clips", *key, i, among=among)
         first = int(torch.randint(TURN, (1,), generator=keyed_generator("place", *key, i)))
         frames = 1 + FRAMES_PER_LATENT * (latent_frames - 1)
         start = scene.setting.pose + first
-        ring = scene.ring_before(background_of_every_hue(scene.setting)) if every_hue else scene.ring
-        views = [view_of(ring, start + each / FRAMES_PER_LATENT) for each in range(frames)]
+        views = [view_of(scene.ring, start + each / FRAMES_PER_LATENT) for each in range(frames)]
         whole = torch.from_numpy(np.stack(views)).permute(3, 0, 1, 2).float() / 127.5 - 1
-        coded = code.of_scene(scene, range(first, first + latent_frames), ring).transpose(0, 1)
+        coded = code.of_scene(scene, range(first, first + latent_frames)).transpose(0, 1)
         y, x = torch.randint(CELLS - cells + 1, (2,), generator=keyed_generator("cut", *key, i)).tolist()
         codes.append(coded[..., y : y + cells, x : x + cells])
         pixels.append(whole[..., y * CELL : (y + cells) * CELL, x * CELL : (x + cells) * CELL])

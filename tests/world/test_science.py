@@ -23,7 +23,6 @@ METHODS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.proof
 @pytest.mark.timeout(1200)
 def test_similar_frames_bring_things_back_and_random_ones_some_of_them() -> None:
     """Paired over 8 held-out scenes: each difference exceeds its 95 % interval."""
