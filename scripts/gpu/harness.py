@@ -130,14 +130,15 @@ class Bench:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
     def rollout(
-        self, model: CausalWanTransformer, method: str, make_bank: Callable[[Layout], HistoryBank], prompt: str = "fox"
+        self, model: CausalWanTransformer, method: str, make_bank: Callable[[Layout], HistoryBank], *prompts: str
     ) -> Rollout:
-        """A rollout of the random model with the released defaults."""
+        """A rollout of the random model with the released defaults; of several prompts, rows of the same passes."""
+        prompts = prompts or ("fox",)
         config, settings = self.size.model, METHODS[method]
         generator = torch.Generator(self.device).manual_seed(1)
-        text = torch.randn(1, config.text_len, config.text_dim, generator=generator, device=self.device)
+        text = torch.randn(len(prompts), config.text_len, config.text_dim, generator=generator, device=self.device)
         weights = {"encoder": self.filled(LatentAutoencoder, self.size.encoder).float()} if method == "rag" else {}
-        noise = KeyedNoise(0, [prompt], [0], (SAMPLER.frames_per_block, *self.size.latent))
+        noise = KeyedNoise(0, prompts, [0] * len(prompts), (SAMPLER.frames_per_block, *self.size.latent))
         policy = policy_class(method)
         return Rollout(
             model, SAMPLER, policy, settings, text, noise, self.size.latent, weights=weights, make_bank=make_bank

@@ -7,17 +7,19 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lrag_ray.context.policy import Layout
+from lrag_ray.printable import counted
 from lrag_ray.retrieval.history import TieredBank
 from lrag_ray.retrieval.payload import FrameShape, make_payload
+from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.attention import attention, backend_of
 from lrag_ray.wan.devices import DEVICES
@@ -28,6 +30,8 @@ from lrag_ray.wan.transformer import CausalWanTransformer
 from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
 from scripts.gpu.scoring import scoring
 
+T = TypeVar("T", str, int)
+
 
 def table(bench: Bench, golden: Path | None) -> None:
     """All parts of the table, the longest first."""
@@ -36,6 +40,7 @@ def table(bench: Bench, golden: Path | None) -> None:
     for depth_s in bench.size.depths_s:
         bench.part(f"depth {depth_s} s", lambda depth_s=depth_s: _depth(bench, depth_s))  # type: ignore[misc]
     bench.part("fused layers", lambda: _fused_layers(bench))
+    bench.part("prompts per pass", lambda: _prompts_per_pass(bench))
     bench.part("decode", lambda: _decode(bench))
     scoring(bench)
 
@@ -109,12 +114,29 @@ def _fused_layers(bench: Bench) -> dict[str, Any] | str:
     """Blocks of infinity_rope with `engine.fused_layers` and without, in turn."""
     if refused := residual_norm.refusal(bench.device) if bench.cuda else "runs on GPUs alone":
         return f"skipped: {refused}"
-    times: dict[str, list[float]] = {"plain": [], "fused": []}
-    streams = {}
-    for name in times:
+    rollouts = {}
+    for name in ("plain", "fused"):
         model = bench.filled(CausalWanTransformer, bench.size.model)
         model.kernels = Kernels(fused_layers=name == "fused")
-        streams[name] = bench.rollout(model, "infinity_rope", _few_slabs).blocks(2 * bench.size.blocks)
+        rollouts[name] = bench.rollout(model, "infinity_rope", _few_slabs)
+    return {name: {"ms per block": 1e3 * seconds} for name, seconds in _in_turn(bench, rollouts).items()}
+
+
+def _prompts_per_pass(bench: Bench) -> dict[str, dict[str, float]]:
+    """Blocks of rag with one prompt and with two as rows of the same passes (`engine.prompts_per_pass`), in turn."""
+    model = bench.filled(CausalWanTransformer, bench.size.model)
+    prompts = ("fox", "tram")
+    rollouts = {n: bench.rollout(model, "rag", _few_slabs, *prompts[:n]) for n in (1, 2)}
+    return {
+        counted(n, "prompt"): {"ms per block and prompt": 1e3 * seconds / n}
+        for n, seconds in _in_turn(bench, rollouts).items()
+    }
+
+
+def _in_turn(bench: Bench, rollouts: Mapping[T, Rollout]) -> dict[T, float]:
+    """Median seconds of a block of each, of as many blocks behind as many that are not counted."""
+    times: dict[T, list[float]] = {name: [] for name in rollouts}
+    streams = {name: rollout.blocks(2 * bench.size.blocks) for name, rollout in rollouts.items()}
     for turn in range(2 * bench.size.blocks):
         for name, blocks in streams.items():
             bench.wait()
@@ -123,7 +145,7 @@ def _fused_layers(bench: Bench) -> dict[str, Any] | str:
             bench.wait()
             if turn >= bench.size.blocks:
                 times[name].append(time.perf_counter() - began)
-    return {name: {"ms per block": 1e3 * statistics.median(taken)} for name, taken in times.items()}
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def _depth(bench: Bench, depth_s: int) -> dict[str, dict[str, Any]]:
