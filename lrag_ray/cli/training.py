@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 _LEAST_HOURS = 0.1
-"""Hours below this are not told apart."""
+"""Fewer hours are shown as less than this."""
 GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
 """Kinds that a plan speaks of where none is asked for."""
 

@@ -202,6 +202,30 @@ def test_imported_latents_have_no_frames_for_dino(tmp_path: Path) -> None:
         inspect_embeddings(str(tmp_path / "imported"), ["dino"], networks="random", to=str(tmp_path / "out"))
 
 
+def test_latents_and_descriptors_that_are_not_finite_are_left_out_and_named(tmp_path: Path) -> None:
+    source = tmp_path / "latents"
+    source.mkdir()
+    for index, value in enumerate((float("nan"), 1e38, 1.0)):
+        latents = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(index))
+        latents[4] *= value
+        torch.save(latents, source / f"latent_{index:06d}.pt")
+    imported = str(tmp_path / "imported")
+    import_dataset(str(source), imported)
+    arguments = ["inspect", "embeddings", imported, "--to", str(tmp_path / "out"), "--descriptor"]
+    shown = CliRunner().invoke(app, [*arguments, encoder(tmp_path / "encoder.pt")])
+    assert shown.exit_code == 0, shown.output
+    assert "latent_000000.pt: latents: 1 latent frame holds NaN or infinity, the first is frame 4" in shown.stderr
+    assert "latent_000001.pt: descriptors of" in shown.stderr
+    assert len(np.load(tmp_path / "out" / "similarity.npz")["rollouts"]) == 1
+    pooled = CliRunner().invoke(app, [*arguments, "avg_pool", "--rollouts", "1"])
+    assert pooled.exit_code == 0 and "latent_000001.pt" in pooled.stdout
+    (source / "latent_000001.pt").unlink()
+    (source / "latent_000002.pt").unlink()
+    import_dataset(str(source), str(tmp_path / "none"))
+    refused = CliRunner().invoke(app, ["inspect", "embeddings", str(tmp_path / "none")])
+    assert refused.exit_code == 2 and "nothing to measure" in refused.stderr and "latent_000000.pt" in refused.stderr
+
+
 def test_an_encoder_of_another_shape_is_refused(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for latents"):
         inspect_embeddings(corpus, [encoder(tmp_path / "other.pt", (16, 4, 4))])
