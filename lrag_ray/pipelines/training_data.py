@@ -34,8 +34,8 @@ def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Ca
         named = ", ".join(f"{entry.run}/{entry.rollout} ({counted(entry.frames, 'frame')})" for entry in entries)
         more = f" and {len(short) - len(entries)} more" if len(short) > len(entries) else ""
         text = (
-            f"{len(short)} of {counted(len(keys), 'rollout')} are shorter than data.window_frames {length}: "
-            f"{named}{more}"
+            f"{len(short)} of {counted(len(keys), 'rollout')} {'is' if len(short) == 1 else 'are'} shorter than "
+            f"data.window_frames {length}: {named}{more}"
         )
         if data.short_rollouts == "refuse":
             raise UsageError(
