@@ -20,6 +20,7 @@ from lrag_ray.context.rag import RagSettings
 from lrag_ray.errors import LragError, UsageError
 from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.embeddings import inspect_embeddings
+from lrag_ray.report.embeddings import short_names
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.official import OFFICIAL
@@ -231,6 +232,16 @@ def test_an_encoder_of_another_shape_is_refused(corpus: str, tmp_path: Path) -> 
         inspect_embeddings(corpus, [encoder(tmp_path / "other.pt", (16, 4, 4))])
 
 
+def test_pictures_shorten_paths_as_far_as_they_stay_distinct() -> None:
+    paths = ["/runs/a/checkpoints/best.pt", "/runs/b/checkpoints/best.pt"]
+    assert list(short_names(["avg_pool", *paths]).values()) == [
+        "avg_pool", "a/checkpoints/best.pt", "b/checkpoints/best.pt",
+    ]  # fmt: skip
+    moved = "/other/a/checkpoints/best.pt"
+    assert list(short_names([paths[0], moved, paths[0]])) == [paths[0], moved]
+    assert short_names([paths[0], moved])[moved] == "other/a/checkpoints/best.pt"
+
+
 def test_the_command_prints_a_table_or_json(corpus: str, tmp_path: Path) -> None:
     arguments = ["inspect", "embeddings", corpus, "--descriptor", "avg_pool", "--to", str(tmp_path), "--rollouts", "1"]
     shown = CliRunner().invoke(app, arguments)
@@ -240,6 +251,9 @@ def test_the_command_prints_a_table_or_json(corpus: str, tmp_path: Path) -> None
     assert len(found["measures"][0]["by_distance"]) == 24
     assert found["measures"][0]["retrieval"]["distance"] is None or found["measures"][0]["retrieval"]["distance"] > 0
     assert "nan" not in shown.output
+    nothing = CliRunner().invoke(app, [*arguments, "--window", "24"])
+    page = (tmp_path / "embeddings.html").read_text()
+    assert nothing.exit_code == 0 and "nan" not in nothing.output and ">–</td>" in page and ">nan<" not in page
     wrong = CliRunner().invoke(app, [*arguments, "--window", "1"])
     assert wrong.exit_code == 2
 
