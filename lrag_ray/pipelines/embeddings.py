@@ -93,17 +93,18 @@ def inspect_embeddings(
     for index in chosen:
         if measured == most:
             break
+        before = len(found)
         entry = dataset.rollouts[index]
         latents = dataset.read(index).float()
         if not finite(entry, "latents", latents):
             continue
-        measured += 1
         for name, describe_frames in describe.items():
             with torch.no_grad():
                 add(entry, name, torch.cat([describe_frames(part) for part in latents.split(_AT_ONCE)]))
         if dino is not None:
             with _video(uri, entry) as path:
                 add(entry, DINO, dino(path, entry.frames))
+        measured += len(found) > before
     if not found:
         raise UsageError(f"nothing to measure in {', '.join(dataset.uris)}{_named(left_out)}")
     folder = Storage(to) if to is not None else Storage(uri).below("summary/embeddings")

@@ -206,18 +206,18 @@ def test_imported_latents_have_no_frames_for_dino(tmp_path: Path) -> None:
 def test_latents_and_descriptors_that_are_not_finite_are_left_out_and_named(tmp_path: Path) -> None:
     source = tmp_path / "latents"
     source.mkdir()
-    for index, value in enumerate((float("nan"), 1e38, 1.0)):
+    for index, value in enumerate((float("nan"), 1e36, 1.0)):
         latents = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(index))
         latents[4] *= value
         torch.save(latents, source / f"latent_{index:06d}.pt")
     imported = str(tmp_path / "imported")
     import_dataset(str(source), imported)
     arguments = ["inspect", "embeddings", imported, "--to", str(tmp_path / "out"), "--descriptor"]
-    shown = CliRunner().invoke(app, [*arguments, encoder(tmp_path / "encoder.pt")])
+    shown = CliRunner().invoke(app, [*arguments, encoder(tmp_path / "encoder.pt"), "--rollouts", "1"])
     assert shown.exit_code == 0, shown.output
+    assert "latent_000002.pt" in shown.stdout
     assert "latent_000000.pt: latents: 1 latent frame holds NaN or infinity, the first is frame 4" in shown.stderr
     assert "latent_000001.pt: descriptors of" in shown.stderr
-    assert len(np.load(tmp_path / "out" / "similarity.npz")["rollouts"]) == 1
     pooled = CliRunner().invoke(app, [*arguments, "avg_pool", "--rollouts", "1"])
     assert pooled.exit_code == 0 and "latent_000001.pt" in pooled.stdout
     (source / "latent_000001.pt").unlink()
