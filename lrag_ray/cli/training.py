@@ -27,6 +27,9 @@ GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
 
 def training_headline(event: TrainingAdvanced) -> str:
     """One line: how far, the losses, how fast."""
+    if event.doing == "loading":
+        # Where a training goes on is known when its checkpoint is loaded.
+        return f"loading on {counted(event.workers, 'worker')}"
     parts = [f"epoch {count(event.epoch)}/{count(event.epochs)}", f"step {count(event.step)}/{count(event.steps)}"]
     if event.doing != "training":
         parts.append(event.doing)
