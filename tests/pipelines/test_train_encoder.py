@@ -139,6 +139,8 @@ def test_a_dataset_that_grows_meanwhile_changes_nothing(tmp_path: Path, corpus: 
     make_corpus(own, count=6, first=12)
     again, notes = job_of(config_of(tmp_path, str(own)))
     assert any("6 rollouts of the dataset came after this training began" in note for note in notes)
+    plan = plan_training(config_of(tmp_path, str(own)))
+    assert plan.rollouts == 12 and plan.notes == notes
     again.prepare()
     again.work()(LocalTrainingHost(), Alone())
     assert weights(TrainingRun(str(tmp_path / "run"))) == weights(TrainingRun(str(finished / "run")))
