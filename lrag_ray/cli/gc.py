@@ -37,7 +37,7 @@ def gc(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what died attempts, interrupted writes and probes left in a run, or delete it.
+    """List what failed attempts, interrupted writes and probes left in a run, or delete it.
 
     Never touches what a commit names, nor, without --unfinished, the parts from which unfinished rollouts continue.
     Deletes only while nobody makes rollouts or decodes them; scoring and reports may go on meanwhile: what they wrote

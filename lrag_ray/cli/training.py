@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 
 _LEAST_HOURS = 0.1
-"""Hours below this are not told apart."""
+"""Fewer hours are shown as less than this."""
 GPUS_SHOWN = ("H200", "H100", "A100", "RTX 4090")
 """Kinds that a plan speaks of where none is asked for."""
 
 
 def training_headline(event: TrainingAdvanced) -> str:
     """One line: how far, the losses, how fast."""
+    if event.doing == "loading":
+        # Where a training goes on is known when its checkpoint is loaded.
+        return f"loading on {counted(event.workers, 'worker')}"
     parts = [f"epoch {count(event.epoch)}/{count(event.epochs)}", f"step {count(event.step)}/{count(event.steps)}"]
     if event.doing != "training":
         parts.append(event.doing)

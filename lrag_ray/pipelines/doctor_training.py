@@ -92,9 +92,10 @@ def _memory(config: TrainEncoderConfig, plan: TrainingPlan) -> Row:
     """Weights, optimiser, activations and windows of the workers, against the GPU or the memory of this machine."""
     engine = config.engine
     least = engine.least_actors
+    windows = -(-min(config.training.batch_size, plan.training_rollouts) // least)
     found = (
         f"a worker needs about {quantity(plan.worker_bytes, 'B')} ({quantity(plan.activation_bytes, 'B')} of "
-        f"activations for {-(-min(config.training.batch_size, plan.training_rollouts) // least)} windows in float32)"
+        f"activations for {counted(windows, 'window')} in float32)"
     )
     fix = "a smaller training.batch_size, or more engine.actors, which share a batch"
     if engine.gpus_per_actor:

@@ -21,6 +21,7 @@ from lrag_ray.retrieval.encoder import EncoderConfig, load_encoder
 from lrag_ray.retrieval.measures import played_back, similarity_map
 from lrag_ray.retrieval.similarity import Descriptor, average_pool
 from lrag_ray.store.address import Storage
+from lrag_ray.store.dataset_files import first_not_finite
 from lrag_ray.store.dataset_rows import LeftOut
 from lrag_ray.store.datasets import LatentDataset, RolloutEntry
 from lrag_ray.store.rollouts import RolloutRun
@@ -45,7 +46,7 @@ class InspectedEmbeddings:
     """The page first."""
     measures: Sequence[EmbeddingMeasures]
     left_out: Sequence[LeftOut]
-    """Latents that could not be measured because something of their rollout is damaged."""
+    """Latents that could not be measured: something of their rollout is damaged, or they hold NaN or infinity."""
 
 
 def inspect_embeddings(
@@ -68,39 +69,64 @@ def inspect_embeddings(
     settings = settings or RagSettings(encoder="-")
     describe = {name: _descriptor(name, dataset.shape) for name in dict.fromkeys(descriptors) if name != DINO}
     dino = _dino(networks) if DINO in descriptors else None
-    chosen = _chosen(dataset, prompts, most)
+    chosen = _chosen(dataset, prompts)
     found: list[EmbeddingMeasures] = []
+    left_out = list(dataset.left_out)
+
+    def finite(entry: RolloutEntry, what: str, values: Tensor) -> bool:
+        problem = first_not_finite(values)
+        if problem:
+            left_out.append(LeftOut(f"{entry.run}/{entry.rollout}", f"{what}: {problem}"))
+        return not problem
 
     def add(entry: RolloutEntry, descriptor: str, embeddings: Tensor) -> None:
+        if not finite(entry, f"descriptors of {descriptor}", embeddings):
+            return
         retrieval = played_back(
             similarity_map(embeddings), frames_per_block=frames_per_block, sink=settings.sink, top_k=settings.top_k,
             recent_exclude=settings.recent_exclude, history=lambda start: settings.history(start, frames_per_block),
         )  # fmt: skip
-        found.append(EmbeddingMeasures.of(f"{entry.rollout} ({entry.prompt})", descriptor, embeddings, retrieval))
+        name = f"{entry.rollout} ({entry.prompt})" if entry.prompt else entry.rollout
+        found.append(EmbeddingMeasures.of(name, descriptor, embeddings, retrieval))
 
+    measured = 0
     for index in chosen:
+        if measured == most:
+            break
+        before = len(found)
         entry = dataset.rollouts[index]
         latents = dataset.read(index).float()
+        if not finite(entry, "latents", latents):
+            continue
         for name, describe_frames in describe.items():
             with torch.no_grad():
                 add(entry, name, torch.cat([describe_frames(part) for part in latents.split(_AT_ONCE)]))
         if dino is not None:
             with _video(uri, entry) as path:
                 add(entry, DINO, dino(path, entry.frames))
+        measured += len(found) > before
+    if not found:
+        raise UsageError(f"nothing to measure in {', '.join(dataset.uris)}{_named(left_out)}")
     folder = Storage(to) if to is not None else Storage(uri).below("summary/embeddings")
     files = write_embeddings(found, folder, ", ".join(dataset.uris))
-    return InspectedEmbeddings(folder.uri, files, found, dataset.left_out)
+    return InspectedEmbeddings(folder.uri, files, found, left_out)
 
 
-def _chosen(dataset: LatentDataset, prompts: Sequence[str], most: int) -> list[int]:
+def _chosen(dataset: LatentDataset, prompts: Sequence[str]) -> Sequence[int]:
     if not prompts:
-        return list(range(min(most, len(dataset))))
+        return range(len(dataset))
     wanted = [text.lower() for text in prompts]
     chosen = [i for i, entry in enumerate(dataset.rollouts) if any(text in entry.prompt.lower() for text in wanted)]
     if not chosen:
-        left_out = "".join(f"\nleft out: {each}" for each in dataset.left_out)
-        raise UsageError(f"no prompt of {', '.join(dataset.uris)} contains {' or '.join(map(repr, prompts))}{left_out}")
-    return chosen[:most]
+        raise UsageError(
+            f"no prompt of {', '.join(dataset.uris)} contains {' or '.join(map(repr, prompts))}"
+            f"{_named(dataset.left_out)}"
+        )
+    return chosen
+
+
+def _named(left_out: Sequence[LeftOut]) -> str:
+    return "".join(f"\nleft out: {each}" for each in left_out)
 
 
 def _descriptor(name: str, shape: tuple[int, int, int]) -> Descriptor:

@@ -16,10 +16,9 @@ from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.errors import UsageError
 from lrag_ray.pipelines.plan import Hours
-from lrag_ray.pipelines.training_data import choose_rollouts
+from lrag_ray.pipelines.training_data import training_rollouts
 from lrag_ray.retrieval.encoder import EncoderConfig, LatentAutoencoder
 from lrag_ray.retrieval.losses import LossConfig, encoder_losses
-from lrag_ray.store.address import Storage
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.store.training_run import TrainingRun, holds_training
 from lrag_ray.training.read_ahead import AHEAD
@@ -48,7 +47,7 @@ class TrainingSpeed:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A training that has not run."""
+    """What a training comes to."""
 
     uri: str
     data: Sequence[str]
@@ -93,17 +92,19 @@ class TrainingPlan:
 
 
 def plan_training(config: TrainEncoderConfig, speeds_of: str | None = None) -> TrainingPlan:
-    """The plan of a training; reads the index of its data and no latents.
+    """The plan of a training, of one that has begun on this machine with its own rollouts; reads no latents.
 
     `speeds_of` is the address of a training whose steps tell the speed, by default that of `run.uri` if it is on this
     machine. Raises UsageError and StorageError for data that the training would refuse, and for an address without
-    measured steps.
+    measured steps; IdentityError where data of a training that has begun is gone.
     """
     config = with_absolute_paths(config)
     dataset = LatentDataset.open(*config.data.uris, storage=config.storage)
     length = config.data.window_frames
     notes: list[str] = []
-    rollouts = choose_rollouts(dataset, config, notes.append)
+    run = TrainingRun(config.run.uri, config.storage)
+    stored = run.rollouts() if run.storage.is_local and holds_training(run.storage) else None
+    rollouts = training_rollouts(dataset, config, stored, notes.append, notes.append)
     validation = int(rollouts.validation.sum())
     training = len(rollouts.keys) - validation
     channels, height, width = dataset.shape
@@ -124,7 +125,7 @@ def plan_training(config: TrainEncoderConfig, speeds_of: str | None = None) -> T
             "paper's row AE has neither delta nor smoothness (preset: ae_only)"
         )
     return TrainingPlan(
-        uri=Storage(config.run.uri, config.storage).uri,
+        uri=run.uri,
         data=dataset.uris,
         rollouts=len(rollouts.keys),
         frames=int(rollouts.frames.sum()),

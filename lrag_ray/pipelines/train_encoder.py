@@ -18,10 +18,9 @@ from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.training import TrainEncoderConfig
 from lrag_ray.engine.session import ray_session
 from lrag_ray.engine.train import RAY_FOLDER, WorkersFailedError, train
-from lrag_ray.errors import IdentityError
 from lrag_ray.events import AttemptFailed, Listener, TaskFinished, silent
 from lrag_ray.pipelines.job import Job
-from lrag_ray.pipelines.training_data import choose_rollouts
+from lrag_ray.pipelines.training_data import training_rollouts
 from lrag_ray.printable import counted
 from lrag_ray.report.training import write_training_report
 from lrag_ray.retrieval.encoder import EncoderConfig
@@ -165,24 +164,7 @@ class TrainEncoderJob(Job[TrainingOutcome]):
             latent_dim=config.encoder.latent_dim,
             hidden_dims=config.encoder.hidden_dims,
         )
-        if stored is None:
-            return choose_rollouts(dataset, config, self.warn), sizes
-        frames = dict(zip(dataset.keys, dataset.frames.tolist(), strict=True))
-        lost = [key for key, count in zip(stored.keys, stored.frames, strict=True) if frames.get(key, 0) < count]
-        if lost:
-            raise IdentityError(
-                f"{self._run.uri} was begun with {counted(len(stored.keys), 'rollout')}, and {len(lost)} of "
-                f"them are not in "
-                f"data.uris any more or have become shorter: {', '.join(key[:12] for key in lost[:_MOST_NAMED])}. Two "
-                "ways out: name all datasets that it began with, or set run.uri to a new address"
-            )
-        if newer := len(frames) - len(stored.keys):
-            self.note(
-                f"{counted(newer, 'rollout')} of the dataset came after this training began, or had been left "
-                f"out: it goes on "
-                "without them. A new training (another run.uri) takes them"
-            )
-        return stored, sizes
+        return training_rollouts(dataset, config, stored, self.note, self.warn), sizes
 
     def _check_start(self) -> None:
         """WeightsError for a checkpoint to begin with that does not fit, before any worker is started."""

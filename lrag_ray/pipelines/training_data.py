@@ -1,4 +1,4 @@
-"""Which rollouts of a dataset a new encoder training takes, and how they are split."""
+"""Which rollouts of a dataset an encoder training takes, and how they are split."""
 
 from __future__ import annotations
 
@@ -8,15 +8,47 @@ from collections.abc import Callable
 import numpy as np
 
 from lrag_ray.config.training import TrainEncoderConfig
-from lrag_ray.errors import UsageError
+from lrag_ray.errors import IdentityError, UsageError
 from lrag_ray.printable import counted
+from lrag_ray.store.address import Storage
 from lrag_ray.store.datasets import LatentDataset
 from lrag_ray.training.windows import Rollouts, in_validation
 
 _MOST_NAMED = 8
 
 
-def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Callable[[str], None]) -> Rollouts:
+def training_rollouts(
+    dataset: LatentDataset,
+    config: TrainEncoderConfig,
+    stored: Rollouts | None,
+    note: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> Rollouts:
+    """`stored`, the rollouts that were fixed when the training began; for a new training those it would take.
+
+    `note` and `warn` receive what a person should know. Raises IdentityError where the dataset lacks a stored rollout,
+    and UsageError for short rollouts that are not to be left out and for an empty split.
+    """
+    if stored is None:
+        return _new_rollouts(dataset, config, warn)
+    frames = dict(zip(dataset.keys, dataset.frames.tolist(), strict=True))
+    lost = [key for key, count in zip(stored.keys, stored.frames, strict=True) if frames.get(key, 0) < count]
+    if lost:
+        raise IdentityError(
+            f"{Storage(config.run.uri, config.storage).uri} was begun with {counted(len(stored.keys), 'rollout')}, and "
+            f"{len(lost)} of them are not in data.uris any more or have become shorter: "
+            f"{', '.join(key[:12] for key in lost[:_MOST_NAMED])}. Two "
+            "ways out: name all datasets that it began with, or set run.uri to a new address"
+        )
+    if newer := len(frames) - len(stored.keys):
+        note(
+            f"{counted(newer, 'rollout')} of the dataset came after this training began, or had been left out: it goes "
+            "on without them. A new training (another run.uri) takes them"
+        )
+    return stored
+
+
+def _new_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Callable[[str], None]) -> Rollouts:
     """The rollouts that are long enough, in order of their keys, so that windows do not depend on a dataset's layout.
 
     `warn` receives what a person should know. Raises UsageError for short rollouts that are not to be left out, and
@@ -34,8 +66,8 @@ def choose_rollouts(dataset: LatentDataset, config: TrainEncoderConfig, warn: Ca
         named = ", ".join(f"{entry.run}/{entry.rollout} ({counted(entry.frames, 'frame')})" for entry in entries)
         more = f" and {len(short) - len(entries)} more" if len(short) > len(entries) else ""
         text = (
-            f"{len(short)} of {counted(len(keys), 'rollout')} are shorter than data.window_frames {length}: "
-            f"{named}{more}"
+            f"{len(short)} of {counted(len(keys), 'rollout')} {'is' if len(short) == 1 else 'are'} shorter than "
+            f"data.window_frames {length}: {named}{more}"
         )
         if data.short_rollouts == "refuse":
             raise UsageError(

@@ -34,6 +34,11 @@ def ticks(low: float, high: float, *, at_least: float) -> list[float]:
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
+def line_class(number: int) -> str:
+    """CSS class of the curve at a position, for its line and its key."""
+    return f"line{(number + 1) % STYLES}"
+
+
 def line_chart(curves: Sequence[Curve], x_name: str, title: str) -> Markup | None:
     """The chart, or None where no curve has two points."""
     curves = [curve for curve in curves if len(curve.x) > 1]
@@ -69,8 +74,8 @@ def line_chart(curves: Sequence[Curve], x_name: str, title: str) -> Markup | Non
     ]
     for number, curve in enumerate(curves):
         path = "M" + "L".join(f"{x(float(a))} {y(float(b))}" for a, b in zip(curve.x, curve.y, strict=True))
-        line = Markup('<path class="line line{}" d="{}"><title>{}</title></path>')
-        parts.append(line.format((number + 1) % STYLES, path, curve.name))
+        line = Markup('<path class="line {}" d="{}"><title>{}</title></path>')
+        parts.append(line.format(line_class(number), path, curve.name))
     ends = ", ".join(f"{curve.name} from {curve.y[0]:.4g} to {curve.y[-1]:.4g}" for curve in curves)
     return Markup('<svg class="drift" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, f"{title} by {x_name}: {ends}.", Markup().join(parts)

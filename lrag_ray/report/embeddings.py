@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lrag_ray.report.chart import Curve, line_chart
+from lrag_ray.report.chart import Curve, line_chart, line_class
 from lrag_ray.report.environment import page_environment, style_sheet
 from lrag_ray.retrieval.measures import Retrieval, bend, mean_by_distance, similarity_map
 from lrag_ray.store.address import Storage
@@ -71,16 +72,30 @@ def mean_curves(found: Sequence[EmbeddingMeasures]) -> Mapping[str, NDArray[np.f
     }
 
 
+def short_names(descriptors: Iterable[str]) -> dict[str, str]:
+    """What pictures call each descriptor: of a path the last three parts, or more where these are the same."""
+    distinct, parts = list(dict.fromkeys(descriptors)), 3
+    while True:
+        names = {name: "/".join(name.split("/")[-parts:]) for name in distinct}
+        if len(set(names.values())) == len(distinct):
+            return names
+        parts += 1
+
+
 def _page(found: Sequence[EmbeddingMeasures], source: str) -> str:
-    curves = [Curve(name, np.arange(len(y), dtype=float), y) for name, y in mean_curves(found).items()]
+    names = short_names(each.descriptor for each in found)
+    curves = [Curve(names[name], np.arange(len(y), dtype=float), y) for name, y in mean_curves(found).items()]
+    maps = [
+        (each, names[each.descriptor], map_svg(each.similarity, f"{each.descriptor}, {each.rollout}")) for each in found
+    ]
     return (
         page_environment()
         .get_template("embeddings.html.j2")
         .render(
             source=source,
             curves=line_chart(curves, "latent frames apart", "Mean cosine similarity"),
-            names=[curve.name for curve in curves],
-            maps=[(each, map_svg(each.similarity, f"{each.descriptor}, {each.rollout}")) for each in found],
+            names=[(line_class(number), curve.name) for number, curve in enumerate(curves)],
+            rollouts=[(name, list(kept)) for name, kept in groupby(maps, lambda item: item[0].rollout)],
             style=Markup(style_sheet()),
         )
     )
@@ -111,17 +126,19 @@ def _png(found: Sequence[EmbeddingMeasures]) -> bytes:
     from matplotlib.figure import Figure
 
     shown = [each for each in found if each.rollout == found[0].rollout]
+    names = short_names(each.descriptor for each in found)
     figure = Figure(figsize=(4 * len(shown) + 4, 4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(shown) + 1)
     for axis, each in zip(axes, shown, strict=False):
         image = axis.imshow(each.similarity, origin="lower", cmap="viridis", interpolation="none")
-        axis.set(title=each.descriptor, xlabel="latent frame", ylabel="latent frame")
-        figure.colorbar(image, ax=axis, shrink=0.8)
+        axis.set(xlabel="latent frame", ylabel="latent frame")
+        axis.set_title(names[each.descriptor], fontsize="medium")
+        figure.colorbar(image, ax=axis, shrink=0.8).formatter.set_useOffset(False)
     for name, curve in mean_curves(found).items():
-        axes[-1].plot(curve, label=name)
+        axes[-1].plot(curve, label=names[name])
     axes[-1].set(title="mean over all rollouts", xlabel="latent frames apart", ylabel="cosine similarity")
-    axes[-1].legend()
+    axes[-1].legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -98,6 +98,7 @@ def _page(
         (title, line_chart([Curve(title, *_thinned(losses, name))], "step", f"{title} of every step"))
         for name, title in (("total", "Total"), ("grad_norm", "Gradient norm"))
     ]
+    stored = run.storage.list_files("checkpoints")
     environment = page_environment()
     return environment.get_template("training.html.j2").render(
         uri=run.uri,
@@ -110,7 +111,8 @@ def _page(
         weights=_named_preset(identity),
         settings=json.dumps(identity.settings, indent=1, ensure_ascii=False),
         failures=[failure for failure in failures if failure.quarantined],
-        checkpoints={"best": BEST, "last": LAST},
+        checkpoints={name: path for name, path in (("best", BEST), ("last", LAST)) if path in stored},
+        best_of="validation total" if any(row.split == "validation" for row in epochs) else "training total",
         style=Markup(style_sheet()),
     )
 

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import Count, Record
 from lrag_ray.wan.file_kinds import BoundedFile
@@ -143,7 +144,8 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
         # ValueError, OverflowError: numbers in extended headers.
         if held is not None:
             yield _found(held, note)
-        yield FoundLatent(path.name, None, None, f"is a truncated or damaged tar archive ({error})")
+        place = f" from {held[0]} on" if held is not None else ""
+        yield FoundLatent(path.name, None, None, f"is a truncated or damaged tar archive{place} ({error})")
 
 
 def _bounded(file: BinaryIO) -> IO[bytes]:
@@ -165,12 +167,12 @@ def _found(held: tuple[str, Tensor | None, str], note: LatentNote | None) -> Fou
 def _member(member: tarfile.TarInfo, data: IO[bytes], copy: Path) -> tuple[Tensor | None, str]:
     if member.size > _MOST_MEMBER_BYTES:
         return None, f"says it has {member.size:,} bytes"
-    written = 0
-    with copy.open("wb") as file:
-        while block := data.read(_BLOCK):
-            written += file.write(block)
-    if written < member.size:
-        return None, f"is truncated: {written:,} of {member.size:,} bytes"
+    try:
+        with copy.open("wb") as file:
+            while block := data.read(_BLOCK):
+                file.write(block)
+    except tarfile.ReadError:
+        return None, f"is truncated: the shard ends within its {member.size:,} bytes"
     try:
         # The copy is replaced by the next member's while this tensor may still be mapped to it.
         return read_latent(copy).clone(), ""
@@ -205,4 +207,7 @@ def first_not_finite(latents: Tensor) -> str:
     finite = latents.isfinite().flatten(1).all(1)
     if bool(finite.all()):
         return ""
-    return f"{int((~finite).sum())} latent frames hold NaN or infinity, the first is frame {int(finite.int().argmin())}"
+    count = int((~finite).sum())
+    verb = "holds" if count == 1 else "hold"
+    first = int(finite.int().argmin())
+    return f"{counted(count, 'latent frame')} {verb} NaN or infinity, the first is frame {first}"

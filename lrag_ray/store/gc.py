@@ -1,4 +1,4 @@
-"""Leftovers of a run: files that died attempts, probes and interrupted writes left, and that nothing needs any more.
+"""Leftovers of a run: files that failed attempts, probes and interrupted writes left, and that nothing needs any more.
 
 What counts is never a leftover: whatever a commit or a record of a decoded video names, readable or not as a whole,
 and the part records beside named parts, from which a run that grows continues. Parts of rollouts that are not finished

@@ -22,6 +22,7 @@ from lrag_ray.events import (
     TaskAdvanced,
     TaskFinished,
     TaskStarted,
+    TrainingAdvanced,
     WorkerLost,
     log_record,
 )
@@ -130,6 +131,16 @@ def test_there_is_no_pace_before_something_moves(view: RunView) -> None:
     view.take(at(0, advanced(0, 0)))
     view.take(at(5, advanced(0, 0)))
     assert view.blocks_per_s is None and view.eta_s is None
+
+
+def test_a_training_that_loads_says_no_step_yet(view: RunView) -> None:
+    """A resumed training does not look as if it began anew."""
+    loading = TrainingAdvanced(1, 3, 0, 60, 2, "loading", [], [], None, None, None)
+    view.take(StageBegan("training", 60))
+    view.take(loading)
+    assert view.headline() == "loading on 2 workers"
+    view.take(dataclasses.replace(loading, epoch=2, step=40, doing="training"))
+    assert view.headline() == "epoch 2/3, step 40/60"
 
 
 def test_a_failed_attempt_frees_its_worker_and_is_told(view: RunView) -> None:

@@ -221,7 +221,10 @@ def test_a_shard_that_is_cut_anywhere_is_named_and_what_is_whole_is_read(importe
     shard.write_bytes(whole[: end // 2])
     outcome = import_dataset(str(tmp_path / "shards"), str(tmp_path / "back"))
     assert outcome.exit_code == 1 and 0 < outcome.imported < 5
-    assert any(name.startswith(shard.name) for name in outcome.left_out)
+    cut_short, rest = outcome.left_out.items()
+    name = f"latent_{outcome.imported:06d}"
+    assert cut_short[0] == f"{shard.name}/{name}" and "the shard ends within its" in cut_short[1]
+    assert rest[0] == shard.name and f"damaged tar archive from {name} on" in rest[1]
 
 
 def test_a_header_of_a_shard_that_would_fill_the_memory_is_damage(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lrag_ray.context.rag import RagSettings
 from lrag_ray.errors import LragError, UsageError
 from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.embeddings import inspect_embeddings
+from lrag_ray.report.embeddings import short_names
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.scoring.vbench_long import networks as networks_module
 from lrag_ray.scoring.vbench_long.official import OFFICIAL
@@ -202,9 +203,43 @@ def test_imported_latents_have_no_frames_for_dino(tmp_path: Path) -> None:
         inspect_embeddings(str(tmp_path / "imported"), ["dino"], networks="random", to=str(tmp_path / "out"))
 
 
+def test_latents_and_descriptors_that_are_not_finite_are_left_out_and_named(tmp_path: Path) -> None:
+    source = tmp_path / "latents"
+    source.mkdir()
+    for index, value in enumerate((float("nan"), 1e36, 1.0)):
+        latents = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(index))
+        latents[4] *= value
+        torch.save(latents, source / f"latent_{index:06d}.pt")
+    imported = str(tmp_path / "imported")
+    import_dataset(str(source), imported)
+    arguments = ["inspect", "embeddings", imported, "--to", str(tmp_path / "out"), "--descriptor"]
+    shown = CliRunner().invoke(app, [*arguments, encoder(tmp_path / "encoder.pt"), "--rollouts", "1"])
+    assert shown.exit_code == 0, shown.output
+    assert "latent_000002.pt" in shown.stdout
+    assert "latent_000000.pt: latents: 1 latent frame holds NaN or infinity, the first is frame 4" in shown.stderr
+    assert "latent_000001.pt: descriptors of" in shown.stderr
+    pooled = CliRunner().invoke(app, [*arguments, "avg_pool", "--rollouts", "1"])
+    assert pooled.exit_code == 0 and "latent_000001.pt" in pooled.stdout
+    (source / "latent_000001.pt").unlink()
+    (source / "latent_000002.pt").unlink()
+    import_dataset(str(source), str(tmp_path / "none"))
+    refused = CliRunner().invoke(app, ["inspect", "embeddings", str(tmp_path / "none")])
+    assert refused.exit_code == 2 and "nothing to measure" in refused.stderr and "latent_000000.pt" in refused.stderr
+
+
 def test_an_encoder_of_another_shape_is_refused(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for latents"):
         inspect_embeddings(corpus, [encoder(tmp_path / "other.pt", (16, 4, 4))])
+
+
+def test_pictures_shorten_paths_as_far_as_they_stay_distinct() -> None:
+    paths = ["/runs/a/checkpoints/best.pt", "/runs/b/checkpoints/best.pt"]
+    assert list(short_names(["avg_pool", *paths]).values()) == [
+        "avg_pool", "a/checkpoints/best.pt", "b/checkpoints/best.pt",
+    ]  # fmt: skip
+    moved = "/other/a/checkpoints/best.pt"
+    assert list(short_names([paths[0], moved, paths[0]])) == [paths[0], moved]
+    assert short_names([paths[0], moved])[moved] == "other/a/checkpoints/best.pt"
 
 
 def test_the_command_prints_a_table_or_json(corpus: str, tmp_path: Path) -> None:
@@ -216,6 +251,9 @@ def test_the_command_prints_a_table_or_json(corpus: str, tmp_path: Path) -> None
     assert len(found["measures"][0]["by_distance"]) == 24
     assert found["measures"][0]["retrieval"]["distance"] is None or found["measures"][0]["retrieval"]["distance"] > 0
     assert "nan" not in shown.output
+    nothing = CliRunner().invoke(app, [*arguments, "--window", "24"])
+    page = (tmp_path / "embeddings.html").read_text()
+    assert nothing.exit_code == 0 and "nan" not in nothing.output and ">–</td>" in page and ">nan<" not in page
     wrong = CliRunner().invoke(app, [*arguments, "--window", "1"])
     assert wrong.exit_code == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from random import Random
@@ -75,6 +76,10 @@ def copied(finished: Path, to: Path) -> TrainingRun:
     return TrainingRun(str(shutil.copytree(finished / "run", to / "run")))
 
 
+def links(page: str) -> set[str]:
+    return set(re.findall(r'<a href="([^#"]+)"', page))
+
+
 def weights(run: TrainingRun, path: str = LAST) -> str:
     checkpoint = run.checkpoint(path)
     assert checkpoint is not None
@@ -106,6 +111,7 @@ def test_the_report_shows_losses_of_both_splits(tmp_path: Path, finished: Path) 
     page = run.storage.read_bytes("summary/report.html").decode()
     assert page.count("<svg") >= 6
     assert "AE + SeqDelta + Smooth" in page and "4 of 4 epochs" in page
+    assert links(page) == {f"../{LAST}", f"../{BEST}", "losses.parquet", "losses.csv", "losses.png"}
     assert run.storage.read_bytes("summary/losses.png").startswith(b"\x89PNG")
     assert load_encoder(run.storage.full(BEST)).config.latent_dim == 16
 
@@ -133,6 +139,8 @@ def test_a_dataset_that_grows_meanwhile_changes_nothing(tmp_path: Path, corpus: 
     make_corpus(own, count=6, first=12)
     again, notes = job_of(config_of(tmp_path, str(own)))
     assert any("6 rollouts of the dataset came after this training began" in note for note in notes)
+    plan = plan_training(config_of(tmp_path, str(own)))
+    assert plan.rollouts == 12 and plan.notes == notes
     again.prepare()
     again.work()(LocalTrainingHost(), Alone())
     assert weights(TrainingRun(str(tmp_path / "run"))) == weights(TrainingRun(str(finished / "run")))
@@ -191,6 +199,10 @@ def test_a_truncated_part_ends_the_training(tmp_path: Path, corpus: str) -> None
     assert end.state == "failed"
     assert "1 of 12 rollouts of this training are not in the dataset any more" in end.reason
     assert "dataset verify" in end.reason
+    # The page of a training without a checkpoint names no file that is not there.
+    run = TrainingRun(str(tmp_path / "run"))
+    write_training_report(run)
+    assert links(run.storage.read_bytes("summary/report.html").decode()) == {"losses.parquet", "losses.csv"}
 
 
 def test_a_damaged_checkpoint_ends_the_training_with_its_name(tmp_path: Path, corpus: str, finished: Path) -> None:
