@@ -120,8 +120,11 @@ def refuse_odd_files(folder: Path) -> None:
 class BoundedFile:
     """What `zipfile` and `tarfile` read from: no part of an archive takes much memory at once.
 
-    `most_bytes` begins as the limit of a zip's directory, which is read when the archive is opened. `error` above it.
+    `most_bytes` begins as the limit of a zip's directory, which is read when the archive is opened. `left` limits what
+    is read in all until it is set again; None does not. `error` above either.
     """
+
+    left: int | None = None
 
     def __init__(
         self,
@@ -138,7 +141,12 @@ class BoundedFile:
         """As of a file."""
         if size > self.most_bytes:
             raise self._error(f"it says that one of its parts has {size:,} bytes")
-        return self._file.read(self.most_bytes if size < 0 else size)
+        data = self._file.read(self.most_bytes if size < 0 else size)
+        if self.left is not None:
+            self.left -= len(data)
+            if self.left < 0:
+                raise self._error("one of its headers does not end")
+        return data
 
 
 def foreign_zip(path: Path) -> str | None:
