@@ -165,7 +165,7 @@ def _members(shard: tarfile.TarFile, bounded: BoundedFile) -> Iterator[tarfile.T
         if member.offset <= last:
             raise tarfile.ReadError("its members overlap")
         last = member.offset
-        shard.members.clear()
+        shard.members.clear()  # type: ignore[attr-defined]
         yield member
 
 

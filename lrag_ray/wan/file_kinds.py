@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from lrag_ray.wan.tensor_file import refuse_long_header
+
 HEAD_BYTES = 512
 """How much of a file `no_weights` wants to see."""
 _SHOWN = 60
@@ -115,6 +117,8 @@ def refuse_odd_files(folder: Path) -> None:
             raise ValueError(f"{file.name} is a pipe, a socket or a device")
         if file.suffix in _READ_WHOLE and (size := file.stat().st_size) > _MOST_READ_WHOLE:
             raise ValueError(f"{file.name} has {size:,} bytes, and such files at most {_MOST_READ_WHOLE:,}")
+        if file.suffix == ".safetensors":
+            refuse_long_header(file)
 
 
 class BoundedFile:
