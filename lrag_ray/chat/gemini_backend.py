@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from lrag_ray.chat.backend import Backend, RejectedError, TransientError, key_of, retry_after, storable
+from lrag_ray.chat.http_client import AnswerClient
 from lrag_ray.chat.messages import Finish, Media, Message, Question, Reply, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.config.redaction import redact
 from lrag_ray.errors import ChatError
 
+_VENDOR = "https://generativelanguage.googleapis.com"
 _MOST_UPLOADS = 32
 _LOOK_EVERY_S = 0.5
 _REFUSED = {"SAFETY", "RECITATION", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "IMAGE_SAFETY"}
@@ -35,10 +37,15 @@ class GeminiBackend(Backend):
         self._section = section
         self._key = key_of(section)
         self._types, self._errors = types, errors
+        self._http = AnswerClient(section, _VENDOR)
         self._client = genai.Client(
             vertexai=False,
             api_key=self._key or "none",
-            http_options=types.HttpOptions(base_url=section.base_url, timeout=round(section.timeout_s * 1000)),
+            http_options=types.HttpOptions(
+                base_url=section.base_url,
+                timeout=round(section.timeout_s * 1000),
+                httpx_client=self._http,
+            ),
         )
         self._uploads: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -74,6 +81,7 @@ class GeminiBackend(Backend):
             uploads, self._uploads = list(self._uploads.values()), OrderedDict()
         for file in uploads:
             self._delete(file)
+        self._http.close()
 
     def _content(self, message: Message) -> Any:
         role = "model" if message.role == "assistant" else "user"

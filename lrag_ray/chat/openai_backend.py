@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lrag_ray.chat.backend import Backend, RejectedError, TransientError, key_of, retry_after, storable
+from lrag_ray.chat.http_client import AnswerClient
 from lrag_ray.chat.messages import Finish, Media, Message, Question, Reply, Usage
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.config.redaction import redact
@@ -37,6 +38,7 @@ class OpenAIBackend(Backend):
             base_url=section.base_url or _VENDOR,
             timeout=section.timeout_s,
             max_retries=0,
+            http_client=AnswerClient(section, _VENDOR),
         )
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
@@ -58,6 +60,8 @@ class OpenAIBackend(Backend):
         except errors.APIStatusError as error:
             return [self._status(error)]
         except (errors.APIConnectionError, errors.APIResponseValidationError) as error:
+            if isinstance(error.__cause__, ChatError):
+                raise error.__cause__ from None
             cause = error.__cause__ or error
             raise TransientError(self._safe(f"{type(error).__name__}: {cause}")) from None
         # The key goes before anything is quoted, and before what is quoted is cut.

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lrag_ray.errors import LragError, UsageError
 from lrag_ray.text_file import MOST_CONFIG_BYTES, read_text
+from lrag_ray.wan.tensor_file import one_error, refuse_long_header
 
 
 class Vectors:
@@ -20,7 +21,8 @@ class Vectors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with safe_open(path, framework="pt", device="cpu") as file:
+        refuse_long_header(path)
+        with one_error(), safe_open(path, framework="pt", device="cpu") as file:
             self.shapes: dict[str, tuple[int, ...]] = {
                 name: tuple(file.get_slice(name).get_shape())
                 for name in file.keys()  # noqa: SIM118 (safe_open is not a mapping)
@@ -40,7 +42,7 @@ class Vectors:
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(f"{self.path.name} has no tensor {name!r}")
-        with safe_open(self.path, framework="pt", device="cpu") as file:
+        with one_error(), safe_open(self.path, framework="pt", device="cpu") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -80,7 +82,7 @@ class Folder:
         for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
             try:
                 self._read(file)
-            except (LragError, OSError, ValueError, RecursionError, SafetensorError) as error:
+            except (LragError, OSError, ValueError, RecursionError) as error:
                 self.broken.append(Broken(file, f"cannot be read: {error}"))
 
     def _read(self, file: Path) -> None:

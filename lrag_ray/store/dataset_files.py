@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -32,6 +32,7 @@ _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: 
 _TENSORS, _NOTE = (".pt", ".pth"), ".json"
 _MOST_MEMBER_BYTES = 1 << 34
 _MOST_NOTE_BYTES = 1 << 20
+_MOST_HEADER_BYTES = 1 << 17
 _BLOCK = 1 << 24
 
 
@@ -120,8 +121,11 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
         yield FoundLatent(path.name, None, None, "is not a regular file")
         return
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=_bounded(file), mode="r:") as shard:
-            for member in shard:
+        with path.open("rb") as file:
+            bounded = BoundedFile(file, tarfile.ReadError, _BLOCK)
+            bounded.left = _MOST_HEADER_BYTES
+            shard = tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r:")  # noqa: SIM115 - it holds no file
+            for member in _members(shard, bounded):
                 stem, dot, ending = member.name.rpartition("/")[2].partition(".")
                 suffix = f"{dot}{ending}"
                 if not member.isfile() or (suffix not in _TENSORS and suffix != _NOTE):
@@ -140,17 +144,31 @@ def read_shard(path: Path, scratch: Path) -> Iterator[FoundLatent]:
             yield _found(held, note)
         if not _ends_at(path, end):
             yield FoundLatent(path.name, None, None, "has no end of a tar archive, so it is truncated")
-    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-        # ValueError, OverflowError: numbers in extended headers.
+    except Exception as error:  # noqa: BLE001 - over bytes that are not an archive the library's reader raises anything
         if held is not None:
             yield _found(held, note)
         place = f" from {held[0]} on" if held is not None else ""
         yield FoundLatent(path.name, None, None, f"is a truncated or damaged tar archive{place} ({error})")
 
 
-def _bounded(file: BinaryIO) -> IO[bytes]:
-    """Extended headers are read whole."""
-    return cast(IO[bytes], BoundedFile(file, tarfile.ReadError, _BLOCK))
+def _members(shard: tarfile.TarFile, bounded: BoundedFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a shard in order, each once, none of them kept.
+
+    Raises ReadError for extended headers and maps of sparse files that no shard has, and where a size below zero leads
+    back: Python's reader would read all of the former into memory, and the latter for ever.
+    """
+    last = -1
+    while True:
+        bounded.left = _MOST_HEADER_BYTES
+        member = shard.next()
+        bounded.left = None
+        if member is None:
+            return
+        if member.offset <= last:
+            raise tarfile.ReadError("its members overlap")
+        last = member.offset
+        shard.members.clear()  # type: ignore[attr-defined]
+        yield member
 
 
 def _ends_at(path: Path, offset: int) -> bool:
@@ -165,6 +183,8 @@ def _found(held: tuple[str, Tensor | None, str], note: LatentNote | None) -> Fou
 
 
 def _member(member: tarfile.TarInfo, data: IO[bytes], copy: Path) -> tuple[Tensor | None, str]:
+    if member.issparse():
+        return None, "is stored as a sparse file, as no tensor is"
     if member.size > _MOST_MEMBER_BYTES:
         return None, f"says it has {member.size:,} bytes"
     try:

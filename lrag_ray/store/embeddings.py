@@ -11,12 +11,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lrag_ray.store.address import Storage
+from lrag_ray.wan.tensor_file import NotTensorsError, tensors_in
 
 FOLDER = "embeddings"
 _READ_AT_ONCE = 64
@@ -47,8 +46,8 @@ def read_embedding(storage: Storage, text_digest: str, prompt: str) -> Tensor | 
 def features_in(data: bytes, path: str) -> Tensor | None:
     """The features in the file at `path`, or None where they are damaged or another prompt's."""
     try:
-        tensors = load_safetensors(data)
-    except SafetensorError:
+        tensors = tensors_in(data)
+    except NotTensorsError:
         return None
     rows: Tensor | None = tensors.get("rows")
     checksum: Tensor | None = tensors.get("sha256")

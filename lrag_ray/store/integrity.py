@@ -21,9 +21,6 @@ from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-
 from lrag_ray.store.dataset_card import CARD_FILE, DatasetCard
 from lrag_ray.store.dataset_index import MANIFEST_FILE, IndexManifest
 from lrag_ray.store.decoded import RECORD as DECODED_RECORD
@@ -51,6 +48,7 @@ from lrag_ray.store.rollouts import RolloutRun, commit_problem, without_cycle_se
 from lrag_ray.store.run_dir import CHAT, CONFIG_FILE, RUN_FILE, SUMMARY, SUMMARY_INDEX
 from lrag_ray.store.seal import check_placed, parsed_json
 from lrag_ray.thread_pool import thread_pool
+from lrag_ray.wan.tensor_file import NotTensorsError, tensors_in
 
 Kind = Literal[
     "run", "configuration", "commit", "latents", "trace", "video", "part record", "text features", "decoded video",
@@ -354,8 +352,8 @@ class _Verification:
             users = [digest for digest, named in digests.values() if latent.path in named]
             if what is None and data is not None and users:
                 try:
-                    values = value_bytes(load_safetensors(data)["latents"])
-                except (SafetensorError, KeyError) as error:
+                    values = value_bytes(tensors_in(data)["latents"])
+                except (NotTensorsError, KeyError) as error:
                     what = f"is not a latent part: {error}"
                 else:
                     for digest in users:

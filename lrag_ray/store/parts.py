@@ -15,8 +15,6 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from lrag_ray.context.trace import TraceRow
 from lrag_ray.store.address import Storage
 from lrag_ray.store.parquet import read_parquet
 from lrag_ray.store.records import FileRecord, LatentPart, PartRecord
+from lrag_ray.wan.tensor_file import NotTensorsError, tensors_in
 
 TRACE_SCHEMA = pa.schema(
     [
@@ -215,8 +214,8 @@ def trace_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
 
 def _read_tensors(storage: Storage, part: LatentPart) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = load_safetensors(_read_checked(storage, part))
-    except SafetensorError as error:
+        tensors: dict[str, Tensor] = tensors_in(_read_checked(storage, part))
+    except NotTensorsError as error:
         raise BrokenPartError(f"{part.path} is not a safetensors file: {error}") from error
     latents = tensors.get("latents")
     if latents is None or latents.dim() != 4 or latents.shape[0] != part.frames:

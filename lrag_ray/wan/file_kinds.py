@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from lrag_ray.wan.tensor_file import refuse_long_header
+
 HEAD_BYTES = 512
 """How much of a file `no_weights` wants to see."""
 _SHOWN = 60
@@ -115,13 +117,18 @@ def refuse_odd_files(folder: Path) -> None:
             raise ValueError(f"{file.name} is a pipe, a socket or a device")
         if file.suffix in _READ_WHOLE and (size := file.stat().st_size) > _MOST_READ_WHOLE:
             raise ValueError(f"{file.name} has {size:,} bytes, and such files at most {_MOST_READ_WHOLE:,}")
+        if file.suffix == ".safetensors":
+            refuse_long_header(file)
 
 
 class BoundedFile:
     """What `zipfile` and `tarfile` read from: no part of an archive takes much memory at once.
 
-    `most_bytes` begins as the limit of a zip's directory, which is read when the archive is opened. `error` above it.
+    `most_bytes` begins as the limit of a zip's directory, which is read when the archive is opened. `left` limits what
+    is read in all until it is set again; None does not. `error` above either.
     """
+
+    left: int | None = None
 
     def __init__(
         self,
@@ -138,7 +145,12 @@ class BoundedFile:
         """As of a file."""
         if size > self.most_bytes:
             raise self._error(f"it says that one of its parts has {size:,} bytes")
-        return self._file.read(self.most_bytes if size < 0 else size)
+        data = self._file.read(self.most_bytes if size < 0 else size)
+        if self.left is not None:
+            self.left -= len(data)
+            if self.left < 0:
+                raise self._error("one of its headers does not end")
+        return data
 
 
 def foreign_zip(path: Path) -> str | None:

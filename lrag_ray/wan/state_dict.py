@@ -7,7 +7,6 @@ file that does not fit the model is refused with a list of what is wrong.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.file_kinds import HEAD_BYTES, absence, foreign_zip, is_safetensors, is_zip, no_weights
+from lrag_ray.wan.tensor_file import NotTensorsError, read_tensors
 from lrag_ray.wan.tensor_rebuild import PickleRefusedError
 from lrag_ray.wan.torch_file import read_torch_file
 
@@ -64,9 +63,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        return read_tensors(path)
+    except (NotTensorsError, OSError) as error:
         if unknown := re.search(r"(?:Dtype not understood: |unknown variant `)(\w+)", str(error)):
             raise WeightsError(
                 f"checkpoint {path} holds tensors of {unknown[1]}, expected {_STORED_AS}. "

@@ -24,6 +24,7 @@ from lrag_ray.wan.diffusers_folder import model_of_folder, read_config
 from lrag_ray.wan.file_kinds import refuse_odd_files
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.state_dict import load_strict, refuse_non_finite, state_dict_digest, unwrapped
+from lrag_ray.wan.tokenizer_process import TokenizerError, TokenizerProcess
 from lrag_ray.wan.weight_parts import read_weights
 
 if TYPE_CHECKING:
@@ -318,23 +319,29 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path, text_len: int) -> tuple[Tokenize, str]:
-    """Tokenizer of a folder, and the digest of its files with the text length. WeightsError where there is none."""
-    from transformers import AutoTokenizer
+    """Tokenizer of a folder, and the digest of its files with the text length.
+
+    Raises WeightsError where there is none; so does the tokenizer over a text that it cannot take within its limits.
+    """
+
+    def unusable(error: Exception) -> WeightsError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        return WeightsError(
+            f"no tokenizer in {folder}: {reason}. Fix: give the folder that holds tokenizer.json and "
+            "tokenizer_config.json (google/umt5-xxl beside the checkpoint)"
+        )
 
     try:
         _check_tokenizer(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # The library raises anything over files that are cut off or none of its own.
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise WeightsError(
-            f"no tokenizer in {folder}: {reason}. Fix: give the folder that holds tokenizer.json and "
-            "tokenizer_config.json (google/umt5-xxl beside the checkpoint)"
-        ) from error
+        process = TokenizerProcess(folder)
+    except (TokenizerError, WeightsError, ValueError, OSError) as error:
+        raise unusable(error) from error
 
     def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, truncation=True, max_length=text_len, add_special_tokens=True)["input_ids"]
-        return ids
+        try:
+            return process.tokens(text, text_len)
+        except TokenizerError as error:
+            raise unusable(error) from error
 
     files = hashlib.sha256()
     for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.model")):

@@ -43,6 +43,8 @@ class GeminiServer:
         self.upload_requests: list[dict[str, Any]] = []
         self.deleted: list[str] = []
         self.keys: set[str | None] = set()
+        self.uploads_to = ""
+        """Another address that it sends uploads to."""
         self._looks: dict[str, int] = {}
         lock = threading.Lock()
         server = self
@@ -65,7 +67,8 @@ class GeminiServer:
                         return self._send(200, {"file": server.file(name)}, {"X-Goog-Upload-Status": "final"})
                     assert re.fullmatch(r"/upload/v1(beta)?/files", self.path), self.path
                     server.upload_requests.append({"headers": dict(self.headers.items()), "body": json.loads(body)})
-                    url = f"http://{self.headers['Host']}/upload/v1beta/files?upload_id={len(server.upload_requests)}"
+                    there = server.uploads_to or f"http://{self.headers['Host']}"
+                    url = f"{there}/upload/v1beta/files?upload_id={len(server.upload_requests)}"
                     return self._send(200, {}, {"X-Goog-Upload-URL": url, "X-Goog-Upload-Status": "active"})
 
             def do_GET(self) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 Fault = str | bytes
-"""429 N (Retry-After: N), an HTTP status, cut, silence, not json, no message, refusal, or text:… (another answer).
+"""429 N (Retry-After: N), 307 ADDRESS, HTTP status, cut, silence, not json, no message, refusal or text:… (an answer).
 
-Bytes are sent as they are."""
+Bytes are sent as they are, those of gzip with their encoding."""
 SILENCE_S = 2.0
 
 
@@ -125,7 +125,7 @@ class ChatProxy:
 
     def serve(self, handler: BaseHTTPRequestHandler, body: bytes, fault: Fault | None) -> None:
         if isinstance(fault, bytes):
-            return _send(handler, 200, fault)
+            return _send(handler, 200, fault, {"Content-Encoding": "gzip"} if fault.startswith(b"\x1f\x8b") else {})
         if fault == "silence":
             time.sleep(SILENCE_S)
             handler.close_connection = True
@@ -133,7 +133,8 @@ class ChatProxy:
         if fault and fault.split()[0].isdecimal():
             status, _, after = fault.partition(" ")
             error = json.dumps({"error": {"message": f"fault {status}", "code": None, "type": "x", "param": None}})
-            return _send(handler, int(status), error.encode(), {"Retry-After": after} if after else {})
+            header = "Location" if status.startswith("3") else "Retry-After"
+            return _send(handler, int(status), error.encode(), {header: after} if after else {})
         if fault in ("refusal", "no message") or (fault or "").startswith("text:"):
             message: dict[str, Any] = {"role": "assistant", "content": (fault or "")[5:]}
             if fault == "refusal":

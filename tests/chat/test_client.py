@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -148,6 +149,7 @@ def test_equal_questions_of_one_call_are_asked_once_and_votes_apart(tmp_path: Pa
         ("401", "refuses the key"),
         ("402", "no credit left"),
         ("404", "does not serve it"),
+        ("307 http://127.0.0.1:9/v1", r"sends its requests on to http://127\.0\.0\.1:9/v1, which is not followed"),
         ("500", "answers none of 3 questions in a row"),
     ],
 )
@@ -181,6 +183,8 @@ def test_a_question_that_the_server_fails_on_leaves_the_others_and_is_asked_at_t
         b"\xff\xfe",
         b"null",
         b'{"choices": [{"message": {"content": {"a": 1}}}]}',
+        b'{"choices": [{"message": {"content": "long"}}], "x": "%s"}' % (b"x" * (1 << 21)),
+        gzip.compress(b'{"choices": [{"message": {"content": "packed"}}], "x": "%s"}' % bytes(1 << 26)),
     ],
 )
 def test_an_odd_answer_is_stored_or_asked_for_again(tmp_path: Path, body: bytes) -> None:

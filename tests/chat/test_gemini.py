@@ -59,6 +59,14 @@ def test_a_video_is_uploaded_once_without_a_name_and_deleted(tmp_path: Path) -> 
     assert not any(KEY in path.read_text() for path in tmp_path.rglob("*.json"))
 
 
+def test_a_server_that_sends_a_video_somewhere_else_does_not_get_it_there(tmp_path: Path) -> None:
+    with GeminiServer(lambda number: said("<score>4</score>")) as server:
+        server.uploads_to = "http://127.0.0.1:9"
+        with client(server, tmp_path) as asking, pytest.raises(ChatError, match=r"127\.0\.0\.1:9/.* is not followed"):
+            asking.ask(ASKED)
+        assert not server.calls and not server.uploads
+
+
 def test_requests_and_answers_of_the_local_server_fit_the_models_of_the_official_client(tmp_path: Path) -> None:
     from google.genai import types
 

@@ -237,6 +237,42 @@ def test_a_header_of_a_shard_that_would_fill_the_memory_is_damage(tmp_path: Path
     assert "damaged tar archive (it says that one of its parts has 68,719,476,736 bytes)" in found.problem
 
 
+def raw_header(name: str, at: dict[int, bytes]) -> bytes:
+    """An empty member's header with bytes put where `at` says, and its checksum."""
+    raw = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    for place, value in ({148: b" " * 8} | at).items():
+        raw[place : place + len(value)] = value
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+SPARSE = tarfile.GNUTYPE_SPARSE
+ONE_BYTE = b"%011o\0" % 1
+TAR_BOMBS = {
+    "a sparse file of 16 GB": (raw_header("a.pth", {156: SPARSE, 483: b"%011o\0" % (1 << 33)}), "a sparse file"),
+    "a map without end": (
+        raw_header("a.pth", {156: SPARSE, 482: b"\1", 483: ONE_BYTE}) + (ONE_BYTE * 42 + b"\1" + bytes(7)) * 4000,
+        "one of its headers does not end",
+    ),
+    "a map that is cut off": (raw_header("a.pth", {156: SPARSE, 482: b"\1", 483: ONE_BYTE}), "index out of range"),
+    "a size below zero": (
+        raw_header("a.json", {}) + raw_header("b.json", {124: (256**12 - 512).to_bytes(12, "big")}),
+        "its members overlap",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TAR_BOMBS)
+def test_a_shard_neither_fills_memory_or_disk_nor_is_read_for_ever(tmp_path: Path, kind: str) -> None:
+    content, said = TAR_BOMBS[kind]
+    (tmp_path / "a.tar").write_bytes(content)
+    (tmp_path / "scratch").mkdir()
+    found = list(read_shard(tmp_path / "a.tar", tmp_path / "scratch"))
+    assert [latent.latents for latent in found] == [None] * len(found)
+    assert any(said in latent.problem for latent in found), found
+    assert not list((tmp_path / "scratch").iterdir())
+
+
 def test_names_in_a_shard_are_never_paths(tmp_path: Path) -> None:
     source = tmp_path / "shards"
     source.mkdir()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lrag_ray.errors import WeightsError
 from lrag_ray.scoring.vbench_long.official import OFFICIAL
 from lrag_ray.scoring.vbench_long.weights import WeightFiles
+from lrag_ray.wan import tokenizer_process
 from lrag_ray.wan.state_dict import read_checkpoint
 from lrag_ray.wan.text import load_tokenizer, mapped_text_encoder
 from lrag_ray.wan.vae import mapped_vae
@@ -292,6 +293,31 @@ def test_code_of_a_tokenizer_is_not_run(file: str, content: object, named: str, 
     (tmp_path / "modeling_evil.py").write_text(f"open('{MARKER}', 'w')\n", encoding="utf-8")
     (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(WeightsError, match=rf"no tokenizer in {tmp_path}: .*{named}"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_a_tokenizer_that_takes_gigabytes_is_refused_and_a_chain_of_replacements_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_process, "MOST_BYTES", 1 << 28)
+    kept: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None}
+    kept |= {
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0]]},
+    }
+    doubled = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    chain = kept | {"normalizer": {"type": "Sequence", "normalizers": [doubled] * 40}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(chain), encoding="utf-8")
+    tokenize, _ = load_tokenizer(tmp_path, 8)
+    assert tokenize("b") == [0]
+    monkeypatch.setattr(tokenizer_process, "ENCODE_S", 0.5)
+    with pytest.raises(WeightsError, match=rf"no tokenizer in {tmp_path}: it takes more than 0.5 s, .* Fix: "):
+        tokenize("a")
+    pieces = [["<unk>", 0], *([chr(0x4E00 + first) * 20_000, 0] for first in range(20))]
+    long = kept | {"model": kept["model"] | {"vocab": pieces}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(long, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(WeightsError, match=rf"no tokenizer in {tmp_path}: it takes more than 0.25 GiB of memory"):
         load_tokenizer(tmp_path, 8)
 
 

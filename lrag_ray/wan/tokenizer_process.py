@@ -1,0 +1,129 @@
+"""A stranger's tokenizer in a process of its own, with a limit for its memory and its time.
+
+A tokenizer.json of 16 MB can take 6 GB while it is loaded, and a chain of replacements in it makes terabytes of one
+letter, so neither happens in the process of a worker. The child speaks JSON, one line for each text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 4 << 30
+"""Memory of the child beyond what its imports take; umT5's vocabulary needs 0.7 GB. On Linux alone."""
+LOAD_S, ENCODE_S = 300.0, 60.0
+"""Longest wait for the child to be ready, and for the tokens of a text."""
+_PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
+
+
+class TokenizerError(Exception):
+    """A tokenizer that cannot be loaded, or not used within its limits; the text says why."""
+
+
+class TokenizerProcess:
+    """Tokens of texts by the tokenizer in a folder; the process ends with the object."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises TokenizerError where the tokenizer does not load within the limits."""
+        kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        # A session of its own, so that Ctrl-C reaches this process alone.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(folder), str(MOST_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,
+        )
+        self._lock = threading.Lock()
+        self._end = weakref.finalize(self, _end, self._process)
+        self._answer(LOAD_S)
+
+    def tokens(self, text: str, most: int) -> list[int]:
+        """Token ids of a text, at most `most`, end of text included. TokenizerError."""
+        with self._lock:
+            try:
+                assert self._process.stdin is not None
+                self._process.stdin.write(json.dumps([text, most]).encode() + b"\n")
+                self._process.stdin.flush()
+            except (OSError, ValueError):
+                raise TokenizerError("its process has ended") from None
+            return [int(token) for token in self._answer(ENCODE_S)]
+
+    def _answer(self, timeout_s: float) -> list[Any]:
+        stream = self._process.stdout
+        assert stream is not None
+        readable, _, _ = select.select([stream], [], [], timeout_s)
+        line = stream.readline() if readable else b""
+        if not line:
+            self._end()
+            limit = f"{MOST_BYTES / 2**30:g} GiB of memory" if readable else f"{timeout_s:g} s"
+            raise TokenizerError(f"it takes more than {limit}, as no tokenizer of umT5 does")
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise TokenizerError(answer)
+        return list(answer)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        try:
+            stream.close()
+        except OSError:
+            # What was not written yet.
+            continue
+    process.wait()
+
+
+def _serve(folder: str, most_bytes: int) -> None:
+    """In the child: load, say so, and answer every line of the standard input."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # Libraries print.
+    os.dup2(2, 1)
+
+    def say(answer: object) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    def failure(error: Exception) -> str:
+        return (str(error).splitlines() or [type(error).__name__])[0][:500]
+
+    try:
+        from transformers import AutoTokenizer
+
+        _limit_memory(most_bytes)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - the library raises anything over files that are not its own
+        say(failure(error))
+        return
+    say([])
+    for line in sys.stdin.buffer:
+        text, most = json.loads(line)
+        try:
+            say(tokenizer(text, truncation=True, max_length=most, add_special_tokens=True)["input_ids"])
+        except Exception as error:  # noqa: BLE001 - as above
+            say(failure(error))
+
+
+def _limit_memory(most_bytes: int) -> None:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - no further import
+            taken = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (taken + most_bytes, taken + most_bytes))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))
