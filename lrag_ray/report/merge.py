@@ -143,7 +143,7 @@ def _comparable(identity: RunIdentity, other: RunIdentity) -> dict[str, Any]:
                 if name in other.backbones
             },
             "methods": {
-                name: method.model_dump() for name, method in identity.methods.items() if name in other.methods
+                name: method.compared() for name, method in identity.methods.items() if name in other.methods
             },
         }
     )

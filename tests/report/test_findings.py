@@ -18,7 +18,7 @@ from lrag_ray.report.costs import cost_tables
 from lrag_ray.report.data_files import ends_csv, videos_csv
 from lrag_ray.report.ends import both_ends, ends_tables
 from lrag_ray.report.headline import headline
-from lrag_ray.report.tables import advantage, relative, signed, terminal_tables
+from lrag_ray.report.tables import terminal_tables
 from lrag_ray.scoring.bootstrap import Interval, lead_shares
 from lrag_ray.scoring.drift import VideoClips
 from lrag_ray.scoring.preview.measures import MEASURES
@@ -108,17 +108,6 @@ def test_shares_of_a_lead_add_up_and_follow_the_direction_of_each_measure() -> N
     assert lead_shares(weights, values, [False]).tolist() == [0.0, 1.0]
     assert lead_shares(weights, values, [True]).tolist() == [1.0, 0.0]
     assert lead_shares(weights, np.zeros((8, 2, 1)), [True]).tolist() == [0.5, 0.5]
-
-
-def test_differences_are_advantages_whichever_way_the_measure_points() -> None:
-    lower = next(measure for measure in MEASURES if not measure.higher_is_better)
-    higher = next(measure for measure in MEASURES if measure.higher_is_better)
-    found = Interval(-0.2, -0.3, -0.1)
-    assert advantage(found, lower) == (0.2, 0.1, 0.3) and signed(advantage(found, lower).mean, lower) == "+0.2"
-    assert advantage(found, higher) == found
-    assert relative(advantage(found, lower), 0.8) == "+25.0 %"
-    assert relative(found, 0.8) == "−25.0 %"
-    assert relative(found, 0.0) == relative(found, None) == ""
 
 
 def identity(**settings: object) -> MethodIdentity:
