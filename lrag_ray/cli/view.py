@@ -23,7 +23,8 @@ Runs = Annotated[
 Suite = Annotated[str | None, typer.Option("--suite", help="Which scores [default: those that compare best].")]
 Mode = Annotated[str | None, typer.Option("--mode", help="Which scores of vbench_long, compat or direct.")]
 Strips = Annotated[
-    int | None, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips, else as in a report.")
+    int | None,
+    typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips, else as in a report."),
 ]
 
 PromptText = Annotated[
@@ -49,9 +50,7 @@ def view(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     suite: Suite = None,
     mode: Mode = None,
-    strips: Annotated[
-        int, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips.")
-    ] = 0,
+    strips: Annotated[int, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips.")] = 0,
 ) -> None:
     """Show the report of one run, or of several as one, in a browser until Ctrl-C.
 

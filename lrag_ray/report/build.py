@@ -22,7 +22,7 @@ from lrag_ray.report.data_files import (
 from lrag_ray.report.ends import ends_tables
 from lrag_ray.report.judged import judged_csv
 from lrag_ray.report.latex import latex_table
-from lrag_ray.report.methods import make_examples
+from lrag_ray.report.methods import make_contexts
 from lrag_ray.report.page import render_page
 from lrag_ray.report.players import Link, relative_address
 from lrag_ray.report.strips import make_strips, unused_strips
@@ -114,13 +114,15 @@ def _write_index(storage: Storage) -> None:
     write_changed(storage, {SUMMARY_INDEX: FileIndex(files=files).sealed()})
 
 
-def write_report(data: ReportData, *, to: str | None = None, strips: int | None = None, link: Link | None = None) -> Report:
+def write_report(
+    data: ReportData, *, to: str | None = None, strips: int | None = None, link: Link | None = None
+) -> Report:
     """Write everything that `data` shows; see `report`. Without `link` videos are linked to relative to the page."""
     folder = Storage(to) if to is not None else data.sources[0].run_dir.storage.below(SUMMARY)
     sheets = make_strips(data, folder, data.suite.strips if strips is None else strips)
-    examples = make_examples(data, folder) if sheets else []
+    contexts = make_contexts(data, folder) if sheets else []
     contents = {
-        PAGE: render_page(data, sheets, examples, link or partial(relative_address, folder)).encode(),
+        PAGE: render_page(data, sheets, contexts, link or partial(relative_address, folder)).encode(),
         "ranks.csv": ranks_csv(data).encode(),
         "differences.csv": differences_csv(data).encode(),
         "table.tex": latex_table(data).encode(),
@@ -139,7 +141,7 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int | None 
     if data.drift:
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
     write_changed(folder, contents)
-    shown = {strip.path for sheet in sheets for strip in sheet.rows} | {example.path for example in examples}
+    shown = {row.path for sheet in (*sheets, *contexts) for row in sheet.rows}
     # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
     files = folder.list_files()
     optional = {"drift.csv", "drift.parquet", "ends.csv", "judge.csv"}

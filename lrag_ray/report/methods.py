@@ -1,4 +1,4 @@
-"""What the methods of a report keep in their contexts, and an example of what those with retrieval looked up."""
+"""What the methods of a report keep in their contexts: in a sentence each, and in pictures of one block."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from typing import NamedTuple
 
 from lrag_ray.config.methods import registered_method
 from lrag_ray.context.policy import Family, summary_of
-from lrag_ray.context.trace import TraceRow
-from lrag_ray.report.collect import ReportData, ShownRollout
+from lrag_ray.context.trace import RowKind, TraceRow
+from lrag_ray.report.collect import ReportData
 from lrag_ray.report.players import read_trace
-from lrag_ray.report.strips import COLUMNS, FOLDER, make_strip
+from lrag_ray.report.strips import FOLDER, chosen_videos, make_strip
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import MethodIdentity
 from lrag_ray.store.parts import BrokenPartError
 from lrag_ray.video.mp4 import VideoError
 
 _SHOWN_AT = 0.75
-"""Share of the video at which the example is taken: what is retrieved there has been out of the window for long."""
+"""Share of the video at which the example is taken, by which a window has long left its beginning."""
+_MOST = 12
+"""Frames shown of a context; a block attends to this many by default."""
+_KINDS = ("sink", "memory", "retrieved", "compressed", "local", "current")
+"""Parts of a context in the order in which they are shown."""
+_NEEDED = ("current", "sink", "memory", "retrieved", "compressed", "local")
+"""The same, those that are shown in any case first."""
 
 
 class MethodNote(NamedTuple):
@@ -31,17 +37,39 @@ class MethodNote(NamedTuple):
     """Those that differ from the defaults; of a plug-in, which is not imported, all."""
 
 
-class Retrieved(NamedTuple):
-    """Frames that a block retrieved, in one picture."""
+class ContextFrame(NamedTuple):
+    """A frame of a context."""
+
+    kind: RowKind
+    second: float
+    """Of the video, when it is shown."""
+
+
+class ContextRow(NamedTuple):
+    """What one method's block attends to, in one picture."""
+
+    method: str
+    path: str
+    """Of the picture, relative to the report's folder."""
+    frames: Sequence[ContextFrame]
+    left_out: int
+    """Frames that it attends to as well: beyond the most that are shown, or averages of many."""
+
+
+class ContextSheet(NamedTuple):
+    """The contexts of one block of a prompt, by method."""
 
     backbone: str
-    method: str
     number: int
     """Of the prompt, from 1."""
-    path: str
-    """Of the picture, relative to the report's folder: the block's own frame, then the retrieved ones."""
-    seconds: Sequence[float]
-    """When each of its frames is shown."""
+    second: float
+    """When the block begins."""
+    rows: Sequence[ContextRow]
+
+    @property
+    def columns(self) -> int:
+        """Frames of the longest row."""
+        return max(len(row.frames) for row in self.rows)
 
 
 def method_notes(data: ReportData) -> list[tuple[Family, list[MethodNote]]]:
@@ -64,43 +92,47 @@ def _note(name: str, method: MethodIdentity) -> MethodNote:
     return MethodNote(name, summary, settings)
 
 
-def make_examples(data: ReportData, folder: Storage) -> list[Retrieved]:
-    """One per backbone and method that retrieves frames, of its first prompt, at its longest duration.
+def make_contexts(data: ReportData, folder: Storage) -> list[ContextSheet]:
+    """One sheet per backbone that has a trace, of the first prompt of its strips.
 
-    Pictures are strips: made once, in the same folder. Where a trace or a video is damaged there is no example; the
-    players and the strips give the reason.
+    Pictures are strips: made once, in the same folder. A method whose trace or video is damaged is left out; its player
+    and its strip give the reason.
     """
     present = folder.list_files(FOLDER)
-    first: dict[tuple[str, str], tuple[int, ShownRollout]] = {}
-    for rollout, shown in data.rollouts.items():
-        number = data.identity.prompts[rollout.prompt_id].index + 1
-        first.setdefault((rollout.backbone, rollout.method), (number, shown))
-    found = []
-    for (backbone, method), (number, shown) in first.items():
-        per_block = data.identity.backbones[backbone].frames_per_block
-        try:
-            frames = _frames(read_trace(shown), per_block)
-            if not frames:
+    sheets = []
+    for backbone, identity in data.identity.backbones.items():
+        chosen = next(iter(chosen_videos(data, backbone)), {})
+        rows, per_block = [], identity.frames_per_block
+        for method in (name for name in data.methods[backbone] if name in chosen):
+            shown, video = chosen[method]
+            block = int(_SHOWN_AT * (video.latent_frames // per_block))
+            try:
+                trace = [row for row in read_trace(shown) if row.block == block]
+                kept = _most_telling([row for row in trace if 0 <= row.frame < video.latent_frames])
+                if not kept:
+                    continue
+                # The last video frame of each latent frame.
+                indices = [round(row.frame * (video.frames - 1) / max(1, video.latent_frames - 1)) for row in kept]
+                path = make_strip(folder, present, shown.run_dir.storage, video, indices)
+            except (BrokenPartError, VideoError):
                 continue
-            video = shown.videos[-1]
-            # The last video frame of each latent frame; a stranger's trace may name any.
-            per_frame = (video.frames - 1) / max(1, video.latent_frames - 1)
-            indices = [min(max(0, round(frame * per_frame)), video.frames - 1) for frame in frames]
-            path = make_strip(folder, present, shown.run_dir.storage, video, indices)
-        except (BrokenPartError, VideoError):
-            continue
-        frame_s = video.duration_s / video.latent_frames
-        found.append(Retrieved(backbone, method, number, path, [frame * frame_s for frame in frames]))
-    return found
+            frame_s = video.duration_s / video.latent_frames
+            frames = [ContextFrame(row.kind, row.frame * frame_s) for row in kept]
+            rows.append(ContextRow(method, path, frames, len(trace) - len(kept)))
+            number, second = data.identity.prompts[video.rollout.prompt_id].index + 1, block * per_block * frame_s
+        if rows:
+            sheets.append(ContextSheet(backbone, number, second, rows))
+    return sheets
 
 
-def _frames(trace: Sequence[TraceRow], per_block: int) -> list[int]:
-    """First latent frame of the block nearest `_SHOWN_AT` that retrieved any, and what it retrieved, best first."""
-    retrieved = [row for row in trace if row.kind == "retrieved"]
-    if not retrieved:
-        return []
-    wanted = _SHOWN_AT * max(row.block for row in trace)
-    block = min((row.block for row in retrieved), key=lambda block: abs(block - wanted))
-    of_block = [row for row in retrieved if row.block == block]
-    of_block.sort(key=lambda row: (-(row.similarity if row.similarity is not None else 0.0), row.frame))
-    return [block * per_block, *(row.frame for row in of_block[: COLUMNS - 1])]
+def _most_telling(rows: Sequence[TraceRow]) -> list[TraceRow]:
+    """At most `_MOST` of a context's rows, in the order in which they are shown."""
+
+    def worth(row: TraceRow) -> tuple[int, float]:
+        by_kind = {"retrieved": -(row.similarity or 0.0), "compressed": -row.tokens, "local": -row.frame}
+        return _NEEDED.index(row.kind), by_kind.get(row.kind, row.frame)
+
+    def place(row: TraceRow) -> tuple[int, float]:
+        return _KINDS.index(row.kind), worth(row)[1] if row.kind == "retrieved" else row.frame
+
+    return sorted(sorted(rows, key=worth)[:_MOST], key=place)

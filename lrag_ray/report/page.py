@@ -25,7 +25,7 @@ from lrag_ray.report.ends import ENDS_S, ends_tables
 from lrag_ray.report.environment import asset, page_environment, style_sheet
 from lrag_ray.report.headline import headline
 from lrag_ray.report.judged import Judged
-from lrag_ray.report.methods import Retrieved, method_notes
+from lrag_ray.report.methods import ContextSheet, method_notes
 from lrag_ray.report.players import MAPS, Link, rows
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns
 from lrag_ray.report.strips import StripSheet
@@ -81,7 +81,7 @@ def overview(data: ReportData) -> Overview | None:
     return Overview(groups, rows)
 
 
-def render_page(data: ReportData, strips: Sequence[StripSheet], examples: Sequence[Retrieved], link: Link) -> str:
+def render_page(data: ReportData, strips: Sequence[StripSheet], contexts: Sequence[ContextSheet], link: Link) -> str:
     """HTML of the whole report; `link` gives the addresses of the videos."""
     style, script = style_sheet(), asset("report.js")
     environment = page_environment()
@@ -136,7 +136,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], examples: Sequen
         judged=[_judged_view(data, each) for each in data.judged],
         strips=strips,
         methods=method_notes(data),
-        examples=examples,
+        contexts=contexts,
         rows=rows(data, link),
         maps=MAPS,
         columns_left_out=max(0, len(prompt_columns(data.identity)) - MOST_SHOWN),

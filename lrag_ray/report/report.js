@@ -332,7 +332,8 @@
     }
 
     async function draw(seconds) {
-      const wanted = retrieved[Math.min(retrieved.length - 1, Math.floor(seconds / frameS / block))] || [];
+      const query = Math.min(retrieved.length - 1, Math.floor(seconds / frameS / block));
+      const wanted = retrieved[query] || [];
       const turn = ++drawing;
       list.hidden = !wanted.length;
       list.replaceChildren();
@@ -347,6 +348,9 @@
         probe.src = source;
         if (!(await happens(probe, "loadeddata"))) return;
       }
+      const heading = document.createElement("p");
+      heading.textContent = `retrieved for the block at ${(query * block * frameS).toFixed(2)} s:`;
+      list.append(heading);
       for (const frame of wanted) {
         if (turn !== drawing) return;
         const moment = (frame + 0.5) * frameS;

@@ -89,7 +89,7 @@ def make_strips(data: ReportData, folder: Storage, prompts: int) -> list[StripSh
     return [
         _sheet(data, folder, present, backbone, chosen)
         for backbone in data.identity.backbones
-        for chosen in _chosen(data, backbone)[:prompts]
+        for chosen in chosen_videos(data, backbone)[:prompts]
     ]
 
 
@@ -98,7 +98,7 @@ def unused_strips(files: Iterable[str], shown: Collection[str | None]) -> set[st
     return {path for path in files if _NAME.fullmatch(path) and path not in shown}
 
 
-def _chosen(data: ReportData, backbone: str) -> list[Mapping[str, tuple[ShownRollout, CommittedVideo]]]:
+def chosen_videos(data: ReportData, backbone: str) -> list[Mapping[str, tuple[ShownRollout, CommittedVideo]]]:
     """Videos of the longest duration by method, one mapping per prompt, those with most methods first."""
     longest = max(
         (shown.videos[-1].latent_frames for id_, shown in data.rollouts.items() if id_.backbone == backbone), default=0

@@ -239,10 +239,7 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
         table.add_column("noise", justify="right", overflow="fold")
     means = {row.method: row.means for row in block.rows}
     for measure in data.suite.measures:
-        cells = [
-            _difference_cell(contrast, measure, means)
-            for contrast in statistics.contrasts
-        ]
+        cells = [_difference_cell(contrast, measure, means) for contrast in statistics.contrasts]
         noise = [noise_floor(statistics, measure)] if statistics.noise else []
         table.add_row(f"{measure.title} {arrow(measure)}", *cells, *noise)
     return table

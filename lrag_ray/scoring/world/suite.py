@@ -48,10 +48,11 @@ class World(PerVideoSuite[NoSettings]):
         """Says what the numbers do not show."""
         return Banner(
             "A tiny world, not a benchmark.",
-            "The generator of preset tiny_world saw retrieved frames in training, as rag gives them to it. Those of "
-            "the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate its result; "
-            "tiny_world_zero_shot never saw any. No prompt names the things along the ring: which belong where is "
-            "decided in the first turn of each video, and only what a method keeps of it can bring them back.",
+            f"The view rides around a ring, {TURN / 4:g} s per turn, and should pass the same things in every turn. No prompt "
+            "names them: they are decided in the first turn of each video, and only what a method keeps of it can bring "
+            "them back. The generator of preset tiny_world saw retrieved frames in training, as rag gives them to it. "
+            "Those of the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate its result; "
+            "tiny_world_zero_shot never saw any.",
         )
 
     def in_words(self, means: Mapping[str, Mapping[str, float]]) -> str:
