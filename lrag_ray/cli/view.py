@@ -24,7 +24,7 @@ Suite = Annotated[str | None, typer.Option("--suite", help="Which scores [defaul
 Mode = Annotated[str | None, typer.Option("--mode", help="Which scores of vbench_long, compat or direct.")]
 Strips = Annotated[
     int | None,
-    typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips, else as in a report."),
+    typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips, or as in a report."),
 ]
 
 PromptText = Annotated[

@@ -147,9 +147,10 @@ def summary_of(policy: type[ContextPolicy[Any]]) -> str:
 class ContextPolicy(ABC, Generic[S]):
     """Which rows a block attends to, and with which temporal index.
 
-    The first paragraph of a method's docstring says on report pages what it keeps (`summary_of`). The class methods describe the method before anything runs. The hooks of a rollout are called in the order of this
-    class; `begin_expose` to `end_expose` in a block's first pass, and `begin_store` to `store` in its last, the
-    clean-context pass. Replay runs the clean-context pass alone, which is then both.
+    The first paragraph of a method's docstring says on report pages what it keeps (`summary_of`). The class methods
+    describe the method before anything runs. The hooks of a rollout are called in the order of this class;
+    `begin_expose` to `end_expose` in a block's first pass, and `begin_store` to `store` in its last, the clean-context
+    pass. Replay runs the clean-context pass alone, which is then both.
     """
 
     Settings: ClassVar[type[DataclassInstance]]

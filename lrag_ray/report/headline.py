@@ -94,9 +94,8 @@ def _how_sure(data: ReportData, block: RankBlock, lead: Lead) -> str:
     for measure in data.suite.measures:
         one, other = (means[method].get(measure.name) for method in (lead.over.method, lead.over.reference))
         title = measure.title if measure.title.isupper() else measure.title.lower()
-        verdicts[favours(lead.over.intervals[measure.name], measure)].append(
-            f"{title} ({against(one, other, measure)})"
-        )
+        verdict = favours(lead.over.intervals[measure.name], measure)
+        verdicts[verdict].append(f"{title} ({against(one, other, measure)})")
     parts = [f"{word} in {listed(names)}" for word, names in verdicts.items() if names and word != "unclear"]
     if unclear := len(verdicts["unclear"]):
         parts.append(f"undecided in {counted(unclear, 'measure')}")

@@ -21,7 +21,6 @@ from lrag_ray.report.headline import headline
 from lrag_ray.report.tables import terminal_tables
 from lrag_ray.scoring.bootstrap import Interval, lead_shares
 from lrag_ray.scoring.drift import VideoClips
-from lrag_ray.scoring.preview.measures import MEASURES
 from lrag_ray.scoring.ranks import VideoScore
 from lrag_ray.scoring.vbench_long.parquet import video_identity
 from lrag_ray.store.identity import MethodIdentity

@@ -35,8 +35,8 @@ class World(PerVideoSuite[NoSettings]):
     strips_note = (
         "Each row is one turn around the ring, laid out flat: frames that touch, from the start of the turn to its "
         "end. Every video is compared with its own turn 1, which no prompt describes: ✓ below a thing of a later turn "
-        "says that turn 1 has it in the same place, kind and colour, ✗ that it has not, and – that what turn 1 has there "
-        "is none of the 24 things. Identity is the share of ✓."
+        "says that turn 1 has it in the same place, kind and colour, ✗ that it has not, and – that what turn 1 has "
+        "there is none of the 24 things. Identity is the share of ✓."
     )
 
     @property
@@ -48,11 +48,11 @@ class World(PerVideoSuite[NoSettings]):
         """Says what the numbers do not show."""
         return Banner(
             "A tiny world, not a benchmark.",
-            f"The view rides around a ring, {TURN / 4:g} s per turn, and should pass the same things in every turn. No prompt "
-            "names them: they are decided in the first turn of each video, and only what a method keeps of it can bring "
-            "them back. The generator of preset tiny_world saw retrieved frames in training, as rag gives them to it. "
-            "Those of the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate its result; "
-            "tiny_world_zero_shot never saw any.",
+            f"The view rides around a ring, {TURN / 4:g} s per turn, and should pass the same things in every turn. No "
+            "prompt names them: they are decided in the first turn of each video, and only what a method keeps of it "
+            "can bring them back. The generator of preset tiny_world saw retrieved frames in training, as rag gives "
+            "them to it. Those of the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate "
+            "its result; tiny_world_zero_shot never saw any.",
         )
 
     def in_words(self, means: Mapping[str, Mapping[str, float]]) -> str:
