@@ -59,7 +59,7 @@ def test_the_script_takes_over_and_tells_what_cannot_be_played(fresh: Tab) -> No
     assert fresh.until(shown) == "cannot be played: missing or damaged"
     assert fresh.run("document.querySelector('.transport').hidden") is False
     first = fresh.run("document.querySelector('.seek').getAttribute('aria-valuetext')")
-    assert first == "1.9 of 5.8 s", "it shows a frame from inside"
+    assert first == "4.3 of 5.8 s", "it shows a frame from inside"
 
 
 def test_prompts_are_sorted_by_paired_difference_and_filtered(fresh: Tab) -> None:
