@@ -96,9 +96,10 @@ def test_strips_of_an_earlier_report_are_removed_and_nothing_else(run: RolloutRu
     before = {path for path in out.list_files() if path.endswith(".webp")}
     report([run], to=out.uri, strips=1)
     left = {path for path in out.list_files() if path.endswith(".webp")}
-    assert (len(before), len(left)) == (4 + 2, 2 + 2) and left < before
+    contexts = 2  # One picture per method, of the first prompt.
+    assert (len(before), len(left)) == (4 + contexts + 2, 2 + contexts + 2) and left < before
     page = (tmp_path / "out" / "report.html").read_text()
-    assert sum(path in page for path in left) == 2
+    assert sum(path in page for path in left) == 2 + contexts
 
 
 def test_prompts_with_more_methods_come_first(tmp_path: Path) -> None:
