@@ -141,7 +141,9 @@ def write_report(
     if data.drift:
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
     write_changed(folder, contents)
-    shown = {row.path for sheet in (*sheets, *contexts) for row in sheet.rows}
+    shown = {row.path for sheet in sheets for row in sheet.rows} | {
+        row.path for sheet in contexts for row in sheet.rows
+    }
     # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
     files = folder.list_files()
     optional = {"drift.csv", "drift.parquet", "ends.csv", "judge.csv"}

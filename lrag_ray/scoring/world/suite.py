@@ -85,8 +85,9 @@ class World(PerVideoSuite[NoSettings]):
         if pictures.shape[1:] != (VIEW, VIEW, 3):
             return {}
         seen = read_frames(pictures)
-        first = setting.pose * FRAMES_PER_LATENT * STEP // SLOT
-        return {f"turn {i}": np.roll(things_back(seen, i), -first).tolist() for i in range(2, turns + 1)}
+        begin = setting.pose * FRAMES_PER_LATENT * STEP // SLOT
+        back = {i: things_back(seen, i) for i in range(2, turns + 1)}
+        return {f"turn {i}": [*things[begin:], *things[:begin]] for i, things in back.items()}
 
     def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
         """Durations without a second turn."""
