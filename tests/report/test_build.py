@@ -217,7 +217,7 @@ def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RolloutRu
     assert len(sources) == 4
     assert all(source.startswith("../rollouts/") for source in sources)
     images = page.values("src", "img")
-    assert len(images) == 4, "two prompts, two methods"
+    assert len(images) == 6, "strips of two prompts and two methods, and the context of each method"
     assert all(image.startswith("strips/") for image in images)
     assert all((summary / unquote(source)).is_file() for source in [*sources, *images])
     links = set(page.values("href", "a"))
