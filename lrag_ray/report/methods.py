@@ -10,7 +10,7 @@ from lrag_ray.config.methods import registered_method
 from lrag_ray.context.policy import Family, summary_of
 from lrag_ray.context.trace import RowKind, TraceRow
 from lrag_ray.report.collect import ReportData
-from lrag_ray.report.players import read_trace
+from lrag_ray.report.players import rollout_trace
 from lrag_ray.report.strips import FOLDER, chosen_videos, make_strip
 from lrag_ray.store.address import Storage
 from lrag_ray.store.identity import MethodIdentity
@@ -107,7 +107,7 @@ def make_contexts(data: ReportData, folder: Storage) -> list[ContextSheet]:
             shown, video = chosen[method]
             block = int(_SHOWN_AT * (video.latent_frames // per_block))
             try:
-                trace = [row for row in read_trace(shown) if row.block == block]
+                trace = [row for row in rollout_trace(shown) if row.block == block]
                 kept = _most_telling([row for row in trace if 0 <= row.frame < video.latent_frames])
                 if not kept:
                     continue
