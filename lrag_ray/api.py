@@ -118,7 +118,6 @@ def write_report(
     and UsageError.
     """
     from lrag_ray.pipelines.report import report as make_report
-    from lrag_ray.report.build import STRIPS
 
     labels = list(runs) if isinstance(runs, Mapping) else None
     uris = [runs] if isinstance(runs, str) else list(runs.values()) if isinstance(runs, Mapping) else list(runs)
@@ -127,7 +126,7 @@ def write_report(
         to=to,
         suite=suite,
         mode=mode,
-        strips=STRIPS if strips is None else strips,
+        strips=strips,
         labels=labels,
     )
 

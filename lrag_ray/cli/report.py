@@ -45,7 +45,7 @@ def report(
     strips: Annotated[
         int | None,
         typer.Option(
-            "--strips", metavar="N", min=0, help="Prompts per backbone that get timestamp strips [default: 3]."
+            "--strips", metavar="N", min=0, help="Prompts per backbone that get strips [default: 3; of suite world, 8]."
         ),
     ] = None,
     as_csv: Annotated[
@@ -70,7 +70,6 @@ def report(
     """
     from lrag_ray.pipelines.report import report as make_report
     from lrag_ray.report import collect
-    from lrag_ray.report.build import STRIPS
     from lrag_ray.report.data_files import ranks_csv
     from lrag_ray.report.latex import latex_table
     from lrag_ray.store.address import Storage
@@ -88,8 +87,7 @@ def report(
         data = collect(run_dirs, suite, mode, must_have=True, labels=labels)
         write(ranks_csv(data) if as_csv else latex_table(data), end="")
         return
-    count = STRIPS if strips is None else strips
-    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=count, listener=notices, labels=labels)
+    made = make_report(run_dirs, to=to, suite=suite, mode=mode, strips=strips, listener=notices, labels=labels)
     if as_json:
         print_json(_plain(made))
     else:

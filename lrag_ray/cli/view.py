@@ -22,7 +22,10 @@ Runs = Annotated[
 ]
 Suite = Annotated[str | None, typer.Option("--suite", help="Which scores [default: those that compare best].")]
 Mode = Annotated[str | None, typer.Option("--mode", help="Which scores of vbench_long, compat or direct.")]
-Strips = Annotated[int, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips.")]
+Strips = Annotated[
+    int | None,
+    typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips, or as in a report."),
+]
 
 PromptText = Annotated[
     str | None, typer.Option("--prompt", metavar="TEXT", help="Videos of prompts that contain this, in any case.")
@@ -47,7 +50,7 @@ def view(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     suite: Suite = None,
     mode: Mode = None,
-    strips: Strips = 0,
+    strips: Annotated[int, typer.Option("--strips", metavar="N", min=0, help="Prompts per backbone with strips.")] = 0,
 ) -> None:
     """Show the report of one run, or of several as one, in a browser until Ctrl-C.
 
@@ -89,7 +92,7 @@ def export(
     limit: Limit = None,
     suite: Suite = None,
     mode: Mode = None,
-    strips: Strips = 3,
+    strips: Strips = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the report with its tables and videos into one archive, to be unpacked and opened anywhere.
@@ -134,7 +137,7 @@ def push(
     limit: Limit = None,
     suite: Suite = None,
     mode: Mode = None,
-    strips: Strips = 3,
+    strips: Strips = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the report with its tables and videos to a dataset repository on the Hugging Face Hub.

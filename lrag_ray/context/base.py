@@ -35,7 +35,7 @@ class BaseSettings:
 
 
 class Base(FramePolicy[BaseSettings]):
-    """Sink and window with absolute temporal indices."""
+    """Keeps the first frames (the sink) and the newest ones; positions count from the start of the video."""
 
     Settings = BaseSettings
     max_frames: ClassVar[int | None] = MAX_INDEX

@@ -76,7 +76,7 @@ class DeepForcingSettings:
 
 
 class DeepForcing(ContextPolicy[DeepForcingSettings]):
-    """Deep sink and participative compression."""
+    """Keeps the first and the newest frames and, in every layer, the tokens between them that attention uses most."""
 
     Settings = DeepForcingSettings
     max_frames: ClassVar[int | None] = MAX_INDEX

@@ -63,7 +63,7 @@ class DummyForcingSettings:
 
 
 class DummyForcing(HeadPolicy[DummyForcingSettings]):
-    """First frame, local frames or the newest past frame, by head."""
+    """Keeps the first frame, the last blocks or the newest past frame, each for other attention heads."""
 
     Settings = DummyForcingSettings
     max_frames: ClassVar[int | None] = MAX_INDEX

@@ -51,7 +51,7 @@ class EmaSinkSettings:
 
 
 class EmaSink(FramePolicy[EmaSinkSettings]):
-    """A sink that is a moving average, and window, at slot numbers."""
+    """Keeps the newest frames and a sink into which every frame that leaves is averaged."""
 
     Settings = EmaSinkSettings
     released: ClassVar[Mapping[str, Any]] = {"window": 9, "sink": 3}

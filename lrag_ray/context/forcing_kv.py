@@ -115,7 +115,7 @@ class _Patches(NamedTuple):
 
 
 class ForcingKv(HeadPolicy[ForcingKvSettings]):
-    """Sink and newest frames, and in dynamic heads patches of the frames that have just left."""
+    """Keeps the first and the newest frames and, in some heads, the patches of older frames that change most."""
 
     Settings = ForcingKvSettings
     max_frames: ClassVar[int | None] = MAX_INDEX

@@ -18,7 +18,7 @@ from lrag_ray.context.policy import Origin
 
 
 class InfinityRope(FramePolicy[BaseSettings]):
-    """Sink and window with window-relative temporal indices."""
+    """Keeps the first frames (the sink) and the newest ones; positions count within the window."""
 
     Settings = BaseSettings
     origin = Origin("positions", "Infinity-RoPE, arXiv 2511.20649", "yesiltepe-hidir/infinity-rope", "none stated")

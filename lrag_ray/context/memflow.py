@@ -70,7 +70,7 @@ class _Banked(NamedTuple):
 
 
 class MemFlow(FramePolicy[MemFlowSettings]):
-    """Sink, bank and local window at absolute indices."""
+    """Keeps the first and the newest frames and a small bank of earlier ones that suit the prompt."""
 
     Settings = MemFlowSettings
     max_frames: ClassVar[int | None] = MAX_INDEX

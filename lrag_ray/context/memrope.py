@@ -64,7 +64,7 @@ class MemRopeSettings:
 
 
 class MemRope(FramePolicy[MemRopeSettings]):
-    """Sink, long and short memory, recent frames."""
+    """Keeps the first and the newest frames and two moving averages of all that left."""
 
     Settings = MemRopeSettings
     as_released: ClassVar[Mapping[str, Any]] = {"first_overflow": "released"}

@@ -13,6 +13,7 @@ weights, memory, notes for the plan. Most methods keep whole frames: derive from
 from __future__ import annotations
 
 import math
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,12 +138,19 @@ class Exposure(NamedTuple):
     """Heads that attend to these rows, ascending; None: all of them."""
 
 
+def summary_of(policy: type[ContextPolicy[Any]]) -> str:
+    """First paragraph of the class's own docstring, as one line of at most 300 characters; '' where it has none."""
+    paragraph = (vars(policy).get("__doc__") or "").strip().partition("\n\n")[0]
+    return textwrap.shorten(paragraph, 300, placeholder=" …")
+
+
 class ContextPolicy(ABC, Generic[S]):
     """Which rows a block attends to, and with which temporal index.
 
-    The class methods describe the method before anything runs. The hooks of a rollout are called in the order of this
-    class; `begin_expose` to `end_expose` in a block's first pass, and `begin_store` to `store` in its last, the
-    clean-context pass. Replay runs the clean-context pass alone, which is then both.
+    The first paragraph of a method's docstring says on report pages what it keeps (`summary_of`). The class methods
+    describe the method before anything runs. The hooks of a rollout are called in the order of this class;
+    `begin_expose` to `end_expose` in a block's first pass, and `begin_store` to `store` in its last, the clean-context
+    pass. Replay runs the clean-context pass alone, which is then both.
     """
 
     Settings: ClassVar[type[DataclassInstance]]

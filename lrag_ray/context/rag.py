@@ -87,7 +87,7 @@ class RagSettings:
 
 
 class Rag(FramePolicy[RagSettings]):
-    """Sink, retrieved history and local window."""
+    """Keeps the first and the newest frames, and retrieves from all earlier ones those most like the newest."""
 
     Settings = RagSettings
     as_released: ClassVar[Mapping[str, Any]] = {"descriptor_dtype": "bfloat16"}

@@ -59,7 +59,7 @@ class RollingForcingSettings:
 
 
 class RollingForcing(FramePolicy[RollingForcingSettings]):
-    """Anchor and working frames of the joint call, newest frames of the clean call."""
+    """Keeps the first and the newest frames, and denoises several blocks at once behind them."""
 
     Settings = RollingForcingSettings
     loop: ClassVar[str] = "rolling"

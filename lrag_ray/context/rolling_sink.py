@@ -52,7 +52,7 @@ class RollingSinkSettings:
 
 
 class RollingSink(FramePolicy[RollingSinkSettings]):
-    """The first window, rolling behind the newest past block."""
+    """Keeps the newest frames and the first ones, which are shown again forwards and backwards."""
 
     Settings = RollingSinkSettings
     max_frames: ClassVar[int | None] = TEMPORAL_INDICES

@@ -12,6 +12,8 @@ from lrag_ray.config.methods import resolve_method
 from lrag_ray.config.prompts import Prompt
 from lrag_ray.config.refine import described
 from lrag_ray.config.schema import MethodConfig, RunConfig
+from lrag_ray.context.policy import summary_of
+from lrag_ray.context.registry import registered
 from lrag_ray.rollout.loops import nests
 from lrag_ray.rollout.noise import NOISE_VERSION
 from lrag_ray.stages.backbone import latents_identity, pixels_identity
@@ -66,4 +68,7 @@ def _method(method: MethodConfig, independent: bool) -> MethodIdentity:
     settings: dict[str, Any] = dataclasses.asdict(found.settings)
     settings |= {file.key: {"sha256": weights_digest(address)} for file, address in found.weights}
     nested = nests(found.policy) and not independent
-    return MethodIdentity(method=method.method, settings=settings, nested=nested, history=method.history)
+    summary = "" if method.method in registered() else summary_of(found.policy)
+    return MethodIdentity(
+        method=method.method, settings=settings, nested=nested, history=method.history, summary=summary
+    )

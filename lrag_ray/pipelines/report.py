@@ -9,7 +9,6 @@ from lrag_ray.events import Listener, silent
 from lrag_ray.pipelines.lease import keep_lease
 from lrag_ray.report import Report
 from lrag_ray.report import report as make_report
-from lrag_ray.report.build import STRIPS
 from lrag_ray.store.lease import REPORT
 from lrag_ray.store.rollouts import RolloutRun
 
@@ -22,7 +21,7 @@ def report(
     to: str | None = None,
     suite: str | None = None,
     mode: str | None = None,
-    strips: int = STRIPS,
+    strips: int | None = None,
     listener: Listener = silent,
     labels: Sequence[str | None] | None = None,
 ) -> Report:

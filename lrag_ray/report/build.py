@@ -22,6 +22,7 @@ from lrag_ray.report.data_files import (
 from lrag_ray.report.ends import ends_tables
 from lrag_ray.report.judged import judged_csv
 from lrag_ray.report.latex import latex_table
+from lrag_ray.report.methods import make_contexts
 from lrag_ray.report.page import render_page
 from lrag_ray.report.players import Link, relative_address
 from lrag_ray.report.strips import make_strips, unused_strips
@@ -34,8 +35,6 @@ from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.run_dir import SUMMARY, SUMMARY_INDEX
 
 PAGE = "report.html"
-STRIPS = 3
-"""Prompts per backbone that get timestamp strips by default."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Report:
         return list(terminal_tables(self.data))
 
 
-def build_report(run_dir: RolloutRun, *, suites: Sequence[Suite[Any]] = (), strips: int = STRIPS) -> Report:
+def build_report(run_dir: RolloutRun, *, suites: Sequence[Suite[Any]] = (), strips: int | None = None) -> Report:
     """Write the summary of a run from what its storage holds; the same storage gives the same files.
 
     `suites`: see `collect`.
@@ -80,11 +79,13 @@ def report(
     to: str | None = None,
     suite: str | Suite[Any] | None = None,
     mode: str | None = None,
-    strips: int = STRIPS,
+    strips: int | None = None,
     must_have: bool = False,
     labels: Sequence[str | None] | None = None,
 ) -> Report:
     """Write the report of one run or of several as one, into the folder or address `to`.
+
+    `strips` are the prompts per backbone that get strips; None leaves the number to the suite.
 
     Without `to`, one run's report goes to its own summary, and nothing is written for several. `must_have` and
     `labels`: see `collect`; with `must_have` a page with scores is never replaced by one without.
@@ -113,12 +114,15 @@ def _write_index(storage: Storage) -> None:
     write_changed(storage, {SUMMARY_INDEX: FileIndex(files=files).sealed()})
 
 
-def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIPS, link: Link | None = None) -> Report:
+def write_report(
+    data: ReportData, *, to: str | None = None, strips: int | None = None, link: Link | None = None
+) -> Report:
     """Write everything that `data` shows; see `report`. Without `link` videos are linked to relative to the page."""
     folder = Storage(to) if to is not None else data.sources[0].run_dir.storage.below(SUMMARY)
-    sheets = make_strips(data, folder, strips)
+    sheets = make_strips(data, folder, data.suite.strips if strips is None else strips)
+    contexts = make_contexts(data, folder) if sheets else []
     contents = {
-        PAGE: render_page(data, sheets, link or partial(relative_address, folder)).encode(),
+        PAGE: render_page(data, sheets, contexts, link or partial(relative_address, folder)).encode(),
         "ranks.csv": ranks_csv(data).encode(),
         "differences.csv": differences_csv(data).encode(),
         "table.tex": latex_table(data).encode(),
@@ -137,10 +141,13 @@ def write_report(data: ReportData, *, to: str | None = None, strips: int = STRIP
     if data.drift:
         contents |= {"drift.csv": drift_csv(data).encode(), "drift.parquet": drift_parquet(data)}
     write_changed(folder, contents)
+    shown = {row.path for sheet in sheets for row in sheet.rows} | {
+        row.path for sheet in contexts for row in sheet.rows
+    }
     # An earlier report may have shown a suite with drift, or strips of other videos: they do not belong to this page.
     files = folder.list_files()
     optional = {"drift.csv", "drift.parquet", "ends.csv", "judge.csv"}
-    for name in optional & files.keys() - contents.keys() | unused_strips(files, sheets):
+    for name in optional & files.keys() - contents.keys() | unused_strips(files, shown):
         folder.remove(name)
     if to is None:
         _write_index(data.sources[0].run_dir.storage)

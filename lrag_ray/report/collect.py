@@ -12,6 +12,7 @@ from typing import Any
 from lrag_ray.context.policy import Family
 from lrag_ray.context.registry import family
 from lrag_ray.errors import UsageError
+from lrag_ray.printable import listed
 from lrag_ray.report.choice import choose_suite
 from lrag_ray.report.differences import BlockStatistics, block_statistics
 from lrag_ray.report.judged import Counted, Judged, beside, judged
@@ -28,7 +29,10 @@ from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.status import RunStatus, run_status
 from lrag_ray.store.videos import CommittedVideo, committed_videos
-from lrag_ray.wan.devices import without_row
+from lrag_ray.wan.devices import shown_kind
+
+_MOST_NAMED = 4
+"""Methods or backbones that a title names one by one."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,15 @@ class ReportData:
         }
 
     @property
+    def title(self) -> str:
+        """What is compared, in a few words."""
+        methods, backbones = list(self.identity.methods), list(self.identity.backbones)
+        durations = sorted({each.duration_s for found in self.identity.backbones.values() for each in found.horizons})
+        named = listed(methods) if len(methods) <= _MOST_NAMED else f"{len(methods)} methods"
+        where = listed(backbones) if len(backbones) <= _MOST_NAMED else f"{len(backbones)} backbones"
+        return f"{named} on {where}, {listed([f'{seconds:g}' for seconds in durations])} s"
+
+    @property
     def labels(self) -> list[str]:
         """What must be said of the backbones on every table and page, e.g. ``tiny, untrained``."""
         return list(dict.fromkeys(backbone.label for backbone in self.identity.backbones.values() if backbone.label))
@@ -143,7 +156,7 @@ class ReportData:
     @property
     def device_kinds(self) -> Mapping[str, int]:
         """Number of rollouts per kind of device."""
-        return Counter(without_row(rollout.videos[-1].commit.device_kind) for rollout in self.rollouts.values())
+        return Counter(shown_kind(rollout.videos[-1].commit.device_kind) for rollout in self.rollouts.values())
 
 
 def collect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from lrag_ray.retrieval.bank_types import BANK_TYPES
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.store.identity import BackboneIdentity, MethodIdentity
 from lrag_ray.wan.config import WanConfig
-from lrag_ray.wan.devices import without_row
+from lrag_ray.wan.devices import shown_kind, without_row
 
 KINDS = {
     "denoise": "Denoise",
@@ -22,11 +23,10 @@ KINDS = {
     "retrieval": "Of both: retrieval",
     "decode": "Decode",
     "store": "Store",
-    "load": "Load",
     "replay": "Replay",
 }
 """Titles of what commits time, in the order of the columns."""
-_PER_ROLLOUT = ("load", "replay")
+_PER_ROLLOUT = ("replay",)
 REFERENCE = "infinity_rope"
 """The same window without a memory: what generation costs above it is the price of a method's memory."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -39,13 +39,17 @@ class Cost:
     method: str
     rollouts: int
     seconds: Mapping[str, float]
-    """By kind of work: per second of video, and per rollout for load and replay."""
+    """By kind of work: per second of video, and per rollout for replay."""
     relative: float | None
     """Denoising and clean passes over those of `REFERENCE`, minus 1; None where the run has no such method."""
     history_bytes: int | None
     """Host memory of a rollout's history at its longest duration, counted; None for a method that is not registered."""
+    context_frames: int | None
+    """Latent frames that the last block attends to, its own included; as above."""
     context_bytes: int | None
-    """GPU memory of the attended frames and of what the method holds beside them; as above."""
+    """Device memory of these frames; as above."""
+    beside_bytes: int | None
+    """Device memory of what the method holds beside them; as above."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class CostTable:
     device: str
     duration_s: float
     """The longest, which is what the rows are of."""
+    load_s: float
+    """Loading in all rollouts together: a worker loads a backbone with the first one that it makes, of any method."""
     rows: Sequence[Cost]
 
     @property
@@ -70,6 +76,7 @@ def cost_tables(data: ReportData) -> list[CostTable]:
     for rollout, shown in data.rollouts.items():
         longest[rollout.backbone] = max(longest.get(rollout.backbone, 0), shown.videos[-1].latent_frames)
     found: dict[tuple[str, str], dict[str, list[Mapping[str, float]]]] = {}
+    load_s: dict[tuple[str, str], float] = {}
     for rollout, shown in data.rollouts.items():
         commit, video = shown.videos[-1].commit, shown.videos[-1]
         if commit.latent_frames != longest[rollout.backbone] or not commit.timings_s:
@@ -79,11 +86,17 @@ def cost_tables(data: ReportData) -> list[CostTable]:
             for kind, seconds in commit.timings_s.items()
             if kind in KINDS and math.isfinite(seconds) and seconds >= 0
         }
-        by_method = found.setdefault((rollout.backbone, without_row(commit.device_kind)), {})
-        by_method.setdefault(rollout.method, []).append(timings)
+        where = rollout.backbone, without_row(commit.device_kind)
+        found.setdefault(where, {}).setdefault(rollout.method, []).append(timings)
+        load = commit.timings_s.get("load", 0.0)
+        load_s[where] = load_s.get(where, 0.0) + (load if math.isfinite(load) and load > 0 else 0.0)
     return [
         CostTable(
-            backbone, device, data.duration_s(backbone, longest[backbone]), _rows(data, backbone, longest, by_method)
+            backbone,
+            shown_kind(device),
+            data.duration_s(backbone, longest[backbone]),
+            load_s[backbone, device],
+            _rows(data, backbone, longest, by_method),
         )
         for (backbone, device), by_method in found.items()
     ]
@@ -116,8 +129,10 @@ def _rows(
                 rollouts=len(by_method[method]),
                 seconds=means[method],
                 relative=own / reference - 1 if reference else None,
-                history_bytes=memory and memory[0],
-                context_bytes=memory and memory[1],
+                history_bytes=memory and memory.history_bytes,
+                context_frames=memory and memory.context_frames,
+                context_bytes=memory and memory.context_bytes,
+                beside_bytes=memory and memory.beside_bytes,
             )
         )
     return rows
@@ -127,8 +142,17 @@ def _generation(seconds: Mapping[str, float]) -> float:
     return seconds.get("denoise", 0.0) + seconds.get("context", 0.0)
 
 
-def _memory(backbone: BackboneIdentity, method: MethodIdentity, latent_frames: int) -> tuple[int, int] | None:
-    """History in host memory and context in GPU memory; None where the run does not say what it takes to count them.
+class _Memory(NamedTuple):
+    """Counted at the end of a rollout, see `Cost`."""
+
+    history_bytes: int
+    context_frames: int
+    context_bytes: int
+    beside_bytes: int
+
+
+def _memory(backbone: BackboneIdentity, method: MethodIdentity, latent_frames: int) -> _Memory | None:
+    """None where the run does not say what it takes to count it.
 
     A stranger's run may hold anything.
     """
@@ -140,8 +164,9 @@ def _memory(backbone: BackboneIdentity, method: MethodIdentity, latent_frames: i
         frame, stored_frame = _kv_bytes_per_frame(backbone), _stored_frame_bytes(backbone, method.history)
         per_block = backbone.frames_per_block
         history = policy.history_frames(settings, per_block, latent_frames) * stored_frame
-        window = policy.attended_frames(settings, per_block, latent_frames - per_block) * frame
-        return history, window + policy.device_bytes(settings, per_block, latent_frames, stored_frame)
+        attended = policy.attended_frames(settings, per_block, latent_frames - per_block)
+        beside = policy.device_bytes(settings, per_block, latent_frames, stored_frame)
+        return _Memory(history, attended, attended * frame, beside)
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return None
 

@@ -47,6 +47,8 @@ class Lead:
     average_rank: float
     over: Contrast | None
     """The leader minus the next method; None where several lead or no other is ranked."""
+    tied: Sequence[str]
+    """Methods that share the next place with the one in `over`."""
     share: float | None
     """Of 1000 draws of the prompts with replacement, those in which the leader leads; None where several lead or the
     prompts are fewer than `LEAST_PROMPTS`."""
@@ -121,11 +123,13 @@ def _lead(
     first, *others = sorted(ranks, key=lambda method: ranks[method])
     leaders = [first, *(method for method in others if ranks[method] <= ranks[first] + 1e-12)]
     if len(leaders) > 1:
-        return Lead(leaders, ranks[first], None, None)
+        return Lead(leaders, ranks[first], None, (), None)
     share = None
     if block.prompts >= LEAST_PROMPTS:
         means = [prompt_means(block.weights, table[method]) for method in ranks]
         weights, columns = means[0][0], np.stack([found for _, found in means], axis=1)
         shares = lead_shares(weights, columns, [not measure.higher_is_better for measure in measures])
         share = float(shares[list(ranks).index(first)])
-    return Lead(leaders, ranks[first], contrast(first, others[0]), share)
+    second, *rest = others
+    tied = [method for method in rest if ranks[method] <= ranks[second] + 1e-12]
+    return Lead(leaders, ranks[first], contrast(first, second), tied, share)

@@ -34,7 +34,9 @@ class Exported:
     """Videos that are left out because they cannot be read or are damaged."""
 
 
-def export_report(data: ReportData, file: str | Path, wanted: Callable[[RolloutId], bool], strips: int) -> Exported:
+def export_report(
+    data: ReportData, file: str | Path, wanted: Callable[[RolloutId], bool], strips: int | None
+) -> Exported:
     """Write the report and the videos of the `wanted` rollouts into a new archive.
 
     The page is ``report.html`` at its top and plays the videos once the archive is unpacked; the other rollouts keep
@@ -64,7 +66,7 @@ def export_report(data: ReportData, file: str | Path, wanted: Callable[[RolloutI
 
 
 def write_members(
-    data: ReportData, folder: Path, wanted: Callable[[RolloutId], bool], strips: int, missing: list[str]
+    data: ReportData, folder: Path, wanted: Callable[[RolloutId], bool], strips: int | None, missing: list[str]
 ) -> int:
     """Write the report and the videos of the `wanted` rollouts into a folder that plays anywhere; returns their number.
 

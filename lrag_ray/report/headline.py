@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lrag_ray.printable import counted, listed
 from lrag_ray.report.collect import ReportData
 from lrag_ray.report.differences import Lead
-from lrag_ray.report.tables import favours
+from lrag_ray.report.tables import against, favours
 from lrag_ray.scoring.bootstrap import LEAST_PROMPTS
 from lrag_ray.scoring.ranks import RankBlock
 
@@ -24,6 +24,8 @@ class Finding(NamedTuple):
     """Backbone and duration."""
     who: str
     how_sure: str
+    plainly: str
+    """The figures in the suite's words; '' where it has none."""
 
 
 class Headline(NamedTuple):
@@ -49,6 +51,7 @@ def headline(data: ReportData) -> Headline | None:
             f"{block.backbone}, {data.duration_s(block.backbone, block.latent_frames):g} s",
             _who(lead),
             _how_sure(data, block, lead),
+            data.suite.in_words({row.method: row.means for row in block.rows}),
         )
         for block, lead in found
     ]
@@ -87,15 +90,20 @@ def _how_sure(data: ReportData, block: RankBlock, lead: Lead) -> str:
     if lead.share is None:
         return f"{counted(block.prompts, 'prompt')} cannot say how sure that is: it takes {LEAST_PROMPTS} and more"
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+    means = {row.method: row.means for row in block.rows}
     for measure in data.suite.measures:
-        verdicts[favours(lead.over.intervals[measure.name], measure)].append(measure.title.lower())
+        one, other = (means[method].get(measure.name) for method in (lead.over.method, lead.over.reference))
+        title = measure.title if measure.title.isupper() else measure.title.lower()
+        verdict = favours(lead.over.intervals[measure.name], measure)
+        verdicts[verdict].append(f"{title} ({against(one, other, measure)})")
     parts = [f"{word} in {listed(names)}" for word, names in verdicts.items() if names and word != "unclear"]
     if unclear := len(verdicts["unclear"]):
         parts.append(f"undecided in {counted(unclear, 'measure')}")
+    place = f"which shares the next place with {listed(lead.tied)}" if lead.tied else "the next"
     return (
         f"{_word(lead.share)}: it leads in {100 * lead.share:.0f} of 100 draws of the "
         f"{counted(block.prompts, 'prompt')}. Against "
-        f"{lead.over.reference}, the next, it is {'; '.join(parts)}"
+        f"{lead.over.reference}, {place}, it is {'; '.join(parts)}"
     )
 
 

@@ -142,9 +142,7 @@ def _comparable(identity: RunIdentity, other: RunIdentity) -> dict[str, Any]:
                 for name, backbone in identity.backbones.items()
                 if name in other.backbones
             },
-            "methods": {
-                name: method.model_dump() for name, method in identity.methods.items() if name in other.methods
-            },
+            "methods": {name: method.compared() for name, method in identity.methods.items() if name in other.methods},
         }
     )
 

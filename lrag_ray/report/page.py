@@ -25,6 +25,7 @@ from lrag_ray.report.ends import ENDS_S, ends_tables
 from lrag_ray.report.environment import asset, page_environment, style_sheet
 from lrag_ray.report.headline import headline
 from lrag_ray.report.judged import Judged
+from lrag_ray.report.methods import ContextSheet, method_notes
 from lrag_ray.report.players import MAPS, Link, rows
 from lrag_ray.report.prompt_columns import MOST_SHOWN, prompt_columns
 from lrag_ray.report.strips import StripSheet
@@ -80,7 +81,7 @@ def overview(data: ReportData) -> Overview | None:
     return Overview(groups, rows)
 
 
-def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> str:
+def render_page(data: ReportData, strips: Sequence[StripSheet], contexts: Sequence[ContextSheet], link: Link) -> str:
     """HTML of the whole report; `link` gives the addresses of the videos."""
     style, script = style_sheet(), asset("report.js")
     environment = page_environment()
@@ -88,8 +89,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
     environment.filters["number"] = tables.number
     environment.filters["signed"] = tables.signed
     environment.filters["interval"] = tables.interval
-    environment.filters["advantage"] = tables.advantage
-    environment.filters["relative"] = tables.relative
+    environment.globals["against"] = tables.against
     environment.filters["percent"] = tables.percent
     environment.filters["quantity"] = quantity
     environment.filters["rank_number"] = tables.rank_number
@@ -106,7 +106,6 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
         least_prompts=LEAST_PROMPTS,
         headline=headline(data),
         overview=overview(data),
-        advantage_note=tables.ADVANTAGE_NOTE,
         sweeps=sweep_figures(data),
         costs=cost_tables(data),
         cost_kinds=KINDS,
@@ -136,6 +135,8 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], link: Link) -> s
         files={name: what for name, what in _FILES.items() if _is_written(name, data)},
         judged=[_judged_view(data, each) for each in data.judged],
         strips=strips,
+        methods=method_notes(data),
+        contexts=contexts,
         rows=rows(data, link),
         maps=MAPS,
         columns_left_out=max(0, len(prompt_columns(data.identity)) - MOST_SHOWN),

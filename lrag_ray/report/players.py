@@ -156,7 +156,7 @@ def _player(
     storage = shown.run_dir.storage
     figure, damage = None, ""
     try:
-        if maps and (trace := _trace(shown)):
+        if maps and (trace := rollout_trace(shown)):
             figure = trace_figure(trace)
     except BrokenPartError as error:
         damage = f"no attention map: {error}. {HOW_TO_REPAIR}"
@@ -174,7 +174,7 @@ def _player(
     )
 
 
-def _trace(shown: ShownRollout) -> list[TraceRow]:
+def rollout_trace(shown: ShownRollout) -> list[TraceRow]:
     """Trace up to the longest committed duration, layers and heads added up; BrokenPartError where a part is damaged.
 
     A method that chooses per layer has millions of rows, and the map shows the mean over layers and heads: shares of a

@@ -33,7 +33,7 @@ class Pushed:
 
 
 def push_report(
-    data: ReportData, place: HubPlace, wanted: Callable[[RolloutId], bool], strips: int, *, public: bool
+    data: ReportData, place: HubPlace, wanted: Callable[[RolloutId], bool], strips: int | None, *, public: bool
 ) -> Pushed:
     """Write page, tables and the videos of the `wanted` rollouts to a dataset repository, private unless `public`.
 

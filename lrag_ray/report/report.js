@@ -24,14 +24,19 @@
   openLink();
   window.addEventListener("hashchange", openLink);
 
-  // Pages hold hundreds of videos: fetch the first frame of those that come near the window only.
-  const near = new IntersectionObserver((entries) => {
-    for (const entry of entries.filter((e) => e.isIntersecting)) {
-      entry.target.preload = "metadata";
-      near.unobserve(entry.target);
-    }
-  }, { rootMargin: "400px" });
-  section.querySelectorAll(".row video").forEach((video) => near.observe(video));
+  // Pages hold hundreds of videos: fetch one frame of those that come near the window only, and what was retrieved for
+  // it once they are seen.
+  const once = (margin, elements, act) => {
+    const observer = new IntersectionObserver((entries) => {
+      for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
+        act(target);
+        observer.unobserve(target);
+      }
+    }, { rootMargin: margin });
+    elements.forEach((element) => observer.observe(element));
+  };
+  once("400px", section.querySelectorAll(".row video"), (video) => { video.preload = "metadata"; });
+  once("0px", rows.map((row) => row.element), (element) => rows.find((row) => row.element === element).rest());
 
   function choose() {
     const [duration] = chosen("duration");
@@ -58,13 +63,13 @@
     const measure = control("measure").selectedOptions[0];
     const gaps = new Map(rows.map((row) => {
       const [a, b] = [one, other].map((method) => row.value(method, measure.value));
-      return [row, a === null || b === null ? null : Number(measure.dataset.sign) * (a - b)];
+      return [row, a === null || b === null ? null : a - b];
     }));
     for (const [row, gap] of gaps) {
       const amount = gap === null ? "no pair of scores" : signed(gap * Number(measure.dataset.scale));
       row.tell(direction ? `${one} − ${other}, ${measure.textContent}: ${amount}` : "");
     }
-    const last = (gap) => (gap === null ? -Infinity : direction * gap);
+    const last = (gap) => (gap === null ? -Infinity : direction * Number(measure.dataset.sign) * gap);
     const sorted = direction ? [...rows].sort((a, b) => last(gaps.get(b)) - last(gaps.get(a)) || 0) : rows;
     section.append(...sorted.map((row) => row.element));
   }
@@ -158,8 +163,8 @@
       length = Math.max(0, ...shown.map((track) => track.end));
       seek.max = length;
       transport.hidden = shown.length === 0;
-      // A frame from inside says more than the first one; the slider shows where it is from.
-      moveTo(untouched ? length / 3 : Math.min(Number(seek.value), length));
+      // A late frame says most of what a method keeps; the slider shows where it is from.
+      moveTo(untouched ? 0.75 * length : Math.min(Number(seek.value), length));
     }
 
     function seekTo(seconds) {
@@ -240,6 +245,9 @@
       choose,
       seekTo,
       value,
+      rest() {
+        if (!playing) settle(Number(seek.value));
+      },
       show(shows) {
         if (!shows) stop();
         element.hidden = !shows;
@@ -324,7 +332,8 @@
     }
 
     async function draw(seconds) {
-      const wanted = retrieved[Math.min(retrieved.length - 1, Math.floor(seconds / frameS / block))] || [];
+      const query = Math.min(retrieved.length - 1, Math.floor(seconds / frameS / block));
+      const wanted = retrieved[query] || [];
       const turn = ++drawing;
       list.hidden = !wanted.length;
       list.replaceChildren();
@@ -339,6 +348,9 @@
         probe.src = source;
         if (!(await happens(probe, "loadeddata"))) return;
       }
+      const heading = document.createElement("p");
+      heading.textContent = `retrieved for the block at ${(query * block * frameS).toFixed(2)} s:`;
+      list.append(heading);
       for (const frame of wanted) {
         if (turn !== drawing) return;
         const moment = (frame + 0.5) * frameS;

@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrag_ray.report.collect import ReportData, ShownRollout
+from lrag_ray.report.tables import number
 from lrag_ray.scoring.suite import FrameRow, Suite
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
@@ -34,6 +37,15 @@ _WIDTH = 288
 _GAP = 6
 """Pixels between frames, which the page shines through."""
 _QUALITY = 82
+_BAND = 26
+"""Height of the marks below a strip, in pixels."""
+_MARKS: dict[bool | None, tuple[Sequence[Sequence[tuple[float, float]]], tuple[int, int, int, int]]] = {
+    True: ([[(-0.3, 0.02), (-0.08, 0.25), (0.3, -0.28)]], (32, 150, 90, 255)),
+    False: ([[(-0.22, -0.22), (0.22, 0.22)], [(-0.22, 0.22), (0.22, -0.22)]], (200, 75, 50, 255)),
+    None: ([[(-0.18, 0.0), (0.18, 0.0)]], (140, 145, 150, 255)),
+}
+"""Lines of a tick, a cross and a dash, as shares of the band's height from its middle, and colours that can be seen on
+light and on dark pages."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class Strip:
     method: str
     label: str
     """Of the row, where a method has several."""
+    value: str
+    """Score of the video that belongs to the row, with its measure; or ''."""
     path: str | None
     """Of the image, relative to the report's folder; None where there is none."""
     reason: str
@@ -75,17 +89,16 @@ def make_strips(data: ReportData, folder: Storage, prompts: int) -> list[StripSh
     return [
         _sheet(data, folder, present, backbone, chosen)
         for backbone in data.identity.backbones
-        for chosen in _chosen(data, backbone)[:prompts]
+        for chosen in chosen_videos(data, backbone)[:prompts]
     ]
 
 
-def unused_strips(files: Iterable[str], sheets: Sequence[StripSheet]) -> set[str]:
-    """Strips among the `files` of a report's folder that none of `sheets` shows: those of an earlier report."""
-    shown = {row.path for sheet in sheets for row in sheet.rows}
+def unused_strips(files: Iterable[str], shown: Collection[str | None]) -> set[str]:
+    """Strips among the `files` of a report's folder that are not `shown`: those of an earlier report."""
     return {path for path in files if _NAME.fullmatch(path) and path not in shown}
 
 
-def _chosen(data: ReportData, backbone: str) -> list[Mapping[str, tuple[ShownRollout, CommittedVideo]]]:
+def chosen_videos(data: ReportData, backbone: str) -> list[Mapping[str, tuple[ShownRollout, CommittedVideo]]]:
     """Videos of the longest duration by method, one mapping per prompt, those with most methods first."""
     longest = max(
         (shown.videos[-1].latent_frames for id_, shown in data.rollouts.items() if id_.backbone == backbone), default=0
@@ -122,9 +135,9 @@ def _sheet(
             strip
             for method in data.methods[backbone]
             for strip in (
-                _strips(data.suite, folder, present, method, *chosen[method])
+                _strips(data, folder, present, backbone, method, *chosen[method])
                 if method in chosen
-                else [Strip(method, "", None, "no video yet")]
+                else [Strip(method, "", "", None, "no video yet")]
             )
         ],
     )
@@ -139,46 +152,111 @@ def _rows(suite: Suite[Any], video: CommittedVideo) -> Sequence[FrameRow]:
 
 
 def _strips(
-    suite: Suite[Any], folder: Storage, present: set[str], method: str, shown: ShownRollout, video: CommittedVideo
+    data: ReportData,
+    folder: Storage,
+    present: set[str],
+    backbone: str,
+    method: str,
+    shown: ShownRollout,
+    video: CommittedVideo,
 ) -> list[Strip]:
+    suite, storage = data.suite, shown.run_dir.storage
+    prompt = data.identity.prompts[video.rollout.prompt_id].text
     rows = _rows(suite, video)
-    # Frames of a suite's own rows touch, in full size.
-    width, gap = (None, 0) if rows[0].label else (_WIDTH, _GAP)
-    strips = []
-    for row in rows:
-        # Hashed once more: a stranger's record may hold anything in place of a digest.
-        made_from = f"{video.video.sha256} {list(row.indices)} {width} {gap} {_QUALITY}"
-        path = f"{FOLDER}/{hashlib.sha256(made_from.encode()).hexdigest()[:32]}.webp"
-        if path not in present:
-            try:
-                folder.write(path, _image(shown.run_dir.storage, video, row.indices, width, gap))
-            except VideoError as error:
-                # The place on this machine means nothing to who reads the page.
-                reason = str(error).replace(f"{shown.run_dir.storage.root}/", "")
-                return [Strip(method, row.label, None, reason)]
-        strips.append(Strip(method, row.label, path, ""))
-    return strips
+    try:
+        if not rows[0].label:
+            return [Strip(method, "", "", make_strip(folder, present, storage, video, rows[0].indices), "")]
+        # Frames of a suite's own rows touch, in full size.
+        made_from = f"{video.video.sha256} {suite.folder} {prompt}"
+        paths = [_path(f"{made_from} {row.label} {list(row.indices)}") for row in rows]
+        if not present.issuperset(paths):
+            with _local(storage, video) as local:
+                marks = suite.frame_marks(local, video.frames, prompt)
+                for row, path in zip(rows, paths, strict=True):
+                    folder.write(path, _image(local, row.indices, None, 0, marks.get(row.label, ())))
+        values = _values(data, backbone, method, video)
+        return [
+            Strip(method, row.label, values.get(row.measure, ""), path, "")
+            for row, path in zip(rows, paths, strict=True)
+        ]
+    except VideoError as error:
+        # The place on this machine means nothing to who reads the page.
+        return [Strip(method, rows[0].label, "", None, str(error).replace(f"{storage.root}/", ""))]
 
 
-def _image(storage: Storage, video: CommittedVideo, indices: Sequence[int], width: int | None, gap: int) -> bytes:
-    """The frames side by side as WebP."""
-    from PIL import Image as PilImage
+def _values(data: ReportData, backbone: str, method: str, video: CommittedVideo) -> dict[str, str]:
+    """Scores of the video by measure name, as a row says them; `backbone` and `method` as the report calls them."""
+    of_video = (backbone, method, video.latent_frames, video.rollout.prompt_id, video.rollout.sample)
+    for found in data.scores.videos:
+        if (found.backbone, found.method, found.latent_frames, found.prompt_id, found.sample) == of_video:
+            shown = [each for each in (*data.suite.measures, *data.suite.unranked) if each.name in found.values]
+            return {each.name: f"{each.title} {number(found.values[each.name], each)}" for each in shown}
+    return {}
 
+
+def make_strip(
+    folder: Storage, present: Collection[str], storage: Storage, video: CommittedVideo, indices: Sequence[int]
+) -> str:
+    """Path below `folder` of small frames of a video side by side, made unless it is `present`. Raises VideoError."""
+    path = _path(f"{video.video.sha256} {list(indices)}")
+    if path not in present:
+        with _local(storage, video) as local:
+            folder.write(path, _image(local, indices, _WIDTH, _GAP))
+    return path
+
+
+def _path(made_from: str) -> str:
+    # Hashed: a stranger's record may hold anything in place of a digest.
+    return f"{FOLDER}/{hashlib.sha256(f'{made_from} {_QUALITY}'.encode()).hexdigest()[:32]}.webp"
+
+
+@contextmanager
+def _local(storage: Storage, video: CommittedVideo) -> Iterator[Path]:
+    """The video on this machine; a VideoError names its place in the run."""
     with scratch_folder() as scratch:
-        local = local_copy(storage, video.video.path, video.video.sha256, scratch)
+        local = Path(local_copy(storage, video.video.path, video.video.sha256, scratch))
         try:
-            pictures = [_thumbnail(frame, width) for frame in frames_at(local, indices)]
+            yield local
         except VideoError as error:
             raise VideoError(str(error).replace(str(local), video.video.path)) from None
+
+
+def _image(
+    video: Path, indices: Sequence[int], width: int | None, gap: int, marks: Sequence[bool | None] = ()
+) -> bytes:
+    """The frames side by side as WebP, with `marks` below them in cells of equal width."""
+    from PIL import Image as PilImage
+
+    pictures = [_thumbnail(frame, width) for frame in frames_at(video, indices)]
     # A video of fewer frames than columns repeats some.
     distinct = sorted(set(indices))
     columns, (each, height) = len(indices), pictures[0].size
-    strip = PilImage.new("RGBA", (columns * each + (columns - 1) * gap, height))
+    whole = columns * each + (columns - 1) * gap
+    strip = PilImage.new("RGBA", (whole, height + (_BAND if marks else 0)))
     for column, index in enumerate(indices):
         strip.paste(pictures[distinct.index(index)], (column * (each + gap), 0))
+    if marks:
+        strip.paste(_band(marks, whole), (0, height))
     content = io.BytesIO()
     strip.save(content, "WEBP", quality=_QUALITY)
     return content.getvalue()
+
+
+def _band(marks: Sequence[bool | None], width: int) -> Image:
+    """Ticks, crosses and dashes as a picture `width` by `_BAND` pixels."""
+    from PIL import Image as PilImage
+    from PIL import ImageDraw
+
+    scale = 4  # Drawn large and made smaller, for smooth edges.
+    band = PilImage.new("RGBA", (width * scale, _BAND * scale))
+    draw = ImageDraw.Draw(band)
+    for cell, mark in enumerate(marks):
+        x, y = (cell + 0.5) * width / len(marks) * scale, _BAND / 2 * scale
+        lines, colour = _MARKS[mark]
+        for line in lines:
+            at = [(x + dx * _BAND * scale, y + dy * _BAND * scale) for dx, dy in line]
+            draw.line(at, fill=colour, width=round(_BAND * scale / 7), joint="curve")
+    return band.resize((width, _BAND), PilImage.Resampling.LANCZOS)
 
 
 def _thumbnail(frame: Frames, width: int | None) -> Image:

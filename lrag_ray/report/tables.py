@@ -22,12 +22,7 @@ from lrag_ray.scoring.ranks import RankBlock
 AVERAGE = "average_rank"
 """Key of the average rank beside the measures' names."""
 
-
-ADVANTAGE_NOTE = (
-    "+ is better in every measure: where lower is better (↓) the sign is reversed. In percent: of the reference's mean."
-)
-"""What the signs of differences in tables mean; data files hold method minus reference."""
-
+_ROUNDING = 1e-9
 _COVERAGE = {10: "86%", 20: "90%"}
 """What BCa intervals of a mean cover with fewer than this many prompts, instead of 95%: simulated with normal and
 exponential values. From 20 prompts on they cover 92% and more."""
@@ -75,9 +70,10 @@ def number(value: float | None, measure: Measure) -> str:
 
 
 def signed(value: float | None, measure: Measure) -> str:
-    """A difference, with its sign unless it is shown as zero."""
+    """A difference, with its sign unless it is shown as zero, which what rounding leaves is."""
     if value is None:
         return "–"
+    value = 0.0 if abs(value) < _ROUNDING else value
     shown = f"{100 * value:+.2f}" if measure.unit == "percent" else f"{value:+.2g}"
     return shown.replace("-", "−") if float(shown) else shown[1:]
 
@@ -87,18 +83,9 @@ def interval(found: Interval, measure: Measure) -> str:
     return "" if found.lower is None else f"[{signed(found.lower, measure)}, {signed(found.upper, measure)}]"
 
 
-def advantage(found: Interval, measure: Measure) -> Interval:
-    """A difference as an advantage of the method: above zero is better, whichever way the measure points."""
-    if measure.higher_is_better:
-        return found
-    lower = None if found.upper is None else -found.upper
-    upper = None if found.lower is None else -found.lower
-    return Interval(-found.mean, lower, upper)
-
-
-def relative(found: Interval, reference: float | None) -> str:
-    """An advantage in percent of the reference's mean; empty where that is zero or not known."""
-    return percent(found.mean / abs(reference)) if reference else ""
+def against(method: float | None, reference: float | None, measure: Measure) -> str:
+    """The two means behind a difference."""
+    return f"{number(method, measure)} against {number(reference, measure)}"
 
 
 def percent(share: float) -> str:
@@ -240,7 +227,7 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
     table = Table(
         title=_name(f"{heading(data, block)}: differences"),
         caption=Text(
-            f"{data.suite.title}. Paired per prompt and sample; {ADVANTAGE_NOTE} {interval_note(block.prompts)}"
+            f"{data.suite.title}. Paired per prompt and sample. {interval_note(block.prompts)}"
             + (" ▲ better, ▼ worse: it leaves out zero." if block.prompts >= LEAST_PROMPTS else "")
             + (" noise: standard deviation of one video between the samples of a prompt." if statistics.noise else "")
         ),
@@ -252,10 +239,7 @@ def _difference_table(data: ReportData, block: RankBlock, statistics: BlockStati
         table.add_column("noise", justify="right", overflow="fold")
     means = {row.method: row.means for row in block.rows}
     for measure in data.suite.measures:
-        cells = [
-            _difference_cell(contrast, measure, means[contrast.reference].get(measure.name))
-            for contrast in statistics.contrasts
-        ]
+        cells = [_difference_cell(contrast, measure, means) for contrast in statistics.contrasts]
         noise = [noise_floor(statistics, measure)] if statistics.noise else []
         table.add_row(f"{measure.title} {arrow(measure)}", *cells, *noise)
     return table
@@ -270,13 +254,13 @@ def noise_floor(statistics: BlockStatistics, measure: Measure) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _difference_cell(contrast: Contrast, measure: Measure, reference: float | None) -> Text:
-    found = advantage(contrast.intervals[measure.name], measure)
-    verdict = favours(contrast.intervals[measure.name], measure)
+def _difference_cell(contrast: Contrast, measure: Measure, means: Mapping[str, Mapping[str, float]]) -> Text:
+    found = contrast.intervals[measure.name]
+    verdict = favours(found, measure)
     mark, style = {"better": ("▲", "green"), "worse": ("▼", "red"), "unclear": (" ", "")}[verdict]
     cell = Text(f"{signed(found.mean, measure)}{mark}", style=style)
-    if size := relative(found, reference):
-        cell.append(f"\n{size}", style="dim")
+    one, other = (means[method].get(measure.name) for method in (contrast.method, contrast.reference))
+    cell.append(f"\n{against(one, other, measure)}", style="dim")
     if shown := interval(found, measure):
         cell.append(f"\n{shown}", style="dim")
     return cell

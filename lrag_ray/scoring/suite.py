@@ -104,6 +104,8 @@ class FrameRow(NamedTuple):
     """Beside the method's name; '' where there is one row."""
     indices: Sequence[int]
     """Of the frames; every row of a video has as many."""
+    measure: str = ""
+    """Name of the measure whose value of the video stands below the label."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Suite(ABC, Generic[SettingsT]):
     """Columns of its tables, in order."""
     unranked: Sequence[Measure] = ()
     """Measures beside them that have no place in ranks and differences: a video may lack them."""
+    strips: ClassVar[int] = 3
+    """Prompts per backbone that get strips by default."""
     strips_note: str = ""
     """How to read the rows of `frame_rows`."""
     mode: str = ""
@@ -183,12 +187,23 @@ class Suite(ABC, Generic[SettingsT]):
         """What must be known of these scores before any number is read."""
         return []
 
+    def in_words(self, means: Mapping[str, Mapping[str, float]]) -> str:
+        """The means of a table, by method and measure, in one sentence for readers who do not know the measures."""
+        return ""
+
     def frame_rows(self, frames: int) -> Sequence[FrameRow]:
-        """Rows of a video of so many frames that show what the suite measures, set edge to edge at full size.
+        """Rows of a video of `frames` frames that show what the suite measures, set edge to edge at full size.
 
         None of them: a page shows one row of small frames in equal steps.
         """
         return ()
+
+    def frame_marks(self, video: Path, frames: int, prompt: str) -> Mapping[str, Sequence[bool | None]]:
+        """What is right (✓), wrong (✗) or without a judgement (–) in the `frame_rows` of a local video, by label.
+
+        The marks of a row stand below it in cells of equal width. VideoError for a video that cannot be read.
+        """
+        return {}
 
     # Before scoring
 

@@ -50,6 +50,13 @@ class MethodIdentity(Record):
     history: str = Field(default="exact", exclude_if=lambda kind: kind == "exact")
     """How the history is stored (`retrieval.payload`). Absent where it is exact, as it always was before there was a
     choice."""
+    summary: str = Field(default="", exclude_if=lambda text: not text)
+    """What a plug-in says of itself, for people (`context.policy.summary_of`); free to change. Absent for methods that
+    come with the package, which readers know, so that earlier versions can read the run."""
+
+    def compared(self) -> dict[str, JsonValue]:
+        """All that two runs must agree on."""
+        return self.model_dump(exclude={"summary"})
 
 
 class PromptIdentity(Record):
@@ -184,8 +191,8 @@ def differences(stored: RunIdentity, wanted: RunIdentity) -> list[str]:
     for name in stored.methods.keys() & wanted.methods.keys():
         found += compare(
             f"methods.{name}",
-            stored.methods[name].model_dump(),
-            wanted.methods[name].model_dump(),
+            stored.methods[name].compared(),
+            wanted.methods[name].compared(),
         )
     lines = {prompt.index: prompt.text for prompt in stored.prompts.values()}
     for prompt in wanted.prompts.values():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from lrag_ray.wan import fused_rows, residual_norm
 from lrag_ray.wan.attention import backend_of
-from lrag_ray.wan.kernels import Kernels
+from lrag_ray.wan.kernels import Backend, Kernels
 
 
 class Device(NamedTuple):
@@ -24,6 +24,7 @@ class Device(NamedTuple):
 
 
 _PASS = re.compile(r", (?P<size>\d+) prompts per pass, row (?P<row>\d+)$")
+_KERNEL = re.compile(rf"\b({'|'.join(get_args(Backend))}) attention\b")
 
 DEVICES = (
     Device("B200", 2250.0, 180),
@@ -78,6 +79,11 @@ def without_row(kind: str) -> str:
     """`kind` for all rows of a pass: they take equally long."""
     found = _PASS.search(kind)
     return f"{kind[: found.start()]}, {found['size']} prompts per pass" if found else kind
+
+
+def shown_kind(kind: str) -> str:
+    """`without_row` of `kind` for people: the kernels are those of torch's scaled_dot_product_attention (sdpa)."""
+    return _KERNEL.sub(r"sdpa attention (\1 kernel)", without_row(kind))
 
 
 def kernel_notes(kernels: Kernels, device: torch.device) -> list[str]:

@@ -45,7 +45,7 @@ def test_tables_are_printed_and_the_page_is_written_beside_the_run(run: RolloutR
     files = set(run.storage.list_files("summary"))
     names = ("report.html", "ranks.csv", "differences.csv", "drift.csv", "drift.parquet", "scores.parquet", "table.tex")
     assert {f"summary/{name}" for name in names} <= files
-    assert len([path for path in files if path.endswith(".webp")]) == 2
+    assert len([path for path in files if path.endswith(".webp")]) == 4, "strips and contexts"
 
 
 def test_json_holds_ranks_differences_and_the_control(run: RolloutRun, tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ def test_its_weights_are_part_of_the_identity(config_file: Path, tmp_path: Path)
     after = build_identity(resolved(config_file), PROMPTS)
     elsewhere = build_identity(load_config(config_file, [f"methods.recall.projection={moved}"]), PROMPTS)
 
+    assert before.methods["recall"].summary.startswith("Keeps the first and the newest frames, and recalls those")
+    assert before.methods["base"].summary == ""
     settings = before.methods["recall"].settings
     assert set(settings["projection"]) == {"sha256"} and len(settings["projection"]["sha256"]) == 64
     for rollout in before.rollouts():

@@ -59,7 +59,11 @@ def test_the_script_takes_over_and_tells_what_cannot_be_played(fresh: Tab) -> No
     assert fresh.until(shown) == "cannot be played: missing or damaged"
     assert fresh.run("document.querySelector('.transport').hidden") is False
     first = fresh.run("document.querySelector('.seek').getAttribute('aria-valuetext')")
-    assert first == "1.9 of 5.8 s", "it shows a frame from inside"
+    assert first == "4.4 of 5.8 s", "it shows a late frame"
+    fresh.run("document.querySelectorAll('.row')[1].scrollIntoView()")
+    frames = "document.querySelectorAll('.row')[1].querySelector('[data-method=rag] .frames')"
+    fresh.until(f"{frames}.querySelectorAll('canvas').length === 2")
+    assert fresh.run(f"{frames}.textContent") == "retrieved for the block at 3.75 s:0.25 s0.50 s"
 
 
 def test_prompts_are_sorted_by_paired_difference_and_filtered(fresh: Tab) -> None:
@@ -142,7 +146,7 @@ def test_a_map_is_read_and_followed_with_the_keyboard(fresh: Tab) -> None:
     assert press("ArrowLeft")[0] == "1.50" and press("ArrowLeft", "ArrowLeft", "ArrowLeft")[0] == "0.00"
     assert press("End")[0] == "5.25" and press("ArrowRight")[0] == "5.25"
     time = "document.querySelectorAll('.row')[1].querySelector('.time').textContent"
-    assert fresh.run(time) == "1.9 of 5.8 s", "arrows leave the videos alone"
+    assert fresh.run(time) == "4.4 of 5.8 s", "arrows leave the videos alone"
     press("Enter")
     assert fresh.run(time) == "5.3 of 5.8 s"
 

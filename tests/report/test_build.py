@@ -21,7 +21,7 @@ from lrag_ray.report import Report, build_report, collect
 from lrag_ray.report.latex import latex_table
 from lrag_ray.report.page import overview
 from lrag_ray.report.prompt_columns import MOST_SHOWN
-from lrag_ray.report.tables import Place, comparison_note, interval_note, places
+from lrag_ray.report.tables import Place, comparison_note, interval_note, places, signed
 from lrag_ray.scoring.preview.measures import MEASURES
 from lrag_ray.scoring.preview.suite import PREVIEW
 from lrag_ray.scoring.ranks import VideoScore, average_ranks
@@ -217,7 +217,7 @@ def test_every_address_is_inside_the_run_and_is_there(page: Page, run: RolloutRu
     assert len(sources) == 4
     assert all(source.startswith("../rollouts/") for source in sources)
     images = page.values("src", "img")
-    assert len(images) == 4, "two prompts, two methods"
+    assert len(images) == 6, "strips of two prompts and two methods, and the context of each method"
     assert all(image.startswith("strips/") for image in images)
     assert all((summary / unquote(source)).is_file() for source in [*sources, *images])
     links = set(page.values("href", "a"))
@@ -320,6 +320,21 @@ def test_several_tables_have_their_average_ranks_in_one(page: Page, report: Repo
         assert [cell.first for cell in shown.rows[row.method]] == [True, False]
     alone = replace(report.data, blocks=report.blocks[:1])
     assert overview(alone) is None
+
+
+def test_a_difference_has_one_sign_wherever_it_is_written(run: RolloutRun, report: Report, page: Page) -> None:
+    """Method minus reference, also of measures where lower is better."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*report.terminal_tables())
+    terminal = console.export_text()
+    measures = {measure.name: measure for measure in MEASURES}
+    rows = csv.DictReader(io.StringIO(run.storage.read_bytes("summary/differences.csv").decode()))
+    checked = 0
+    for row in (row for row in rows if not measures[row["measure"]].higher_is_better):
+        shown = signed(float(row["difference"]), measures[row["measure"]])
+        assert shown in page.text and shown in terminal
+        checked += shown[0] in "+−"
+    assert checked
 
 
 def test_differences_come_before_means(page: Page) -> None:

@@ -64,7 +64,7 @@ def test_the_page_of_two_runs_plays_from_both(runs: list[RolloutRun], tmp_path: 
     assert written.folder == str(tmp_path / "both")
     for name in ("one%20run", "other"):
         assert f"/{name}/rollouts/tiny/" in page
-    assert len(list((tmp_path / "both" / "strips").iterdir())) == 2
+    assert len(list((tmp_path / "both" / "strips").iterdir())) == 4, "a strip and a context per method"
     assert not (Path(runs[0].uri) / "summary").exists()
 
 

@@ -18,7 +18,7 @@ from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.video.mp4 import read_video
-from tests.report.make_run import make_identity, make_run, store_rollout
+from tests.report.make_run import make_identity, make_run, score_all, store_rollout
 
 
 @pytest.fixture
@@ -57,23 +57,34 @@ def test_a_strip_is_made_once_per_video(run: RolloutRun, tmp_path: Path) -> None
 
 class Turns(Preview):
     def frame_rows(self, frames: int) -> list[FrameRow]:
-        return [FrameRow("turn 1", [0, 8, 16]), FrameRow("turn 2", [frames - 17, frames - 9, frames - 1])]
+        last = [frames - 17, frames - 9, frames - 1]
+        return [FrameRow("turn 1", [0, 8, 16]), FrameRow("turn 2", last, "colour_drift")]
+
+    def frame_marks(self, video: Path, frames: int, prompt: str) -> dict[str, list[bool | None]]:
+        assert (len(read_video(video)), prompt) == (frames, "a red fox")
+        return {"turn 2": [True, None, False]}
 
 
 def test_a_suite_chooses_rows_of_frames_that_touch(run: RolloutRun, tmp_path: Path) -> None:
     folder = Storage(str(tmp_path / "summary"))
-    data = collect([run])
+    data = collect([score_all(run)])
     (sheet,) = make_strips(replace(data, suite=Turns(NoSettings())), folder, 1)
     assert [(row.method, row.label) for row in sheet.rows] == [
         (method, turn) for method in ("base", "rag") for turn in ("turn 1", "turn 2")
     ]
     assert sheet.seconds == ["0 s", "0.5 s", "1 s"]
     path = sheet.rows[1].path
-    assert path is not None
+    value = data.scores.videos[1].values["colour_drift"]
+    assert path is not None and sheet.rows[1].value == f"Colour drift {value:#.4g}"
     picture = np.asarray(Image.open(io.BytesIO(folder.read_bytes(path))).convert("RGB")).astype(float)
     frames = read_video(run.storage.full(next(iter(data.rollouts.values())).videos[-1].video.path))
     flat = np.concatenate([frames[index] for index in (-17, -9, -1)], axis=1).astype(float)
+    picture, below = picture[: len(flat)], picture[len(flat) :]
     assert picture.shape == flat.shape
+    right, without, wrong = (cell.reshape(-1, 3) for cell in np.split(below, 3, axis=1))
+    reddest, greenest = right[:, 0].max(), right[:, 1].max()
+    assert greenest > reddest + 50 and wrong[:, 0].max() > wrong[:, 1].max() + 50
+    assert np.ptp(without.max(axis=0)) < 30 and without.max() > 100
     assert np.abs(picture - flat).mean() < 0.5 * np.abs(picture - np.roll(flat, 64, axis=1)).mean()
 
 
@@ -85,9 +96,10 @@ def test_strips_of_an_earlier_report_are_removed_and_nothing_else(run: RolloutRu
     before = {path for path in out.list_files() if path.endswith(".webp")}
     report([run], to=out.uri, strips=1)
     left = {path for path in out.list_files() if path.endswith(".webp")}
-    assert (len(before), len(left)) == (4 + 2, 2 + 2) and left < before
+    contexts = 2  # One picture per method, of the first prompt.
+    assert (len(before), len(left)) == (4 + contexts + 2, 2 + contexts + 2) and left < before
     page = (tmp_path / "out" / "report.html").read_text()
-    assert sum(path in page for path in left) == 2
+    assert sum(path in page for path in left) == 2 + contexts
 
 
 def test_prompts_with_more_methods_come_first(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_a_run_keeps_the_noise_that_it_was_begun_with() -> None:
     assert stored.rollout_key(rollout_id(), 6) != wanted.rollout_key(rollout_id(), 6)
 
 
+def test_what_a_plug_in_says_of_itself_may_change() -> None:
+    one, other = (MethodIdentity(method="my:Own", settings={}, nested=True, summary=text) for text in ("", "Keeps."))
+    stored, wanted = make_identity(methods={"own": one}), make_identity(methods={"own": other})
+    assert differences(stored, wanted) == [] and grown(stored, wanted).methods["own"].summary == "Keeps."
+    assert "summary" not in one.model_dump(), "earlier versions can read a run without one"
+
+
 def test_growth_is_no_difference() -> None:
     stored = make_identity()
     backbone = stored.backbones["tiny"]

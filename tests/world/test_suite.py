@@ -13,11 +13,23 @@ from lrag_ray.errors import ConfigError
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import UnscorableError
 from lrag_ray.scoring.video_rows import ScoreTarget
-from lrag_ray.scoring.world.measures import measures
+from lrag_ray.scoring.world.measures import measures, things_back
 from lrag_ray.scoring.world.suite import WORLD
 from lrag_ray.store.address import Storage
 from lrag_ray.video.mp4 import Mp4Writer
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, STEP, TURN, Pixels, Scene, make_scene, setting_of
+from lrag_ray.world.reading import read_frames
+from lrag_ray.world.scenes import (
+    FRAMES_PER_LATENT,
+    HELD_OUT,
+    SLOT,
+    SLOTS,
+    STEP,
+    TURN,
+    Pixels,
+    Scene,
+    make_scene,
+    setting_of,
+)
 
 FIRST = make_scene("suite", 1, among=HELD_OUT)
 OTHER = Scene(FIRST.setting, tuple((thing + 5) % 24 for thing in FIRST.things))
@@ -59,15 +71,29 @@ def scored(storage: Storage, video: Pixels, latent_frames: int = 2 * TURN) -> Sc
 
 
 def test_a_repeated_turn_keeps_its_things_and_other_things_do_not(storage: Storage) -> None:
+    """Given a second turn whose first three things are those of the first, they alone are right, in this order."""
     worker = WORLD.worker(storage, storage, threads=1, device="cpu")
+    begin = FIRST.setting.pose * FRAMES_PER_LATENT * STEP // SLOT
+    kept = {(begin + i) % SLOTS for i in range(3)}
+    things = tuple(a if slot in kept else b for slot, (a, b) in enumerate(zip(FIRST.things, OTHER.things, strict=True)))
+    video = Path(storage.root) / "video.mp4"
 
     same = worker.row(scored(storage, two_turns(FIRST, FIRST)))
-    other = worker.row(scored(storage, two_turns(FIRST, OTHER)))
+    target = scored(storage, two_turns(FIRST, Scene(FIRST.setting, things)))
+    other = worker.row(target)
+    marks = WORLD.frame_marks(video, target.video_frames, target.prompt)
 
     assert same.reason is None and set(same.values) == {measure.name for measure in WORLD.measures}
     assert same.values["identity"] == 1 and same.values["psnr"] > 30
     assert same.values["pose_error"] < 0.05 and same.values["sky_drift"] < 0.02
-    assert other.values["identity"] == 0 and other.values["psnr"] < same.values["psnr"] - 10
+    assert other.values["identity"] == 3 / 24 and other.values["psnr"] < same.values["psnr"] - 10
+    assert marks == {"turn 2": [True] * 3 + [False] * 21}
+    assert WORLD.frame_marks(video, target.video_frames, "a cat") == {}
+
+
+def test_a_table_is_said_in_words() -> None:
+    said = WORLD.in_words({"base": {"identity": 0.09}, "rag": {"identity": 0.385}, "mine": {}})
+    assert said.endswith("in the same place: rag 38% and base 9%; chance is 4%") and WORLD.in_words({}) == ""
 
 
 def test_a_wrong_speed_is_a_pose_error() -> None:
@@ -96,6 +122,7 @@ def test_unclear_things_are_wrong_and_a_wrong_sky_drifts() -> None:
     video[TURN:, :24] = 0
     values = measures(video, FIRST.setting)
     assert values["identity"] == 0 and values["sky_drift"] > 0.1
+    assert things_back(read_frames(video), 2) == [None] * SLOTS, "there is nothing to compare with"
 
 
 def test_later_turns_have_columns_of_their_own() -> None:

@@ -78,17 +78,21 @@ def measures(frames: Pixels, setting: Setting) -> dict[str, float]:
     found: dict[str, float] = {}
     for turn in range(2, turns + 1):
         now = slice((turn - 1) * TURN, turn * TURN)
-        values = (_identity(seen, now), _psnr(frames, seen.poses, now), errors[now].mean(), drifts[now].mean())
+        values = (_identity(seen, turn), _psnr(frames, seen.poses, now), errors[now].mean(), drifts[now].mean())
         names = (measure.name for measure in _turn(turn))
         found |= {name: float(value) for name, value in zip(names, values, strict=True)}
     return found
 
 
-def _identity(seen: Seen, now: slice) -> float:
-    first, later = majority(seen.things[:TURN]), majority(seen.things[now])
-    shown = first != ABSENT
-    same = (first == later) & (first != UNCLEAR)
-    return float(same[shown].mean()) if shown.any() else 0.0
+def things_back(seen: Seen, turn: int) -> list[bool | None]:
+    """Whether each slot [24] has in `turn` the thing of turn 1; None where none can be read in turn 1."""
+    first, later = majority(seen.things[:TURN]), majority(seen.things[(turn - 1) * TURN : turn * TURN])
+    return [None if a in (ABSENT, UNCLEAR) else bool(a == b) for a, b in zip(first, later, strict=True)]
+
+
+def _identity(seen: Seen, turn: int) -> float:
+    shown = np.count_nonzero(majority(seen.things[:TURN]) != ABSENT)
+    return things_back(seen, turn).count(True) / shown if shown else 0.0
 
 
 def _psnr(frames: Pixels, poses: Floats, now: slice) -> float:

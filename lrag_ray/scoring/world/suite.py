@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from lrag_ray.errors import ConfigError
+from lrag_ray.printable import listed
 from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer, frames_of
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import Banner, FrameRow, NoSettings, UnscorableError
 from lrag_ray.scoring.video_rows import ScoreTarget
-from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures
+from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures, things_back
 from lrag_ray.store.rollouts import RolloutRun
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, STEP, TURN, VIEW, setting_of
+from lrag_ray.video.mp4 import frames_at
+from lrag_ray.world.reading import read_frames
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, SLOT, STEP, TURN, VIEW, setting_of
 
 _LEAST_S = 2 * TURN / 4
 """Two turns at 16 video frames, 4 latent frames, per second."""
@@ -28,10 +31,12 @@ class World(PerVideoSuite[NoSettings]):
     name = "world"
     measures = MEASURES
     unranked = LATER_TURNS
+    strips = 8
     strips_note = (
         "Each row is one turn around the ring, laid out flat: frames that touch, from the start of the turn to its "
-        "end. The colours of the wall and of the rail at its foot show the place. Every video is compared with its own "
-        "turn 1: what comes later should show the same things in the same places."
+        "end. Every video is compared with its own turn 1, which no prompt describes: ✓ below a thing of a later turn "
+        "says that turn 1 has it in the same place, kind and colour, ✗ that it has not, and – that what turn 1 has "
+        "there is none of the 24 things. Identity is the share of ✓."
     )
 
     @property
@@ -43,19 +48,46 @@ class World(PerVideoSuite[NoSettings]):
         """Says what the numbers do not show."""
         return Banner(
             "A tiny world, not a benchmark.",
-            "The generator of preset tiny_world saw retrieved frames in training, as rag gives them to it. Those of "
-            "the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate its result; "
-            "tiny_world_zero_shot never saw any. No prompt names the things along the ring: which belong where is "
-            "decided in the first turn of each video, and only what a method keeps of it can bring them back.",
+            f"The view rides around a ring, {TURN / 4:g} s per turn, and should pass the same things in every turn. No "
+            "prompt names them: they are decided in the first turn of each video, and only what a method keeps of it "
+            "can bring them back. The generator of preset tiny_world saw retrieved frames in training, as rag gives "
+            "them to it. Those of the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate "
+            "its result; tiny_world_zero_shot never saw any.",
         )
+
+    def in_words(self, means: Mapping[str, Mapping[str, float]]) -> str:
+        """How many things come back."""
+        best_first = sorted(means.items(), key=lambda item: -item[1].get("identity", 0))
+        shares = [f"{method} {row['identity']:.0%}" for method, row in best_first if "identity" in row]
+        if not shares:
+            return ""
+        return f"Of the things of turn 1, turn 2 shows again in the same place: {listed(shares)}; chance is 4%"
 
     def frame_rows(self, frames: int) -> Sequence[FrameRow]:
         """A row for every whole turn, whose frames make up the ring."""
         turn = TURN * FRAMES_PER_LATENT
         return [
-            FrameRow(f"turn {i + 1}", range(i * turn, (i + 1) * turn, VIEW // STEP))
-            for i in range(min((frames + FRAMES_PER_LATENT - 1) // turn, LAST_TURN))
+            FrameRow(
+                f"turn {i + 1}",
+                range(i * turn, (i + 1) * turn, VIEW // STEP),
+                ("", "identity", *(f"identity_turn_{later}" for later in range(3, LAST_TURN + 1)))[i],
+            )
+            for i in range(_turns(frames))
         ]
+
+    def frame_marks(self, video: Path, frames: int, prompt: str) -> Mapping[str, Sequence[bool | None]]:
+        """Which things of turn 1 each later turn shows again, as the measure identity counts them."""
+        setting, turns = setting_of(prompt), _turns(frames)
+        if setting is None or turns < 2:
+            return {}
+        latent_frames = range(0, turns * TURN * FRAMES_PER_LATENT, FRAMES_PER_LATENT)
+        pictures = np.stack(list(frames_at(video, latent_frames)))
+        if pictures.shape[1:] != (VIEW, VIEW, 3):
+            return {}
+        seen = read_frames(pictures)
+        begin = setting.pose * FRAMES_PER_LATENT * STEP // SLOT
+        back = {i: things_back(seen, i) for i in range(2, turns + 1)}
+        return {f"turn {i}": [*things[begin:], *things[:begin]] for i, things in back.items()}
 
     def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
         """Durations without a second turn."""
@@ -84,6 +116,11 @@ class World(PerVideoSuite[NoSettings]):
     def scorer(self, *, threads: int, device: str) -> VideoScorer:
         """Nothing to load."""
         return _score
+
+
+def _turns(frames: int) -> int:
+    """Whole turns in `frames` video frames, of those that are measured."""
+    return min((frames + FRAMES_PER_LATENT - 1) // (TURN * FRAMES_PER_LATENT), LAST_TURN)
 
 
 def _score(video: Path, target: ScoreTarget) -> dict[str, float]:
