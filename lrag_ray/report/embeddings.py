@@ -124,6 +124,7 @@ def map_svg(similarity: NDArray[np.float64], title: str) -> Markup:
 def _png(found: Sequence[EmbeddingMeasures]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     shown = [each for each in found if each.rollout == found[0].rollout]
     names = short_names(each.descriptor for each in found)
@@ -134,7 +135,7 @@ def _png(found: Sequence[EmbeddingMeasures]) -> bytes:
         image = axis.imshow(each.similarity, origin="lower", cmap="viridis", interpolation="none")
         axis.set(xlabel="latent frame", ylabel="latent frame")
         axis.set_title(names[each.descriptor], fontsize="medium")
-        figure.colorbar(image, ax=axis, shrink=0.8).formatter.set_useOffset(False)
+        figure.colorbar(image, ax=axis, shrink=0.8, format=ScalarFormatter(useOffset=False))
     for name, curve in mean_curves(found).items():
         axes[-1].plot(curve, label=names[name])
     axes[-1].set(title="mean over all rollouts", xlabel="latent frames apart", ylabel="cosine similarity")
