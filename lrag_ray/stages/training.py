@@ -131,7 +131,7 @@ def window_reader(dataset: LatentDataset, rollouts: Rollouts, length: int) -> Wi
 
     def name(window: Window) -> str:
         entry = dataset.rollouts[at[window.rollout]]
-        return f"{entry.run}/{entry.rollout}, frames {window.start} to {window.start + length - 1},"
+        return f"{entry.run}/{entry.rollout} (frames {window.start} to {window.start + length - 1})"
 
     def read_into(window: Window, out: Tensor) -> None:
         try:
