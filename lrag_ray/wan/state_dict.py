@@ -44,7 +44,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else absence(path)
+        odd = "a folder" if path.is_dir() else "a pipe, a socket or a device" if path.exists() else None
+        what = odd or absence(path)
         raise WeightsError(f"checkpoint {path} is {what}; expected a .pt or .safetensors file. Fix: correct the path")
     try:
         with path.open("rb") as file:

@@ -97,6 +97,8 @@ def _serve(folder: str, most_bytes: int) -> None:
     def failure(error: Exception) -> str:
         return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
+    # Tokenizers need no torch, whose import would take longer than all else here.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from transformers import AutoTokenizer
 

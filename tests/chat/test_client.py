@@ -352,3 +352,27 @@ def test_a_pipe_in_a_model_folder_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "generation_config.json")
     with pytest.raises(ChatError, match=r"generation_config\.json is a pipe, a socket or a device\. Fix: "):
         folder_digest(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", (1 << 30).to_bytes(8, "little") + b"{"),
+        ("model.safetensors", b"\x80\x04."),
+        ("tokenizer.json", b'{"version": "1.0", "mod'),
+        ("config.json", b'{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}'),
+    ],
+)
+def test_a_damaged_or_strange_model_folder_ends_the_work_with_its_name(
+    tmp_path: Path, file: str, content: bytes
+) -> None:
+    folder = chat_model(tmp_path / "model", [ANSWERS[0]])
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'acted')!r}, 'w')\n")
+    (folder / file).write_bytes(content)
+    config = ChatSection(backend="local", model=str(folder), max_tokens=8)
+    with (
+        ChatClient(config, ChatStore(Storage(str(tmp_path / "run")))) as client,
+        pytest.raises(ChatError, match=r"model '.*' (?:cannot be loaded|is not read): [\s\S]*Fix: "),
+    ):
+        client.ask(questions(1))
+    assert not (tmp_path / "acted").exists()

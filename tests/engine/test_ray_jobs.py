@@ -20,6 +20,7 @@ import pytest
 
 from lrag_ray.engine.ray_jobs import client as client_module
 from lrag_ray.engine.ray_jobs import dashboard as dashboard_module
+from lrag_ray.engine.ray_jobs import log as log_module
 from lrag_ray.engine.ray_jobs.client import (
     MOST_PACKAGE_BYTES,
     JobClient,
@@ -350,3 +351,11 @@ def test_an_hour_asleep_in_the_middle_of_an_outage_does_not_end_the_following(mo
         client = JobClient(Dashboard(f"http://127.0.0.1:{port}", "a test"), None)
         assert list(JobLog(client, "j", on_outage=on_outage).lines()) == ["made it"]
     assert silences[0] == 0 and 0 < silences[1] < OUTAGE_S
+
+
+def test_a_line_that_never_ends_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "_LONGEST_OPEN", 100)
+    log = JobLog(JobClient(Dashboard("http://127.0.0.1:9", "a test"), None), "j")
+    assert [line for _ in range(50) for line in log._split("x" * 60)] == []
+    assert list(log._split("end\nnext")) == ["x" * 120]
+    assert list(log._split("\n")) == ["next"]

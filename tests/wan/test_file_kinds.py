@@ -10,7 +10,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import save, save_file
 
 from lrag_ray.errors import WeightsError
 from lrag_ray.wan.checkpoint import load_transformer, mapped_transformer
+from lrag_ray.wan.file_kinds import BoundedFile
 from tests.wan.make import CONFIG, State, saved, wrapped
 
 
@@ -221,3 +222,24 @@ def test_weights_of_other_networks_are_named(tmp_path: Path, names: list[str], s
     with pytest.raises(WeightsError, match=said) as refusal:
         load_transformer(tmp_path / "other.safetensors", CONFIG)
     assert "again" not in str(refusal.value)
+
+
+def test_a_long_directory_of_an_archive_is_not_read() -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for number in range(100):
+            archive.writestr(f"{number:050}", b"")
+    with zipfile.ZipFile(cast(BinaryIO, BoundedFile(content, most_bytes=20_000))) as archive:
+        assert len(archive.namelist()) == 100
+    with pytest.raises(zipfile.BadZipFile, match=r"says that one of its parts has 9,600 bytes"):
+        zipfile.ZipFile(cast(BinaryIO, BoundedFile(content, most_bytes=5000)))
+
+
+def test_what_is_read_in_all_has_a_limit_where_one_is_set() -> None:
+    bounded = BoundedFile(io.BytesIO(bytes(30)), most_bytes=10)
+    bounded.left = 15
+    assert len(bounded.read(10)) == len(bounded.read(5)) + 5 == 10
+    with pytest.raises(zipfile.BadZipFile, match="does not end"):
+        bounded.read(1)
+    bounded.left = None
+    assert bounded.read() == bytes(10)
