@@ -108,7 +108,9 @@ def make_contexts(data: ReportData, folder: Storage) -> list[ContextSheet]:
             block = int(_SHOWN_AT * (video.latent_frames // per_block))
             try:
                 trace = [row for row in rollout_trace(shown) if row.block == block]
-                kept = _most_telling([row for row in trace if 0 <= row.frame < video.latent_frames])
+                # A stranger's trace may name any kind and frame.
+                known = [row for row in trace if row.kind in _KINDS and 0 <= row.frame < video.latent_frames]
+                kept = _most_telling(known)
                 if not kept:
                     continue
                 # The last video frame of each latent frame.

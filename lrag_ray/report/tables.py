@@ -23,6 +23,8 @@ AVERAGE = "average_rank"
 """Key of the average rank beside the measures' names."""
 
 _ROUNDING = 1e-9
+"""Below this, a difference of means is what rounding leaves of none."""
+
 _COVERAGE = {10: "86%", 20: "90%"}
 """What BCa intervals of a mean cover with fewer than this many prompts, instead of 95%: simulated with normal and
 exponential values. From 20 prompts on they cover 92% and more."""
