@@ -1,6 +1,6 @@
 """Train what the tiny world needs, on one core, from a seed: ``python -m jobs.train_tiny_world LESSON FOLDER``.
 
-Lessons: ``generator``, ``zero_shot`` (without retrieved frames) and ``vae``, 34 to 89 minutes each. None of them needs
+Lessons: ``generator``, ``zero_shot`` (without retrieved frames) and ``vae``, 34 to 92 minutes each. None of them needs
 another. FOLDER gets LESSON.state every 50 steps, from which the same command goes on, LESSON.jsonl with a line per
 step, and at the end the moving average of the weights: LESSON.safetensors, of the VAE a Diffusers folder ``vae``.
 """

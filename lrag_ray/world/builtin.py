@@ -23,7 +23,7 @@ VAE = _FOLDER / "vae"
 DIGESTS = {
     GENERATORS["tiny_world"]: "60815c9f1b34d195aaa7869275946e0b89ea0c74db21ea8ec0e5ed3a394f9c4f",
     GENERATORS["tiny_world_zero_shot"]: "7137feb44151e9668f625d56a66b501965a285c5cec17ddabebff464147b32b7",
-    VAE / "diffusion_pytorch_model.safetensors": "8f2aed846d7badd9f5d72a449b55d68c8eb1c1a2c479379cf0e2867890b8880f",
+    VAE / "diffusion_pytorch_model.safetensors": "20ef16d3a4951bfd192826781d454402efde649e4dcda364e3d28f38d1a69524",
 }
 """SHA-256 of every file of weights."""
 
