@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrag_ray.report.collect import ReportData, ShownRollout
@@ -170,10 +168,11 @@ def _strips(
         made_from = f"{video.video.sha256} {suite.folder} {prompt}"
         paths = [_path(f"{made_from} {row.label} {list(row.indices)}") for row in rows]
         if not present.issuperset(paths):
-            with _local(storage, video) as local:
-                marks = suite.frame_marks(local, video.frames, prompt)
-                for row, path in zip(rows, paths, strict=True):
-                    folder.write(path, _image(local, row.indices, None, 0, marks.get(row.label, ())))
+            marked = suite.marked_frames(video.frames)
+            frames = _read(storage, video, {*marked, *(index for row in rows for index in row.indices)})
+            marks = suite.frame_marks([frames[index] for index in marked], prompt)
+            for row, path in zip(rows, paths, strict=True):
+                folder.write(path, _image(frames, row.indices, None, 0, marks.get(row.label, ())))
         values = _values(data, backbone, method, video)
         return [
             Strip(method, row.label, values.get(row.measure, ""), path, "")
@@ -200,8 +199,7 @@ def make_strip(
     """Path below `folder` of small frames of a video side by side, made unless it is `present`. Raises VideoError."""
     path = _path(f"{video.video.sha256} {list(indices)}")
     if path not in present:
-        with _local(storage, video) as local:
-            folder.write(path, _image(local, indices, _WIDTH, _GAP))
+        folder.write(path, _image(_read(storage, video, set(indices)), indices, _WIDTH, _GAP))
     return path
 
 
@@ -210,31 +208,33 @@ def _path(made_from: str) -> str:
     return f"{FOLDER}/{hashlib.sha256(f'{made_from} {_QUALITY}'.encode()).hexdigest()[:32]}.webp"
 
 
-@contextmanager
-def _local(storage: Storage, video: CommittedVideo) -> Iterator[Path]:
-    """The video on this machine; a VideoError names its place in the run."""
+def _read(storage: Storage, video: CommittedVideo, indices: set[int]) -> dict[int, Frames]:
+    """Frames of the video by index, read in one pass; a VideoError names its place in the run."""
     with scratch_folder() as scratch:
-        local = Path(local_copy(storage, video.video.path, video.video.sha256, scratch))
+        local = local_copy(storage, video.video.path, video.video.sha256, scratch)
         try:
-            yield local
+            return dict(zip(sorted(indices), frames_at(local, indices), strict=True))
         except VideoError as error:
             raise VideoError(str(error).replace(str(local), video.video.path)) from None
 
 
 def _image(
-    video: Path, indices: Sequence[int], width: int | None, gap: int, marks: Sequence[bool | None] = ()
+    frames: Mapping[int, Frames],
+    indices: Sequence[int],
+    width: int | None,
+    gap: int,
+    marks: Sequence[bool | None] = (),
 ) -> bytes:
     """The frames side by side as WebP, with `marks` below them in cells of equal width."""
     from PIL import Image as PilImage
 
-    pictures = [_thumbnail(frame, width) for frame in frames_at(video, indices)]
     # A video of fewer frames than columns repeats some.
-    distinct = sorted(set(indices))
-    columns, (each, height) = len(indices), pictures[0].size
+    pictures = {index: _thumbnail(frames[index], width) for index in set(indices)}
+    columns, (each, height) = len(indices), pictures[indices[0]].size
     whole = columns * each + (columns - 1) * gap
     strip = PilImage.new("RGBA", (whole, height + (_BAND if marks else 0)))
     for column, index in enumerate(indices):
-        strip.paste(pictures[distinct.index(index)], (column * (each + gap), 0))
+        strip.paste(pictures[index], (column * (each + gap), 0))
     if marks:
         strip.paste(_band(marks, whole), (0, height))
     content = io.BytesIO()

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from lrag_ray.config.plugin_settings import parse_settings
 from lrag_ray.config.schema import ScoringSection
@@ -198,10 +200,14 @@ class Suite(ABC, Generic[SettingsT]):
         """
         return ()
 
-    def frame_marks(self, video: Path, frames: int, prompt: str) -> Mapping[str, Sequence[bool | None]]:
-        """What is right (✓), wrong (✗) or without a judgement (–) in the `frame_rows` of a local video, by label.
+    def marked_frames(self, frames: int) -> Sequence[int]:
+        """Indices of the video frames that `frame_marks` looks at, of a video with `frames`; ascending."""
+        return ()
 
-        The marks of a row stand below it in cells of equal width. VideoError for a video that cannot be read.
+    def frame_marks(self, pictures: Sequence[NDArray[np.uint8]], prompt: str) -> Mapping[str, Sequence[bool | None]]:
+        """What is right (✓), wrong (✗) or without a judgement (–) in the `frame_rows` of a video, by label.
+
+        `pictures` [H, W, 3] are its `marked_frames`. The marks of a row stand below it in cells of equal width.
         """
         return {}
 

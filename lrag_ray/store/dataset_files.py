@@ -19,9 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lrag_ray.errors import StorageError
 from lrag_ray.printable import counted
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import Count, Record
+from lrag_ray.text_file import MOST_LINES
 from lrag_ray.wan.file_kinds import BoundedFile
 from lrag_ray.wan.tensor_rebuild import PickleRefusedError
 from lrag_ray.wan.torch_file import read_torch_file
@@ -201,12 +203,16 @@ def _member(member: tarfile.TarInfo, data: IO[bytes], copy: Path) -> tuple[Tenso
 
 
 def read_notes(storage: Storage) -> dict[str, LatentNote]:
-    """Notes beside ``.pt`` files, by file name; lines that are none are left out."""
+    """Notes beside ``.pt`` files, by file name; lines that are none are left out. StorageError for too many lines."""
     try:
-        lines = storage.read_bytes(NOTES_FILE).splitlines()
+        data = storage.read_bytes(NOTES_FILE)
     except FileNotFoundError:
         return {}
-    notes = (_parsed_note(line) for line in lines)
+    if (lines := data.count(b"\n") + data.count(b"\r")) > MOST_LINES:
+        raise StorageError(
+            f"{storage.uri}/{NOTES_FILE} has {lines:,} lines, and at most {MOST_LINES:,} are read. Fix: remove it"
+        )
+    notes = (_parsed_note(line) for line in data.splitlines())
     return {note.file: note for note in notes if note is not None}
 
 

@@ -439,7 +439,8 @@ def part_layout(storage: Storage, path: str, size_bytes: int, frames: int) -> Pa
         count, channels, height, width = (int(size) for size in shape)
         form = LatentForm(channels=channels, height=height, width=width, dtype=name)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BrokenPartError(f"{path} does not hold latent frames: {error}") from error
+        reason = why_not(error) if isinstance(error, ValueError) else error
+        raise BrokenPartError(f"{path} does not hold latent frames: {reason}") from error
     if count != frames or end - first != prod(shape) * value_bytes or not 0 <= first <= end <= size_bytes - 8 - length:
         raise BrokenPartError(f"{path} does not hold {counted(frames, 'latent frame')}")
     return PartLayout(form, 8 + length + first)

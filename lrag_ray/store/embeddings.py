@@ -51,7 +51,9 @@ def features_in(data: bytes, path: str) -> Tensor | None:
         return None
     rows: Tensor | None = tensors.get("rows")
     checksum: Tensor | None = tensors.get("sha256")
-    if rows is None or checksum is None:
+    if rows is None or rows.dim() != 2 or not rows.is_floating_point():
+        return None
+    if checksum is None or checksum.dtype != torch.uint8:
         return None
     # Features of earlier versions have a checksum of their values alone.
     found = (_checksum(rows, path), _checksum(rows, None))

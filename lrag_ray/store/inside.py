@@ -56,7 +56,7 @@ def read_file(path: str, root: str | None) -> bytes:
 
 def most_bytes(path: str) -> int:
     """Bytes that are read of a file with this name, wherever it is stored."""
-    return _MOST_RECORD_BYTES if path.endswith((".json", ".beat", ".parquet")) else _MOST_BYTES
+    return _MOST_RECORD_BYTES if path.endswith((".json", ".jsonl", ".beat", ".parquet")) else _MOST_BYTES
 
 
 @contextmanager

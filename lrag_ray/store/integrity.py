@@ -32,7 +32,7 @@ from lrag_ray.store.identity import RunIdentity
 from lrag_ray.store.lease import FOLDER as LEASE
 from lrag_ray.store.lease import Beat, LeaseRecord
 from lrag_ray.store.parquet import damage_of
-from lrag_ray.store.parts import value_bytes
+from lrag_ray.store.parts import latent_tensors, value_bytes
 from lrag_ray.store.records import (
     Commit,
     DecodedVideo,
@@ -48,7 +48,7 @@ from lrag_ray.store.rollouts import RolloutRun, commit_problem, without_cycle_se
 from lrag_ray.store.run_dir import CHAT, CONFIG_FILE, RUN_FILE, SUMMARY, SUMMARY_INDEX
 from lrag_ray.store.seal import check_placed, parsed_json
 from lrag_ray.thread_pool import thread_pool
-from lrag_ray.wan.tensor_file import NotTensorsError, tensors_in
+from lrag_ray.wan.tensor_file import NotTensorsError
 
 Kind = Literal[
     "run", "configuration", "commit", "latents", "trace", "video", "part record", "text features", "decoded video",
@@ -352,8 +352,8 @@ class _Verification:
             users = [digest for digest, named in digests.values() if latent.path in named]
             if what is None and data is not None and users:
                 try:
-                    values = value_bytes(tensors_in(data)["latents"])
-                except (NotTensorsError, KeyError) as error:
+                    values = value_bytes(latent_tensors(data, latent.frames)["latents"])
+                except NotTensorsError as error:
                     what = f"is not a latent part: {error}"
                 else:
                     for digest in users:

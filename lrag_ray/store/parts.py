@@ -42,6 +42,9 @@ TRACE_SCHEMA = pa.schema(
 """Columns of a trace part: the fields of `TraceRow`."""
 OPTIONAL_COLUMNS = ("heads", "window", "clean", "timestep")
 """Those that only some methods fill: a file has the ones that any of its rows does."""
+_STORED_AS = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_DIGITS = 9
+"""Of the block in the name of a state."""
 
 
 class FinishedBlock(NamedTuple):
@@ -120,7 +123,9 @@ def read_part(storage: Storage, record: PartRecord, frames_per_block: int) -> St
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("state."):
-            _, block, name = key.split(".", 2)
+            _, block, name = [*key.split(".", 2), ""][:3]
+            if not (block.isascii() and block.isdecimal() and len(block) <= _MOST_DIGITS):
+                raise BrokenPartError(f"{record.latents.path} holds {key[:80]!r}, which is no block's")
             state.setdefault(int(block), {})[name] = value
     blocks = [
         FinishedBlock(index, chunk, trace.get(index, []), state.get(index, {}))
@@ -212,15 +217,20 @@ def trace_bytes(blocks: Sequence[FinishedBlock]) -> bytes:
     return sink.getvalue()
 
 
+def latent_tensors(data: bytes, frames: int) -> dict[str, Tensor]:
+    """The tensors in the bytes of a latent part. NotTensorsError unless `latents` are [frames, C, H, W] of a float."""
+    tensors = tensors_in(data)
+    latents = tensors.get("latents")
+    if latents is None or latents.dim() != 4 or latents.shape[0] != frames or latents.dtype not in _STORED_AS:
+        raise NotTensorsError(f"it does not hold {frames} latent frames")
+    return tensors
+
+
 def _read_tensors(storage: Storage, part: LatentPart) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = tensors_in(_read_checked(storage, part))
+        return latent_tensors(_read_checked(storage, part), part.frames)
     except NotTensorsError as error:
-        raise BrokenPartError(f"{part.path} is not a safetensors file: {error}") from error
-    latents = tensors.get("latents")
-    if latents is None or latents.dim() != 4 or latents.shape[0] != part.frames:
-        raise BrokenPartError(f"{part.path} does not hold {part.frames} latent frames")
-    return tensors
+        raise BrokenPartError(f"{part.path} is not a latent part: {error}") from error
 
 
 def _write_file(storage: Storage, path: str, data: bytes) -> FileRecord:

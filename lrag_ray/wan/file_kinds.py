@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from lrag_ray.wan.tensor_file import refuse_long_header
+from lrag_ray.wan.tensor_file import NotTensorsError, refuse_long_header
 
 HEAD_BYTES = 512
 """How much of a file `no_weights` wants to see."""
@@ -118,7 +118,10 @@ def refuse_odd_files(folder: Path) -> None:
         if file.suffix in _READ_WHOLE and (size := file.stat().st_size) > _MOST_READ_WHOLE:
             raise ValueError(f"{file.name} has {size:,} bytes, and such files at most {_MOST_READ_WHOLE:,}")
         if file.suffix == ".safetensors":
-            refuse_long_header(file)
+            try:
+                refuse_long_header(file)
+            except NotTensorsError as error:
+                raise ValueError(f"{file.name}: {error}") from error
 
 
 class BoundedFile:

@@ -371,8 +371,8 @@ def test_a_damaged_or_strange_model_folder_ends_the_work_with_its_name(
     (folder / file).write_bytes(content)
     config = ChatSection(backend="local", model=str(folder), max_tokens=8)
     with (
-        ChatClient(config, ChatStore(Storage(str(tmp_path / "run")))) as client,
         pytest.raises(ChatError, match=r"model '.*' (?:cannot be loaded|is not read): [\s\S]*Fix: "),
+        ChatClient(config, ChatStore(Storage(str(tmp_path / "run")))) as client,
     ):
         client.ask(questions(1))
     assert not (tmp_path / "acted").exists()

@@ -21,6 +21,7 @@ from lrag_ray.pipelines.dataset_import import import_dataset
 from lrag_ray.pipelines.latents import index_feed
 from lrag_ray.retrieval.encoder import EncoderConfig
 from lrag_ray.stages.spec import Result
+from lrag_ray.store import dataset_files
 from lrag_ray.store.dataset_card import read_card
 from lrag_ray.store.dataset_files import read_shard
 from lrag_ray.store.dataset_index import MOST_SIZE, read_manifest
@@ -271,6 +272,20 @@ def test_a_shard_neither_fills_memory_or_disk_nor_is_read_for_ever(tmp_path: Pat
     assert [latent.latents for latent in found] == [None] * len(found)
     assert any(said in latent.problem for latent in found), found
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_notes_that_would_fill_the_memory_are_not_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = folder / "latents.jsonl"
+    with notes.open("wb") as file:
+        file.truncate(1 << 32)
+    with pytest.raises(StorageError, match=r"latents\.jsonl has 4,294,967,296 bytes, and at most .* Fix: "):
+        import_dataset(str(folder), str(tmp_path / "made"))
+    monkeypatch.setattr(dataset_files, "MOST_LINES", 10)
+    notes.write_bytes(b"\r" * 11)
+    with pytest.raises(StorageError, match=r"latents\.jsonl has 11 lines, and at most 10 are read"):
+        import_dataset(str(folder), str(tmp_path / "made"))
 
 
 def test_names_in_a_shard_are_never_paths(tmp_path: Path) -> None:

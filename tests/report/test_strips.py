@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lrag_ray.scoring.suite import FrameRow, NoSettings
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import read_video
 from tests.report.make_run import make_identity, make_run, score_all, store_rollout
 
@@ -60,8 +62,11 @@ class Turns(Preview):
         last = [frames - 17, frames - 9, frames - 1]
         return [FrameRow("turn 1", [0, 8, 16]), FrameRow("turn 2", last, "colour_drift")]
 
-    def frame_marks(self, video: Path, frames: int, prompt: str) -> dict[str, list[bool | None]]:
-        assert (len(read_video(video)), prompt) == (frames, "a red fox")
+    def marked_frames(self, frames: int) -> list[int]:
+        return [0, frames - 1]
+
+    def frame_marks(self, pictures: Sequence[Frames], prompt: str) -> dict[str, list[bool | None]]:
+        assert (len(pictures), prompt) == (2, "a red fox") and (pictures[0] != pictures[1]).any()
         return {"turn 2": [True, None, False]}
 
 

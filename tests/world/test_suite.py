@@ -16,7 +16,7 @@ from lrag_ray.scoring.video_rows import ScoreTarget
 from lrag_ray.scoring.world.measures import measures, things_back
 from lrag_ray.scoring.world.suite import WORLD
 from lrag_ray.store.address import Storage
-from lrag_ray.video.mp4 import Mp4Writer
+from lrag_ray.video.mp4 import Mp4Writer, frames_at
 from lrag_ray.world.reading import read_frames
 from lrag_ray.world.scenes import (
     FRAMES_PER_LATENT,
@@ -81,14 +81,16 @@ def test_a_repeated_turn_keeps_its_things_and_other_things_do_not(storage: Stora
     same = worker.row(scored(storage, two_turns(FIRST, FIRST)))
     target = scored(storage, two_turns(FIRST, Scene(FIRST.setting, things)))
     other = worker.row(target)
-    marks = WORLD.frame_marks(video, target.video_frames, target.prompt)
+    pictures = list(frames_at(video, WORLD.marked_frames(target.video_frames)))
+    marks = WORLD.frame_marks(pictures, target.prompt)
 
     assert same.reason is None and set(same.values) == {measure.name for measure in WORLD.measures}
     assert same.values["identity"] == 1 and same.values["psnr"] > 30
     assert same.values["pose_error"] < 0.05 and same.values["sky_drift"] < 0.02
     assert other.values["identity"] == 3 / 24 and other.values["psnr"] < same.values["psnr"] - 10
     assert marks == {"turn 2": [True] * 3 + [False] * 21}
-    assert WORLD.frame_marks(video, target.video_frames, "a cat") == {}
+    assert WORLD.frame_marks(pictures, "a cat") == {}
+    assert not WORLD.marked_frames(target.video_frames - FRAMES_PER_LATENT)
 
 
 def test_a_table_is_said_in_words() -> None:

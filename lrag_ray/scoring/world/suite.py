@@ -17,9 +17,8 @@ from lrag_ray.scoring.suite import Banner, FrameRow, NoSettings, UnscorableError
 from lrag_ray.scoring.video_rows import ScoreTarget
 from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures, things_back
 from lrag_ray.store.rollouts import RolloutRun
-from lrag_ray.video.mp4 import frames_at
 from lrag_ray.world.reading import read_frames
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, SLOT, STEP, TURN, VIEW, setting_of
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, SLOT, STEP, TURN, VIEW, Pixels, setting_of
 
 _LEAST_S = 2 * TURN / 4
 """Two turns at 16 video frames, 4 latent frames, per second."""
@@ -75,18 +74,19 @@ class World(PerVideoSuite[NoSettings]):
             for i in range(_turns(frames))
         ]
 
-    def frame_marks(self, video: Path, frames: int, prompt: str) -> Mapping[str, Sequence[bool | None]]:
+    def marked_frames(self, frames: int) -> Sequence[int]:
+        """One per latent frame of every whole turn, where there is a later one."""
+        turns = _turns(frames)
+        return range(0, turns * TURN * FRAMES_PER_LATENT, FRAMES_PER_LATENT) if turns > 1 else ()
+
+    def frame_marks(self, pictures: Sequence[Pixels], prompt: str) -> Mapping[str, Sequence[bool | None]]:
         """Which things of turn 1 each later turn shows again, as the measure identity counts them."""
-        setting, turns = setting_of(prompt), _turns(frames)
-        if setting is None or turns < 2:
+        setting = setting_of(prompt)
+        if setting is None or not pictures or pictures[0].shape != (VIEW, VIEW, 3):
             return {}
-        latent_frames = range(0, turns * TURN * FRAMES_PER_LATENT, FRAMES_PER_LATENT)
-        pictures = np.stack(list(frames_at(video, latent_frames)))
-        if pictures.shape[1:] != (VIEW, VIEW, 3):
-            return {}
-        seen = read_frames(pictures)
+        seen = read_frames(np.stack(pictures))
         begin = setting.pose * FRAMES_PER_LATENT * STEP // SLOT
-        back = {i: things_back(seen, i) for i in range(2, turns + 1)}
+        back = {i: things_back(seen, i) for i in range(2, len(pictures) // TURN + 1)}
         return {f"turn {i}": [*things[begin:], *things[:begin]] for i, things in back.items()}
 
     def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
