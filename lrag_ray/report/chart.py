@@ -34,6 +34,15 @@ def ticks(low: float, high: float, *, at_least: float) -> list[float]:
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
+def _distinct(values: Sequence[float]) -> list[str]:
+    """Numbers of four digits, or of more where two would read the same."""
+    for digits in range(4, 17):
+        labels = [f"{value:.{digits}g}" for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
 def line_class(number: int) -> str:
     """CSS class of the curve at a position, for its line and its key."""
     return f"line{(number + 1) % STYLES}"
@@ -55,6 +64,7 @@ def line_chart(curves: Sequence[Curve], x_name: str, title: str) -> Markup | Non
         for tick in ticks(begin, end, at_least=1 if whole else 0)
         if begin <= tick <= end and (not whole or tick.is_integer())
     ]
+    y_labels = _distinct(y_ticks)
     bottom, top = min(low, y_ticks[0]), max(high, y_ticks[-1])
 
     def x(value: float) -> str:
@@ -65,9 +75,9 @@ def line_chart(curves: Sequence[Curve], x_name: str, title: str) -> Markup | Non
 
     parts = [
         Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="y" x="{}" y="{}">{}</text>').format(
-            _LEFT, _WIDTH - _RIGHT, y(tick), y(tick), _LEFT - 6, y(tick), f"{tick:.4g}"
+            _LEFT, _WIDTH - _RIGHT, y(tick), y(tick), _LEFT - 6, y(tick), label
         )
-        for tick in y_ticks
+        for tick, label in zip(y_ticks, y_labels, strict=True)
     ]
     parts += [
         Markup('<text class="x" x="{}" y="{}">{}</text>').format(x(tick), _HEIGHT - 6, f"{tick:g}") for tick in x_ticks
