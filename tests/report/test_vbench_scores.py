@@ -242,4 +242,4 @@ def test_a_control_without_one_dimension_shows_the_others(run: RolloutRun) -> No
     data = collect([run])
     frozen = data.frozen_means(data.blocks[0])
     assert frozen.keys() == set(DIMENSION_NAMES) - {"dynamic_degree"}
-    assert render_page(data, [], lambda _, path: path).count('<th scope="row">Frozen</th>') == 2
+    assert render_page(data, [], [], lambda _, path: path).count('<th scope="row">Frozen</th>') == 2
