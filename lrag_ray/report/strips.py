@@ -1,7 +1,7 @@
 """Strips: frames at chosen seconds in columns, methods in rows; for the page and for paper.
 
 Each strip is one small WebP image of one video, named by the video's digest, made once and used again by every later
-report. Videos are read one at a time and frame by frame, through storage.
+report. Videos are read one at a time, each in one pass, through storage.
 """
 
 from __future__ import annotations

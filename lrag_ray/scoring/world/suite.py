@@ -18,7 +18,7 @@ from lrag_ray.scoring.video_rows import ScoreTarget
 from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures, things_back
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.world.reading import read_frames
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, SLOT, STEP, TURN, VIEW, Pixels, setting_of
+from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, SLOT, STEP, THINGS, TURN, VIEW, Pixels, setting_of
 
 _LEAST_S = 2 * TURN / 4
 """Two turns at 16 video frames, 4 latent frames, per second."""
@@ -60,7 +60,8 @@ class World(PerVideoSuite[NoSettings]):
         shares = [f"{method} {row['identity']:.0%}" for method, row in best_first if "identity" in row]
         if not shares:
             return ""
-        return f"Of the things of turn 1, turn 2 shows again in the same place: {listed(shares)}; chance is 4%"
+        again = "Of the things of turn 1, turn 2 shows again in the same place"
+        return f"{again}: {listed(shares)}; chance is {1 / THINGS:.0%}"
 
     def frame_rows(self, frames: int) -> Sequence[FrameRow]:
         """A row for every whole turn, whose frames make up the ring."""
