@@ -168,7 +168,10 @@ class ChatClient:
                         self._not_before_s = max(self._not_before_s, not_before_s)
                 continue
             except RejectedError as error:
-                found = [error] * len(digests)
+                # Of several questions one alone may be at fault.
+                found = [error] if len(digests) == 1 else []
+                for digest, question in zip(digests, questions, strict=True) if not found else ():
+                    found += self._answered([digest], [question])
                 break
             with self._lock:
                 self._unanswered_in_row = 0

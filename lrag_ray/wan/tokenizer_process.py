@@ -1,7 +1,8 @@
 """A stranger's tokenizer in a process of its own, with a limit for its memory and its time.
 
-A tokenizer.json of 16 MB can take 6 GB while it is loaded, and a chain of replacements in it makes terabytes of one
-letter, so neither happens in the process of a worker. The child speaks JSON, one line for each text.
+A tokenizer.json of 16 MB can take 6 GB while it is loaded, a chain of replacements in it makes terabytes of one letter,
+and a chat template can loop for ever, so none of these happens in the process of a worker. The child speaks JSON, one
+line for each request.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 4 << 30
 """Memory of the child beyond what its imports take; umT5's vocabulary needs 0.7 GB. On Linux alone."""
 LOAD_S, ENCODE_S = 300.0, 60.0
-"""Longest wait for the child to be ready, and for the tokens of a text."""
+"""Longest wait for the child to be ready, and for one answer."""
+MOST_TOKENS = 1 << 17
+"""Of a conversation. No chat model here reads longer ones, and attention over them takes memory without a limit."""
+_MOST_TEXT = 1 << 22
+"""Characters that a template or a decoder may make."""
 _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 
@@ -48,14 +54,28 @@ class TokenizerProcess:
 
     def tokens(self, text: str, most: int) -> list[int]:
         """Token ids of a text, at most `most`, end of text included. TokenizerError."""
+        return [int(token) for token in self._asked("tokens", text, most)]
+
+    def rendered(self, messages: Sequence[Mapping[str, Any]], template: str) -> str:
+        """A conversation as a Jinja template writes it, up to the beginning of the answer.
+
+        It has at most `MOST_TOKENS`. TokenizerError.
+        """
+        return str(self._asked("rendered", messages, template)[0])
+
+    def decoded(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without special tokens. TokenizerError."""
+        return str(self._asked("decoded", tokens)[0])
+
+    def _asked(self, *request: Any) -> list[Any]:
         with self._lock:
             try:
                 assert self._process.stdin is not None
-                self._process.stdin.write(json.dumps([text, most]).encode() + b"\n")
+                self._process.stdin.write(json.dumps(request).encode() + b"\n")
                 self._process.stdin.flush()
             except (OSError, ValueError):
                 raise TokenizerError("its process has ended") from None
-            return [int(token) for token in self._answer(ENCODE_S)]
+            return self._answer(ENCODE_S)
 
     def _answer(self, timeout_s: float) -> list[Any]:
         stream = self._process.stdout
@@ -65,7 +85,7 @@ class TokenizerProcess:
         if not line:
             self._end()
             limit = f"{MOST_BYTES / 2**30:g} GiB of memory" if readable else f"{timeout_s:g} s"
-            raise TokenizerError(f"it takes more than {limit}, as no tokenizer of umT5 does")
+            raise TokenizerError(f"it takes more than {limit}, as no published tokenizer does")
         answer = json.loads(line)
         if isinstance(answer, str):
             raise TokenizerError(answer)
@@ -109,11 +129,37 @@ def _serve(folder: str, most_bytes: int) -> None:
         return
     say([])
     for line in sys.stdin.buffer:
-        text, most = json.loads(line)
+        what, *arguments = json.loads(line)
         try:
-            say(tokenizer(text, truncation=True, max_length=most, add_special_tokens=True)["input_ids"])
+            say(_OPERATIONS[what](tokenizer, *arguments))
         except Exception as error:  # noqa: BLE001 - as above
             say(failure(error))
+
+
+def _tokens(tokenizer: Any, text: str, most: int) -> Any:
+    return tokenizer(text, truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
+
+
+def _rendered(tokenizer: Any, messages: list[Any], template: str) -> list[str]:
+    text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    _refuse_long(text)
+    if (tokens := len(tokenizer(text, add_special_tokens=False)["input_ids"])) > MOST_TOKENS:
+        raise ValueError(f"it makes {tokens:,} tokens of the messages, and at most {MOST_TOKENS:,} are read")
+    return [text]
+
+
+def _decoded(tokenizer: Any, tokens: list[int]) -> list[str]:
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    _refuse_long(text)
+    return [text]
+
+
+def _refuse_long(text: str) -> None:
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"it makes a text of {len(text):,} characters, and at most {_MOST_TEXT:,} are read")
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {"tokens": _tokens, "rendered": _rendered, "decoded": _decoded}
 
 
 def _limit_memory(most_bytes: int) -> None:

@@ -7,21 +7,27 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
-from lrag_ray.chat.backend import RejectedError, retry_after
+from lrag_ray.chat.backend import Backend, RejectedError, retry_after
 from lrag_ray.chat.client import ChatClient, LeftError, Outcome, UnansweredError, check_backend
 from lrag_ray.chat.local_backend import folder_digest
-from lrag_ray.chat.messages import Media, Message, Question, text
+from lrag_ray.chat.messages import Media, Message, Question, Reply, Usage, text
+from lrag_ray.chat.model_folder import generation_settings
 from lrag_ray.chat.store import AnswerRecord, ChatStore
 from lrag_ray.config.chat import ChatSection
 from lrag_ray.errors import BudgetError, ChatError
 from lrag_ray.store.address import Storage
+from lrag_ray.wan import tokenizer_process
+from lrag_ray.wan.tokenizer_process import TokenizerError, TokenizerProcess
 from tests.chat.servers import ChatProxy, Fault
 from tests.chat.tiny_models import ANSWERS, chat_model
 
@@ -347,6 +353,25 @@ def test_a_local_folder_answers_in_batches(tmp_path: Path) -> None:
     assert json.loads(next((tmp_path / "run").rglob("answers/*/*.json")).read_text())["finish"] == "stop"
 
 
+class Picky(Backend):
+    """Takes several questions in one pass, and rejects all of them for one."""
+
+    batched = True
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+        if any("Question 1" in str(question.messages) for question in questions):
+            raise RejectedError("it holds the mark of a picture")
+        return [Reply("yes", "stop", Usage(), None) for _ in questions]
+
+
+def test_a_question_that_is_rejected_does_not_take_the_others_of_its_batch_with_it(tmp_path: Path) -> None:
+    config = ChatSection(backend="local", model=str(chat_model(tmp_path / "model", [])), concurrency=3)
+    with ChatClient(config, ChatStore(Storage(str(tmp_path / "run"))), Picky()) as client:
+        outcomes = client.ask(questions(3))
+    assert isinstance(outcomes[1], RejectedError)
+    assert texts([outcomes[0], outcomes[2]]) == ["yes", "yes"]
+
+
 def test_a_pipe_in_a_model_folder_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / "generation_config.json")
@@ -355,8 +380,80 @@ def test_a_pipe_in_a_model_folder_is_not_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        (
+            "adapter_config.json",
+            {"base_model_name_or_path": "evil/base"},
+            "adapter_config.json leads to",
+        ),
+        (
+            "config.json",
+            {"text_config": {"attn_implementation": "evil/kernel"}},
+            "its own .attn_implementation",
+        ),
+        ("config.json", {"_attn_implementation": {"": "kernels-community/evil:run"}}, "_attn_implementation"),
+        ("config.json", {"experts_implementation": ["evil"]}, "experts_implementation"),
+        (
+            "model.safetensors.index.json",
+            {"weight_map": {"a": "../evil.safetensors"}},
+            "'../evil.safetensors' as",
+        ),
+        ("model.safetensors.index.json", {"weight_map": {"a": "evil.bin"}}, "'evil.bin' as a part"),
+        ("model.safetensors.index.json", [], "is not an index of weights"),
+        ("config.json", "[" * 100_000, "recursion"),
+        ("vocab.json", "[" + "{}," * 5_000_000 + "1]", "would take gigabytes"),
+    ],
+)
+def test_what_leads_out_of_a_model_folder_is_refused_before_a_library_opens_it(
+    tmp_path: Path, file: str, content: object, named: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ChatError, match=rf"is not read: .*{named}.*Fix: "):
+        folder_digest(str(tmp_path))
+
+
+def test_a_chat_template_and_a_decoder_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = chat_model(tmp_path / "model", [ANSWERS[0]])
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["decoder"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 5_000_000}
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    # With it, the library takes the decoder of the model's kind.
+    (folder / "config.json").unlink()
+    texts = TokenizerProcess(folder)
+    messages = [{"role": "user", "content": "a"}]
+    assert texts.rendered(messages, "{{ messages[0].content }}!") == "a!"
+    for template, problem in (
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% include 'tokenizer.json' %}", "no loader"),
+        ("{{ 'a' * 5000000 }}", "5,000,000 characters"),
+        ("{{ 'a' * 200000 }}", "200,000 tokens"),
+        ("{{ 1 / 0 }}", "division"),
+    ):
+        with pytest.raises(TokenizerError, match=problem):
+            texts.rendered(messages, template)
+    with pytest.raises(TokenizerError, match="5,000,000 characters"):
+        texts.decoded([stored["model"]["vocab"]["a"]])
+    monkeypatch.setattr(tokenizer_process, "ENCODE_S", 0.5)
+    forever = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    with pytest.raises(TokenizerError, match=r"more than 0\.5 s"):
+        texts.rendered(messages, forever)
+
+
+def test_of_the_settings_in_a_model_folder_those_count_that_cannot_take_memory() -> None:
+    kept = SimpleNamespace(eos_token_id=[1, 2], num_beams=10**9, num_return_sequences=3, repetition_penalty=1.05)
+    assert generation_settings(kept) == {"eos_token_id": [1, 2], "repetition_penalty": 1.05}
+    for name, value in (("eos_token_id", "x"), ("eos_token_id", [[1]]), ("pad_token_id", -1), ("bos_token_id", [1])):
+        with pytest.raises(ValueError, match=f"{name} is "):
+            generation_settings(SimpleNamespace(**{name: value}))
+
+
+@pytest.mark.parametrize(
     ("file", "content"),
     [
+        # Tensors of another model: the library would answer with random ones.
+        ("model.safetensors", save({"other": torch.zeros(2)}, {"format": "pt"})),
         ("model.safetensors", (1 << 30).to_bytes(8, "little") + b"{"),
         ("model.safetensors", b"\x80\x04."),
         ("tokenizer.json", b'{"version": "1.0", "mod'),
