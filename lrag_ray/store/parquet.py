@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lrag_ray.store.seal import PARQUET_BLANK, PARQUET_KEY, check_parquet, sealed_parquet
+from lrag_ray.store.seal import PARQUET_BLANK, PARQUET_KEY, check_parquet, is_sealed_parquet, sealed_parquet
 
 MOST_ROWS = 2_000_000
 """In one file: ten times a part of a rollout whose method chooses per layer."""
@@ -48,6 +48,9 @@ def damage_of(data: bytes, path: str, beside: Container[str]) -> str | None:
         missing = [name for name in series if f"{path.rpartition('/')[0]}/{name}" not in beside]
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         return f"is not a readable parquet file: {error}"
+    if not is_sealed_parquet(data):
+        # Another table in its place, such as a trace, is whole in itself.
+        return "has no seal"
     if place and place != path:
         return f"is the file of {place}"
     return f"ends a series of which {missing[0]} is missing" if missing else None

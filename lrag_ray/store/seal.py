@@ -100,6 +100,11 @@ def check_parquet(data: bytes) -> None:
         raise DamagedError("it is not what was sealed")
 
 
+def is_sealed_parquet(data: bytes) -> bool:
+    """Whether the file has a seal, right or wrong."""
+    return _last_parquet_seal(data) is not None
+
+
 def _last_parquet_seal(data: bytes) -> re.Match[bytes] | None:
     # The content before the metadata may hold any text, this one too.
     return next(reversed(list(_PARQUET.finditer(data, max(0, len(data) - _PARQUET_SEARCHED)))), None)

@@ -199,6 +199,13 @@ def test_two_swapped_files_are_noticed(run: RolloutRun, pattern: str) -> None:
     assert {str(path.relative_to(run.uri)) for path in (first, second)} <= damaged_paths(run)
 
 
+def test_another_table_in_place_of_scores_is_noticed(run: RolloutRun) -> None:
+    path = some(run, "scores/preview/**/*.parquet")
+    for other in ("summary/scores.parquet", some(run, "rollouts/**/*.trace.parquet")):
+        shutil.copy(Path(run.uri) / other, Path(run.uri) / path)
+        assert damaged_paths(run) == {path}
+
+
 def test_a_sample_reads_less_and_says_so(run: RolloutRun) -> None:
     coverage = Coverage()
     assert list(find_damage(run, coverage, sample=2)) == []
