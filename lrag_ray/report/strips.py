@@ -1,13 +1,14 @@
 """Strips: frames at chosen seconds in columns, methods in rows; for the page and for paper.
 
 Each strip is one small WebP image of one video, named by the video's digest, made once and used again by every later
-report. Videos are read one at a time, each in one pass, through storage.
+report. Each video is read in one pass, through storage, those of a few prompts side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.videos import CommittedVideo
+from lrag_ray.thread_pool import thread_pool
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import VideoError, frames_at
 
@@ -84,11 +86,11 @@ def make_strips(data: ReportData, folder: Storage, prompts: int) -> list[StripSh
     if prompts < 1:
         return []
     present = set(folder.list_files(FOLDER))
-    return [
-        _sheet(data, folder, present, backbone, chosen)
-        for backbone in data.identity.backbones
-        for chosen in chosen_videos(data, backbone)[:prompts]
+    chosen = [
+        (backbone, videos) for backbone in data.identity.backbones for videos in chosen_videos(data, backbone)[:prompts]
     ]
+    with thread_pool(min(8, os.cpu_count() or 1), "strips") as pool:
+        return list(pool.map(lambda each: _sheet(data, folder, present, *each), chosen))
 
 
 def unused_strips(files: Iterable[str], shown: Collection[str | None]) -> set[str]:
