@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.report.tables import number
-from lrag_ray.scoring.suite import FrameRow, Suite
+from lrag_ray.scoring.suite import FrameMark, FrameRow, Suite
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
 from lrag_ray.store.scratch import scratch_folder
@@ -37,9 +37,9 @@ _WIDTH = 288
 _GAP = 6
 """Pixels between frames, which the page shines through."""
 _QUALITY = 82
-_BAND = 26
+_BAND = 34
 """Height of the marks below a strip, in pixels."""
-_MARKS: dict[bool | None, tuple[Sequence[Sequence[tuple[float, float]]], tuple[int, int, int, int]]] = {
+_SIGNS: dict[bool | None, tuple[Sequence[Sequence[tuple[float, float]]], tuple[int, int, int, int]]] = {
     True: ([[(-0.3, 0.02), (-0.08, 0.25), (0.3, -0.28)]], (32, 150, 90, 255)),
     False: ([[(-0.22, -0.22), (0.22, 0.22)], [(-0.22, 0.22), (0.22, -0.22)]], (200, 75, 50, 255)),
     None: ([[(-0.18, 0.0), (0.18, 0.0)]], (140, 145, 150, 255)),
@@ -207,7 +207,7 @@ def make_strip(
 
 def _path(made_from: str) -> str:
     # Hashed: a stranger's record may hold anything in place of a digest.
-    return f"{FOLDER}/{hashlib.sha256(f'{made_from} {_QUALITY}'.encode()).hexdigest()[:32]}.webp"
+    return f"{FOLDER}/{hashlib.sha256(f'{made_from} {_QUALITY} {_BAND}'.encode()).hexdigest()[:32]}.webp"
 
 
 def _read(storage: Storage, video: CommittedVideo, indices: set[int]) -> dict[int, Frames]:
@@ -225,7 +225,7 @@ def _image(
     indices: Sequence[int],
     width: int | None,
     gap: int,
-    marks: Sequence[bool | None] = (),
+    marks: Sequence[FrameMark] = (),
 ) -> bytes:
     """The frames side by side as WebP, with `marks` below them in cells of equal width."""
     from PIL import Image as PilImage
@@ -244,8 +244,8 @@ def _image(
     return content.getvalue()
 
 
-def _band(marks: Sequence[bool | None], width: int) -> Image:
-    """Ticks, crosses and dashes as a picture `width` by `_BAND` pixels."""
+def _band(marks: Sequence[FrameMark], width: int) -> Image:
+    """What is read, with ticks, crosses and dashes, as a picture `width` by `_BAND` pixels."""
     from PIL import Image as PilImage
     from PIL import ImageDraw
 
@@ -254,7 +254,14 @@ def _band(marks: Sequence[bool | None], width: int) -> Image:
     draw = ImageDraw.Draw(band)
     for cell, mark in enumerate(marks):
         x, y = (cell + 0.5) * width / len(marks) * scale, _BAND / 2 * scale
-        lines, colour = _MARKS[mark]
+        if mark.seen is not None:
+            icon = _thumbnail(mark.seen, round(0.8 * _BAND * scale * mark.seen.shape[1] / mark.seen.shape[0]))
+            alone = mark.right is None
+            band.paste(icon, (round(x - (icon.width / 2 if alone else icon.width)), round(y - icon.height / 2)), icon)
+            if alone:
+                continue
+            x += 0.4 * _BAND * scale
+        lines, colour = _SIGNS[mark.right]
         for line in lines:
             at = [(x + dx * _BAND * scale, y + dy * _BAND * scale) for dx, dy in line]
             draw.line(at, fill=colour, width=round(_BAND * scale / 7), joint="curve")
