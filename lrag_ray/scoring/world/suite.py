@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 
 from lrag_ray.errors import ConfigError
 from lrag_ray.printable import listed
-from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer, frames_of
+from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer
 from lrag_ray.scoring.scores import Scores
 from lrag_ray.scoring.suite import Banner, FrameMark, FrameRow, NoSettings, UnscorableError
 from lrag_ray.scoring.video_rows import ScoreTarget
 from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures, things_back, things_of
 from lrag_ray.store.rollouts import RolloutRun
+from lrag_ray.video.mp4 import frames_at
 from lrag_ray.world.reading import ABSENT, UNCLEAR, read_frames
 from lrag_ray.world.scenes import (
     FRAMES_PER_LATENT,
@@ -156,7 +156,7 @@ def _score(video: Path, target: ScoreTarget) -> dict[str, float]:
     setting = setting_of(target.prompt)
     if setting is None:
         raise UnscorableError(f"'{target.prompt}' is not a prompt of the tiny world")
-    frames = list(islice(frames_of(video, target.video_frames), 0, None, FRAMES_PER_LATENT))
+    frames = list(frames_at(video, range(0, target.video_frames, FRAMES_PER_LATENT)))
     try:
         return measures(np.stack(frames), setting)
     except ValueError as error:
