@@ -54,6 +54,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         assert results[f"replay rag, bank {bank}"]["pass"], bank
     assert results["operations"]["self-attention"]["tflops"] > 0
     assert all(results["prompts per pass"][rows]["ms per block and prompt"] > 0 for rows in ("1 prompt", "2 prompts"))
+    assert results["fp8 products"]["fp8"]["ms per block"] > 0 and results["fp8 products"]["latent rms"] > 1e-3
     for network in ("DINO", "DINOv2", "CLIP B/32", "CLIP L/14"):
         assert results[f"scoring {network}"]["2 at once"]["ms per frame"] > 0, network
     kernels = results["kernels"]

@@ -20,11 +20,11 @@ from lrag_ray.printable import counted
 from lrag_ray.retrieval.history import TieredBank
 from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.rollout.rollout import Rollout
-from lrag_ray.wan import fused_rows, residual_norm
+from lrag_ray.wan import fp8, fused_rows, residual_norm
 from lrag_ray.wan.attention import attention, backend_of
 from lrag_ray.wan.devices import DEVICES
 from lrag_ray.wan.flops import block_flops
-from lrag_ray.wan.kernels import Backend, Kernels
+from lrag_ray.wan.kernels import Backend, Kernels, Products
 from lrag_ray.wan.rope import Rope, rotate, rotate_into
 from lrag_ray.wan.transformer import CausalWanTransformer
 from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
@@ -41,6 +41,7 @@ def table(bench: Bench, golden: Path | None) -> None:
         bench.part(f"depth {depth_s} s", lambda depth_s=depth_s: _depth(bench, depth_s))  # type: ignore[misc]
     bench.part("fused layers", lambda: _fused_layers(bench))
     bench.part("prompts per pass", lambda: _prompts_per_pass(bench))
+    bench.part("fp8 products", lambda: _fp8_products(bench))
     bench.part("decode", lambda: _decode(bench))
     scoring(bench)
 
@@ -120,6 +121,23 @@ def _fused_layers(bench: Bench) -> dict[str, Any] | str:
         model.kernels = Kernels(fused_layers=name == "fused")
         rollouts[name] = bench.rollout(model, "infinity_rope", _few_slabs)
     return {name: {"ms per block": 1e3 * seconds} for name, seconds in _in_turn(bench, rollouts).items()}
+
+
+def _fp8_products(bench: Bench) -> dict[str, Any] | str:
+    """Blocks of infinity_rope with `products: fp8` and without, in turn, and how far their last latents are apart."""
+    models = {name: bench.filled(CausalWanTransformer, bench.size.model) for name in get_args(Products)}
+    for name, model in models.items():
+        try:
+            fp8.use(name, model)
+        except ValueError as error:
+            return f"skipped: {error}"
+    rollouts = {name: bench.rollout(model, "infinity_rope", _few_slabs) for name, model in models.items()}
+    found: dict[str, Any] = {
+        name: {"ms per block": 1e3 * seconds} for name, seconds in _in_turn(bench, rollouts).items()
+    }
+    exact, rounded = (next(iter(rollout.blocks(1))).latents.float() for rollout in rollouts.values())
+    notes = fp8.notes("fp8", bench.device)
+    return found | {"latent rms": float((rounded - exact).square().mean().sqrt())} | ({"notes": notes} if notes else {})
 
 
 def _prompts_per_pass(bench: Bench) -> dict[str, dict[str, float]]:

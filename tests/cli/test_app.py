@@ -112,6 +112,7 @@ SURFACE = {
         "--blocks",
         "--depth-s",
         "--prompts-per-pass",
+        "--products",
         "--bank",
         "--bank-blocks",
         "--decode",
