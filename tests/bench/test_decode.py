@@ -50,11 +50,11 @@ def test_dimensions_are_scored_beside_those_of_float32(monkeypatch: pytest.Monke
     means = []
     for dtype in ("float32", "bfloat16"):
         frames = StreamingDecoder(load_vae(with_vae(dtype=dtype), CPU)).push(latents)
-        clips = [frames[:4], frames[1:5]]
+        clips = [list(frames[:4]), list(frames[1:5])]
         scores = [next(ClipScorer("", networks, 2).clip(ClipSpan(0, 4), clip, ["motion_smoothness"])) for clip in clips]
         means.append(sum(row.score for row in scores if row.score is not None) / 2)
-    assert bfloat16.vbench == {"motion_smoothness": pytest.approx(means[1] - means[0], rel=1e-4)}
-    assert means[1] != means[0]
+    assert bfloat16.vbench is not None
+    assert bfloat16.vbench["motion_smoothness"] == pytest.approx(means[1] - means[0], rel=1e-4) != 0
 
 
 def test_weights_are_laid_out_with_channels_side_by_side() -> None:
