@@ -64,8 +64,11 @@ def _rounded_at_once(x: Tensor) -> Rounded:
     x = x.contiguous()
     values = torch.empty_like(x, dtype=E4M3)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = 1 << (width - 1).bit_length()
     with torch.cuda.device_of(x):
-        round_kernel[(rows,)](x, values, scales, width, LARGEST, _LEAST, BLOCK=1 << (width - 1).bit_length())
+        # 64 values of a row in the registers of a thread at most, also for the feed-forward's width.
+        warps = min(16, max(4, block // 2048))
+        round_kernel[(rows,)](x, values, scales, width, LARGEST, _LEAST, BLOCK=block, num_warps=warps)
     return Rounded(values, scales)
 
 
