@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrag_ray.wan import fused_rows, residual_norm
+from lrag_ray.wan import fp8, fused_rows, residual_norm
 from lrag_ray.wan.rope import Angles, rotate
 from lrag_ray.wan.transformer import Projected
 
@@ -206,6 +206,11 @@ class Device(TorchDispatchMode):
             normed.unflatten(1, (shift.shape[1], -1)).mul_(_held(scale)).add_(_held(shift))
         return self._own(normed, True)
 
+    def rounded(self, x: Any) -> fp8.Rounded:
+        """The kernel of `wan.fp8`, by the plain operations."""
+        self._launch("round to fp8", [x], [])
+        return fp8.Rounded(*(self._own(each, True) for each in fp8.plainly_rounded(_held(x))))
+
     def record(self, tensor: OnDevice, stream: Stream) -> None:
         """`Tensor.record_stream`."""
         self._of(tensor.held).recorded.add(stream)
@@ -340,6 +345,8 @@ def pretend_cuda() -> Iterator[Device]:
         patch.setattr(fused_rows, "write_rows", device.write_rows)
         patch.setattr(residual_norm, "refusal", lambda of: None)
         patch.setattr(residual_norm, "fused", device.residual_norm)
+        patch.setattr(fp8, "kernel_refusal", lambda of: None)
+        patch.setattr(fp8, "_rounded_at_once", device.rounded)
         patch.setattr(torch.cuda, "get_device_capability", lambda of=None: (9, 0))
         patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         patch.setattr(torch.backends.cudnn, "is_available", lambda: True)

@@ -15,6 +15,7 @@ import torch
 
 from scripts.gpu.harness import SIZES, Bench
 from scripts.gpu.scoring import scoring
+from scripts.gpu.table import _decode, _decode_beside
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_gpu.py"
 REFUSED = (
@@ -54,6 +55,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         assert results[f"replay rag, bank {bank}"]["pass"], bank
     assert results["operations"]["self-attention"]["tflops"] > 0
     assert all(results["prompts per pass"][rows]["ms per block and prompt"] > 0 for rows in ("1 prompt", "2 prompts"))
+    assert results["fp8 products"]["fp8"]["ms per block"] > 0 and results["fp8 products"]["latent rms"] > 1e-3
     for network in ("DINO", "DINOv2", "CLIP B/32", "CLIP L/14"):
         assert results[f"scoring {network}"]["2 at once"]["ms per frame"] > 0, network
     kernels = results["kernels"]
@@ -68,6 +70,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         "memory of rollouts in a row",
         "fused layers",
         "decode",
+        "decode beside rag",
         "scoring MUSIQ",
         "scoring RAFT",
         "scoring AMT-S",
@@ -84,6 +87,16 @@ def test_networks_of_public_packages_are_measured_where_these_are_installed() ->
     for network, unit in (("MUSIQ", "frame"), ("RAFT", "pair"), ("AMT-S", "pair")):
         found = bench.results[f"scoring {network}"]
         assert found["2 at once"][f"ms per {unit}"] > 0
+
+
+def test_decoding_is_measured_alone_and_beside_a_rollout_where_diffusers_is_installed() -> None:
+    bench = Bench(torch.device("cpu"), SIZES["small"], math.inf)
+    with torch.no_grad():
+        alone, beside = _decode(bench), _decode_beside(bench)
+    assert isinstance(alone, dict) and isinstance(beside, dict)
+    assert len(alone) == 6 and alone["float32"]["psnr_db"] is None and alone["bfloat16"]["psnr_db"] > 20
+    assert list(beside) == ["no decoding", "float32", "bfloat16, channels last"]
+    assert all(each["fps"] > 0 for each in (*alone.values(), *beside.values()))
 
 
 def test_a_part_that_no_longer_fits_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ from lrag_ray.stages.rollout.worker import BLOCKS_BEHIND
 from lrag_ray.training.loop import make_model
 from lrag_ray.video.decode import StreamingDecoder
 from lrag_ray.wan.devices import DEVICES
-from lrag_ray.wan.kernels import Kernels
+from lrag_ray.wan.kernels import Kernels, Products
 from lrag_ray.wan.keyed import keyed_generator
 from lrag_ray.wan.transformer import CausalWanTransformer
 from lrag_ray.wan.vae import WanVae
@@ -64,6 +64,8 @@ class Measured:
     method: str
     prompts_per_pass: int
     """Rollouts that were made together; all numbers are of them together."""
+    products: Products
+    """Matrix products of the layers."""
     history: BankType
     ms_per_block: float
     """Denoising and clean-context passes, with all that the method does."""
@@ -96,6 +98,7 @@ class Comparison:
 
     method: str
     prompts_per_pass: int
+    products: Products
     ratio: float
     """Median of its time per block of one rollout over the first one's, turn by turn; above 1 it is slower."""
     low: float
@@ -105,10 +108,12 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class BankDifference:
-    """A rollout whose history is stored as `history` beside one with an exact history."""
+class Difference:
+    """A rollout whose history is stored as `history`, or whose products are `products`, beside one with an exact
+    history and the backbone's own products."""
 
     history: BankType
+    products: Products
     frames: int
     latent_max: float
     """Largest difference of a latent."""
@@ -135,7 +140,7 @@ class RolloutBench:
     blocks: int
     methods: Sequence[Measured]
     compared: Sequence[Comparison]
-    banks: Sequence[BankDifference]
+    differences: Sequence[Difference]
     peak_device_bytes: int | None
     peak_host_bytes: int
 
@@ -163,12 +168,13 @@ def bench_rollout(
     kernels: Kernels = Kernels(),  # noqa: B008 - frozen
     decode: bool = True,
     prompts_per_pass: int = 1,
+    products: Products = "exact",
 ) -> RolloutBench:
     """Measure `blocks` blocks of each method behind `depth_frames` latent frames, which are replayed from random ones;
-    above 1 `prompts_per_pass`, of that number of rollouts together as well.
+    above 1 `prompts_per_pass`, of that number of rollouts together as well, and with other `products` with them too.
 
-    The first method is what the others are compared with, and, for `banks`, rolled out over `bank_blocks` blocks with
-    every storage type. UsageError where it then keeps no history that could be stored.
+    The first method is what the others are compared with, and rolled out over `bank_blocks` blocks with every storage
+    type of `banks` and with `products`. UsageError where it then keeps no history that could be stored.
     """
     name, method = next(iter(methods.items()))
     rolled_out = bank_blocks * backbone.sampler.frames_per_block
@@ -177,16 +183,18 @@ def bench_rollout(
             f"--bank {banks[0]}: {name} keeps no history over {rolled_out} latent frames, so none is stored. "
             "Fix: leave --bank out, name a method with a history (rag), or raise --bank-blocks"
         )
-    model = load_generator(backbone, device, kernels)
+    kinds: list[Products] = list(dict.fromkeys([backbone.products, products]))
+    models = {kind: load_generator(backbone.model_copy(update={"products": kind}), device, kernels) for kind in kinds}
     vae = load_vae(backbone, device) if decode else None
     n = backbone.sampler.frames_per_block
     # The windows that are timed hold as many blocks as in the middle of a long rollout.
     total = depth_frames // n + (1 + (vae is not None)) * blocks + 1 + len(backbone.sampler.denoising_steps)
     sizes = sorted({1, prompts_per_pass})
     runs = [
-        _Run(backbone, model, name, method, device, total, tiers, rows)
+        _Run(backbone, models[kind], kind, name, method, device, total, tiers, rows)
         for name, method in methods.items()
         for rows in sizes
+        for kind in kinds
     ]
     for run in runs:
         run.replay(depth_frames // n)
@@ -201,9 +209,13 @@ def bench_rollout(
     compared = []
     for other in others:
         ratios = [b / a / other.rows for a, b in zip(first.seconds, other.seconds, strict=True)]
-        compared.append(Comparison(other.name, other.rows, statistics.median(ratios), min(ratios), max(ratios)))
+        compared.append(
+            Comparison(other.name, other.rows, other.products, statistics.median(ratios), min(ratios), max(ratios))
+        )
     del runs, first, others
-    differences = list(_bank_differences(backbone, model, name, method, device, banks, bank_blocks)) if banks else []
+    cases: list[tuple[BankType, Products]] = [(bank, kinds[0]) for bank in banks]
+    cases += [("exact", kind) for kind in kinds[1:]]
+    differences = list(_differences(backbone, models, method, device, cases, bank_blocks))
     on_gpu = device.type == "cuda"
     return RolloutBench(
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -214,7 +226,7 @@ def bench_rollout(
         blocks=blocks,
         methods=measured,
         compared=compared,
-        banks=differences,
+        differences=differences,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         peak_host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
@@ -227,6 +239,7 @@ class _Run:
         self,
         backbone: BackboneConfig,
         model: CausalWanTransformer,
+        products: Products,
         name: str,
         method: Method,
         device: torch.device,
@@ -234,7 +247,7 @@ class _Run:
         tiers: Tiers,
         rows: int,
     ) -> None:
-        self.name, self.rows = name, rows
+        self.name, self.rows, self.products = name, rows, products
         self.seconds: list[float] = []
         self.rollout = _rollout(backbone, model, method, device, total_blocks, tiers, rows)
         self._total_blocks = total_blocks
@@ -317,6 +330,7 @@ class _Run:
         return Measured(
             method=self.name,
             prompts_per_pass=self.rows,
+            products=self.products,
             history=self._method.history,
             ms_per_block=1e3 * median,
             spread=(max(self.seconds) - min(self.seconds)) / median,
@@ -408,23 +422,26 @@ def _weights(method: Method, latent: tuple[int, int, int], device: torch.device)
     return found
 
 
-def _bank_differences(
+def _differences(
     backbone: BackboneConfig,
-    model: CausalWanTransformer,
-    name: str,
+    models: Mapping[Products, CausalWanTransformer],
     method: Method,
     device: torch.device,
-    banks: Sequence[BankType],
+    others: Sequence[tuple[BankType, Products]],
     blocks: int,
-) -> Iterator[BankDifference]:
-    """Every storage type over a whole rollout, beside an exact one."""
-    exact, chosen, _ = _whole(backbone, model, method._replace(history="exact"), device, blocks)
-    for kind in banks:
-        latents, ours, frame_bytes = _whole(backbone, model, method._replace(history=kind), device, blocks)
+) -> Iterator[Difference]:
+    """Whole rollouts with other histories and products, beside one with an exact history by the first of `models`."""
+    if not others:
+        return
+    exact, chosen, _ = _whole(backbone, next(iter(models.values())), method._replace(history="exact"), device, blocks)
+    for history, products in others:
+        stored = method._replace(history=history)
+        latents, ours, frame_bytes = _whole(backbone, models[products], stored, device, blocks)
         difference = (latents - exact).double()
         changed, total = changed_frames(ours, chosen)
-        yield BankDifference(
-            history=kind,
+        yield Difference(
+            history=history,
+            products=products,
             frames=len(latents),
             latent_max=float(difference.abs().max()),
             latent_rms=float(difference.pow(2).mean().sqrt()),

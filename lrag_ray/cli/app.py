@@ -6,7 +6,7 @@ Heavy packages are imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,6 +34,7 @@ from lrag_ray.cli import (
 )
 from lrag_ray.cli.options import AsJson, Config, Overrides, Progress, Run
 from lrag_ray.cli.output import console, print_json, tells_errors, write
+from lrag_ray.errors import RunEnvironmentError
 from lrag_ray.printable import plain
 from lrag_ray.retrieval.bank_types import BankType
 
@@ -182,6 +183,9 @@ def verify(
             "--bank", help="Store the history of golden rollouts so, and judge latents and choices: a quality gate."
         ),
     ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option("--device", help="Compute golden rollouts there, and those alone.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare our numbers with golden vectors: one row per case and tensor, exit code 1 if any is off.
@@ -196,9 +200,12 @@ def verify(
     Examples:
       lrag-ray verify golden/rollout
       lrag-ray verify golden/rollout --bank int4
+      lrag-ray verify golden --device cuda
       lrag-ray verify --run runs/table2
       lrag-ray verify --run s3://bucket/table2 --bytes --sample 500
     """
+    import torch
+
     from lrag_ray.cli.tables import print_results
     from lrag_ray.conformance.run_check import check_run
     from lrag_ray.conformance.verify import failed, iter_results
@@ -211,7 +218,12 @@ def verify(
         raise typer.Exit(_verify_bytes(run_uri or "", sample, as_json=as_json))
     if bank is not None and folder is None:
         raise typer.BadParameter("--bank needs a folder of golden vectors")
-    results = check_run(run_uri) if run_uri is not None else iter_results(folder or "", bank)
+    if device is not None and folder is None:
+        raise typer.BadParameter("--device needs a folder of golden vectors")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunEnvironmentError("--device cuda: torch sees no CUDA device. Fix: leave --device out")
+    place = None if device is None else torch.device(device)
+    results = check_run(run_uri) if run_uri is not None else iter_results(folder or "", bank, place)
     found = []
     if as_json:
         found = list(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -204,6 +204,9 @@ def rollout(
     prompts_per_pass: Annotated[
         int, typer.Option("--prompts-per-pass", min=1, max=16, help="Also measure this number of rollouts in one pass.")
     ] = 1,
+    products: Annotated[
+        str | None, typer.Option("--products", help="Also measure with these matrix products: fp8 or exact.")
+    ] = None,
     bank: Annotated[
         list[str] | None,
         typer.Option(
@@ -222,6 +225,7 @@ def rollout(
     Examples:
       lrag-ray bench rollout --compare infinity_rope
       lrag-ray bench rollout --prompts-per-pass 2
+      lrag-ray bench rollout --products fp8
       lrag-ray bench rollout --bank int8 --bank int4 --bank-blocks 160
       lrag-ray bench rollout configs/table2.yaml --backbone longlive --method rag --depth-s 120
     """
@@ -236,7 +240,7 @@ def rollout(
     from lrag_ray.config.presets import PRESETS
     from lrag_ray.config.schema import MethodConfig
     from lrag_ray.context.registry import registered
-    from lrag_ray.wan.kernels import Kernels
+    from lrag_ray.wan.kernels import Kernels, Products
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_config(config) if config is not None else None
@@ -249,6 +253,7 @@ def rollout(
         chosen, known = random_backbone(name), {each: MethodConfig(method=each) for each in registered()}
         tiers, kernels = tiers_of(BankSection()), Kernels()
     wanted = [_one_of(each, BANK_TYPES, "storage type") for each in bank or []]
+    other = chosen.products if products is None else _one_of(products, get_args(Products), "kind of products")
     names = dict.fromkeys([method, *(compare or [])])
     methods = {each: resolve_method(known[_one_of(each, known, "method")]) for each in names}
     measured = bench_rollout(
@@ -263,6 +268,7 @@ def rollout(
         kernels=kernels,
         decode=decode,
         prompts_per_pass=prompts_per_pass,
+        products=other,  # type: ignore[arg-type]
     )
     print_json(measured.as_dict())
 

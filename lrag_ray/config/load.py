@@ -260,6 +260,7 @@ def _check_fit(config: RunConfig) -> Iterator[Problem]:
             ("methods",), f"come to {cells:,} with backbones and durations_s; a run has at most {MOST_CELLS:,}"
         )
     yield from _check_attention(config)
+    yield from _check_products(config)
     for name, section in config.methods.items():
         method = resolve_method(section)
         path: KeyPath = ("methods", name)
@@ -293,6 +294,25 @@ def _check_attention(config: RunConfig) -> Iterator[Problem]:
                 ("engine", "attention"),
                 f"is {engine.attention}, which {reason}, for {dotted(('backbones', name))} with "
                 f"engine.gpus_per_actor {engine.gpus_per_actor:g}: use auto",
+            )
+
+
+def _check_products(config: RunConfig) -> Iterator[Problem]:
+    """Products that no device computes for a backbone."""
+    for name, backbone in config.backbones.items():
+        sizes, path = backbone.transformer, ("backbones", name, "products")
+        if backbone.products == "exact":
+            continue
+        if sizes.dim % 16 or sizes.ffn_dim % 16:
+            yield Problem(
+                path,
+                f"is {backbone.products}, which needs a dim and an ffn_dim that are multiples of 16, not {sizes.dim} "
+                f"and {sizes.ffn_dim}: use exact",
+            )
+        if config.engine.gpus_per_actor > 0 and backbone.dtype != "bfloat16":
+            yield Problem(
+                path,
+                f"is {backbone.products}, which a GPU computes for bfloat16 alone, not for {backbone.dtype}: use exact",
             )
 
 

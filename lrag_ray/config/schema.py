@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from lrag_ray.config.bank import BankSection
+from lrag_ray.config.lora import LoraConfig
 from lrag_ray.config.problems import described
 from lrag_ray.config.redaction import RAY_ADDRESS_FORM, holds_credentials, is_ray_address
 from lrag_ray.config.refine import RefineSection
@@ -31,7 +32,7 @@ from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.scoring.registry import check_name
 from lrag_ray.scoring.vbench_long.names import DIMENSION_NAMES, DimensionName, Mode
 from lrag_ray.wan.config import SamplerConfig, WanConfig
-from lrag_ray.wan.kernels import AttentionChoice, Kernels
+from lrag_ray.wan.kernels import AttentionChoice, Kernels, Products
 
 # Far above anything that is meant: values beyond them are slips, and would fail late or never.
 MOST_PROMPTS = 1_000_000
@@ -128,18 +129,6 @@ class LatentShape(Section):
     """Latent columns; pixels / 8, with the tiny world's VAE pixels / 16."""
 
 
-class LoraConfig(Section):
-    """Low-rank weights merged into the transformer at load."""
-
-    path: Address
-    """LoRA file (LongLive, PEFT, Diffusers, ComfyUI or kohya), or the folder of one."""
-    rank: int | None = Field(default=None, ge=1, le=65_536)
-    """Rank of the update; None takes the file's. A file of another rank is refused."""
-    alpha: float | None = None
-    """Scaling numerator: the update is alpha / rank * B A. None takes that of the file or the
-    adapter_config.json beside it, else the rank, so that the scale is 1. A value that contradicts it is refused."""
-
-
 class WeightsConfig(Section):
     """Where the transformer's weights come from: a checkpoint, the package itself, or a random recipe."""
 
@@ -202,6 +191,10 @@ class BackboneConfig(Section):
     """Shape of a latent frame."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and activations."""
+    products: Products = "exact"
+    """Matrix products of the layers: exact, in `dtype`; fp8, of 8-bit floats with a scale per token and output channel
+    (on a GPU: bfloat16, compute capability 8.9). Part of the rollout's identity; `lrag-ray bench rollout --products
+    fp8` shows what it changes. No GPU has run it yet."""
     text_encoder: TextEncoderConfig
     """Text encoder."""
     vae: VaeConfig

@@ -59,19 +59,22 @@ class _Worst(NamedTuple):
 class Sheet:
     """Collects the rows of one case."""
 
-    def __init__(self, folder: str, case: str) -> None:
+    def __init__(self, folder: str, case: str, rounding: float = 0.0) -> None:
+        """`rounding` is added to every bound: what the device may add to that of a CPU."""
         self.folder = folder
         self.case = case
+        self._rounding = rounding
         self.rows: list[CaseResult] = []
 
     def close(self, tensor: str, got: Tensor, golden: Tensor, bound: Bound) -> None:
         """Compare two tensors value by value."""
-        self._judge(tensor, {tensor: _worst(got, golden, bound)})
+        self._judge(tensor, {tensor: _worst(got, golden, self._widened(bound))})
 
     def close_all(self, label: str, pairs: Mapping[str, tuple[Tensor, Tensor, Bound]]) -> None:
         """Compare many (ours, golden, bound) as one row that shows the worst; nothing for no pairs."""
         if pairs:
-            self._judge(f"{label} ({len(pairs)})", {name: _worst(*pair) for name, pair in pairs.items()})
+            found = {name: _worst(got, golden, self._widened(bound)) for name, (got, golden, bound) in pairs.items()}
+            self._judge(f"{label} ({len(pairs)})", found)
 
     def same(self, tensor: str, got: object, golden: object) -> None:
         """Compare plain values (indices, lists, strings) for equality."""
@@ -83,6 +86,9 @@ class Sheet:
     def add(self, tensor: str, status: Status, reason: str = "") -> None:
         """A row without numbers."""
         self.rows.append(CaseResult(self.folder, self.case, tensor, None, None, status, reason))
+
+    def _widened(self, bound: Bound) -> Bound:
+        return bound._replace(absolute=bound.absolute + self._rounding)
 
     def _judge(self, label: str, worst: Mapping[str, _Worst]) -> None:
         name, found = max(worst.items(), key=lambda item: item[1].excess)

@@ -22,6 +22,7 @@ from lrag_ray.conformance import windows
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, case_stem, pair
 from lrag_ray.conformance.recording import (
+    CPU,
     Recording,
     generator_files,
     golden_transformer,
@@ -81,12 +82,13 @@ _PATCHES = re.compile(r"fkv\.block(\d+)\.(patch_scores|selected)")
 _TOKENS = re.compile(r"ctx\.block(\d+)\.pass(\d+)\.layer(\d+)(?:\.head(\d+))?\.(origin_token|temporal_index)")
 
 
-def cases(folder: Folder, bank: BankType | None = None) -> list[GoldenCase]:
-    """A case per JSON with the settings of a method, and its latents; `bank` judges histories stored so instead."""
+def cases(folder: Folder, bank: BankType | None = None, device: torch.device = CPU) -> list[GoldenCase]:
+    """A case per JSON with the settings of a method, and its latents, computed on `device`; `bank` judges histories
+    stored so instead."""
     records = [r for r in folder.records if r.holds("settings") and "method" in r.content["settings"]]
     vectors = [file for file in folder.vectors if "latents" in file]
     return [
-        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors, bank=bank))
+        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors, bank=bank, device=device))
         for case in pair(records, vectors)
     ]
 
@@ -146,6 +148,7 @@ def _check(
     sheet: Sheet,
     *,
     bank: BankType | None = None,
+    device: torch.device = CPU,
 ) -> None:
     if golden_record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with settings.method and a safetensors file with latents")
@@ -179,14 +182,14 @@ def _check(
     def look(block: int, policies: Sequence[ContextPolicy[Any]]) -> None:
         policy = policies[0]
         if isinstance(policy, DummyForcing) and block == 0 and "dummy.sampled_rows" in vectors:
-            policy.sampled_rows = vectors["dummy.sampled_rows"].long()
+            policy.sampled_rows = vectors["dummy.sampled_rows"].long().to(device)
         if isinstance(policy, ForcingKv) and policy.chosen is not None:
             scores = policy.chosen.scores
             choices[block - 1] = policy.chosen.patches.read(), None if scores is None else scores.read()
 
     roll_out = partial(
         record,
-        golden_transformer(inputs.weights, inputs.config),
+        golden_transformer(inputs.weights, inputs.config, device),
         sampler,
         method,
         with_local_weights(method, own, folder),

@@ -14,6 +14,7 @@ from lrag_ray.conformance.files import Folder, Vectors
 from lrag_ray.context.policy import ContextPolicy, bank_of
 from lrag_ray.context.registry import policy_class
 from lrag_ray.context.trace import ALL_LAYERS, TraceRow
+from lrag_ray.context.weights import on_device
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.encoder import known_fields
 from lrag_ray.rollout.loops import loop_of
@@ -21,6 +22,8 @@ from lrag_ray.rollout.noise import RecordedNoise
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.config import SamplerConfig, WanConfig
 from lrag_ray.wan.transformer import CausalWanTransformer
+
+CPU = torch.device("cpu")
 
 
 class Attended(NamedTuple):
@@ -82,8 +85,8 @@ class _Recorder:
         self.by_head: dict[tuple[int, int, int, int], Attended] = {}
 
     def on_pass(self, block: int, step: int, flow: Tensor, x0: Tensor) -> None:
-        self.flow[block, step] = flow
-        self.x0[block, step] = x0
+        self.flow[block, step] = flow.cpu()
+        self.x0[block, step] = x0.cpu()
 
     def on_attention(
         self, block: int, step: int, layer: int, q: Tensor, k: Tensor, v: Tensor, heads: tuple[int, ...] | None
@@ -91,7 +94,7 @@ class _Recorder:
         if not self.wanted(block, step, layer):
             return
         # Keys and values are views of a buffer that the next pass overwrites.
-        rows = Attended(q.clone(), k.clone(), v.clone())
+        rows = Attended(*(x.cpu() if x.is_cuda else x.clone() for x in (q, k, v)))
         if heads is None:
             self.attended[block, step, layer] = rows
             return
@@ -114,6 +117,8 @@ def record(
 ) -> Recording:
     """Roll out all frames of `noise` [B, F, C, H, W] with `renoise` [blocks, steps - 1 or more, B·n, C, H, W].
 
+    The transformer's device computes; all that is recorded is on the CPU.
+
     `settings` name the method's own weights by local paths. `wanted(block, pass, layer)` says where to keep attention
     rows, `bank` how history is stored. `look(block, policies)` is called before every block and, with the number of
     blocks, at the end. Raises ValueError for impossible settings.
@@ -122,7 +127,7 @@ def record(
     own: Any = policy.Settings(**settings)
     named = [(file, file.address(own)) for file in policy.weight_files(own) if file.used]
     batch, frames = noise.shape[:2]
-    n = sampler.frames_per_block
+    n, device = sampler.frames_per_block, transformer.patch_embedding.weight.device
     recorder = _Recorder(wanted)
     rollout = loop_of(policy)(
         transformer,
@@ -132,7 +137,7 @@ def record(
         prompt_embeds,
         RecordedNoise(noise, renoise.unflatten(2, (batch, n)), n),
         (noise.shape[2], noise.shape[3], noise.shape[4]),
-        weights={file.key: file.read(Path(path)) for file, path in named if path is not None},
+        weights={file.key: on_device(file.read(Path(path)), device) for file, path in named if path is not None},
         make_bank=bank_of(bank),
         probe=recorder,
         total_blocks=frames // n,
@@ -142,7 +147,7 @@ def record(
     look(0, recording.policies)
     for result in rollout.blocks(frames // n):
         look(result.block + 1, recording.policies)
-        latents.append(result.latents)
+        latents.append(result.latents.cpu())
         recording.query_indices.append([policy.query_indices() for policy in recording.policies])
         recording.trace.append(result.trace)
         recording.state.append(result.state)
@@ -168,9 +173,9 @@ def wan_config(model: Mapping[str, Any]) -> WanConfig:
     return WanConfig(**known_fields(WanConfig, {**model, "patch_size": tuple(model.get("patch_size", (1, 2, 2)))}))
 
 
-def golden_transformer(path: Path, config: WanConfig) -> CausalWanTransformer:
-    """The generator of golden vectors, float32 on the CPU."""
-    return load_transformer(path, config, dtype=torch.float32)
+def golden_transformer(path: Path, config: WanConfig, device: torch.device = CPU) -> CausalWanTransformer:
+    """The generator of golden vectors, float32."""
+    return load_transformer(path, config, dtype=torch.float32, device=device)
 
 
 def generator_files(folder: Folder) -> list[Vectors]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrag_ray.conformance.case import Bound, GoldenCase, Sheet
 from lrag_ray.conformance.files import CaseRecord, Folder, Vectors, pair
-from lrag_ray.conformance.recording import Recording, golden_transformer, record, wan_config, with_local_weights
+from lrag_ray.conformance.recording import CPU, Recording, golden_transformer, record, wan_config, with_local_weights
 from lrag_ray.conformance.stored_history import check_stored_history, keeps_history
 from lrag_ray.context.rag import Rag
 from lrag_ray.context.trace import TraceRow
@@ -30,12 +30,13 @@ _LATE = re.compile(
 )
 
 
-def cases(folder: Folder, bank: BankType | None = None) -> list[GoldenCase]:
-    """A case per JSON with case settings and a model, and its tensors; `bank` judges histories stored so instead."""
+def cases(folder: Folder, bank: BankType | None = None, device: torch.device = CPU) -> list[GoldenCase]:
+    """A case per JSON with case settings and a model, and its tensors, computed on `device`; `bank` judges histories
+    stored so instead."""
     records = [record for record in folder.records if record.holds("case", "model")]
     vectors = [file for file in folder.vectors if file.has("noise", "output", "prompt_embeds")]
     return [
-        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors, bank=bank))
+        GoldenCase(case.stem, partial(_check, folder, case.record, case.vectors, bank=bank, device=device))
         for case in pair(records, vectors)
     ]
 
@@ -75,6 +76,7 @@ def _check(
     sheet: Sheet,
     *,
     bank: BankType | None = None,
+    device: torch.device = CPU,
 ) -> None:
     if golden_record is None or vectors is None:
         sheet.add("files", "fail", "a case needs a JSON with case and model and a safetensors file with its tensors")
@@ -90,7 +92,7 @@ def _check(
     no_draws = torch.empty(blocks, steps - 1, noise.shape[0] * n, *noise.shape[2:])
     roll_out = partial(
         record,
-        golden_transformer(folder.path / case["model_weights"], wan_config(golden["model"])),
+        golden_transformer(folder.path / case["model_weights"], wan_config(golden["model"]), device),
         plan.sampler,
         plan.method,
         plan.settings,

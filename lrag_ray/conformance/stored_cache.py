@@ -35,7 +35,7 @@ def check_stored_cache(
     all of them).
     """
     policy = recording.policies[0]
-    rope = Rope(policy.layout.head_dim, policy.layout.grid, policy.layout.device)
+    rope = Rope(policy.layout.head_dim, policy.layout.grid, torch.device("cpu"))
     block, last = len(recording.trace) - 1, len(recording.timesteps[-1]) - 1
     keys, values = {}, {}
     for layer in sorted({int(match[1]) for name in vectors.shapes if (match := _TENSOR.fullmatch(name))}):

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from lrag_ray.conformance import (
     checkpoints,
@@ -27,6 +30,7 @@ from lrag_ray.conformance import (
 )
 from lrag_ray.conformance.case import CaseResult, GoldenCase, Sheet, one_line
 from lrag_ray.conformance.files import Folder
+from lrag_ray.conformance.recording import CPU
 from lrag_ray.errors import LragError, UsageError
 from lrag_ray.retrieval.bank_types import BankType
 
@@ -57,14 +61,22 @@ def failed(results: Iterable[CaseResult]) -> bool:
     return any(result.status == "fail" for result in results)
 
 
-BANK_KINDS: tuple[Callable[[Folder, BankType], list[GoldenCase]], ...] = (rollout.cases, methods.cases)
-"""Kinds with rollouts, whose history can be stored otherwise."""
+ROLLOUT_KINDS: tuple[Callable[[Folder, BankType | None, torch.device], list[GoldenCase]], ...] = (
+    rollout.cases,
+    methods.cases,
+)
+"""Kinds with rollouts, whose history can be stored otherwise, and which other devices can compute."""
+ROUNDING = 4.5e-4
+"""Added to every bound on a GPU: sums in another order, over tens of blocks."""
 
 
-def iter_results(path: str | Path, bank: BankType | None = None) -> Iterator[CaseResult]:
+def iter_results(
+    path: str | Path, bank: BankType | None = None, device: torch.device | None = None
+) -> Iterator[CaseResult]:
     """Run all cases in a folder and the folders under it, row by row as they finish.
 
-    With `bank`, run the rollouts that keep a history alone, store it so, and judge how far that leads away.
+    With `bank`, run the rollouts that keep a history alone, store it so, and judge how far that leads away. With
+    `device`, run the rollouts alone, there, in float32; a GPU may be further off, by `ROUNDING`.
 
     A file that cannot be read and a case that raises are rows that fail; folders of tensors in no known format, and
     slow cases below the given folder, are rows that are skipped. Raises UsageError if the path is not a folder, or
@@ -76,10 +88,10 @@ def iter_results(path: str | Path, bank: BankType | None = None) -> Iterator[Cas
         raise UsageError(
             f"{root} {what}; expected a folder of golden vectors. Fix: give the folder that holds the files"
         )
-    recognised = False
+    recognised, alone = False, bank is not None or device is not None
     for folder in _folders(root):
-        if bank is not None:
-            cases, slow = [case for each in BANK_KINDS for case in each(folder, bank)], []
+        if alone:
+            cases, slow = [case for each in ROLLOUT_KINDS for case in each(folder, bank, device or CPU)], []
         else:
             cases, slow = find_cases(folder), [case for find in SLOW_KINDS for case in find(folder)]
         if folder.path == root:
@@ -89,22 +101,22 @@ def iter_results(path: str | Path, bank: BankType | None = None) -> Iterator[Cas
         for broken in folder.broken:
             yield CaseResult(name, broken.path.name, "file", None, None, "fail", broken.reason)
         for case in cases:
-            yield from run_case(name, case)
+            yield from run_case(name, case, device or CPU)
         for case in slow:
             reason = f"full-size networks, minutes of CPU: verify {folder.path} by itself"
             yield CaseResult(name, case.name, "*", None, None, "skip", reason)
         if (
-            bank is None
+            not alone
             and not (cases or slow)
             and (folder.vectors or folder.torch_files)
             and not methods.holds_inputs(folder)
         ):
             reason = "holds tensors, but no golden vectors of a format that is known here"
             yield CaseResult(name, "*", "*", None, None, "skip", reason)
-    if not recognised and bank is not None:
+    if not recognised and alone:
         raise UsageError(
             f"no golden rollouts are recognised in {root} or the folders under it: {_contents(root)}. Fix: give a "
-            "folder with rollouts or methods for --bank, such as golden/rollout"
+            "folder with rollouts or methods for --bank and --device, such as golden/rollout"
         )
     if not recognised:
         raise UsageError(
@@ -118,11 +130,13 @@ def find_cases(folder: Folder) -> list[GoldenCase]:
     return [case for find in KINDS for case in find(folder)]
 
 
-def run_case(folder: str, case: GoldenCase) -> list[CaseResult]:
-    """Rows of one case; an exception becomes the last one."""
-    sheet = Sheet(folder, case.name)
+def run_case(folder: str, case: GoldenCase, device: torch.device = CPU) -> list[CaseResult]:
+    """Rows of one case on `device`; an exception becomes the last one."""
+    sheet = Sheet(folder, case.name, ROUNDING if device.type == "cuda" else 0.0)
     try:
-        case.check(sheet)
+        # cuDNN rounds float32 convolutions to 10 bits by default; the golden numbers were not.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext():
+            case.check(sheet)
     except ModuleNotFoundError as error:
         sheet.add("*", "skip", f"needs the package {error.name}, which is not installed")
     except LragError as error:

@@ -2,7 +2,7 @@
 
 Which methods are compared follows their policies, not their names in the run: every method with the first setting of
 ``base``, and every method with a memory of its own with the first setting of ``infinity_rope``, which is what retrieval
-without a memory comes to.
+without a memory comes to. The leader is compared with the next method too.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ def block_statistics(
         for measure, column in zip(measures, columns.T, strict=True)
         if (deviation := sample_noise(dict(zip(block.weights, column.tolist(), strict=True)))) is not None
     }
-    return BlockStatistics(contrasts, noise, _lead(block, table, measures, contrast))
+    lead = _lead(block, table, measures, contrast)
+    if lead is not None and lead.over is not None and lead.over not in contrasts:
+        contrasts.append(lead.over)
+    return BlockStatistics(contrasts, noise, lead)
 
 
 def _lead(

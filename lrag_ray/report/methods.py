@@ -23,7 +23,7 @@ _MOST = 12
 """Frames shown of a context; a block attends to this many by default."""
 _KINDS = ("sink", "memory", "retrieved", "compressed", "local", "current")
 """Parts of a context in the order in which they are shown."""
-_NEEDED = ("current", "sink", "memory", "retrieved", "compressed", "local")
+_NEEDED = ("current", "sink", "memory", "retrieved", "local", "compressed")
 """The same, those that are shown in any case first."""
 
 
@@ -34,7 +34,7 @@ class MethodNote(NamedTuple):
     summary: str
     """What it keeps; '' where its author does not say."""
     settings: Mapping[str, str]
-    """Those that differ from the defaults; of a plug-in, which is not imported, all."""
+    """Those that differ from the defaults or within a policy; of a plug-in, which is not imported, all."""
 
 
 class ContextFrame(NamedTuple):
@@ -67,6 +67,11 @@ class ContextSheet(NamedTuple):
     rows: Sequence[ContextRow]
 
     @property
+    def kinds(self) -> set[RowKind]:
+        """Parts of a context that are shown."""
+        return {frame.kind for row in self.rows for frame in row.frames}
+
+    @property
     def columns(self) -> int:
         """Frames of the longest row."""
         return max(len(row.frames) for row in self.rows)
@@ -75,19 +80,22 @@ class ContextSheet(NamedTuple):
 def method_notes(data: ReportData) -> list[tuple[Family, list[MethodNote]]]:
     """Notes by family, in the order of the tables."""
     return [
-        (family, [_note(name, data.identity.methods[name]) for name in names])
+        (family, [_note(name, data.identity.methods) for name in names])
         for family, names in data.families(data.identity.methods)
     ]
 
 
-def _note(name: str, method: MethodIdentity) -> MethodNote:
+def _note(name: str, methods: Mapping[str, MethodIdentity]) -> MethodNote:
+    method = methods[name]
+    alike = [other.settings for other in methods.values() if other.method == method.method]
     found = registered_method(method.method, method.settings)
     summary = method.summary if found is None else summary_of(found.policy)
     defaults = {} if found is None else {each.name: each.default for each in dataclasses.fields(found.policy.Settings)}
     settings = {
         key: str(value)
         for key, value in method.settings.items()
-        if isinstance(value, str | int | float) and (key not in defaults or value != defaults[key])
+        if isinstance(value, str | int | float)
+        and (key not in defaults or value != defaults[key] or any(other.get(key) != value for other in alike))
     }
     return MethodNote(name, summary, settings)
 

@@ -1,13 +1,14 @@
 """Strips: frames at chosen seconds in columns, methods in rows; for the page and for paper.
 
 Each strip is one small WebP image of one video, named by the video's digest, made once and used again by every later
-report. Videos are read one at a time, each in one pass, through storage.
+report. Each video is read in one pass, through storage, those of a few prompts side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from lrag_ray.report.collect import ReportData, ShownRollout
 from lrag_ray.report.tables import number
-from lrag_ray.scoring.suite import FrameRow, Suite
+from lrag_ray.scoring.suite import FrameMark, FrameRow, Suite
 from lrag_ray.store.address import Storage
 from lrag_ray.store.local_copy import local_copy
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.videos import CommittedVideo
+from lrag_ray.thread_pool import thread_pool
 from lrag_ray.video.decode import Frames
 from lrag_ray.video.mp4 import VideoError, frames_at
 
@@ -35,9 +37,9 @@ _WIDTH = 288
 _GAP = 6
 """Pixels between frames, which the page shines through."""
 _QUALITY = 82
-_BAND = 26
+_BAND = 34
 """Height of the marks below a strip, in pixels."""
-_MARKS: dict[bool | None, tuple[Sequence[Sequence[tuple[float, float]]], tuple[int, int, int, int]]] = {
+_SIGNS: dict[bool | None, tuple[Sequence[Sequence[tuple[float, float]]], tuple[int, int, int, int]]] = {
     True: ([[(-0.3, 0.02), (-0.08, 0.25), (0.3, -0.28)]], (32, 150, 90, 255)),
     False: ([[(-0.22, -0.22), (0.22, 0.22)], [(-0.22, 0.22), (0.22, -0.22)]], (200, 75, 50, 255)),
     None: ([[(-0.18, 0.0), (0.18, 0.0)]], (140, 145, 150, 255)),
@@ -84,11 +86,11 @@ def make_strips(data: ReportData, folder: Storage, prompts: int) -> list[StripSh
     if prompts < 1:
         return []
     present = set(folder.list_files(FOLDER))
-    return [
-        _sheet(data, folder, present, backbone, chosen)
-        for backbone in data.identity.backbones
-        for chosen in chosen_videos(data, backbone)[:prompts]
+    chosen = [
+        (backbone, videos) for backbone in data.identity.backbones for videos in chosen_videos(data, backbone)[:prompts]
     ]
+    with thread_pool(min(8, os.cpu_count() or 1), "strips") as pool:
+        return list(pool.map(lambda each: _sheet(data, folder, present, *each), chosen))
 
 
 def unused_strips(files: Iterable[str], shown: Collection[str | None]) -> set[str]:
@@ -205,7 +207,7 @@ def make_strip(
 
 def _path(made_from: str) -> str:
     # Hashed: a stranger's record may hold anything in place of a digest.
-    return f"{FOLDER}/{hashlib.sha256(f'{made_from} {_QUALITY}'.encode()).hexdigest()[:32]}.webp"
+    return f"{FOLDER}/{hashlib.sha256(f'{made_from} {_QUALITY} {_BAND}'.encode()).hexdigest()[:32]}.webp"
 
 
 def _read(storage: Storage, video: CommittedVideo, indices: set[int]) -> dict[int, Frames]:
@@ -223,7 +225,7 @@ def _image(
     indices: Sequence[int],
     width: int | None,
     gap: int,
-    marks: Sequence[bool | None] = (),
+    marks: Sequence[FrameMark] = (),
 ) -> bytes:
     """The frames side by side as WebP, with `marks` below them in cells of equal width."""
     from PIL import Image as PilImage
@@ -242,8 +244,8 @@ def _image(
     return content.getvalue()
 
 
-def _band(marks: Sequence[bool | None], width: int) -> Image:
-    """Ticks, crosses and dashes as a picture `width` by `_BAND` pixels."""
+def _band(marks: Sequence[FrameMark], width: int) -> Image:
+    """What is read, with ticks, crosses and dashes, as a picture `width` by `_BAND` pixels."""
     from PIL import Image as PilImage
     from PIL import ImageDraw
 
@@ -252,7 +254,14 @@ def _band(marks: Sequence[bool | None], width: int) -> Image:
     draw = ImageDraw.Draw(band)
     for cell, mark in enumerate(marks):
         x, y = (cell + 0.5) * width / len(marks) * scale, _BAND / 2 * scale
-        lines, colour = _MARKS[mark]
+        if mark.seen is not None:
+            icon = _thumbnail(mark.seen, round(0.8 * _BAND * scale * mark.seen.shape[1] / mark.seen.shape[0]))
+            alone = mark.right is None
+            band.paste(icon, (round(x - (icon.width / 2 if alone else icon.width)), round(y - icon.height / 2)), icon)
+            if alone:
+                continue
+            x += 0.4 * _BAND * scale
+        lines, colour = _SIGNS[mark.right]
         for line in lines:
             at = [(x + dx * _BAND * scale, y + dy * _BAND * scale) for dx, dy in line]
             draw.line(at, fill=colour, width=round(_BAND * scale / 7), joint="curve")

@@ -100,7 +100,7 @@ def _value_range(drawn: TraceMap) -> str:
     if not len(finite):
         return ""
     short = "similarity" if drawn.value_name.startswith("cosine") else "share of tokens"
-    return f"{short} {finite.min():.2f} to {finite.max():.2f}"
+    return f"{short} {finite.min():.2f} to {finite.max():.2f}".replace("-", "−")
 
 
 def _summary(rows: Sequence[TraceRow], drawn: TraceMap) -> str:

@@ -110,6 +110,15 @@ class FrameRow(NamedTuple):
     """Name of the measure whose value of the video stands below the label."""
 
 
+class FrameMark(NamedTuple):
+    """What a suite reads in a part of a row of frames, and what it says of it; – where it is neither."""
+
+    seen: NDArray[np.uint8] | None = None
+    """Picture [H, W, 4] of what it takes that part for, red, green, blue and opacity."""
+    right: bool | None = None
+    """Whether that is right (✓) or wrong (✗); None without a judgement."""
+
+
 @dataclass(frozen=True)
 class NoSettings:
     """A suite without settings."""
@@ -204,8 +213,8 @@ class Suite(ABC, Generic[SettingsT]):
         """Indices of the video frames that `frame_marks` looks at, of a video with `frames`; ascending."""
         return ()
 
-    def frame_marks(self, pictures: Sequence[NDArray[np.uint8]], prompt: str) -> Mapping[str, Sequence[bool | None]]:
-        """What is right (✓), wrong (✗) or without a judgement (–) in the `frame_rows` of a video, by label.
+    def frame_marks(self, pictures: Sequence[NDArray[np.uint8]], prompt: str) -> Mapping[str, Sequence[FrameMark]]:
+        """What is read in the `frame_rows` of a video and judged, by label.
 
         `pictures` [H, W, 3] are its `marked_frames`. The marks of a row stand below it in cells of equal width.
         """

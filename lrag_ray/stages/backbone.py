@@ -12,6 +12,7 @@ from lrag_ray.config.schema import BackboneConfig, WeightsConfig
 from lrag_ray.config.vae import VaeConfig
 from lrag_ray.context.weights import Loaded, on_device
 from lrag_ray.errors import ConfigError
+from lrag_ray.wan import fp8
 from lrag_ray.wan.checkpoint import load_transformer
 from lrag_ray.wan.config import SamplerConfig
 from lrag_ray.wan.kernels import Kernels
@@ -40,6 +41,8 @@ def latents_identity(config: BackboneConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "attention": ATTENTION_BACKEND,
         "text_encoder": text_identity(config),
+        # Left out where exact, so that keys of rollouts that were begun before there was a choice stay the same.
+        **({"products": config.products} if config.products != "exact" else {}),
     }
 
 
@@ -97,7 +100,10 @@ def device_for(gpus: float) -> torch.device:
 
 
 def load_generator(config: BackboneConfig, device: torch.device, kernels: Kernels) -> CausalWanTransformer:
-    """The frozen transformer, computed by `kernels`: from its checkpoint, or from the random recipe."""
+    """The frozen transformer, computed by `kernels`: from its checkpoint, or from the random recipe.
+
+    ConfigError where the device does not compute `products`.
+    """
     dtype = getattr(torch, config.dtype)
     weights = config.weights
     file = _file(weights)
@@ -111,6 +117,10 @@ def load_generator(config: BackboneConfig, device: torch.device, kernels: Kernel
         fill_random(model, weights.random_seed or 0)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     model.kernels = kernels
+    try:
+        fp8.use(config.products, model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return model
 
 
@@ -131,7 +141,8 @@ def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
     path = _vae_path(config.vae)
     if config.vae.kind == "tiny":
         vae = tiny_vae()
-        vae.model.to(device, dtype)
+        # The module's own `to`: that of diffusers warns of parts to keep in float32 that this model does not have.
+        torch.nn.Module.to(vae.model, device, dtype)
     elif path is None:
         raise ConfigError("vae: kind wan needs path (Wan2.1_VAE.pth or a Diffusers folder)")
     else:

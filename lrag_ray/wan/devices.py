@@ -24,6 +24,8 @@ class Device(NamedTuple):
 
 
 _PASS = re.compile(r", (?P<size>\d+) prompts per pass, row (?P<row>\d+)$")
+_OPTIONS = re.compile(r", (fused rows|fused layers|\d+ prompts per pass)\b")
+"""Where a kind begins to name what is recorded only where it is used."""
 _KERNEL = re.compile(rf"\b({'|'.join(get_args(Backend))}) attention\b")
 
 DEVICES = (
@@ -94,17 +96,17 @@ def kernel_notes(kernels: Kernels, device: torch.device) -> list[str]:
 def same_kind(recorded: str, own: str) -> bool:
     """Whether parts of the kind `recorded` may be continued on `own`.
 
-    Older versions recorded less (``cpu`` alone, no attention kernel); what they left out is not held against them. All
-    versions knew passes over one prompt alone until these were recorded, so that part must be the same (`row_kind`).
+    Older versions recorded less (``cpu`` alone, no attention kernel); what they left out is not held against them. But
+    no version left out fused kernels and rows of a pass (`row_kind`) that it used, so that part must be the same.
     """
-    (recorded, *recorded_pass), (own, *own_pass) = _split(recorded), _split(own)
-    return recorded_pass == own_pass and (own == recorded or own.startswith(f"{recorded}, "))
+    (recorded, *recorded_options), (own, *own_options) = _split(recorded), _split(own)
+    return recorded_options == own_options and (own == recorded or own.startswith(f"{recorded}, "))
 
 
 def _split(kind: str) -> list[str]:
-    """The device and its kernels; and what `row_kind` added, if anything."""
-    found = _PASS.search(kind)
-    return [kind[: found.start()], found[0]] if found else [kind]
+    """The device with its libraries and attention kernel; and the options that follow, if any."""
+    found = _OPTIONS.search(kind)
+    return [kind[: found.start()], kind[found.start() :]] if found else [kind]
 
 
 def gpu_hours(flops: float, device: Device, utilisation: float) -> float:

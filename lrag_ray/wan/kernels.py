@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 
 Backend = Literal["flash", "cudnn", "efficient", "math"]
 AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math"]
+Products = Literal["exact", "fp8"]
+"""Matrix products of the layers: in the backbone's precision, or of 8-bit floats (`wan.fp8`)."""
 
 
 class Kernels(NamedTuple):

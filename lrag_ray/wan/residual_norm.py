@@ -81,8 +81,8 @@ def fused(
 
 def feed_forward(x: Tensor, ffn: nn.Sequential, *, fuses: bool) -> Tensor:
     """Linear, GELU (tanh) and linear; with `fuses`, a GPU computes GELU in the first product's kernel."""
-    first: nn.Linear = ffn[0]  # type: ignore[assignment]
-    if not (fuses and x.is_cuda):
+    first = ffn[0]
+    if not (fuses and x.is_cuda and isinstance(first, nn.Linear)):
         return ffn(x)
     hidden = torch.ops.aten._addmm_activation.default(first.bias, x.flatten(0, 1), first.weight.t(), use_gelu=True)
     return ffn[2](hidden).view(x.shape)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from lrag_ray.config.schema import LoraConfig
+from lrag_ray.config.lora import LoraConfig
 from lrag_ray.wan.lora import Lora, read_lora
 from lrag_ray.weights.digests import weights_digest
 from lrag_ray.weights.local import is_remote, local_copy, sizes_at

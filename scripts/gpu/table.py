@@ -19,18 +19,21 @@ from lrag_ray.context.policy import Layout
 from lrag_ray.printable import counted
 from lrag_ray.retrieval.history import TieredBank
 from lrag_ray.retrieval.payload import FrameShape, make_payload
+from lrag_ray.retrieval.similarity import HostCopy
 from lrag_ray.rollout.rollout import Rollout
-from lrag_ray.wan import fused_rows, residual_norm
+from lrag_ray.stages.rollout.background import BackgroundThread
+from lrag_ray.wan import fp8, fused_rows, residual_norm
 from lrag_ray.wan.attention import attention, backend_of
 from lrag_ray.wan.devices import DEVICES
 from lrag_ray.wan.flops import block_flops
-from lrag_ray.wan.kernels import Backend, Kernels
+from lrag_ray.wan.kernels import Backend, Kernels, Products
 from lrag_ray.wan.rope import Rope, rotate, rotate_into
 from lrag_ray.wan.transformer import CausalWanTransformer
 from scripts.gpu.harness import GIGA, METHODS, SAMPLER, SIZES, VIDEO_FRAMES_PER_LATENT, Bench
 from scripts.gpu.scoring import scoring
 
 T = TypeVar("T", str, int)
+NO_VAE = "skipped: the VAE needs diffusers, which is not installed"
 
 
 def table(bench: Bench, golden: Path | None) -> None:
@@ -41,7 +44,9 @@ def table(bench: Bench, golden: Path | None) -> None:
         bench.part(f"depth {depth_s} s", lambda depth_s=depth_s: _depth(bench, depth_s))  # type: ignore[misc]
     bench.part("fused layers", lambda: _fused_layers(bench))
     bench.part("prompts per pass", lambda: _prompts_per_pass(bench))
+    bench.part("fp8 products", lambda: _fp8_products(bench))
     bench.part("decode", lambda: _decode(bench))
+    bench.part("decode beside rag", lambda: _decode_beside(bench))
     scoring(bench)
 
 
@@ -120,6 +125,23 @@ def _fused_layers(bench: Bench) -> dict[str, Any] | str:
         model.kernels = Kernels(fused_layers=name == "fused")
         rollouts[name] = bench.rollout(model, "infinity_rope", _few_slabs)
     return {name: {"ms per block": 1e3 * seconds} for name, seconds in _in_turn(bench, rollouts).items()}
+
+
+def _fp8_products(bench: Bench) -> dict[str, Any] | str:
+    """Blocks of infinity_rope with `products: fp8` and without, in turn, and how far their last latents are apart."""
+    models = {name: bench.filled(CausalWanTransformer, bench.size.model) for name in get_args(Products)}
+    for name, model in models.items():
+        try:
+            fp8.use(name, model)
+        except ValueError as error:
+            return f"skipped: {error}"
+    rollouts = {name: bench.rollout(model, "infinity_rope", _few_slabs) for name, model in models.items()}
+    found: dict[str, Any] = {
+        name: {"ms per block": 1e3 * seconds} for name, seconds in _in_turn(bench, rollouts).items()
+    }
+    exact, rounded = (next(iter(rollout.blocks(1))).latents.float() for rollout in rollouts.values())
+    notes = fp8.notes("fp8", bench.device)
+    return found | {"latent rms": float((rounded - exact).square().mean().sqrt())} | ({"notes": notes} if notes else {})
 
 
 def _prompts_per_pass(bench: Bench) -> dict[str, dict[str, float]]:
@@ -216,20 +238,14 @@ def _few_slabs(layout: Layout) -> TieredBank:
 
 def _decode(bench: Bench) -> dict[str, Any] | str:
     if importlib.util.find_spec("diffusers") is None:
-        return "skipped: the VAE needs diffusers, which is not installed"
-    from diffusers import AutoencoderKLWan
-
-    from lrag_ray.wan.vae import WanVae
-
-    vae: Any = AutoencoderKLWan() if bench.size is SIZES["full"] else AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+        return NO_VAE
+    vae = _vae(bench)
     latents = bench.draw(SAMPLER.frames_per_block, *bench.size.latent, dtype=torch.float32)
     found: dict[str, Any] = {}
     exact = None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for channels_last in (False, True):
-            decoder = WanVae(copy.deepcopy(vae).to(bench.device, dtype).eval().requires_grad_(False))
-            if channels_last:
-                decoder.keep_channels_last()
+            decoder = _decoder(bench, vae, dtype, channels_last)
             pixels = decoder.decode(latents).float()
             exact = pixels if exact is None else exact
             error = float((pixels - exact).square().mean())
@@ -240,3 +256,58 @@ def _decode(bench: Bench) -> dict[str, Any] | str:
                 "psnr_db": 10 * math.log10(4 / error) if error else None,
             }
     return found
+
+
+def _decode_beside(bench: Bench) -> dict[str, Any] | str:
+    """FPS of video with rag: without decoding, and with each block decoded beside the next one, as a worker does it."""
+    if importlib.util.find_spec("diffusers") is None:
+        return NO_VAE
+    from lrag_ray.video.decode import StreamingDecoder
+
+    vae, n = _vae(bench), SAMPLER.frames_per_block
+    rollout = bench.rollout(bench.filled(CausalWanTransformer, bench.size.model), "rag", _few_slabs)
+    # The window is full, and frames are retrieved.
+    for _ in rollout.blocks(10):
+        pass
+    decoders: dict[str, Any] = {
+        "no decoding": None,
+        "float32": StreamingDecoder(_decoder(bench, vae, torch.float32, False)),
+        "bfloat16, channels last": StreamingDecoder(_decoder(bench, vae, torch.bfloat16, True)),
+    }
+    found = {}
+    for name, decoder in decoders.items():
+        (first,) = rollout.blocks(1)
+        if decoder is not None:
+            decoder.push(first.latents[0].cpu())
+        bench.wait()
+        began = time.perf_counter()
+        with BackgroundThread(2) as background:
+            # A block is read when the next one has been launched, so that the device never waits for the host.
+            last: HostCopy | None = None
+            for result in rollout.blocks(bench.size.blocks):
+                copied = HostCopy(result.latents[0])
+                if decoder is not None and last is not None:
+                    background.do(decoder.push, last.read())
+                last = copied
+            if decoder is not None and last is not None:
+                background.do(decoder.push, last.read())
+            background.finish()
+        bench.wait()
+        found[name] = {"fps": bench.size.blocks * n * VIDEO_FRAMES_PER_LATENT / (time.perf_counter() - began)}
+    return found
+
+
+def _vae(bench: Bench) -> Any:
+    """Wan's VAE with random weights, on the CPU."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan() if bench.size is SIZES["full"] else AutoencoderKLWan(base_dim=8, num_res_blocks=1)
+
+
+def _decoder(bench: Bench, vae: Any, dtype: torch.dtype, channels_last: bool) -> Any:
+    from lrag_ray.wan.vae import WanVae
+
+    made = WanVae(torch.nn.Module.to(copy.deepcopy(vae), bench.device, dtype).eval().requires_grad_(False))
+    if channels_last:
+        made.keep_channels_last()
+    return made

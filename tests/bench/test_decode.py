@@ -9,10 +9,15 @@ import torch
 from typer.testing import CliRunner
 
 from lrag_ray.bench import decode
+from lrag_ray.bench.decode import Variant
 from lrag_ray.bench.rollout import random_backbone
 from lrag_ray.config.schema import BackboneConfig
+from lrag_ray.scoring.vbench_long.clips import ClipSpan
+from lrag_ray.scoring.vbench_long.networks import Networks
+from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
+from lrag_ray.scoring.vbench_long.score import ClipScorer
 from lrag_ray.stages.backbone import load_vae, pixels_identity
-from lrag_ray.video.decode import Frames, StreamingDecoder
+from lrag_ray.video.decode import StreamingDecoder
 from tests.bench.test_rollout import program
 
 CPU = torch.device("cpu")
@@ -35,20 +40,21 @@ def test_each_variant_is_compared_with_float32() -> None:
 
 
 def test_dimensions_are_scored_beside_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given scores that are the mean of the frames, the difference is that of the means."""
-    seen = []
-
-    def mean(videos: list[Frames], fps: int, networks: object) -> dict[str, float]:
-        seen.append(float(videos[0].mean()))
-        return {"aesthetic_quality": seen[-1]}
-
-    monkeypatch.setattr(decode, "_scores", mean)
-    networks: object = object()
-    latents = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(2))
-    found = decode.bench_decode(random_backbone("tiny"), [latents], CPU, networks=networks)  # type: ignore[arg-type]
-    differences = [each.vbench["aesthetic_quality"] for each in found if each.vbench]
-    assert differences == [score - seen[0] for score in seen]
-    assert differences[2] != 0
+    """Given the dimension with the smallest network, the difference is that of the means over the clips."""
+    monkeypatch.setattr(decode, "DIMENSION_NAMES", ["motion_smoothness"])
+    monkeypatch.setattr(decode, "VARIANTS", [Variant("float32", False), Variant("bfloat16", False)])
+    networks = Networks(RandomWeights(), "cpu")
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(2))
+    plain, bfloat16 = decode.bench_decode(random_backbone("tiny"), [latents], CPU, fps=2, networks=networks)
+    assert plain.vbench == {"motion_smoothness": 0}
+    means = []
+    for dtype in ("float32", "bfloat16"):
+        frames = StreamingDecoder(load_vae(with_vae(dtype=dtype), CPU)).push(latents)
+        clips = [list(frames[:4]), list(frames[1:5])]
+        scores = [next(ClipScorer("", networks, 2).clip(ClipSpan(0, 4), clip, ["motion_smoothness"])) for clip in clips]
+        means.append(sum(row.score for row in scores if row.score is not None) / 2)
+    assert bfloat16.vbench is not None
+    assert bfloat16.vbench["motion_smoothness"] == pytest.approx(means[1] - means[0], rel=1e-4) != 0
 
 
 def test_weights_are_laid_out_with_channels_side_by_side() -> None:

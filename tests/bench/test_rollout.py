@@ -52,14 +52,28 @@ def test_every_part_is_measured_and_methods_are_compared() -> None:
     assert rag["history_bytes"] == rag["history_frames"] * 2 * 3 * 64 * 64 * 4
     (compared,) = found["compared"]
     assert compared["low"] <= compared["ratio"] <= compared["high"]
-    (int4,) = found["banks"]
+    (int4,) = found["differences"]
     assert (int4["history"], int4["frames"]) == ("int4", 21)
     assert 0 < int4["latent_rms"] < int4["latent_max"] < 0.1
     assert 0 <= int4["changed"] <= 1
     assert found["peak_host_bytes"] > 1e7
 
 
-@pytest.mark.parametrize("wrong", ["--backbone", "--method", "--bank"])
+def test_matrix_products_are_compared_in_speed_and_latents() -> None:
+    arguments = ["bench", "rollout", "--method", "infinity_rope", "--blocks", "1", "--depth-s", "0", "--no-decode"]
+    done = CliRunner().invoke(program(), [*arguments, "--device", "cpu", "--products", "fp8", "--bank-blocks", "2"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [each["products"] for each in found["methods"]] == ["exact", "fp8"]
+    (compared,), (differs,) = found["compared"], found["differences"]
+    assert (compared["products"], differs["products"], differs["history"], differs["frames"]) == (
+        *("fp8", "fp8", "exact"),
+        6,
+    )
+    assert 1e-3 < differs["latent_rms"] < differs["latent_max"] < 0.5
+
+
+@pytest.mark.parametrize("wrong", ["--backbone", "--method", "--bank", "--products"])
 def test_unknown_names_are_refused_with_the_known_ones(wrong: str) -> None:
     done = CliRunner().invoke(program(), ["bench", "rollout", wrong, "none"])
     assert done.exit_code == 2 or isinstance(done.exception, UsageError)

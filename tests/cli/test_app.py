@@ -52,7 +52,7 @@ SURFACE = {
         "--json",
     ],
     "status": ["RUN", "--watch", "--json"],
-    "verify": ["DIR", "--run", "--bytes", "--sample", "--bank", "--json"],
+    "verify": ["DIR", "--run", "--bytes", "--sample", "--bank", "--device", "--json"],
     "decode": ["RUN", "--config", "--set", "--other-vae", "--json"],
     "score": [
         "RUN|VIDEOS",
@@ -112,6 +112,7 @@ SURFACE = {
         "--blocks",
         "--depth-s",
         "--prompts-per-pass",
+        "--products",
         "--bank",
         "--bank-blocks",
         "--decode",
@@ -264,6 +265,7 @@ def test_wrong_usage_exits_with_2() -> None:
     assert invoke("plan", "a.yaml", "--sett", "x=1").exit_code == 2
     assert invoke("verify").exit_code == 2
     assert invoke("verify", "a", "--run", "b").exit_code == 2
+    assert invoke("verify", "--run", "b", "--device", "cpu").exit_code == 2
     expanded = invoke("score", "a.mp4", "b.mp4")
     assert expanded.exit_code == 2 and "must be in quotes" in expanded.stderr
 

@@ -35,7 +35,7 @@ backbones.*.weights backbones.*.weights.path backbones.*.weights.use_ema backbon
 backbones.*.weights.lora.path backbones.*.weights.lora.rank backbones.*.weights.lora.alpha
 backbones.*.weights.random_seed backbones.*.weights.builtin
 backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
-backbones.*.latent.width backbones.*.dtype backbones.*.text_encoder backbones.*.text_encoder.kind
+backbones.*.latent.width backbones.*.dtype backbones.*.products backbones.*.text_encoder backbones.*.text_encoder.kind
 backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae backbones.*.vae.kind
 backbones.*.vae.path backbones.*.vae.dtype backbones.*.vae.channels_last backbones.*.fail_on_prompt
 methods methods.* methods.*.method methods.*.preset methods.*.adaptive methods.*.alpha methods.*.alpha_long
@@ -302,6 +302,12 @@ def test_paths_stay_as_they_are_written(tmp_path: Path) -> None:
             "{preset: tiny}",
             "{preset: tiny, transformer: {dim: 63}}",
             "run.yaml:6: backbones.tiny.transformer: dim 63 is not a multiple of num_heads 2",
+        ),
+        (
+            "{preset: tiny}",
+            "{preset: tiny, products: fp8, transformer: {ffn_dim: 120}}",
+            "run.yaml:6: backbones.tiny.products: is fp8, which needs a dim and an ffn_dim that are multiples of 16, "
+            "not 64 and 120: use exact",
         ),
         (
             "{preset: tiny}",

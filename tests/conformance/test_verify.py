@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from lrag_ray.conformance.methods import _own_timesteps, _timesteps
-from lrag_ray.conformance.verify import failed, iter_results, verify_path
+from lrag_ray.conformance.verify import ROUNDING, failed, iter_results, verify_path
 from lrag_ray.errors import UsageError
 from lrag_ray.retrieval.bank_types import BankType
 from lrag_ray.retrieval.payload import _Int4
 from lrag_ray.wan.config import SamplerConfig
 from tests.conformance.plain_rollout import make_case
 from tests.conftest import REPOSITORY
+from tests.pretend_cuda import pretend_cuda
 
 TRAVELLING = REPOSITORY / "tests" / "golden"
 
@@ -233,3 +234,20 @@ def test_methods_without_a_history_are_skipped_for_a_storage_type() -> None:
     assert (row.status, row.reason) == ("skip", "infinity_rope keeps no history with these settings")
     with pytest.raises(UsageError, match="no golden rollouts are recognised"):
         list(iter_results(TRAVELLING / "scheduler", "int8"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
+@pytest.mark.parametrize("folder", ["methods/infinity_rope", "methods2/per_head/dummy_forcing"])
+def test_golden_rollouts_are_computed_on_another_device_with_wider_bounds(folder: str) -> None:
+    """Given a device that rounds as the CPU does, all rows pass; what is compared has come back from it."""
+    with pretend_cuda() as device:
+        results = list(iter_results(TRAVELLING / folder, device=torch.device("cuda", 0)))
+        assert len(device.attended) > 100
+    assert results and all(row.status == "pass" for row in results)
+    (latents,) = (row for row in results if row.tensor == "latents")
+    assert latents.tolerance == pytest.approx(1e-4 + ROUNDING)
+
+
+def test_rollouts_alone_are_computed_where_a_device_is_named(golden: Path) -> None:
+    with pytest.raises(UsageError, match="no golden rollouts are recognised"):
+        list(iter_results(golden / "scheduler", device=torch.device("cpu")))

@@ -14,7 +14,7 @@ from PIL import Image
 from lrag_ray.report import collect, report
 from lrag_ray.report.strips import COLUMNS, make_strips
 from lrag_ray.scoring.preview.suite import Preview
-from lrag_ray.scoring.suite import FrameRow, NoSettings
+from lrag_ray.scoring.suite import FrameMark, FrameRow, NoSettings
 from lrag_ray.store.address import Storage
 from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import RolloutRun
@@ -65,9 +65,10 @@ class Turns(Preview):
     def marked_frames(self, frames: int) -> list[int]:
         return [0, frames - 1]
 
-    def frame_marks(self, pictures: Sequence[Frames], prompt: str) -> dict[str, list[bool | None]]:
+    def frame_marks(self, pictures: Sequence[Frames], prompt: str) -> dict[str, list[FrameMark]]:
         assert (len(pictures), prompt) == (2, "a red fox") and (pictures[0] != pictures[1]).any()
-        return {"turn 2": [True, None, False]}
+        blue = np.full((60, 44, 4), (0, 0, 255, 255), np.uint8)
+        return {"turn 2": [FrameMark(blue, True), FrameMark(), FrameMark(right=False), FrameMark(blue)]}
 
 
 def test_a_suite_chooses_rows_of_frames_that_touch(run: RolloutRun, tmp_path: Path) -> None:
@@ -84,12 +85,14 @@ def test_a_suite_chooses_rows_of_frames_that_touch(run: RolloutRun, tmp_path: Pa
     picture = np.asarray(Image.open(io.BytesIO(folder.read_bytes(path))).convert("RGB")).astype(float)
     frames = read_video(run.storage.full(next(iter(data.rollouts.values())).videos[-1].video.path))
     flat = np.concatenate([frames[index] for index in (-17, -9, -1)], axis=1).astype(float)
-    picture, below = picture[: len(flat)], picture[len(flat) :]
+    # Compression mixes the rows where both meet.
+    picture, below = picture[: len(flat)], picture[len(flat) + 4 :]
     assert picture.shape == flat.shape
-    right, without, wrong = (cell.reshape(-1, 3) for cell in np.split(below, 3, axis=1))
-    reddest, greenest = right[:, 0].max(), right[:, 1].max()
-    assert greenest > reddest + 50 and wrong[:, 0].max() > wrong[:, 1].max() + 50
-    assert np.ptp(without.max(axis=0)) < 30 and without.max() > 100
+    right, without, wrong, seen = np.split(below, 4, axis=1)
+    read, sign = np.split(right, [right.shape[1] // 2], axis=1)
+    assert all(blue[..., 2].max() > 200 and blue[..., :2].max() < 60 for blue in (read[:, :-4], seen))
+    assert sign[..., 1].mean() > 2 * sign[..., 0].mean() and wrong[..., 0].max() > wrong[..., 1].max() + 50
+    assert np.ptp(without.max(axis=(0, 1))) < 30 and without.max() > 100
     assert np.abs(picture - flat).mean() < 0.5 * np.abs(picture - np.roll(flat, 64, axis=1)).mean()
 
 

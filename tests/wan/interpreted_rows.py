@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrag_ray.context.infinity_rope import InfinityRope
-from lrag_ray.wan import fused_rows, residual_norm
+from lrag_ray.wan import fp8, fused_rows, residual_norm
 from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.rope import Angles, rotate
 from lrag_ray.wan.transformer import Projected, RMSNorm
@@ -115,6 +115,19 @@ def _stepped(
     return _cut(scaled.float() + shift.float()).flatten(1, 2)
 
 
+def fp8_rows(dtype: torch.dtype, width: int) -> dict[str, tuple[float, float]]:
+    """The kernel that rounds to e4m3."""
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+    x[2], x[3] = 0, 1e4 * x[3]
+    made, plain = fp8._rounded_at_once(x), fp8.plainly_rounded(x)
+    # The interpreter loses the carry where rounding reaches the next power of two; a GPU does not.
+    exact, values = (x.float() / plain.scales).abs(), plain.values.float().abs()
+    carried = (torch.frexp(values).mantissa == 0.5) & (exact < values)
+    assert 0 < float(carried.float().mean()) < 0.1
+    found = torch.where(carried, plain.values.float(), made.values.float())
+    return {"values": _differences(found, plain.values.float()), "scales": _differences(made.scales, plain.scales)}
+
+
 def _differences(found: Tensor, expected: Tensor) -> tuple[float, float]:
     """The largest one as a share of the largest value, and the share of values that differ."""
     apart = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
@@ -135,4 +148,8 @@ if __name__ == "__main__":
         for dtype in (torch.float32, torch.bfloat16)
         for batch, width in ((1, 1536), (2, 48))
     }
-    print(json.dumps(rows | layers | {"rollout": {"latents": rollout()}}))
+    rounded = {
+        f"rounded {str(dtype).removeprefix('torch.')} {width}": fp8_rows(dtype, width)
+        for dtype, width in ((torch.float32, 1536), (torch.bfloat16, 48))
+    }
+    print(json.dumps(rows | layers | rounded | {"rollout": {"latents": rollout()}}))

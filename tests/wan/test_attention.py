@@ -80,6 +80,15 @@ def test_a_kind_of_an_older_version_says_less_but_nothing_else(recorded: str, sa
     assert same_kind(recorded, "H100, torch 2.12.1, cuDNN 91900, flash attention") == same
 
 
+def test_fused_kernels_are_kinds_of_their_own_whichever_way_they_are_switched() -> None:
+    """No version that leaves them out of a kind has used them."""
+    plain = "H100, torch 2.12.1, cuDNN 91900, flash attention"
+    rows, layers = f"{plain}, fused rows 1", f"{plain}, fused layers 1"
+    kinds = [plain, rows, layers, f"{rows}, fused layers 1", row_kind(rows, 0, 2), row_kind(plain, 0, 2)]
+    assert all(same_kind(a, b) == (a == b) for a in kinds for b in kinds)
+    assert not same_kind("H100", rows) and same_kind("H100, fused rows 1", rows)
+
+
 def test_rows_of_a_pass_are_kinds_of_their_own_and_take_equally_long() -> None:
     alone = "H100, torch 2.12.1, cuDNN 91900, flash attention"
     first, second = row_kind(alone, 0, 2), row_kind(alone, 1, 2)

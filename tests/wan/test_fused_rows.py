@@ -32,10 +32,12 @@ def test_the_kernel_computes_what_the_plain_operations_do() -> None:
     )
     assert found.returncode == 0, found.stderr
     cases = json.loads(found.stdout.splitlines()[-1])
-    assert len(cases) == 11
+    assert len(cases) == 13
     for name, compared in cases.items():
         for what, (apart, share) in compared.items():
-            if name.startswith("bfloat16"):
+            if name.startswith("rounded"):
+                assert share == 0, (name, what)
+            elif name.startswith("bfloat16"):
                 assert share < 0.01, (name, what)
             else:
                 assert apart < TOLERANCE[torch.float32], (name, what)
@@ -47,23 +49,26 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path, monkeypa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from lrag_ray.wan.fp8_kernel import round_kernel
     from lrag_ray.wan.fused_kernel import rows_kernel
     from lrag_ray.wan.residual_kernel import residual_norm_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    others = {"turns": "*fp32", "eps": "fp32"}
+    others = {"turns": "*fp32", "eps": "fp32", "scales": "*fp32", "values": "*fp8e4nv"}
+    others |= dict.fromkeys(("largest", "least"), "fp32")
     others |= dict.fromkeys(("rows", "width", "pairs", "turns_stride", "out_stride", "rows_per_frame"), "i32")
     others |= dict.fromkeys(("gate_stride", "shift_stride", "scale_stride"), "i32")
     steps = dict.fromkeys(("ADDS", "GATES", "NORMS", "MODULATES"), True)
-    for kernel, constants in (
-        (rows_kernel, {"KEEP": True, "BLOCK": 1024}),
-        (residual_norm_kernel, steps | {"BLOCK": 2048}),
+    for kernel, constants, rounds in (
+        (rows_kernel, {"KEEP": True, "BLOCK": 1024}, "cvt.rn.bf16"),
+        (residual_norm_kernel, steps | {"BLOCK": 2048}, "cvt.rn.bf16"),
+        (round_kernel, {"BLOCK": 2048}, "cvt.rn.satfinite.e4m3x2.f32"),
     ):
         types = others | dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, {name: types.get(name, "*bf16") for name in kernel.arg_names}, constants)
         code = compiled(source, target=GPUTarget("cuda", 90, 32)).asm
         assert code["cubin"]
-        assert "cvt.rn.bf16" in code["ptx"] and "cvt.rz" not in code["ptx"]
+        assert rounds in code["ptx"] and "cvt.rz" not in code["ptx"]
 
 
 def test_a_device_without_triton_does_without_the_kernel_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from lrag_ray.world.scenes import (
     Scene,
     make_scene,
     setting_of,
+    thing_picture,
 )
 
 FIRST = make_scene("suite", 1, among=HELD_OUT)
@@ -88,7 +89,12 @@ def test_a_repeated_turn_keeps_its_things_and_other_things_do_not(storage: Stora
     assert same.values["identity"] == 1 and same.values["psnr"] > 30
     assert same.values["pose_error"] < 0.05 and same.values["sky_drift"] < 0.02
     assert other.values["identity"] == 3 / 24 and other.values["psnr"] < same.values["psnr"] - 10
-    assert marks == {"turn 2": [True] * 3 + [False] * 21}
+    assert [mark.right for mark in marks["turn 1"]] == [None] * 24
+    assert [mark.right for mark in marks["turn 2"]] == [True] * 3 + [False] * 21
+    for row, shown in (("turn 1", FIRST.things), ("turn 2", things)):
+        for slot, mark in enumerate(marks[row]):
+            _, colour = thing_picture(shown[(begin + slot) % SLOTS])
+            assert mark.seen is not None and tuple(mark.seen[40, 22]) == (*colour, 255)
     assert WORLD.frame_marks(pictures, "a cat") == {}
     assert not WORLD.marked_frames(target.video_frames - FRAMES_PER_LATENT)
 
@@ -165,7 +171,7 @@ def test_the_prompts_that_come_along_are_held_out() -> None:
 
 def test_the_page_says_what_was_trained() -> None:
     banner = WORLD.banner(Scores())
-    assert "saw retrieved frames in training" in banner.text and "does not replicate" in banner.text
+    assert "was trained with retrieved frames" in banner.text and "does not replicate" in banner.text
 
 
 def test_each_turn_is_a_row_of_frames_that_make_up_the_ring() -> None:

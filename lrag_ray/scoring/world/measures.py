@@ -7,6 +7,7 @@ per latent frame, the last of its four.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrag_ray.scoring.measure import Measure
 from lrag_ray.world.reading import ABSENT, UNCLEAR, Floats, Seen, majority, pose_distance, read_frames
@@ -84,14 +85,19 @@ def measures(frames: Pixels, setting: Setting) -> dict[str, float]:
     return found
 
 
+def things_of(seen: Seen, turn: int) -> NDArray[np.int64]:
+    """Thing of each slot [24] in `turn` by majority of its frames, or ABSENT or UNCLEAR."""
+    return majority(seen.things[(turn - 1) * TURN : turn * TURN])
+
+
 def things_back(seen: Seen, turn: int) -> list[bool | None]:
     """Whether each slot [24] has in `turn` the thing of turn 1; None where none can be read in turn 1."""
-    first, later = majority(seen.things[:TURN]), majority(seen.things[(turn - 1) * TURN : turn * TURN])
-    return [None if a in (ABSENT, UNCLEAR) else bool(a == b) for a, b in zip(first, later, strict=True)]
+    both = zip(things_of(seen, 1), things_of(seen, turn), strict=True)
+    return [None if a in (ABSENT, UNCLEAR) else bool(a == b) for a, b in both]
 
 
 def _identity(seen: Seen, turn: int) -> float:
-    shown = np.count_nonzero(majority(seen.things[:TURN]) != ABSENT)
+    shown = np.count_nonzero(things_of(seen, 1) != ABSENT)
     return things_back(seen, turn).count(True) / shown if shown else 0.0
 
 

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrag_ray.errors import ConfigError
 from lrag_ray.printable import listed
-from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer, frames_of
+from lrag_ray.scoring.per_video import PerVideoSuite, VideoScorer
 from lrag_ray.scoring.scores import Scores
-from lrag_ray.scoring.suite import Banner, FrameRow, NoSettings, UnscorableError
+from lrag_ray.scoring.suite import Banner, FrameMark, FrameRow, NoSettings, UnscorableError
 from lrag_ray.scoring.video_rows import ScoreTarget
-from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures, things_back
+from lrag_ray.scoring.world.measures import LAST_TURN, LATER_TURNS, MEASURES, measures, things_back, things_of
 from lrag_ray.store.rollouts import RolloutRun
-from lrag_ray.world.reading import read_frames
-from lrag_ray.world.scenes import FRAMES_PER_LATENT, HELD_OUT, SLOT, STEP, THINGS, TURN, VIEW, Pixels, setting_of
+from lrag_ray.video.mp4 import frames_at
+from lrag_ray.world.reading import ABSENT, UNCLEAR, read_frames
+from lrag_ray.world.scenes import (
+    FRAMES_PER_LATENT,
+    HELD_OUT,
+    SLOT,
+    SLOTS,
+    STEP,
+    THINGS,
+    TURN,
+    VIEW,
+    Pixels,
+    setting_of,
+    thing_picture,
+)
 
 _LEAST_S = 2 * TURN / 4
 """Two turns at 16 video frames, 4 latent frames, per second."""
@@ -33,9 +46,10 @@ class World(PerVideoSuite[NoSettings]):
     strips = 8
     strips_note = (
         "Each row is one turn around the ring, laid out flat: frames that touch, from the start of the turn to its "
-        "end. Every video is compared with its own turn 1, which no prompt describes: ✓ below a thing of a later turn "
-        "says that turn 1 has it in the same place, kind and colour, ✗ that it has not, and – that what turn 1 has "
-        "there is none of the 24 things. Identity is the share of ✓."
+        "end, at the times of turn 1. Below stands what is read in each of the 24 places: a thing of one of 3 kinds "
+        "and 8 colours, or – for what is like none of them. Every video is compared with its own turn 1, which no "
+        "prompt describes: ✓ says that the same kind and colour is back, ✗ that it is not. Identity is the share of ✓ "
+        "of all places; one that reads – in turn 1 has no mark and counts as not back."
     )
 
     @property
@@ -49,9 +63,9 @@ class World(PerVideoSuite[NoSettings]):
             "A tiny world, not a benchmark.",
             f"The view rides around a ring, {TURN / 4:g} s per turn, and should pass the same things in every turn. No "
             "prompt names them: they are decided in the first turn of each video, and only what a method keeps of it "
-            "can bring them back. The generator of preset tiny_world saw retrieved frames in training, as rag gives "
-            "them to it. Those of the paper that rag comes from (arXiv 2606.02553) did not, so this does not replicate "
-            "its result; tiny_world_zero_shot never saw any.",
+            "can bring them back. The generator of preset tiny_world was trained with retrieved frames, as rag gives "
+            "them to it. The generators of the paper that rag comes from (arXiv 2606.02553) were not, so this does not "
+            "replicate its result; nor was that of preset tiny_world_zero_shot, which rag does not help.",
         )
 
     def in_words(self, means: Mapping[str, Mapping[str, float]]) -> str:
@@ -80,15 +94,19 @@ class World(PerVideoSuite[NoSettings]):
         turns = _turns(frames)
         return range(0, turns * TURN * FRAMES_PER_LATENT, FRAMES_PER_LATENT) if turns > 1 else ()
 
-    def frame_marks(self, pictures: Sequence[Pixels], prompt: str) -> Mapping[str, Sequence[bool | None]]:
-        """Which things of turn 1 each later turn shows again, as the measure identity counts them."""
+    def frame_marks(self, pictures: Sequence[Pixels], prompt: str) -> Mapping[str, Sequence[FrameMark]]:
+        """The things of each turn, and which of turn 1 a later one shows again, as the measure identity counts them."""
         setting = setting_of(prompt)
         if setting is None or not pictures or pictures[0].shape != (VIEW, VIEW, 3):
             return {}
         seen = read_frames(np.stack(pictures))
         begin = setting.pose * FRAMES_PER_LATENT * STEP // SLOT
-        back = {i: things_back(seen, i) for i in range(2, len(pictures) // TURN + 1)}
-        return {f"turn {i}": [*things[begin:], *things[:begin]] for i, things in back.items()}
+        marks = {}
+        for i in range(1, len(pictures) // TURN + 1):
+            right = things_back(seen, i) if i > 1 else [None] * SLOTS
+            row = [FrameMark(_icon(thing), back) for thing, back in zip(things_of(seen, i), right, strict=True)]
+            marks[f"turn {i}"] = [*row[begin:], *row[:begin]]
+        return marks
 
     def plan_notes(self, backbones: int, methods: int, durations_s: Sequence[float], units: int) -> Sequence[str]:
         """Durations without a second turn."""
@@ -124,11 +142,21 @@ def _turns(frames: int) -> int:
     return min((frames + FRAMES_PER_LATENT - 1) // (TURN * FRAMES_PER_LATENT), LAST_TURN)
 
 
+def _icon(thing: int) -> NDArray[np.uint8] | None:
+    """A thing [60, 44, 4] as the scenes draw it, with an outline that can be seen on light and on dark pages."""
+    if thing in (ABSENT, UNCLEAR):
+        return None
+    shape, colour = thing_picture(thing)
+    icon = np.zeros((*shape.shape, 4), np.uint8)
+    icon[shape > 0] = np.where(shape[shape > 0][:, None] == 1, (*colour, 255), (128, 128, 136, 255))
+    return icon
+
+
 def _score(video: Path, target: ScoreTarget) -> dict[str, float]:
     setting = setting_of(target.prompt)
     if setting is None:
         raise UnscorableError(f"'{target.prompt}' is not a prompt of the tiny world")
-    frames = list(islice(frames_of(video, target.video_frames), 0, None, FRAMES_PER_LATENT))
+    frames = list(frames_at(video, range(0, target.video_frames, FRAMES_PER_LATENT)))
     try:
         return measures(np.stack(frames), setting)
     except ValueError as error:
