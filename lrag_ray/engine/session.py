@@ -31,6 +31,10 @@ from lrag_ray.store.scratch import remove_orphans
 
 _CONNECT_TIMEOUT_S = 20.0
 _START_TRIES = 3
+_HTTP2_FRAME, _HTTP2_SETTINGS = 9, b"\x04"
+"""Bytes before the content of a frame, the fourth of which is its kind; and the kind that opens a connection."""
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_SETTINGS + bytes(5)
+"""What a client says first, of gRPC too (RFC 9113, section 3.4); a server answers with a frame of the same kind."""
 
 
 @contextmanager
@@ -121,9 +125,20 @@ def _warn(text: str) -> None:
 
 
 def _require_listener(address: ClusterAddress) -> None:
-    """OSError where nobody listens there: Ray itself would try for a quarter of an hour."""
-    if address.host is not None:
-        socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S).close()
+    """OSError where nobody listens there, or not Ray: Ray itself would try for a quarter of an hour."""
+    if address.host is None:
+        return
+    with socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT_S) as there:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        there.sendall(_HTTP2_HELLO)
+        try:
+            with there.makefile("rb") as said:
+                kind = said.read(_HTTP2_FRAME)[3:4]
+        except TimeoutError:
+            raise TimeoutError(f"what listens there has said nothing for {_CONNECT_TIMEOUT_S:g} s") from None
+    if kind != _HTTP2_SETTINGS:
+        raise ConnectionError("what listens there is not Ray")
 
 
 def _start_local(engine: WorkersSection, folder: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 pytestmark = pytest.mark.cluster
 
 REFUSED = """
-import os
+import os, socket, threading
 import ray
 from lrag_ray.config.schema import EngineSection
+from lrag_ray.engine import session
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import ClusterError
 
@@ -45,7 +46,18 @@ except ClusterError as error:
 assert len(tries) == 3
 ray.init = init
 
+session._CONNECT_TIMEOUT_S = 0.5
+mute, web = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+
+def refuse():
+    with web.accept()[0] as one:
+        one.sendall(b"HTTP/1.1 400 Bad Request")
+
+threading.Thread(target=refuse).start()
+
 for address, said in (
+    (f"127.0.0.1:{mute.getsockname()[1]}", "what listens there has said nothing for 0.5 s"),
+    (f"127.0.0.1:{web.getsockname()[1]}", "cannot be reached: what listens there is not Ray"),
     ("127.0.0.1:9", "'127.0.0.1:9' cannot be reached"),
     ("not an address", "RAY_ADDRESS 'not an address' is not a Ray address; expected"),
     ("ray://127.0.0.1:9", "RAY_ADDRESS 'ray://127.0.0.1:9' is a Ray Client address"),
