@@ -14,6 +14,7 @@ from lrag_ray.bench.decode import Variant
 from lrag_ray.bench.rollout import random_backbone
 from lrag_ray.config.schema import BackboneConfig
 from lrag_ray.config.vae import VaeConfig
+from lrag_ray.pipelines.decode import _weights_of
 from lrag_ray.scoring.vbench_long.clips import ClipSpan
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
@@ -76,6 +77,7 @@ def test_videos_of_other_layouts_are_others_and_those_without_a_choice_stay_the_
     assert plain == {"kind": "tiny", "sha256": None, "dtype": "float32"}
     assert last == plain | {"channels_last": True}
     assert fused == last | {"fused_norm": True}
+    assert _weights_of({"vae": fused}) == _weights_of({"vae": plain}), "it is the same VAE"
 
 
 def test_a_fused_norm_needs_the_layout_that_it_reads() -> None:
