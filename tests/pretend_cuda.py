@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrag_ray.wan import fp8, fused_rows, residual_norm
+from lrag_ray.wan import fp8, fused_rows, norm_silu, residual_norm
 from lrag_ray.wan.rope import Angles, rotate
 from lrag_ray.wan.transformer import Projected
 
@@ -206,6 +206,13 @@ class Device(TorchDispatchMode):
             normed.unflatten(1, (shift.shape[1], -1)).mul_(_held(scale)).add_(_held(shift))
         return self._own(normed, True)
 
+    def norm_silu(self, x: Any, gamma: Any, bias: Any) -> Any:
+        """The kernel of `wan.norm_silu`, by the plain operations."""
+        self._launch("norm and SiLU", [each for each in (x, gamma, bias) if each is not None], [])
+        normed = F.normalize(_held(x).float(), dim=1) * x.shape[1] ** 0.5 * _held(gamma).float()
+        made = F.silu(normed if bias is None else normed + _held(bias).float()).to(x.dtype)
+        return self._own(made.contiguous(memory_format=torch.channels_last_3d), True)
+
     def rounded(self, x: Any) -> fp8.Rounded:
         """The kernel of `wan.fp8`, by the plain operations."""
         self._launch("round to fp8", [x], [])
@@ -345,6 +352,8 @@ def pretend_cuda() -> Iterator[Device]:
         patch.setattr(fused_rows, "write_rows", device.write_rows)
         patch.setattr(residual_norm, "refusal", lambda of: None)
         patch.setattr(residual_norm, "fused", device.residual_norm)
+        patch.setattr(norm_silu, "refusal", lambda of: None)
+        patch.setattr(norm_silu, "fused", device.norm_silu)
         patch.setattr(fp8, "kernel_refusal", lambda of: None)
         patch.setattr(fp8, "_rounded_at_once", device.rounded)
         patch.setattr(torch.cuda, "get_device_capability", lambda of=None: (9, 0))

@@ -94,9 +94,12 @@ def test_decoding_is_measured_alone_and_beside_a_rollout_where_diffusers_is_inst
     with torch.no_grad():
         alone, beside = _decode(bench), _decode_beside(bench)
     assert isinstance(alone, dict) and isinstance(beside, dict)
-    assert len(alone) == 6 and alone["float32"]["psnr_db"] is None and alone["bfloat16"]["psnr_db"] > 20
+    measured = {name: found for name, found in alone.items() if not name.endswith("fused norm")}
+    assert {found for name, found in alone.items() if name not in measured} == {"it runs on GPUs alone"}
+    assert len(measured) == 6 and len(alone) == 9
+    assert alone["float32"]["psnr_db"] is None and alone["bfloat16"]["psnr_db"] > 20
     assert list(beside) == ["no decoding", "float32", "bfloat16, channels last"]
-    assert all(each["fps"] > 0 for each in (*alone.values(), *beside.values()))
+    assert all(each["fps"] > 0 for each in (*measured.values(), *beside.values()))
 
 
 def test_a_part_that_no_longer_fits_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:

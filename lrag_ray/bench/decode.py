@@ -1,4 +1,5 @@
-"""Speed of the video decoder by precision and layout, and what each changes: PSNR and VBench scores against float32.
+"""Speed of the video decoder by precision, layout and kernel, and what each changes: PSNR and VBench scores against
+float32.
 
 Run as ``lrag-ray bench decode``.
 """
@@ -23,6 +24,7 @@ from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.score import ClipScorer
 from lrag_ray.stages.backbone import load_vae
 from lrag_ray.video.decode import Frames, StreamingDecoder
+from lrag_ray.wan import norm_silu
 from lrag_ray.wan.vae import WanVae
 
 
@@ -31,9 +33,14 @@ class Variant(NamedTuple):
 
     dtype: Literal["float32", "bfloat16", "float16"]
     channels_last: bool
+    fused_norm: bool = False
 
 
-VARIANTS = tuple(Variant(dtype, layout) for dtype in ("float32", "bfloat16", "float16") for layout in (False, True))
+VARIANTS = tuple(
+    Variant(dtype, *layout)
+    for dtype in ("float32", "bfloat16", "float16")
+    for layout in ((False, False), (True, False), (True, True))
+)
 """The first one is what the others are compared with."""
 
 
@@ -43,6 +50,7 @@ class MeasuredDecode:
 
     dtype: str
     channels_last: bool
+    fused_norm: bool
     fps: float
     """Video frames per second."""
     failed: str = ""
@@ -72,6 +80,9 @@ def bench_decode(
     reference: list[Frames] = []
     scores: dict[str, float] = {}
     for variant in VARIANTS:
+        if variant.fused_norm and (reason := norm_silu.unused(device)):
+            found.append(MeasuredDecode(*variant, 0.0, reason))
+            continue
         vae = load_vae(backbone.model_copy(update={"vae": backbone.vae.model_copy(update=variant._asdict())}), device)
         StreamingDecoder(vae).push(videos[0][: 2 * n])
         began = time.perf_counter()

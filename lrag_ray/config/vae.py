@@ -8,6 +8,9 @@ from pydantic import model_validator
 
 from lrag_ray.config.section import Address, Section
 
+COMPUTES = {"dtype": "float32", "channels_last": False, "fused_norm": False}
+"""How a VAE computes, whichever it is: settings that videos are recorded with, and what a record without them means."""
+
 
 class VaeConfig(Section):
     """The video VAE. `tiny` is AutoencoderKLWan with a small base width and random weights; `tiny_world` is a trained
@@ -23,6 +26,9 @@ class VaeConfig(Section):
     channels_last: bool = False
     """Keep the channels of a pixel side by side, as tensor cores read them. Pixels may differ in their last bits, so it
     is part of what a video is."""
+    fused_norm: bool = False
+    """On a GPU, do norm and activation of the decoder in one Triton kernel; needs channels_last. Pixels may differ in
+    their last bits, so it is part of what a video is. Off: no GPU has run it yet."""
 
     @model_validator(mode="after")
     def _located(self) -> VaeConfig:
@@ -32,4 +38,6 @@ class VaeConfig(Section):
             raise ValueError(
                 f"kind {self.kind} comes with its weights and takes no path. For '{self.path}' give kind: wan"
             )
+        if self.fused_norm and not self.channels_last:
+            raise ValueError("fused_norm reads the channels of a pixel side by side. Fix: set channels_last: true too")
         return self

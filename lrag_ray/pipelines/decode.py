@@ -13,6 +13,7 @@ from typing import Any
 
 from lrag_ray.config.paths import with_absolute_paths
 from lrag_ray.config.schema import RunConfig
+from lrag_ray.config.vae import COMPUTES
 from lrag_ray.engine.session import ray_session
 from lrag_ray.errors import ConfigError, IdentityError
 from lrag_ray.events import Listener, silent
@@ -194,7 +195,7 @@ def _settings(config: RunConfig, identity: RunIdentity, other_vae: bool) -> dict
 
 def _weights_of(pixels: Mapping[str, Any]) -> dict[str, Any]:
     """Which VAE it is, however it computes."""
-    return {key: value for key, value in pixels["vae"].items() if key not in ("dtype", "channels_last")}
+    return {key: value for key, value in pixels["vae"].items() if key not in COMPUTES}
 
 
 def prefix_groups(commits: Iterable[Commit]) -> Iterator[tuple[Commit, ...]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrag_ray.config.schema import RunConfig, VideoSection
+from lrag_ray.config.vae import COMPUTES
 from lrag_ray.errors import IdentityError
 from lrag_ray.events import Event, TaskFinished
 from lrag_ray.pipelines.job import Job
@@ -386,7 +387,7 @@ def _stage_config(config: RunConfig, commit: Commit, settings: Mapping[str, Any]
     vae, keys = settings.get("vae"), VideoSection.model_fields.keys() - {"enabled"}
     if not isinstance(vae, Mapping) or not keys <= settings.keys():
         return None
-    computes = {"dtype": vae.get("dtype"), "channels_last": vae.get("channels_last", False)}
+    computes = {key: vae.get(key, default) for key, default in COMPUTES.items()}
     backbone = backbone.model_copy(update={"vae": backbone.vae.model_copy(update=computes)})
     video = config.video.model_copy(update={key: settings[key] for key in keys})
     if decode_settings(pixels_identity(backbone), video.model_dump()) != settings:

@@ -14,6 +14,7 @@ from typing import Any
 from lrag_ray.config.load import complete
 from lrag_ray.config.schema import RunConfig
 from lrag_ray.config.source import Document
+from lrag_ray.config.vae import COMPUTES
 from lrag_ray.errors import ConfigError, StorageError
 from lrag_ray.scoring.intended import intended_scores
 from lrag_ray.store.identity import RunIdentity
@@ -81,9 +82,7 @@ def stored_config(uri: str, overrides: Sequence[str] = (), *, decodes: bool = Fa
 def _backbone(identity: RunIdentity, name: str, *, decodes: bool) -> dict[str, Any]:
     backbone = identity.backbones[name]
     vae = backbone.pixels.get("vae")
-    pixels = (
-        {key: vae[key] for key in ("kind", "dtype", "channels_last") if key in vae} if isinstance(vae, dict) else {}
-    )
+    pixels = {key: vae[key] for key in ("kind", *COMPUTES) if key in vae} if isinstance(vae, dict) else {}
     return {
         **{key: backbone.latents[key] for key in _DESCRIBES_LATENTS if key in backbone.latents},
         "label": backbone.label,

@@ -91,7 +91,7 @@ def pixels_identity(config: BackboneConfig) -> dict[str, Any]:
     path = _vae_path(vae)
     found = {"kind": vae.kind, "sha256": weights_digest(path) if path else None, "dtype": vae.dtype}
     # Left out where it is off, so that videos that were made before there was a choice stay the same.
-    return {"vae": found | ({"channels_last": True} if vae.channels_last else {})}
+    return {"vae": found | {name: True for name in ("channels_last", "fused_norm") if getattr(vae, name)}}
 
 
 def device_for(gpus: float) -> torch.device:
@@ -149,6 +149,8 @@ def load_vae(config: BackboneConfig, device: torch.device) -> WanVae:
         vae = load_wan_vae(local_copy(path), dtype=dtype, device=device)
     if config.vae.channels_last:
         vae.keep_channels_last()
+    if config.vae.fused_norm:
+        vae.fuse_norms()
     return vae
 
 

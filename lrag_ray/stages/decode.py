@@ -21,6 +21,7 @@ from lrag_ray.store.records import HOW_TO_REPAIR, Commit, DecodedVideo, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.video.mp4 import Mp4Writer
+from lrag_ray.wan import norm_silu
 from lrag_ray.wan.devices import device_kind
 from lrag_ray.wan.vae import WanVae
 
@@ -120,7 +121,9 @@ class DecodeWorker:
                 return Refused(f"{error}. {HOW_TO_REPAIR}")
             finally:
                 videos.abort()
-        return Result(made=made, seconds=time.perf_counter() - began, stored_bytes=stored_bytes)
+        vae_config = self._stage.backbones[self._backbone].vae
+        notes = tuple(norm_silu.notes(vae_config.fused_norm, self._device))
+        return Result(made=made, seconds=time.perf_counter() - began, stored_bytes=stored_bytes, notes=notes)
 
     def _held_vae(self, task: DecodeTask) -> WanVae:
         """The VAE of the task's backbone; one at a time is in memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ def has_triton(device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal_of(trial: Callable[[torch.dtype], Iterable[tuple[Tensor, Tensor]]]) -> str | None:
+def refusal_of(
+    trial: Callable[[torch.dtype], Iterable[tuple[Tensor, Tensor]]],
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+) -> str | None:
     """Why a device does not take a kernel, in words; None where it does.
 
     `trial` gives what the kernel makes in a precision, each with what the plain operations make.
     """
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         try:
             pairs = list(trial(dtype))
         except Exception as error:  # noqa: BLE001 - Triton, compilers and drivers raise what they like

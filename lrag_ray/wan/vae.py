@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrag_ray.wan import norm_silu
 from lrag_ray.wan.diffusers_folder import model_of_folder
 from lrag_ray.wan.random_weights import fill_random
 from lrag_ray.wan.soft_decoder import soften
@@ -69,6 +70,10 @@ class WanVae:
                 module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
             elif isinstance(module, nn.Conv3d):
                 module.weight.data = module.weight.contiguous(memory_format=torch.channels_last_3d)
+
+    def fuse_norms(self) -> None:
+        """Compute the decoder's norms and activations in one kernel, where a device takes it (`wan.norm_silu`)."""
+        norm_silu.use(self.model.decoder)
 
     @cached_property
     def digest(self) -> str:

@@ -22,7 +22,7 @@ from lrag_ray.retrieval.payload import FrameShape, make_payload
 from lrag_ray.retrieval.similarity import HostCopy
 from lrag_ray.rollout.rollout import Rollout
 from lrag_ray.stages.rollout.background import BackgroundThread
-from lrag_ray.wan import fp8, fused_rows, residual_norm
+from lrag_ray.wan import fp8, fused_rows, norm_silu, residual_norm
 from lrag_ray.wan.attention import attention, backend_of
 from lrag_ray.wan.devices import DEVICES
 from lrag_ray.wan.flops import block_flops
@@ -244,13 +244,17 @@ def _decode(bench: Bench) -> dict[str, Any] | str:
     found: dict[str, Any] = {}
     exact = None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for channels_last in (False, True):
-            decoder = _decoder(bench, vae, dtype, channels_last)
+        for layout in ("", ", channels last", ", channels last, fused norm"):
+            name = f"{str(dtype).removeprefix('torch.')}{layout}"
+            if "fused norm" in layout and (refused := norm_silu.unused(bench.device)):
+                found[name] = refused
+                continue
+            decoder = _decoder(bench, vae, dtype, channels_last=bool(layout), fused_norm="fused norm" in layout)
             pixels = decoder.decode(latents).float()
             exact = pixels if exact is None else exact
             error = float((pixels - exact).square().mean())
             seconds = bench.seconds(lambda decoder=decoder: decoder.decode(latents), 5)  # type: ignore[misc]
-            found[f"{str(dtype).removeprefix('torch.')}{', channels last' * channels_last}"] = {
+            found[name] = {
                 "ms per block": 1e3 * seconds,
                 "fps": len(latents) * VIDEO_FRAMES_PER_LATENT / seconds,
                 "psnr_db": 10 * math.log10(4 / error) if error else None,
@@ -271,8 +275,8 @@ def _decode_beside(bench: Bench) -> dict[str, Any] | str:
         pass
     decoders: dict[str, Any] = {
         "no decoding": None,
-        "float32": StreamingDecoder(_decoder(bench, vae, torch.float32, False)),
-        "bfloat16, channels last": StreamingDecoder(_decoder(bench, vae, torch.bfloat16, True)),
+        "float32": StreamingDecoder(_decoder(bench, vae, torch.float32, channels_last=False)),
+        "bfloat16, channels last": StreamingDecoder(_decoder(bench, vae, torch.bfloat16, channels_last=True)),
     }
     found = {}
     for name, decoder in decoders.items():
@@ -304,10 +308,12 @@ def _vae(bench: Bench) -> Any:
     return AutoencoderKLWan() if bench.size is SIZES["full"] else AutoencoderKLWan(base_dim=8, num_res_blocks=1)
 
 
-def _decoder(bench: Bench, vae: Any, dtype: torch.dtype, channels_last: bool) -> Any:
+def _decoder(bench: Bench, vae: Any, dtype: torch.dtype, *, channels_last: bool, fused_norm: bool = False) -> Any:
     from lrag_ray.wan.vae import WanVae
 
     made = WanVae(torch.nn.Module.to(copy.deepcopy(vae), bench.device, dtype).eval().requires_grad_(False))
     if channels_last:
         made.keep_channels_last()
+    if fused_norm:
+        made.fuse_norms()
     return made

@@ -6,12 +6,15 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from lrag_ray.bench import decode
 from lrag_ray.bench.decode import Variant
 from lrag_ray.bench.rollout import random_backbone
 from lrag_ray.config.schema import BackboneConfig
+from lrag_ray.config.vae import VaeConfig
+from lrag_ray.pipelines.decode import _weights_of
 from lrag_ray.scoring.vbench_long.clips import ClipSpan
 from lrag_ray.scoring.vbench_long.networks import Networks
 from lrag_ray.scoring.vbench_long.random_weights import RandomWeights
@@ -31,9 +34,10 @@ def with_vae(**vae: object) -> BackboneConfig:
 def test_each_variant_is_compared_with_float32() -> None:
     done = CliRunner().invoke(program(), ["bench", "decode", "--seconds", "0.25", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    plain, last, bfloat16, _, float16, _ = json.loads(done.stdout)["variants"]
+    plain, last, fused, bfloat16, _, _, float16, _, _ = json.loads(done.stdout)["variants"]
     assert (plain["dtype"], plain["channels_last"], plain["psnr_db"]) == ("float32", False, None)
     assert last["channels_last"] and (last["psnr_db"] is None or last["psnr_db"] > 60)
+    assert fused["fused_norm"] and fused["failed"] == "it runs on GPUs alone"
     assert 20 < bfloat16["psnr_db"] < float16["psnr_db"]
     assert bfloat16["psnr_worst_db"] <= bfloat16["psnr_db"]
     assert plain["vbench"] is None and all(each["fps"] > 0 for each in (plain, last, bfloat16, float16))
@@ -69,8 +73,16 @@ def test_weights_are_laid_out_with_channels_side_by_side() -> None:
 
 def test_videos_of_other_layouts_are_others_and_those_without_a_choice_stay_the_same() -> None:
     plain, last = (pixels_identity(with_vae(channels_last=on))["vae"] for on in (False, True))
+    fused = pixels_identity(with_vae(channels_last=True, fused_norm=True))["vae"]
     assert plain == {"kind": "tiny", "sha256": None, "dtype": "float32"}
     assert last == plain | {"channels_last": True}
+    assert fused == last | {"fused_norm": True}
+    assert _weights_of({"vae": fused}) == _weights_of({"vae": plain}), "it is the same VAE"
+
+
+def test_a_fused_norm_needs_the_layout_that_it_reads() -> None:
+    with pytest.raises(ValidationError, match=r"fused_norm .* Fix: set channels_last: true too"):
+        VaeConfig(kind="tiny", fused_norm=True)
 
 
 def test_float16_that_overflows_is_an_error_with_the_way_out() -> None:

@@ -150,7 +150,8 @@ def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Pat
     identity = json.loads(opened_json((latents / "run.json").read_bytes()))
     identity["backbones"]["tiny"]["pixels"]["vae"] = {"kind": "wan", "sha256": "ab" * 32, "dtype": "float32"}
     (latents / "run.json").write_text(json.dumps(identity))
-    half = config_of(latents, backbones={"tiny": {**BACKBONE, "vae": {"kind": "tiny", "dtype": "bfloat16"}}})
+    vae = {"kind": "tiny", "dtype": "bfloat16", "channels_last": True, "fused_norm": True}
+    half = config_of(latents, backbones={"tiny": {**BACKBONE, "vae": vae}})
     with pytest.raises(IdentityError, match=r"backbones\.tiny\.vae is .*'tiny'.* here and .*'wan'.* in the run"):
         decode(half)
     with pytest.raises(ConfigError, match="the run has tiny, the configuration has mine"):
@@ -166,6 +167,7 @@ def test_another_vae_is_refused_unless_it_is_wanted(latents: Path, tmp_path: Pat
     (tmp_path / "run.yaml").write_text(half.model_dump_json())
     command = ["decode", str(latents), "--config", str(tmp_path / "run.yaml"), "--other-vae", "--set", "video.crf=40"]
     shown = CliRunner().invoke(app, [*command, "--json"])
+    assert "plain operations in place of vae.fused_norm: it runs on GPUs alone" in shown.stderr
     reported = json.loads(shown.stdout)
     assert (shown.exit_code, reported["videos_made"], reported["failed"]) == (0, 4, [])
     shown = CliRunner().invoke(app, command)

@@ -37,7 +37,8 @@ backbones.*.weights.random_seed backbones.*.weights.builtin
 backbones.*.latent backbones.*.latent.channels backbones.*.latent.height
 backbones.*.latent.width backbones.*.dtype backbones.*.products backbones.*.text_encoder backbones.*.text_encoder.kind
 backbones.*.text_encoder.path backbones.*.text_encoder.tokenizer backbones.*.vae backbones.*.vae.kind
-backbones.*.vae.path backbones.*.vae.dtype backbones.*.vae.channels_last backbones.*.fail_on_prompt
+backbones.*.vae.path backbones.*.vae.dtype backbones.*.vae.channels_last backbones.*.vae.fused_norm
+backbones.*.fail_on_prompt
 methods methods.* methods.*.method methods.*.preset methods.*.adaptive methods.*.alpha methods.*.alpha_long
 methods.*.alpha_short methods.*.bank methods.*.first_overflow methods.*.record_interval
 methods.*.ar_start methods.*.local_blocks methods.*.num_dummy methods.*.static_frames methods.*.dynamic_frames

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lrag_ray.config.schema import EngineSection, ScoringSection, StorageSection
+from lrag_ray.config.vae import VaeConfig
 from lrag_ray.errors import ConfigError, StorageError
 from lrag_ray.pipelines.stored_config import stored_config
 from lrag_ray.report import build_report
@@ -125,11 +126,13 @@ def test_what_describes_scores_is_taken_from_a_run_and_what_acts_is_not(
 
 
 def test_the_place_of_a_vae_comes_from_the_user(run: Path, tmp_path: Path) -> None:
-    vae = {"kind": "wan", "sha256": "0" * 64, "dtype": "float32", "path": "/etc/passwd"}
+    vae: dict[str, Any] = {"kind": "wan", "sha256": "0" * 64, "dtype": "float32", "path": "/etc/passwd"}
+    vae |= {"channels_last": True, "fused_norm": True}
     change(run / "run.json", lambda content: content["backbones"]["tiny"]["pixels"].update(vae=vae))
     with pytest.raises(ConfigError, match=r"never taken from a run directory: name the configuration .*--config"):
         stored_config(str(run), decodes=True)
     named = stored_config(str(run), ["backbones.tiny.vae.path=/models/vae.pth"], decodes=True)
-    assert named.backbones["tiny"].vae.path == "/models/vae.pth"
+    expected = VaeConfig(path="/models/vae.pth", channels_last=True, fused_norm=True)
+    assert named.backbones["tiny"].vae == expected
     # Scoring needs no VAE.
     assert stored_config(str(run)).backbones["tiny"].vae.path is None

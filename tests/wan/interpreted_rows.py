@@ -9,13 +9,16 @@ import json
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor
 
 from lrag_ray.context.infinity_rope import InfinityRope
-from lrag_ray.wan import fp8, fused_rows, residual_norm
+from lrag_ray.wan import fp8, fused_rows, norm_silu, residual_norm
 from lrag_ray.wan.kernels import Kernels
 from lrag_ray.wan.rope import Angles, rotate
 from lrag_ray.wan.transformer import Projected, RMSNorm
+from lrag_ray.wan.vae import tiny_vae
 from tests.tiny import generate, start, tiny_transformer
 
 
@@ -128,6 +131,36 @@ def fp8_rows(dtype: torch.dtype, width: int) -> dict[str, tuple[float, float]]:
     return {"values": _differences(found, plain.values.float()), "scales": _differences(made.scales, plain.scales)}
 
 
+def normed_pixels(dtype: torch.dtype, width: int, *, bias: bool) -> dict[str, tuple[float, float]]:
+    """The kernel of `norm_silu` beside diffusers' norm and SiLU in float32, of pixels in both layouts; one is all 0."""
+    draw = torch.Generator().manual_seed(width)
+    norm = WanRMS_norm(width, images=False, bias=bias).requires_grad_(False)
+    for parameter in norm.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    norm = norm.to(dtype)
+    x = (3 * torch.randn(2, width, 3, 2, 3, generator=draw)).to(dtype)
+    x[1, :, 2, 1, 2] = 0
+    made = norm_silu.fused(x, norm.gamma, norm.bias if bias else None)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(norm_silu.fused(last, norm.gamma, norm.bias if bias else None), made) and made.dtype == dtype
+    assert made.is_contiguous(memory_format=torch.channels_last_3d)
+    exact = F.silu(norm.float()(x.float()))
+    return {"pixels": _differences(made, _cut(exact) if dtype == torch.bfloat16 else exact.to(dtype))}
+
+
+def decoded(dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Pixels of the tiny VAE in a precision beside those in float32: with the kernel, and without."""
+    latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact = tiny_vae().decode(latents)
+    vae = tiny_vae()
+    torch.nn.Module.to(vae.model, dtype)
+    vae.keep_channels_last()
+    plain = vae.decode(latents)
+    vae.fuse_norms()
+    assert norm_silu.unused(torch.device("cpu")) is None
+    return {"fused": _differences(vae.decode(latents), exact), "plain": _differences(plain, exact)}
+
+
 def _differences(found: Tensor, expected: Tensor) -> tuple[float, float]:
     """The largest one as a share of the largest value, and the share of values that differ."""
     apart = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
@@ -152,4 +185,12 @@ if __name__ == "__main__":
         f"rounded {str(dtype).removeprefix('torch.')} {width}": fp8_rows(dtype, width)
         for dtype, width in ((torch.float32, 1536), (torch.bfloat16, 48))
     }
-    print(json.dumps(rows | layers | rounded | {"rollout": {"latents": rollout()}}))
+    pixels = {
+        f"{str(dtype).removeprefix('torch.')} pixels of {width}": normed_pixels(dtype, width, bias=width in (8, 384))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for width in (3, 8, 96, 384)
+    }
+    whole = {
+        f"decoded in {str(dtype).removeprefix('torch.')}": decoded(dtype) for dtype in (torch.float32, torch.float16)
+    }
+    print(json.dumps(rows | layers | rounded | pixels | whole | {"rollout": {"latents": rollout()}}))

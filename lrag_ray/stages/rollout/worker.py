@@ -49,7 +49,7 @@ from lrag_ray.store.records import RolloutId
 from lrag_ray.store.rollouts import Inventory, RolloutRun
 from lrag_ray.store.scratch import scratch_folder
 from lrag_ray.store.shared import require_run
-from lrag_ray.wan import fp8
+from lrag_ray.wan import fp8, norm_silu
 from lrag_ray.wan.devices import generator_kind, kernel_notes, row_kind, row_of
 from lrag_ray.wan.text import pad_text
 from lrag_ray.wan.transformer import CausalWanTransformer
@@ -440,6 +440,8 @@ class _Attempt:
             # Histories grow until the end, so their notes are read last.
             notes = [*rollout.loop.notes, *kernel_notes(self._stage.engine.kernels, self._device)]
             notes += fp8.notes(self._backbone.products, self._device)
+            if self._stage.video.enabled and self._tasks[0].decode:
+                notes += norm_silu.notes(self._backbone.vae.fused_norm, self._device)
             unfinished[0].notes += dict.fromkeys(notes)
 
     def _leave_if_asked(self) -> None:
