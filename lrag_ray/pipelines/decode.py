@@ -133,7 +133,7 @@ class DecodeJob(Job[DecodeOutcome]):
         )
 
     def _find_work(self, identity: RunIdentity) -> None:
-        inventory = self._run.inventory()
+        inventory = self._run.own_inventory(identity)
         decoded = read_decoded(self._run)
         for states in inventory.commits.values():
             open_commits = []

@@ -149,9 +149,23 @@ class RolloutRun(RunDirectory):
             if state.commit is not None and state.problem is None
         ]
 
+    def own_inventory(self, identity: RunIdentity) -> Inventory:
+        """The `inventory` of a run whose record is `identity`; IdentityError if its commits have another."""
+        inventory = self.inventory()
+        if foreign := self._foreign_commits(identity, inventory):
+            raise IdentityError(
+                f"{self.uri}/run.json is not the record of these results: {len(foreign)} commits were made with other "
+                f"settings, among them {foreign[0]}. Fix: put their own run.json back"
+            )
+        return inventory
+
     def refuse_foreign_commits(self, identity: RunIdentity, inventory: Inventory) -> None:
         """IdentityError if a commit was made with other settings than the run's."""
-        foreign = [
+        if foreign := self._foreign_commits(identity, inventory):
+            raise IdentityError(refusal(f"{self.uri} holds commits that were made with other settings", foreign))
+
+    def _foreign_commits(self, identity: RunIdentity, inventory: Inventory) -> list[str]:
+        return [
             f"{state.path}: rollout key {state.commit.rollout_key[:12]}…, expected {key[:12]}…"
             for states in inventory.commits.values()
             for state in states.values()
@@ -160,8 +174,6 @@ class RolloutRun(RunDirectory):
             and (key := identity.rollout_key(state.commit.rollout, state.commit.latent_frames))
             != state.commit.rollout_key
         ]
-        if foreign:
-            raise IdentityError(refusal(f"{self.uri} holds commits that were made with other settings", foreign))
 
     def part_records(self, inventory: Inventory, rollout: RolloutId) -> tuple[list[PartRecord], list[str]]:
         """Part records of `rollout`, and what is wrong with those that cannot be read."""

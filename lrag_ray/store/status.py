@@ -99,9 +99,12 @@ class RunStatus(Record):
 
 @without_cycle_search()
 def run_status(run_dir: RolloutRun, *, scores: bool = True) -> RunStatus:
-    """Status of the run at an address; StorageError where there is none. Without `scores` these are not looked at."""
+    """Status of the run at an address. Without `scores` these are not looked at.
+
+    Raises StorageError where there is no run, IdentityError where its record is another's.
+    """
     identity = run_dir.require()
-    inventory = run_dir.inventory()
+    inventory = run_dir.own_inventory(identity)
     failures, broken = read_failures(run_dir.storage)
     quarantined = [failure for failure in failures if failure.quarantined]
     given_up = {failure.task: failure for failure in quarantined if failure.stage == ROLLOUTS}

@@ -41,10 +41,10 @@ def committed_videos(run_dir: RolloutRun) -> Iterator[CommittedVideo]:
 
     A duration that was added later may be covered by a longer commit only; its video is then the start of the longer
     one, which is what nested durations mean. A commit without a video has the one that was decoded later, if any.
-    Raises StorageError where there is no run.
+    Raises StorageError where there is no run, IdentityError where its record is another's.
     """
     identity = run_dir.require()
-    inventory = run_dir.inventory()
+    inventory = run_dir.own_inventory(identity)
     decoded = DecodedVideos({}, {}) if identity.video.get("enabled", True) else read_decoded(run_dir)
     settings = {name: decoded.preferred_settings(identity, name) for name in identity.backbones}
     for rollout in identity.rollouts_at(inventory.commits):

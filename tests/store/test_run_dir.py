@@ -13,6 +13,7 @@ from lrag_ray.store.records import FailureRecord, now_utc
 from lrag_ray.store.rollouts import RolloutRun
 from lrag_ray.store.seal import is_sealed_json, opened_json, sealed_json
 from lrag_ray.store.status import run_status
+from lrag_ray.store.videos import committed_videos
 from tests.store.make import make_identity, rollout_id, store_commit, store_part
 
 RAG = MethodIdentity(method="rag", settings={}, nested=True)
@@ -165,6 +166,14 @@ def test_a_commit_with_another_key_stops_the_run(run: RolloutRun) -> None:
     store_commit(run, make_identity(seed=3), rollout_id(), 6)
     with pytest.raises(IdentityError, match=r"commit-6\.json.*\n.*Two ways out"):
         run.refuse_foreign_commits(identity, run.inventory())
+
+
+def test_a_record_of_another_run_hides_no_results(run: RolloutRun) -> None:
+    run.ensure(make_identity())
+    store_commit(run, make_identity(seed=3), rollout_id(), 6)
+    for look in (run_status, lambda run: list(committed_videos(run))):
+        with pytest.raises(IdentityError, match=r"run\.json is not the record of these results: 1 commits .*Fix: put"):
+            look(run)
 
 
 def test_status_counts_done_partial_failed_and_pending(run: RolloutRun) -> None:
