@@ -168,9 +168,11 @@ class ChatClient:
                         self._not_before_s = max(self._not_before_s, not_before_s)
                 continue
             except RejectedError as error:
-                # Of several questions one alone may be at fault.
-                found = [error] if len(digests) == 1 else []
-                for digest, question in zip(digests, questions, strict=True) if not found else ():
+                if len(questions) == 1:
+                    found = [error]
+                    break
+                # One alone may be at fault.
+                for digest, question in zip(digests, questions, strict=True):
                     found += self._answered([digest], [question])
                 break
             with self._lock:

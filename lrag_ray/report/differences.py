@@ -66,7 +66,7 @@ class BlockStatistics:
 
 
 def pairs(methods: Mapping[str, MethodIdentity]) -> list[tuple[str, str]]:
-    """(method, reference) of all contrasts, those with ``base`` first."""
+    """(method, reference) of the contrasts with a reference, those with ``base`` first."""
     found = []
     for reference_policy in ("base", "infinity_rope"):
         reference = next((name for name, method in methods.items() if method.method == reference_policy), None)

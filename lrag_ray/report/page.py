@@ -152,7 +152,7 @@ def render_page(data: ReportData, strips: Sequence[StripSheet], contexts: Sequen
 
 
 def _sorted_by(data: ReportData) -> dict[str, str]:
-    """Methods whose difference the page offers first: what retrieval brings, where the run can say it."""
+    """Methods whose difference the page offers first: the leader and the next, else what retrieval brings."""
     compared = [contrast for statistics in data.statistics for contrast in statistics.contrasts]
     names = list(data.identity.methods)
     if compared:

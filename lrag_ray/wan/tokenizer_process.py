@@ -34,7 +34,7 @@ class TokenizerError(Exception):
 
 
 class TokenizerProcess:
-    """Tokens of texts by the tokenizer in a folder; the process ends with the object."""
+    """What a folder's tokenizer and chat template make of texts; the process ends with the object."""
 
     def __init__(self, folder: Path) -> None:
         """Raises TokenizerError where the tokenizer does not load within the limits."""
